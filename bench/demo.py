@@ -1,0 +1,154 @@
+"""The demo: a real model compressed, evaluated on held-out articles, and generating from its latent cache.
+
+python -m bench.demo [--keep 0.7 0.5] [--method palu] [--out demo-output] [--plot-only]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from tqdm import tqdm
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+import lrattn
+from bench import models, report, texts
+from bench.perplexity import perplexity
+from lrattn.integrations.transformers import LatentCache, latent_attention
+
+LENGTH = 1024
+QUESTION = "What is a volcano? Answer in two sentences."
+CONTEXTS = range(512, 4097, 512)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.7, 0.5])
+    parser.add_argument("--method", default=lrattn.methods.DEFAULT)
+    parser.add_argument("--calibrate", type=int, default=16, help="windows of 1024 tokens")
+    parser.add_argument("--evaluate", type=int, default=10, help="windows of 1024 tokens")
+    parser.add_argument("--out", type=Path, default=Path("demo-output"))
+    parser.add_argument("--plot-only", action="store_true")
+    args = parser.parse_args()
+    path = args.out / "demo.json"
+    if not args.plot_only:
+        report.save(path, measure(args))
+    results = json.loads(path.read_text())
+    print(table(results))
+    plot(results, args.out / "demo.png")
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    begin = time.perf_counter()
+    torch.manual_seed(0)
+    model, tokenizer = models.smollm2()
+    evaluation = texts.windows(tokenizer, texts.wikipedia("evaluation"), LENGTH, args.evaluate)
+    calibration = texts.windows(tokenizer, texts.wikipedia("calibration"), LENGTH, args.calibrate)
+    moments = lrattn.calibrate(model, calibration.split(1))
+    rows = [run(model, tokenizer, evaluation, None)]
+    for keep in args.keep:
+        factors = lrattn.compress(model, moments, method=args.method, keep=keep)
+        rows.append(run(model, tokenizer, evaluation, factors))
+    return {
+        "model": "SmolLM2-135M-Instruct",
+        "dtype": "float32",
+        "text": "Wikipedia articles of 2016: even ones to calibrate, odd ones to evaluate",
+        "calibration_tokens": moments.tokens,
+        "evaluation_windows": list(evaluation.shape),
+        "seconds": time.perf_counter() - begin,
+        "rows": rows,
+    }
+
+
+def run(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, evaluation: torch.Tensor, factors: lrattn.Factors | None
+) -> dict[str, Any]:
+    """One row of the table: the dense model, or the model on the latents of `factors`."""
+    if factors is None:
+        return {"method": "dense", "keep": 1.0, **_run(model, tokenizer, evaluation, "dense", lambda: DynamicCache())}
+    label = f"{factors.method} at keep {factors.keep:.2f}"
+    with latent_attention(model, factors):
+        measured = _run(model, tokenizer, evaluation, label, lambda: LatentCache(model, factors))
+    return {"method": factors.method, "keep": factors.keep, **measured}
+
+
+def _run(model: Any, tokenizer: Any, evaluation: torch.Tensor, label: str, make_cache: Any) -> dict[str, Any]:
+    chat = [{"role": "user", "content": QUESTION}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    begin = time.perf_counter()
+    answer = model.generate(**prompt, past_key_values=make_cache(), max_new_tokens=64, do_sample=False)
+    new = answer[0, prompt["input_ids"].shape[1] :]
+    rate = len(new) / (time.perf_counter() - begin)
+    return {
+        "text": tokenizer.decode(new, skip_special_tokens=True).strip(),
+        "tokens_per_second": rate,
+        "cache_bytes": cache_bytes(model, evaluation.flatten(), make_cache(), label),
+        "perplexity": perplexity(model, evaluation, label),
+    }
+
+
+@torch.no_grad()
+def cache_bytes(model: Any, ids: torch.Tensor, cache: Any, label: str) -> dict[str, int]:
+    """Bytes of the tensors a cache really holds while one sequence grows, by context length."""
+    found: dict[str, int] = {}
+    for length in tqdm(CONTEXTS, desc=f"filling the cache, {label}", unit="step"):
+        chunk = ids[cache.get_seq_length() : length]
+        model(input_ids=chunk[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        found[str(length)] = held_bytes(cache)
+    return found
+
+
+def held_bytes(cache: Any) -> int:
+    if isinstance(cache, LatentCache):
+        return cache.nbytes
+    return sum(x.untyped_storage().nbytes() for layer in cache.layers for x in (layer.keys, layer.values))
+
+
+def table(results: dict[str, Any]) -> str:
+    rows = results["rows"]
+    longest = max(rows[0]["cache_bytes"], key=int)
+    dense = rows[0]["cache_bytes"][longest] / int(longest)
+    lines = [
+        "",
+        f"{results['model']}, {results['dtype']}; perplexity on {results['evaluation_windows'][0]} windows of "
+        f"{results['evaluation_windows'][1]} tokens of held-out articles; bytes measured at {longest} tokens",
+        "",
+        "method   keep   perplexity   cache bytes/token   dense bytes/token   measured share   tokens/s",
+    ]
+    for row in rows:
+        held = row["cache_bytes"][longest] / int(longest)
+        lines.append(
+            f"{row['method']:<8} {row['keep']:.2f} {row['perplexity']:>12.2f} {held:>19,.0f} {dense:>19,.0f} "
+            f"{held / dense:>16.3f} {row['tokens_per_second']:>10.1f}"
+        )
+    lines += ["", f"asked: {QUESTION}"]
+    lines += [f"  {row['method']} {row['keep']:.2f}: {' '.join(row['text'].split())}" for row in rows]
+    return "\n".join([*lines, "", f"measured in {results['seconds']:.0f} s"])
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Bytes the cache holds against context length."""
+    figure, axis = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    for row in results["rows"]:
+        lengths = [int(n) for n in row["cache_bytes"]]
+        mebibytes = [n / 2**20 for n in row["cache_bytes"].values()]
+        label = "dense" if row["method"] == "dense" else f"{row['method']}, keep {row['keep']:.2f}"
+        axis.plot(lengths, mebibytes, marker="o", label=f"{label} (perplexity {row['perplexity']:.1f})")
+    axis.set(xlabel="context, tokens", ylabel="cache held, MiB", xlim=0, ylim=0)
+    axis.set_title(f"{results['model']}, {results['dtype']}: bytes of the cache's tensors", fontsize="medium")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=150)
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

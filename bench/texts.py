@@ -1,0 +1,59 @@
+"""Real text that installs as a package: Wikipedia articles of 2016 (CC BY-SA) inside gensim's test data."""
+
+from __future__ import annotations
+
+import bz2
+import xml.etree.ElementTree as ElementTree
+
+import mwparserfromhell
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from bench.models import CACHE, package_dir
+
+DUMP = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+NOT_PROSE = ("ref", "table", "gallery", "math")
+
+
+def wikipedia(half: str) -> str:
+    """Clean prose of every second article: half "calibration" has the even ones, "evaluation" the odd ones."""
+    saved = CACHE / f"wikipedia-{half}.txt"
+    if not saved.is_file():
+        CACHE.mkdir(exist_ok=True)
+        articles = _articles()
+        for i, name in enumerate(("calibration", "evaluation")):
+            chosen = tqdm(articles[i::2], desc=f"cleaning {name} articles", unit="article")
+            (CACHE / f"wikipedia-{name}.txt").write_text("\n\n".join(map(_prose, chosen)))
+    return saved.read_text()
+
+
+def windows(tokenizer: PreTrainedTokenizerBase, text: str, length: int, count: int) -> torch.Tensor:
+    """The first `count` windows of `length` tokens, [count, length], one after the other."""
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0]
+    if len(ids) < length * count:
+        raise ValueError(f"text: expected {length * count} tokens, got {len(ids)}")
+    return ids[: length * count].view(count, length)
+
+
+def _articles() -> list[str]:
+    """Markup of the articles that are not redirects, in the order of the dump."""
+    found = []
+    with bz2.open(package_dir("gensim") / DUMP) as file:
+        for _, element in ElementTree.iterparse(file):
+            if element.tag.endswith("}text"):
+                markup = element.text or ""
+                if markup and not markup.lstrip().lower().startswith("#redirect"):
+                    found.append(markup)
+                element.clear()
+    return found
+
+
+def _prose(markup: str) -> str:
+    code = mwparserfromhell.parse(markup)
+    for tag in code.filter_tags(matches=lambda node: str(node.tag).lower() in NOT_PROSE):
+        if code.contains(tag):
+            code.remove(tag)
+    text = code.strip_code(normalize=True, collapse=True)
+    lines = (line for line in text.splitlines() if not line.startswith(("thumb", "File:", "Category:", "Image:")))
+    return "\n".join(lines).strip()

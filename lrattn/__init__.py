@@ -1,0 +1,44 @@
+"""Attention directly on low-rank KV caches. The pipeline:
+
+    factors = lrattn.compress(model, batches, keep=0.5)              # model and text -> Factors, offline
+    layer = factors.layers[0]                                        # up, down, ranks, rope of one layer
+    k_cache, v_cache = lrattn.allocate_cache(layer, num_pages=64, page_size=16)
+    zk, zv = layer.project(x)                                        # attention inputs [T, E] -> latents
+    lrattn.write_latents(layer, zk, zv, k_cache, v_cache, slots)     # latents -> pages; nothing else is cached
+    q = layer.rope.rotate(q, positions)                              # [B, Hq, D] queries, as the engine makes them
+    y = lrattn.decode_attention(q, k_cache, v_cache, layer, block_table=block_table, seq_lens=seq_lens)
+
+In transformers: `with latent_attention(model, factors): model.generate(...)` from lrattn.integrations.transformers.
+"""
+
+from lrattn.attention import (
+    decode_attention,
+    merge_attention,
+    rebuild,
+    workspace_bytes,
+    write_latents,
+)
+from lrattn.cache import allocate_cache
+from lrattn.calibrate import Moments, calibrate
+from lrattn.compress import compress
+from lrattn.factors import Factors, LayerFactors
+from lrattn.projection import KeyNorm, Projection
+from lrattn.rope import Rope
+
+__all__ = [
+    "Factors",
+    "KeyNorm",
+    "LayerFactors",
+    "Moments",
+    "Projection",
+    "Rope",
+    "allocate_cache",
+    "calibrate",
+    "compress",
+    "decode_attention",
+    "merge_attention",
+    "rebuild",
+    "workspace_bytes",
+    "write_latents",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,282 @@
+"""The public ops: check the arguments once, choose a backend, return.
+
+Checks read metadata only (shape, dtype, device, stride); every one happens before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrattn import reference
+from lrattn.factors import LayerFactors
+from lrattn.shapes import FLOATS, RANK_STEP, accumulator, check
+
+PROJECTIONS = ("latent", "heads", "hidden")
+BACKENDS = ("reference",)
+
+
+def write_latents(
+    layer: LayerFactors,
+    zk: Tensor,
+    zv: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor | None,
+    slot_mapping: Tensor,
+    *,
+    backend: str | None = None,
+) -> None:
+    """Stores latents in their slots, with the norm columns where the layer has a key norm.
+
+    Args:
+        zk: [.., row_width], zv: [.., sum Rv] (None when shared), in the caches' dtype.
+        k_cache: [N, P, k_width]; v_cache: [N, P, v_width] (None when shared).
+        slot_mapping: [..] int32 or int64, page * P + offset; slots outside [0, N * P) are skipped.
+
+    Raises: ValueError naming the tensor, what was expected and what came; the caches are then untouched.
+    """
+    _check_backend(backend)
+    _check_caches(layer, k_cache, v_cache)
+    lead = zk.shape[:-1]
+    kind: dict[str, Any] = {"dtype": k_cache.dtype, "device": k_cache.device}
+    check("zk", zk.reshape(-1, zk.shape[-1]), f"n {layer.row_width}", {}, **kind)
+    _check_presence("zv", zv, layer)
+    if zv is not None:
+        if zv.shape[:-1] != lead:
+            raise ValueError(f"zv: expected leading axes {list(lead)} as in zk, got {list(zv.shape[:-1])}")
+        check("zv", zv.reshape(-1, zv.shape[-1]), f"n {layer.v_width}", {}, **kind)
+        zv = zv.reshape(-1, zv.shape[-1])
+    if slot_mapping.shape != lead or slot_mapping.dtype not in (torch.int32, torch.int64):
+        got = f"{list(slot_mapping.shape)} {slot_mapping.dtype}"
+        raise ValueError(f"slot_mapping: expected shape {list(lead)}, int32 or int64, got {got}")
+    check("slot_mapping", slot_mapping.reshape(-1), "n", {}, device=k_cache.device)
+    reference.write_latents(layer, zk.reshape(-1, zk.shape[-1]), zv, k_cache, v_cache, slot_mapping.reshape(-1))
+
+
+def rebuild(
+    k_cache: Tensor,
+    v_cache: Tensor | None,
+    layer: LayerFactors,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    positions: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Dense keys (normed, rotated) and values of the cached tokens, for a dense prefill kernel.
+
+    Args: as for decode_attention.
+    Returns: k, v: [sum T, Hkv, D] in the caches' dtype, sequences one after the other.
+    Raises: ValueError naming the tensor, what was expected and what came.
+    """
+    _check_backend(backend)
+    _check_caches(layer, k_cache, v_cache)
+    _check_tables(k_cache, block_table, seq_lens, None, positions)
+    return reference.rebuild(k_cache, v_cache, layer, block_table, seq_lens, positions)
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor | None,
+    layer: LayerFactors,
+    *,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    softmax_scale: float | None = None,
+    positions: Tensor | None = None,
+    seq_starts: Tensor | None = None,
+    causal: bool = True,
+    max_seq_len: int | None = None,
+    window_size: int | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    project: str = "heads",
+    num_splits: int = 0,
+    workspace_limit: int = 256 << 20,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of the newest S tokens of each sequence over its cached latents.
+
+    Args:
+        q: [B, S, Hq, D] or [B, Hq, D] (then outputs drop the S axis), rotated, heads in the model's order. The last
+            S tokens of each sequence are the queries' own, already written.
+        k_cache: [N, P, k_width]; v_cache: [N, P, v_width], None when the layer is shared.
+        layer: factors of the same dtype and device as q and the caches.
+        block_table: [B, pages] int32; entries past a sequence's length are never followed.
+        seq_lens: [B] int32 tokens held; longer ones are clamped to the table and to max_seq_len.
+        softmax_scale: multiplies the scores. Default D ** -0.5.
+        positions: [N, P] int32, position of each slot for RoPE. Default: index in the sequence.
+        seq_starts: [B] int32, first token attended to. Default 0. Does not shift positions.
+        causal: bottom-right aligned; False lets every query see seq_starts..seq_lens.
+        max_seq_len: upper bound of the lengths, for work and workspace. Default: all of the table.
+        window_size: each query sees the most recent tokens only, its own included.
+        softcap: scores become softcap * tanh(score / softcap), before masking; 0 is off.
+        sinks: [Hq] float32 logits that join the denominator and lse.
+        project: "latent" [B, S, Hq, max Rv] | "heads" [B, S, Hq, D] | "hidden" [B, S, E] through layer.wo.
+        num_splits: token ranges merged by lse; 0 is planned. A fixed number makes rows independent of the batch.
+        workspace_limit: bytes of temporaries; beyond it tokens go in chunks.
+        out: buffer of the result's shape and q's dtype to write to and return.
+        return_lse: also return lse [B, S, Hq], natural log, float32 (float64 for float64).
+        backend: "reference", or None to choose by device.
+
+    Returns: out, or (out, lse). A query that sees no token gives zeros and lse -inf (its sink logit with sinks).
+    Raises: ValueError naming the argument, what was expected and what came.
+    Source: ReCalKV (arXiv 2505.24357) for the factors; online softmax and the merge by lse as in FlashAttention.
+    """
+    _check_backend(backend)
+    _check_caches(layer, k_cache, v_cache)
+    _check_tables(k_cache, block_table, seq_lens, seq_starts, positions)
+    flat = q.dim() == 3
+    q4 = q[:, None] if flat else q
+    dims = {"B": block_table.shape[0], "D": layer.head_dim, "Hkv": layer.num_kv_heads}
+    check("q", q4, "B S Hq D", dims, dtype=k_cache.dtype, device=k_cache.device, contiguous=True)
+    if dims["Hq"] % dims["Hkv"]:
+        raise ValueError(f"q: expected a multiple of Hkv={dims['Hkv']} query heads, got {dims['Hq']}")
+    if sinks is not None:
+        check("sinks", sinks, "Hq", dims, dtype=accumulator_types(q.dtype), device=q.device)
+    if project not in PROJECTIONS:
+        raise ValueError(f"project: expected one of {PROJECTIONS}, got {project!r}")
+    if project == "hidden":
+        if layer.wo is None:
+            raise ValueError("layer.wo: expected [Hq, D, E] for project='hidden', got None")
+        check("layer.wo", layer.wo, "Hq D E", dims)
+    shape = (dims["B"], dims["S"], *reference.output_shape(layer, dims["Hq"], project))
+    if out is not None:
+        expected = " ".join(map(str, shape[:1] + shape[2:] if flat else shape))
+        check("out", out, expected, {}, dtype=q.dtype, device=q.device, contiguous=True)
+    for name, value, least in (
+        ("window_size", window_size, 1),
+        ("max_seq_len", max_seq_len, 0),
+        ("num_splits", num_splits, 0),
+        ("softcap", softcap, 0),
+        ("workspace_limit", workspace_limit, 1),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
+    if window_size is not None and not causal:
+        raise ValueError(f"window_size: expected None with causal=False, got {window_size}")
+
+    bound = block_table.shape[1] * k_cache.shape[1]
+    bound = bound if max_seq_len is None else min(bound, max_seq_len)
+    lengths = seq_lens.clamp(0, bound).tolist()
+    starts = [0] * len(lengths) if seq_starts is None else seq_starts.tolist()
+    result, lse = reference.decode_attention(
+        q4,
+        k_cache,
+        v_cache,
+        layer,
+        block_table,
+        reference.Mask(starts, lengths, causal, window_size),
+        positions,
+        layer.head_dim**-0.5 if softmax_scale is None else softmax_scale,
+        softcap,
+        sinks,
+        project,
+        num_splits,
+        workspace_limit,
+    )
+    if flat:
+        result, lse = result[:, 0], lse[:, 0]
+    if out is not None:
+        result = out.copy_(result)
+    return (result, lse) if return_lse else result
+
+
+def merge_attention(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tensor) -> tuple[Tensor, Tensor]:
+    """Exact merge of attention over disjoint parts of the tokens.
+
+    Args:
+        outs: "heads" or "latent" results, [.., Hq, X] each. "hidden" results have lost the heads: refused.
+        lses: their log-sum-exps, [.., Hq] each. Sinks may have joined one part only.
+
+    Returns: out in the parts' dtype, lse.
+    Raises: ValueError if the parts disagree.
+    """
+    outs, lses = list(outs), list(lses)
+    if not outs or len(outs) != len(lses):
+        raise ValueError(f"lses: expected one for each of at least one out, got {len(lses)} for {len(outs)}")
+    for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
+        if out.shape != outs[0].shape or out.dtype != outs[0].dtype or out.device != outs[0].device:
+            expected = f"{list(outs[0].shape)} {outs[0].dtype}"
+            raise ValueError(f"outs[{i}]: expected {expected} on {outs[0].device}, got {list(out.shape)} {out.dtype}")
+        if lse.shape != out.shape[:-1]:
+            raise ValueError(
+                f"lses[{i}]: expected {list(out.shape[:-1])}, got {list(lse.shape)}; results of project='hidden' "
+                "cannot be merged, merge 'heads' or 'latent' ones"
+            )
+    merged, lse = reference.merge_attention(outs, lses)
+    return merged, lse.to(accumulator(merged.dtype))
+
+
+def workspace_bytes(
+    layer: LayerFactors,
+    *,
+    query_heads: int,
+    num_queries: int = 1,
+    dtype: torch.dtype | None = None,
+    workspace_limit: int = 256 << 20,
+) -> int:
+    """Bytes of temporaries that decode_attention may hold at once, beside q, caches and results.
+
+    They do not grow with the batch or with the length of its sequences.
+    """
+    return reference.blocks(layer, query_heads, num_queries, dtype or layer.dtype, workspace_limit).nbytes
+
+
+def accumulator_types(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    return (torch.float32, torch.float64) if dtype == torch.float64 else (torch.float32,)
+
+
+def _check_backend(backend: str | None) -> None:
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend: expected None or one of {BACKENDS}, got {backend!r}")
+
+
+def _check_presence(name: str, x: Tensor | None, layer: LayerFactors) -> None:
+    if (x is None) != layer.shared:
+        expected = "None, the layer is shared" if layer.shared else "a tensor, the layer is not shared"
+        raise ValueError(f"{name}: expected {expected}, got {'None' if x is None else 'a tensor'}")
+
+
+def _check_caches(layer: LayerFactors, k_cache: Tensor, v_cache: Tensor | None) -> None:
+    dims: dict[str, int] = {}
+    check(
+        "k_cache",
+        k_cache,
+        f"N P {layer.k_width}",
+        dims,
+        dtype=FLOATS,
+        device=layer.device,
+        contiguous=True,
+    )
+    if k_cache.dtype != layer.dtype:
+        raise ValueError(f"k_cache: expected the layer's dtype {layer.dtype}, got {k_cache.dtype}")
+    if dims["P"] % RANK_STEP or not dims["P"]:
+        raise ValueError(f"k_cache: expected a page size that is a multiple of {RANK_STEP}, got {dims['P']}")
+    _check_presence("v_cache", v_cache, layer)
+    if v_cache is not None:
+        kind: dict[str, Any] = {"dtype": k_cache.dtype, "device": k_cache.device}
+        check("v_cache", v_cache, f"N P {layer.v_width}", dims, contiguous=True, **kind)
+
+
+def _check_tables(
+    k_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    seq_starts: Tensor | None,
+    positions: Tensor | None,
+) -> None:
+    dims = {"N": k_cache.shape[0], "P": k_cache.shape[1]}
+    kind: dict[str, Any] = {"dtype": torch.int32, "device": k_cache.device}
+    check("block_table", block_table, "B pages", dims, contiguous=True, **kind)
+    check("seq_lens", seq_lens, "B", dims, **kind)
+    if seq_starts is not None:
+        check("seq_starts", seq_starts, "B", dims, **kind)
+    if positions is not None:
+        check("positions", positions, "N P", dims, **kind)

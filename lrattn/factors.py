@@ -1,0 +1,325 @@
+"""The factors of a layer and of a model: frozen records that write latents and read heads back."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrattn import safefile
+from lrattn.projection import KeyNorm, Projection
+from lrattn.rope import Rope
+from lrattn.shapes import RANK_STEP, accumulator, check, product_dtype, round_up
+
+
+@dataclass(frozen=True, eq=False)
+class LayerFactors:
+    """What attention needs of one layer beside the query and the cache.
+
+    Args:
+        keys, values: the two sides. Heads, head dim, dtype and device agree.
+        rope: rotation of the rebuilt keys; None for keys that need none (position-free latents).
+        shared: one row per group serves both: values use the whole row, keys its first keys.ranks[g] columns.
+        key_norm: RMS norm between the rebuilt key (bias included) and its rotation.
+        wo: [Hq, D, E] output projection, needed only for project="hidden".
+
+    Raises: ValueError naming the tensor, what was expected and what came.
+    """
+
+    keys: Projection
+    values: Projection
+    rope: Rope | None
+    shared: bool = False
+    key_norm: KeyNorm | None = None
+    wo: Tensor | None = None
+    # Derived once: key bases, bias and norm weight with rotation pairs adjacent, and the table that turns them.
+    key_blocks: tuple[Tensor, ...] = field(init=False, repr=False)  # per group [rank, C * D]
+    value_blocks: tuple[Tensor, ...] = field(init=False, repr=False)  # per group [rank, C * D]
+    pairs: Tensor = field(init=False, repr=False)  # [D], pair order -> model order
+    turns: Tensor | None = field(init=False, repr=False)  # [max_position, rotary_dim / 2] complex
+
+    def __post_init__(self) -> None:
+        self._check()
+        head_dim, device = self.head_dim, self.keys.up.device
+        pairs = torch.arange(head_dim) if self.rope is None else self.rope.pair_order(head_dim)
+        object.__setattr__(self, "pairs", pairs.to(device))
+        key_blocks, value_blocks = (
+            [side.block(g).to(product_dtype(side.up)) for g in range(len(side.ranks))]
+            for side in (self.keys, self.values)
+        )
+        key_blocks = [b.unflatten(1, (-1, head_dim))[..., self.pairs].flatten(1) for b in key_blocks]
+        object.__setattr__(self, "key_blocks", tuple(key_blocks))
+        object.__setattr__(self, "value_blocks", tuple(value_blocks))
+        turns = None if self.rope is None else self.rope.turns(device, self.keys.up.dtype)
+        object.__setattr__(self, "turns", turns)
+
+    def _check(self) -> None:
+        up, dims = self.keys.up, {"Hkv": self.keys.num_heads, "D": self.keys.head_dim}
+        kind: dict[str, Any] = {"dtype": up.dtype, "device": up.device}
+        check("values.up", self.values.up, "Hkv Rv D", dims, **kind)
+        if self.keys.down is not None and self.values.down is not None:
+            check("values.down", self.values.down, f"{self.keys.down.shape[0]} sumRv", dims)
+        if self.rope is not None and self.rope.rotary_dim > self.head_dim:
+            raise ValueError(f"rope: expected at most D={self.head_dim} rotated dims, got {self.rope.rotary_dim}")
+        if self.key_norm is not None:
+            check("key_norm.weight", self.key_norm.weight, "D", dims, **kind)
+        if self.wo is not None:
+            check("wo", self.wo, "Hq D E", dims, **kind)
+            if dims["Hq"] % dims["Hkv"]:
+                raise ValueError(f"wo: expected a multiple of Hkv={dims['Hkv']} heads, got {dims['Hq']}")
+        if self.shared:
+            if self.keys.groups != self.values.groups:
+                raise ValueError(f"shared: expected equal groups, got {self.keys.groups} and {self.values.groups}")
+            if any(k > v for k, v in zip(self.keys.ranks, self.values.ranks, strict=True)):
+                raise ValueError(
+                    f"shared: expected key ranks within value ranks, got {self.keys.ranks} and {self.values.ranks}"
+                )
+            if self.keys.down is not None:
+                raise ValueError("shared: expected keys.down to be None (values.down writes the row), got a tensor")
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.keys.num_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.keys.head_dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.keys.up.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys.up.device
+
+    @property
+    def row_width(self) -> int:
+        """Latents in a row of the key cache (of the only cache when shared), norm columns not included."""
+        return self.values.width if self.shared else self.keys.width
+
+    @property
+    def k_width(self) -> int:
+        """Columns of the key cache: latents, then the norm columns (1/rms as hi and lo part), padded to 16."""
+        norms = 0 if self.key_norm is None else round_up(2 * self.num_kv_heads, RANK_STEP)
+        return self.row_width + norms
+
+    @property
+    def v_width(self) -> int:
+        """Columns of the value cache; 0 when shared."""
+        return 0 if self.shared else self.values.width
+
+    @property
+    def key_columns(self) -> tuple[slice, ...]:
+        """Each key group's latents in a row of the key cache."""
+        if not self.shared:
+            return self.keys.columns
+        starts = [columns.start for columns in self.values.columns]
+        return tuple(slice(s, s + rank) for s, rank in zip(starts, self.keys.ranks, strict=True))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Attention inputs x [.., E] -> latents (zk [.., sum Rk], zv [.., sum Rv]); (row, None) when shared.
+
+        Raises: ValueError if a write side (`down`) is missing or x does not fit it.
+        """
+        sides = {"values": self.values} if self.shared else {"keys": self.keys, "values": self.values}
+        rows = []
+        for name, side in sides.items():
+            if side.down is None:
+                raise ValueError(f"{name}.down: expected [E, {side.width}] to write latents, got None")
+            if x.shape[-1:] != side.down.shape[:1] or x.dtype != side.down.dtype or x.device != side.down.device:
+                expected = f"[.., {side.down.shape[0]}] {side.down.dtype} on {side.down.device}"
+                raise ValueError(f"x: expected {expected}, got {list(x.shape)} {x.dtype} on {x.device}")
+            kind = product_dtype(x)
+            rows.append((x.to(kind) @ side.down.to(kind)).to(x.dtype))
+        return rows[0], (rows[1] if len(rows) > 1 else None)
+
+    def raw_keys(self, row: Tensor, g: int) -> Tensor:
+        """Keys of group g from rows [n, >= row_width], bias added: [n, C, D], pairs adjacent, not normed or rotated."""
+        block = self.key_blocks[g]
+        tile = (row[:, self.key_columns[g]].to(block.dtype) @ block).to(accumulator(row.dtype))
+        tile = tile.unflatten(1, (-1, self.head_dim))
+        if self.keys.bias is not None:
+            tile = tile + self.keys.bias[list(self.keys.groups[g])][:, self.pairs].to(tile.dtype)
+        return tile
+
+    def turn_(self, tile: Tensor, turns: Tensor | None) -> Tensor:
+        """Norm weight and rotation of raw keys [n, C, D] in place; turns [n, rotary_dim / 2]."""
+        if self.key_norm is not None:
+            tile *= self.key_norm.weight[self.pairs].to(tile.dtype)
+        if self.rope is not None and turns is not None:
+            rotated = tile[..., : self.rope.rotary_dim].unflatten(-1, (-1, 2))
+            torch.view_as_complex(rotated).mul_(turns[:, None])
+        return tile
+
+    def rebuild(self, zk: Tensor, zv: Tensor | None, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Latents -> dense keys (normed, rotated) and values, [.., Hkv, D] each, in the latents' dtype.
+
+        Args:
+            zk: [.., row width]; zv: [.., sum Rv], None when shared.
+            positions: [..] integers; may be None only without a rope.
+        """
+        lead = zk.shape[:-1]
+        rows = zk.reshape(-1, zk.shape[-1])
+        value_rows = rows if zv is None else zv.reshape(-1, zv.shape[-1])
+        turns = None
+        if self.turns is not None:
+            if positions is None or positions.shape != lead:
+                got = None if positions is None else list(positions.shape)
+                raise ValueError(f"positions: expected shape {list(lead)}, got {got}")
+            turns = self.turns.index_select(0, positions.reshape(-1).to(rows.device, torch.int64))
+        k = rows.new_empty(len(rows), self.num_kv_heads, self.head_dim)
+        for g, heads in enumerate(self.keys.groups):
+            tile = self.raw_keys(rows, g)
+            norm = None if self.key_norm is None else self.key_norm.inverse_rms(tile)
+            tile = self.turn_(tile, turns)
+            tile = tile if norm is None else tile * norm[..., None]
+            for i, h in enumerate(heads):
+                k[:, h, self.pairs] = tile[:, i].to(k.dtype)
+        return k.view(*lead, *k.shape[1:]), self.values_of(value_rows).view(*lead, *k.shape[1:])
+
+    def values_of(self, rows: Tensor) -> Tensor:
+        """Value latents [n, sum Rv] -> [n, Hkv, D], bias added, in the latents' dtype."""
+        v = rows.new_empty(len(rows), self.num_kv_heads, self.head_dim)
+        for heads, columns, block in zip(self.values.groups, self.values.columns, self.value_blocks, strict=True):
+            tile = (rows[:, columns].to(block.dtype) @ block).unflatten(1, (-1, self.head_dim))
+            if self.values.bias is not None:
+                tile = tile.to(accumulator(v.dtype)) + self.values.bias[list(heads)]
+            v[:, list(heads)] = tile.to(v.dtype)
+        return v
+
+    def fold_output(self) -> Tensor:
+        """Value basis folded into the output projection: [Hq, max Rv, E] = uv[h // M] @ wo[h].
+
+        With it a "latent" result needs one product instead of two. It is smaller than the two only when Rv <= D;
+        the value bias stays outside: it adds (mass on tokens) * bias[h // M] @ wo[h].
+        """
+        if self.wo is None:
+            raise ValueError("wo: expected [Hq, D, E] to fold the value basis into, got None")
+        acc = accumulator(self.dtype)
+        up = self.values.up.repeat_interleave(self.wo.shape[0] // self.num_kv_heads, 0)
+        return (up.to(acc) @ self.wo.to(acc)).to(self.dtype)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LayerFactors:
+        return replace(
+            self,
+            keys=self.keys.to(device, dtype),
+            values=self.values.to(device, dtype),
+            key_norm=None if self.key_norm is None else self.key_norm.to(device, dtype),
+            wo=None if self.wo is None else self.wo.to(device, dtype),
+        )
+
+    def shard(self, rank: int, world: int) -> LayerFactors:
+        """The part of one tensor-parallel rank: consecutive kv heads, their query heads and their rows of wo.
+
+        Where world exceeds Hkv, kv heads are repeated and their query heads divided, as engines do. "hidden"
+        results of the ranks are partial sums. A latent group that is cut is held by every rank it serves.
+
+        Raises: ValueError if the heads do not divide, or groups would be cut unevenly.
+        """
+        heads = self.num_kv_heads
+        if not 0 <= rank < world or (heads % world and world % heads):
+            raise ValueError(f"shard: expected rank < world and Hkv={heads} to divide evenly, got {rank} of {world}")
+        chosen = (
+            [rank * heads // world]
+            if world > heads
+            else list(range(rank * heads // world, (rank + 1) * heads // world))
+        )
+        wo = self.wo
+        if wo is not None:
+            if wo.shape[0] % world:
+                raise ValueError(f"shard: expected Hq={wo.shape[0]} to be divisible by world, got {world}")
+            wo = wo.chunk(world)[rank].contiguous()
+        return replace(self, keys=self.keys.select(chosen), values=self.values.select(chosen), wo=wo)
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """The factors of every layer of a model.
+
+    Args:
+        layers: one LayerFactors per attention layer, in order.
+        method: what made them. model: name of the model they were made from.
+    """
+
+    layers: tuple[LayerFactors, ...]
+    method: str = "custom"
+    model: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if not self.layers:
+            raise ValueError("layers: expected at least one LayerFactors, got none")
+
+    @property
+    def numbers_per_token(self) -> int:
+        """Numbers a token holds in the latent caches of all layers, norm columns included."""
+        return sum(layer.k_width + layer.v_width for layer in self.layers)
+
+    @property
+    def dense_numbers_per_token(self) -> int:
+        """Numbers a token holds in a dense cache."""
+        return sum(2 * layer.num_kv_heads * layer.head_dim for layer in self.layers)
+
+    @property
+    def keep(self) -> float:
+        """Bytes of the latent cache / bytes of the dense cache, at 16 bits a number."""
+        return self.numbers_per_token / self.dense_numbers_per_token
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Factors:
+        return replace(self, layers=tuple(layer.to(device, dtype) for layer in self.layers))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes one safetensors file, no pickle; the file at `path` is replaced only when the new one is whole."""
+        tensors: dict[str, Tensor] = {}
+        layers = []
+        for i, layer in enumerate(self.layers):
+            entry: dict[str, Any] = {
+                "shared": layer.shared,
+                "rope": None if layer.rope is None else asdict(layer.rope),
+            }
+            for name in ("keys", "values"):
+                side: Projection = getattr(layer, name)
+                entry[name] = {"ranks": side.ranks, "head_order": side.head_order}
+                parts = {"up": side.up, "down": side.down, "bias": side.bias}
+                tensors |= {f"{i}.{name}.{part}": x for part, x in parts.items() if x is not None}
+            if layer.key_norm is not None:
+                entry["key_norm"] = {"eps": layer.key_norm.eps}
+                tensors[f"{i}.key_norm.weight"] = layer.key_norm.weight
+            if layer.wo is not None:
+                tensors[f"{i}.wo"] = layer.wo
+            layers.append(entry)
+        safefile.write(path, "factors", {"method": self.method, "model": self.model, "layers": layers}, tensors)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Factors:
+        """Reads a file that `save` wrote, to the CPU.
+
+        Raises: FileNotFoundError; ValueError if it is damaged, truncated, foreign or newer. Never a part of it.
+        """
+        record, tensors = safefile.read(path, "factors")
+        layers = []
+        for i, entry in enumerate(record["layers"]):
+            sides = {
+                name: Projection(
+                    up=tensors[f"{i}.{name}.up"],
+                    down=tensors.get(f"{i}.{name}.down"),
+                    bias=tensors.get(f"{i}.{name}.bias"),
+                    **entry[name],
+                )
+                for name in ("keys", "values")
+            }
+            norm = entry.get("key_norm")
+            layers.append(
+                LayerFactors(
+                    **sides,
+                    rope=None if entry["rope"] is None else Rope(**entry["rope"]),
+                    shared=entry["shared"],
+                    key_norm=None if norm is None else KeyNorm(tensors[f"{i}.key_norm.weight"], norm["eps"]),
+                    wo=tensors.get(f"{i}.wo"),
+                )
+            )
+        return cls(tuple(layers), record["method"], record["model"])

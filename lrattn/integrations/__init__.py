@@ -1,0 +1,1 @@
+"""One engine, one module: how a model or a server comes to attend on latents."""

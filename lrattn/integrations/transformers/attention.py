@@ -1,0 +1,238 @@
+"""latent_attention: a context in which a transformers model attends on latents."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrattn.attention import decode_attention, rebuild, write_latents
+from lrattn.factors import Factors
+from lrattn.integrations.transformers.cache import LatentCache, Span, check_fit
+from lrattn.integrations.transformers.dense import causal_attention
+from lrattn.integrations.transformers.verify import verify
+from lrattn.parts import AttentionParts, attention_parts, decoder_of
+
+DECODE_ROWS = (
+    64  # query rows per kv head up to which decode_attention is tuned; beyond, dense attention on rebuilt tokens
+)
+
+
+@contextmanager
+def latent_attention(model: nn.Module, factors: Factors, backend: str | None = None) -> Iterator[nn.Module]:
+    """Inside, model(...) and model.generate(...) attend on latents; on exit, by whatever way, the model is as before.
+
+    Prefill and scoring run dense attention on keys and values rebuilt from the latents; decode runs
+    lrattn.decode_attention on the cache. Where transformers would make a cache of its own a LatentCache is made;
+    another cache raises. Padding must be on the left where a cache is used, and is not stored.
+
+    Args:
+        model: a transformers causal language model. factors: of that model, in its dtype and on its device.
+        backend: passed to lrattn.decode_attention.
+
+    Raises: ValueError if the factors do not fit, or the model's attention is not one that can be rebuilt.
+    """
+    check_fit(model, factors)
+    parts = attention_parts(model)
+    decoder = decoder_of(model)
+    if any(isinstance(p.module.__dict__.get("forward"), _Forward) for p in parts):
+        raise ValueError("model: already inside latent_attention; leave that block first")
+    verify(model, parts)
+    session = _Session(model, decoder, factors)
+    with ExitStack() as undo:
+        for i, part in enumerate(parts):
+            _replace(undo, part.module, "forward", _Forward(session, part, i, backend))
+        if (original := getattr(model, "generate", None)) is not None:
+            _replace(undo, model, "generate", session.generate(original))
+        undo.callback(decoder.register_forward_pre_hook(session.before, with_kwargs=True).remove)
+        undo.callback(decoder.register_forward_hook(session.after).remove)
+        yield model
+
+
+def _replace(undo: ExitStack, module: nn.Module, name: str, value: Callable[..., Any]) -> None:
+    """Shadows a method on the instance; on undo the instance has what it had before, or nothing."""
+    if name in module.__dict__:
+        undo.callback(setattr, module, name, module.__dict__[name])
+    else:
+        undo.callback(delattr, module, name)
+    setattr(module, name, value)
+
+
+class _Session:
+    """What one forward pass of the decoder tells its attention layers."""
+
+    def __init__(self, model: nn.Module, decoder: nn.Module, factors: Factors) -> None:
+        self.model, self.decoder, self.factors = model, decoder, factors
+        self.config: Any = decoder.config
+        self.names = list(inspect.signature(decoder.forward).parameters)
+        self.cache: LatentCache | None = None
+        self.span = Span(None, [], [], [])
+        self.runs: list[tuple[int, slice]] = []  # the live columns of each sequence
+        self.positions = self.seq_lens = torch.empty(0)
+        self.extends = False  # some sequence has tokens from before this pass
+
+    def generate(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """`model.generate` that starts with a LatentCache unless it is given a cache, or told to use none."""
+
+        @functools.wraps(original)
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            config = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
+            use_cache = kwargs.get("use_cache", getattr(config, "use_cache", None))
+            if use_cache is not False and kwargs.get("past_key_values") is None:
+                kwargs["past_key_values"] = LatentCache(self.model, self.factors)
+            return original(*args, **kwargs)
+
+        return generate
+
+    def before(
+        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[()], dict[str, Any]]:
+        """Finds the live tokens and their slots; padding is handled here, so the decoder is given no mask."""
+        kwargs = dict(zip(self.names, args, strict=False)) | kwargs
+        cache = kwargs.get("past_key_values")
+        use_cache = kwargs.get("use_cache")
+        if cache is None and (self.config.use_cache if use_cache is None else use_cache):
+            cache = kwargs["past_key_values"] = LatentCache(self.model, self.factors)
+        if cache is not None and not isinstance(cache, LatentCache):
+            raise ValueError(
+                f"past_key_values: expected a LatentCache inside latent_attention, got {type(cache).__name__}"
+            )
+        if cache is not None and cache.factors is not self.factors:
+            raise ValueError(
+                "past_key_values: expected a LatentCache of the factors given to latent_attention, got another"
+            )
+        inputs = kwargs.get("input_ids")
+        inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+        if inputs is None:
+            raise ValueError("input_ids: expected input_ids or inputs_embeds, got neither")
+        batch, columns = inputs.shape[:2]
+        past = cache.lengths if cache is not None and cache.lengths else [0] * batch
+        seen = 0 if cache is None else cache.seen
+        span = _live_span(kwargs.get("attention_mask"), past, seen, batch, columns, cached=cache is not None)
+        expected = None if cache is None else cache.next_positions
+        span = span._replace(next_positions=_next_positions(kwargs.get("position_ids"), span, expected))
+        kwargs["attention_mask"] = None
+        self.cache, self.span = cache, span if cache is None else cache.reserve(span)
+        starts = torch.tensor([n - c - b for n, c, b in zip(span.lengths, span.counts, span.begins, strict=True)])
+        self.positions = (starts[:, None] + torch.arange(columns)).clamp_min(0).to(inputs.device)
+        self.seq_lens = torch.tensor(span.lengths, dtype=torch.int32, device=inputs.device)
+        self.runs = [(b, slice(i, i + n)) for b, (i, n) in enumerate(zip(span.begins, span.counts, strict=True))]
+        self.extends = span.lengths != span.counts
+        return (), kwargs
+
+    def after(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.cache is not None:
+            self.cache.commit(self.span, self.positions.shape[1])
+
+
+def _live_span(mask: Any, past: list[int], seen: int, batch: int, columns: int, *, cached: bool) -> Span:
+    """The live run of each sequence among the new columns, from a 2-D attention mask."""
+    if mask is None:
+        return Span(None, [0] * batch, [columns] * batch, [n + columns for n in past])
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape != (batch, seen + columns):
+        got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"attention_mask: expected shape [{batch}, {seen + columns}], tokens and cache, got {got}")
+    whole = mask.bool().cpu()
+    if whole[:, :seen].sum(1).tolist() != past:
+        raise ValueError(f"attention_mask: expected {past} live tokens before this call, as cached, got another mask")
+    live = whole[:, seen:]
+    counts = live.sum(1).tolist()
+    begins = [int(row.int().argmax()) if n else columns for row, n in zip(live, counts, strict=True)]
+    runs = torch.arange(columns)
+    expected = torch.stack([(runs >= b) & (runs < b + n) for b, n in zip(begins, counts, strict=True)])
+    if not torch.equal(live, expected):
+        raise ValueError("attention_mask: expected one run of live tokens a sequence, got holes")
+    if cached and any(n and b + n != columns for b, n in zip(begins, counts, strict=True)):
+        raise ValueError("attention_mask: expected padding on the left where a cache is used, got padding on the right")
+    if cached and any(p and n != columns for p, n in zip(past, counts, strict=True)):
+        raise ValueError("attention_mask: expected no padding after a sequence has begun, got some")
+    lengths = [p + n for p, n in zip(past, counts, strict=True)]
+    return Span(None if bool(live.all()) else live.to(mask.device), begins, counts, lengths)
+
+
+def _next_positions(position_ids: Any, span: Span, expected: list[int] | None) -> list[int] | None:
+    """Positions only matter by their differences: those of a sequence's tokens must go up by one, across calls too."""
+    if position_ids is None:
+        return None if expected is None else [e + n for e, n in zip(expected, span.counts, strict=True)]
+    rows = position_ids.expand(len(span.counts), -1).tolist()
+    after = []
+    for i, (row, begin, count) in enumerate(zip(rows, span.begins, span.counts, strict=True)):
+        live = row[begin : begin + count]
+        first = live[0] if live else 0
+        if expected is not None and span.lengths[i] > count:
+            first = expected[i]
+        if live != list(range(first, first + count)):
+            raise ValueError(f"position_ids: expected {count} consecutive positions from {first} on, got {live[:8]}..")
+        after.append(first + count)
+    return after
+
+
+class _Forward:
+    """The forward of one attention module, on latents."""
+
+    def __init__(self, session: _Session, part: AttentionParts, index: int, backend: str | None) -> None:
+        self.session, self.part, self.index, self.backend = session, part, index, backend
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        session, part, cache = self.session, self.part, self.session.cache
+        layer = session.factors.layers[self.index]
+        q = queries(part, hidden_states, session.positions)
+        zk, zv = layer.project(hidden_states)
+        if cache is None or not session.extends:
+            k, v = layer.rebuild(zk, zv, session.positions)
+            heads = self._dense(q, [k[b, run] for b, run in session.runs], [v[b, run] for b, run in session.runs])
+        if cache is not None:
+            self._write(zk, zv, *cache.caches[self.index])
+            if session.extends:
+                few = q.shape[1] * (q.shape[2] // layer.num_kv_heads) <= DECODE_ROWS
+                heads = (self._decode if few else self._extend)(q, cache)
+        return part.linear("o_proj")(heads.flatten(2)), None
+
+    def _write(self, zk: Tensor, zv: Tensor | None, k_cache: Tensor, v_cache: Tensor | None) -> None:
+        """The live tokens' latents into their slots."""
+        span, layer = self.session.span, self.session.factors.layers[self.index]
+        live = slice(None) if span.live is None else span.live.flatten()
+        values = None if zv is None else zv.flatten(0, 1)[live]
+        write_latents(layer, zk.flatten(0, 1)[live], values, k_cache, v_cache, span.slots, backend=self.backend)
+
+    def _decode(self, q: Tensor, cache: LatentCache) -> Tensor:
+        """A few queries a sequence: attention on the latents."""
+        session = self.session
+        heads = decode_attention(
+            q,
+            *cache.caches[self.index],
+            session.factors.layers[self.index],
+            block_table=cache.block_table,
+            seq_lens=session.seq_lens,
+            softmax_scale=self.part.scale,
+            max_seq_len=max(session.span.lengths),
+            window_size=self.part.window,
+            backend=self.backend,
+        )
+        assert isinstance(heads, Tensor)
+        return heads
+
+    def _extend(self, q: Tensor, cache: LatentCache) -> Tensor:
+        """A long run after cached tokens: dense attention on everything rebuilt."""
+        session, layer = self.session, self.session.factors.layers[self.index]
+        k, v = rebuild(*cache.caches[self.index], layer, cache.block_table, session.seq_lens, backend=self.backend)
+        return self._dense(q, k.split(session.span.lengths), v.split(session.span.lengths))
+
+    def _dense(self, q: Tensor, k: Sequence[Tensor], v: Sequence[Tensor]) -> Tensor:
+        """q [B, S, Hq, D] against each sequence's own k, v [T, Hkv, D]; zeros on padding."""
+        heads = torch.zeros_like(q)
+        for b, run in self.session.runs:
+            heads[b, run] = causal_attention(q[b, run], k[b], v[b], self.part.scale, self.part.window)
+        return heads
+
+
+def queries(part: AttentionParts, x: Tensor, positions: Tensor) -> Tensor:
+    """Rotated queries [B, S, Hq, D] of attention inputs x [B, S, E]."""
+    q = part.linear("q_proj")(x).unflatten(-1, (-1, part.head_dim))
+    norm = getattr(part.module, "q_norm", None)
+    return part.rope.rotate(q if norm is None else norm(q), positions)

@@ -1,0 +1,232 @@
+"""LatentCache: a transformers Cache that holds pages of latents and nothing else."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from lrattn.cache import allocate_cache
+from lrattn.factors import Factors
+from lrattn.parts import attention_parts
+
+
+class Span(NamedTuple):
+    """Where the tokens of one forward pass go.
+
+    live: [B, S] bool, False on padding; None if there is none. begins: per sequence its first live column.
+    counts: live tokens. lengths: tokens held once they are written. slots: [sum counts] int64, row by row.
+    """
+
+    live: Tensor | None
+    begins: list[int]
+    counts: list[int]
+    lengths: list[int]
+    slots: Tensor = torch.empty(0, dtype=torch.int64)
+    next_positions: list[int] | None = None
+
+
+class LatentCache(Cache):  # type: ignore[misc]
+    """The latents of a batch of sequences, in pages shared by all layers' block tables. Padding is not stored.
+
+    Args:
+        model: the model whose attention fills it. factors: of that model, in its dtype and on its device.
+        page_size: tokens per page, a multiple of 16.
+
+    It grows as tokens come, and works inside `latent_attention(model, factors)` only.
+    Raises: ValueError if the factors do not fit the model.
+    """
+
+    def __init__(self, model: nn.Module, factors: Factors, page_size: int = 16) -> None:
+        super().__init__(layers=[])
+        check_fit(model, factors)
+        self.factors = factors
+        self.page_size = page_size
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets every token and gives the pages back."""
+        self.caches = [allocate_cache(layer, 0, self.page_size) for layer in self.factors.layers]
+        self.block_table = torch.empty(0, 0, dtype=torch.int32, device=self.factors.layers[0].device)
+        self.lengths: list[int] = []
+        self.seen = 0  # columns of the attention mask so far, padding included
+        self.next_positions: list[int] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors held: pages (free room in them included), block table, lengths."""
+        pages = [x for pair in self.caches for x in pair if x is not None]
+        return sum(x.untyped_storage().nbytes() for x in (*pages, self.block_table)) + 4 * len(self.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens stored, over all sequences."""
+        return sum(self.lengths)
+
+    def reserve(self, span: Span) -> Span:
+        """Pages for the tokens of a span, and their slots. Lengths change only at `commit`."""
+        size, batch = self.page_size, len(span.counts)
+        if self.lengths and batch != len(self.lengths):
+            raise ValueError(f"past_key_values: expected a batch of {len(self.lengths)}, got {batch}")
+        need = [-(-length // size) for length in span.lengths]
+        table = self._table(batch, max(need, default=0))
+        held = (table >= 0).sum(1).tolist()
+        used = sum(held)
+        missing = sum(max(n - h, 0) for n, h in zip(need, held, strict=True))
+        self._grow(used + missing)
+        taken = set(table[table >= 0].tolist())
+        free = (page for page in range(self._num_pages) if page not in taken)
+        for b in range(batch):
+            for i in range(held[b], need[b]):
+                table[b, i] = next(free)
+        self.block_table = table.to(self.block_table.device)
+        slots = []
+        for b, (count, length) in enumerate(zip(span.counts, span.lengths, strict=True)):
+            t = torch.arange(length - count, length)
+            slots.append(table[b, t // size].long() * size + t % size)
+        return span._replace(slots=torch.cat(slots).to(self.block_table.device))
+
+    def commit(self, span: Span, columns: int) -> None:
+        """The tokens of a span were written to every layer."""
+        self.lengths = list(span.lengths)
+        self.next_positions = span.next_positions
+        self.seen += columns
+
+    @property
+    def _num_pages(self) -> int:
+        return self.caches[0][0].shape[0]
+
+    def _table(self, batch: int, width: int) -> Tensor:
+        """A copy of the block table on the CPU, widened to [batch, width] with -1."""
+        rows, columns = self.block_table.shape
+        table = torch.full((batch, max(width, columns)), -1, dtype=torch.int32)
+        table[:rows, :columns] = self.block_table
+        return table
+
+    def _grow(self, pages: int) -> None:
+        """Room for `pages` pages; a pool that has to move grows by an eighth at least, so that appending is cheap."""
+        have = self._num_pages
+        if pages <= have:
+            return
+        pages = max(pages, have + have // 8)
+        for i, layer in enumerate(self.factors.layers):
+            grown = allocate_cache(layer, pages, self.page_size)
+            for new, old in zip(grown, self.caches[i], strict=True):
+                if new is not None and old is not None:
+                    new[:have] = old
+            self.caches[i] = grown
+
+    def _select(self, rows: Tensor) -> None:
+        """Sequences rows[i] of the old batch become the new batch; every sequence owns copies of its pages."""
+        if not self.lengths:
+            return
+        chosen = self.block_table[rows.to(self.block_table.device)]
+        inside = chosen >= 0
+        pages = chosen[inside].long()
+        self.caches = [
+            tuple(x if x is None else x.index_select(0, pages) for x in pair)  # type: ignore[misc]
+            for pair in self.caches
+        ]
+        table = torch.full_like(chosen, -1)
+        table[inside] = torch.arange(len(pages), dtype=torch.int32, device=table.device)
+        order = rows.tolist()
+        self.block_table = table
+        self.lengths = [self.lengths[i] for i in order]
+        if self.next_positions is not None:
+            self.next_positions = [self.next_positions[i] for i in order]
+
+    # What transformers asks of a Cache.
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last tokens of every sequence; like transformers, a negative number says how many.
+
+        A positive number is the length to keep, as in older releases.
+        """
+        kept = tokens_to_remove if tokens_to_remove > 0 else self.seen + tokens_to_remove
+        removed = self.seen - max(kept, 0)
+        if removed <= 0:
+            return
+        self.lengths = [max(n - removed, 0) for n in self.lengths]
+        if self.next_positions is not None:
+            self.next_positions = [p - removed for p in self.next_positions]
+        self.seen -= removed
+        for b, n in enumerate(self.lengths):
+            self.block_table[b, -(-n // self.page_size) :] = -1
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select(torch.arange(len(self.lengths)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._select(torch.arange(len(self.lengths), device=indices.device)[indices])
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    def update(self, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        raise RuntimeError(
+            "LatentCache holds latents, not keys and values: use it inside latent_attention(model, factors)"
+        )
+
+    def __len__(self) -> int:
+        return len(self.factors.layers)
+
+    def __repr__(self) -> str:
+        return f"LatentCache(lengths={self.lengths}, nbytes={self.nbytes}, keep={self.factors.keep:.3f})"
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.lengths) or -1
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        return bool(self.lengths)
+
+    @property
+    def is_croppable(self) -> bool:
+        return True
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [False] * len(self)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return [False] * len(self)
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        return [False] * len(self)
+
+
+def check_fit(model: nn.Module, factors: Factors) -> None:
+    """Raises ValueError if the factors are of another model, dtype or device."""
+    parts = attention_parts(model)
+    if len(parts) != len(factors.layers):
+        raise ValueError(f"factors: expected {len(parts)} layers as in the model, got {len(factors.layers)}")
+    for i, (part, layer) in enumerate(zip(parts, factors.layers, strict=True)):
+        weight = part.linear("k_proj").weight
+        inputs = None if layer.values.down is None else layer.values.down.shape[0]
+        expected = (part.num_kv_heads, part.head_dim, part.linear("k_proj").in_features)
+        got = (layer.num_kv_heads, layer.head_dim, inputs)
+        if expected != got:
+            raise ValueError(f"factors: expected (Hkv, D, E) = {expected} in layer {i} as in {part.name}, got {got}")
+        if (weight.dtype, weight.device) != (layer.dtype, layer.device):
+            raise ValueError(
+                f"factors: expected {weight.dtype} on {weight.device} in layer {i} as in the model, got {layer.dtype} "
+                f"on {layer.device}; use factors.to(device, dtype)"
+            )

@@ -1,0 +1,290 @@
+"""PyTorch truth of every op, in data-flow order; also the path of CPU tensors.
+
+Sequences are taken one by one and their tokens in blocks, so that a row's result depends on that row alone and
+memory beyond the cache is O(block). Sums are float32 (float64 for float64); arguments are checked by the caller.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lrattn.cache import inverse_rms, norm_columns, read_rows, write_rows
+from lrattn.factors import LayerFactors
+from lrattn.shapes import accumulator
+
+TILE_BYTES = 1 << 20  # of rebuilt keys per block: a core's second-level cache
+
+
+def write_latents(
+    layer: LayerFactors,
+    zk: Tensor,
+    zv: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor | None,
+    slots: Tensor,
+) -> None:
+    """zk [n, row_width], zv [n, sum Rv] -> rows `slots` [n] of the caches."""
+    write_rows(k_cache, torch.cat((zk, norm_columns(layer, zk)), 1), slots)
+    if zv is not None and v_cache is not None:
+        write_rows(v_cache, zv, slots)
+
+
+def rebuild(
+    k_cache: Tensor,
+    v_cache: Tensor | None,
+    layer: LayerFactors,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    positions: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Dense keys and values of all sequences, one after the other: [sum T, Hkv, D] each."""
+    limit = block_table.shape[1] * k_cache.shape[1]
+    parts = []
+    for pages, length in zip(block_table, seq_lens.clamp(0, limit).tolist(), strict=True):
+        _check_positions(layer, length, positions)
+        rows = read_rows(k_cache, pages, 0, length)
+        at = torch.arange(length, device=rows.device)
+        if positions is not None:
+            at = read_rows(positions[..., None], pages, 0, length)[:, 0]
+        zv = None if v_cache is None else read_rows(v_cache, pages, 0, length)
+        parts.append(layer.rebuild(rows[:, : layer.row_width], zv, at))
+    empty = k_cache.new_empty(0, layer.num_kv_heads, layer.head_dim)
+    return torch.cat([empty, *(k for k, _ in parts)]), torch.cat([empty, *(v for _, v in parts)])
+
+
+class Mask(NamedTuple):
+    """What a query may see: tokens start..its own index (or the end), the last `window` of them."""
+
+    starts: list[int]
+    lengths: list[int]
+    causal: bool
+    window: int | None
+
+
+class Blocks(NamedTuple):
+    """Work in flight: so many queries of a sequence against so many tokens."""
+
+    queries: int
+    tokens: int
+    nbytes: int
+
+
+def blocks(layer: LayerFactors, query_heads: int, num_queries: int, dtype: torch.dtype, limit: int) -> Blocks:
+    """Queries and tokens per block, so that temporaries stay within `limit` bytes (one query, 16 tokens at least)."""
+    size = accumulator(dtype).itemsize
+    widest = max(layer.values.ranks)
+    per_query = query_heads * (3 * widest + 2 * layer.head_dim) * size
+    queries = max(1, min(num_queries, limit // 2 // per_query))
+    tile = layer.keys.group_size * layer.head_dim
+    per_token = 3 * tile * size + 3 * query_heads * queries * size + 2 * (layer.k_width + layer.v_width) * size
+    tokens = min(TILE_BYTES // (tile * size), limit // 2 // per_token)
+    tokens = max(16, tokens // 16 * 16)
+    return Blocks(queries, tokens, queries * per_query + tokens * per_token)
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor | None,
+    layer: LayerFactors,
+    block_table: Tensor,
+    mask: Mask,
+    positions: Tensor | None,
+    scale: float,
+    softcap: float,
+    sinks: Tensor | None,
+    project: str,
+    num_splits: int,
+    workspace_limit: int,
+) -> tuple[Tensor, Tensor]:
+    """q [B, S, Hq, D] -> output [B, S, Hq, Rv | D] or [B, S, E] in q's dtype, lse [B, S, Hq]."""
+    batch, num_queries, query_heads, _ = q.shape
+    acc = accumulator(q.dtype)
+    plan = blocks(layer, query_heads, num_queries, q.dtype, workspace_limit)
+    out = q.new_empty(batch, num_queries, *output_shape(layer, query_heads, project))
+    lse = torch.empty(batch, num_queries, query_heads, dtype=acc, device=q.device)
+    for b in range(batch):
+        _check_positions(layer, mask.lengths[b], positions)
+        for first in range(0, num_queries, plan.queries):
+            last = min(first + plan.queries, num_queries)
+            row = _Row(
+                q[b, first:last].to(acc) * scale,
+                layer,
+                k_cache,
+                v_cache,
+                block_table[b],
+                positions,
+                softcap,
+            )
+            latent, row_lse = _attend(row, mask, b, first - num_queries, plan.tokens, max(num_splits, 1))
+            latent, row_lse, mass = _join_sinks(latent, row_lse, sinks)
+            out[b, first:last] = _project(latent, mass, layer, project).to(out.dtype)
+            lse[b, first:last] = row_lse
+    return out, lse
+
+
+def output_shape(layer: LayerFactors, query_heads: int, project: str) -> tuple[int, ...]:
+    if project == "hidden":
+        assert layer.wo is not None
+        return (layer.wo.shape[2],)
+    return query_heads, (max(layer.values.ranks) if project == "latent" else layer.head_dim)
+
+
+class _Row(NamedTuple):
+    """One sequence: scaled queries [S, Hq, D] and where its tokens lie."""
+
+    q: Tensor
+    layer: LayerFactors
+    k_cache: Tensor
+    v_cache: Tensor | None
+    pages: Tensor
+    positions: Tensor | None
+    softcap: float
+
+
+def _attend(row: _Row, mask: Mask, b: int, offset: int, step: int, num_splits: int) -> tuple[Tensor, Tensor]:
+    """Latent result [S, Hq, Rv] and lse [S, Hq] over the row's tokens; query s sits at index length + offset + s."""
+    heads, length = row.layer.num_kv_heads, mask.lengths[b]
+    num_queries, _, head_dim = row.q.shape
+    q = row.q.view(num_queries, heads, -1, head_dim).permute(1, 2, 0, 3).reshape(heads, -1, head_dim)  # [Hkv, M S, D]
+    index = torch.arange(num_queries, device=q.device) + (length + offset)
+    begin, end = mask.starts[b], length
+    if mask.causal:
+        end = min(length, length + offset + num_queries)
+        if mask.window is not None:
+            begin = max(begin, length + offset - mask.window + 1)
+    begin = max(begin, 0)
+    live = max(end - begin, 0)
+    borders = [begin + live * i // num_splits for i in range(num_splits + 1)]
+    parts = [
+        _attend_span(row, _absorb(row.layer, q), index, mask, borders[i], borders[i + 1], step)
+        for i in range(num_splits)
+    ]
+    latent, lse = merge_attention([p[0] for p in parts], [p[1] for p in parts])  # [Hkv, M S, Rv], [Hkv, M S]
+    split = (heads, -1, num_queries)
+    latent = latent.unflatten(1, split[1:]).permute(2, 0, 1, 3).flatten(1, 2)
+    return latent, lse.unflatten(1, split[1:]).permute(2, 0, 1).flatten(1, 2)
+
+
+def _attend_span(
+    row: _Row, queries: list[Tensor], index: Tensor, mask: Mask, begin: int, end: int, step: int
+) -> tuple[Tensor, Tensor]:
+    """Softmax over tokens begin..end, block by block with a running maximum."""
+    layer, q = row.layer, queries[0]
+    heads, rows = layer.num_kv_heads, q.shape[1]
+    peak = q.new_full((heads, rows), -torch.inf)
+    total = q.new_zeros(heads, rows)
+    latent = q.new_zeros(heads, rows, max(layer.values.ranks))
+    for t0 in range(begin, end, step):
+        t1 = min(t0 + step, end)
+        ck = read_rows(row.k_cache, row.pages, t0, t1)
+        cv = ck if row.v_cache is None else read_rows(row.v_cache, row.pages, t0, t1)
+        s = _scores(row, queries, ck, t0, t1)  # [Hkv, M S, n]
+        seen = _seen(index, mask, t0, t1)
+        if seen is not None:
+            s.unflatten(1, (-1, len(index))).masked_fill_(~seen, -torch.inf)
+        above = torch.maximum(peak, s.amax(-1))
+        base = above.masked_fill(above == -torch.inf, 0.0)
+        p = s.sub_(base[..., None]).exp_()
+        fade = (peak - base).exp_()
+        total = total * fade + p.sum(-1)
+        latent *= fade[..., None]
+        for members, columns in zip(layer.values.groups, layer.values.columns, strict=True):
+            mixed = p[list(members)].flatten(0, 1) @ cv[:, columns].to(p.dtype)  # [C M S, Rv]
+            latent[list(members), :, : mixed.shape[1]] += mixed.unflatten(0, (-1, rows))
+        peak = above
+    empty = total == 0
+    lse = peak + total.log()
+    return latent / total.masked_fill(empty, 1.0)[..., None], lse.masked_fill(empty, -torch.inf)
+
+
+def _absorb(layer: LayerFactors, q: Tensor) -> list[Tensor]:
+    """Queries [Hkv, M S, D] made ready: pairs adjacent; without a rope also multiplied into each group's latents."""
+    ready = [q[..., layer.pairs]]
+    if layer.rope is None:
+        weighted = q if layer.key_norm is None else q * layer.key_norm.weight.to(q.dtype)
+        up = layer.keys.up.to(q.dtype)
+        for members, rank in zip(layer.keys.groups, layer.keys.ranks, strict=True):
+            ready.append(weighted[list(members)] @ up[list(members), :rank].transpose(1, 2))  # [C, M S, Rk]
+    return ready
+
+
+def _scores(row: _Row, queries: list[Tensor], ck: Tensor, t0: int, t1: int) -> Tensor:
+    """Scaled, capped scores [Hkv, M S, n] of key rows [n, k_width]; not masked."""
+    layer, q = row.layer, queries[0]
+    turns = None
+    if layer.turns is not None:
+        turns = layer.turns[t0:t1]
+        if row.positions is not None:
+            at = read_rows(row.positions[..., None], row.pages, t0, t1)[:, 0]
+            turns = layer.turns.index_select(0, at)
+    s = q.new_empty(*q.shape[:2], t1 - t0)
+    for g, members in enumerate(layer.keys.groups):
+        if layer.rope is None:
+            z = ck[:, layer.key_columns[g]].to(q.dtype)
+            s[list(members)] = (queries[1 + g].flatten(0, 1) @ z.T).unflatten(0, (len(members), -1))
+        else:
+            tile = layer.turn_(layer.raw_keys(ck, g), turns)  # [n, C, D]
+            s[list(members)] = q[list(members)] @ tile.permute(1, 2, 0)
+    if layer.rope is None and layer.keys.bias is not None:
+        bias = layer.keys.bias.to(q.dtype)
+        bias = bias if layer.key_norm is None else bias * layer.key_norm.weight.to(q.dtype)
+        s += q @ bias[..., None]
+    if layer.key_norm is not None:
+        s *= inverse_rms(layer, ck).T[:, None]
+    return s.div_(row.softcap).tanh_().mul_(row.softcap) if row.softcap else s
+
+
+def _seen(index: Tensor, mask: Mask, t0: int, t1: int) -> Tensor | None:
+    """Which of tokens t0..t1 each query sees, [S, n]; None where every query sees them all."""
+    if not mask.causal:
+        return None
+    t = torch.arange(t0, t1, device=index.device)
+    seen = t <= index[:, None]
+    if mask.window is not None:
+        seen &= t > index[:, None] - mask.window
+    return None if bool(seen.all()) else seen
+
+
+def merge_attention(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Results over disjoint tokens -> the result over all: outs [.., X] each, lses [..] each."""
+    if len(outs) == 1:
+        return outs[0], lses[0]
+    acc = accumulator(outs[0].dtype)
+    stacked = torch.stack(lses).to(acc)
+    lse = torch.logsumexp(stacked, 0)
+    weights = (stacked - lse.masked_fill(lse == -torch.inf, 0.0)).exp()[..., None]
+    parts = torch.stack(outs).to(acc)
+    return (weights * parts.masked_fill(weights == 0, 0.0)).sum(0).to(outs[0].dtype), lse
+
+
+def _join_sinks(latent: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Sink logits [Hq] join the denominator; also the probability mass left on tokens, [S, Hq]."""
+    if sinks is None:
+        return latent, lse, (lse > -torch.inf).to(lse.dtype)
+    joined = torch.logaddexp(lse, sinks.to(lse.dtype))
+    mass = (lse - joined.masked_fill(joined == -torch.inf, 0.0)).exp()
+    return latent * mass[..., None], joined, mass
+
+
+def _project(latent: Tensor, mass: Tensor, layer: LayerFactors, project: str) -> Tensor:
+    """Latent results [S, Hq, Rv] -> what was asked for; the value bias counts with the mass on tokens."""
+    if project == "latent":
+        return latent
+    repeats = latent.shape[1] // layer.num_kv_heads
+    up = layer.values.up.to(latent.dtype).repeat_interleave(repeats, 0)
+    heads = torch.einsum("shr,hrd->shd", latent, up)
+    if layer.values.bias is not None:
+        heads += mass[..., None] * layer.values.bias.to(heads.dtype).repeat_interleave(repeats, 0)
+    if project == "heads":
+        return heads
+    assert layer.wo is not None
+    return torch.einsum("shd,hde->se", heads, layer.wo.to(heads.dtype))
+
+
+def _check_positions(layer: LayerFactors, length: int, positions: Tensor | None) -> None:
+    if layer.rope is not None and positions is None and length > layer.rope.max_position:
+        raise ValueError(f"seq_lens: expected at most max_position={layer.rope.max_position} of the rope, got {length}")

@@ -1,0 +1,178 @@
+"""Seeded decode problems: shuffled pages, NaN in every slot that must not be read, garbage in unused table entries."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+import lrattn
+
+GARBAGE = 2_000_000_000
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape of decode_attention; `call` holds its scalar arguments."""
+
+    name: str
+    Hkv: int = 4
+    M: int = 1
+    D: int = 64
+    S: int = 1
+    P: int = 16
+    key_ranks: tuple[int, ...] = (32,)
+    value_ranks: tuple[int, ...] = (48,)
+    lens: tuple[int, ...] = (37,)
+    E: int = 24
+    rope: Any = "default"
+    shared: bool = False
+    bias: bool = False
+    key_norm: bool = False
+    key_order: tuple[int, ...] | None = None
+    value_order: tuple[int, ...] | None = None
+    positions: bool = False
+    starts: tuple[int, ...] | None = None
+    sinks: bool = False
+    call: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self):
+        return self.name
+
+
+def rope_of(case):
+    if case.rope is None:
+        return None
+    extra = {} if case.rope == "default" else dict(case.rope)
+    return lrattn.Rope(**{"theta": 1e4, "dim": case.D, "max_position": 4096, **extra})
+
+
+def make_layer(case, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, scale=1.0):
+        return (torch.randn(*shape, generator=g, dtype=torch.float64) * scale).to(dtype)
+
+    def up(ranks, order):
+        x = normal(case.Hkv, max(ranks), case.D, scale=max(ranks) ** -0.5)
+        order = order or range(case.Hkv)
+        for place, head in enumerate(order):
+            x[head, ranks[place // (case.Hkv // len(ranks))] :] = 0
+        return x
+
+    keys = lrattn.Projection(
+        up=up(case.key_ranks, case.key_order),
+        ranks=case.key_ranks,
+        down=None if case.shared else normal(case.E, sum(case.key_ranks)),
+        bias=normal(case.Hkv, case.D, scale=2.0) if case.bias else None,
+        head_order=case.key_order,
+    )
+    values = lrattn.Projection(
+        up=up(case.value_ranks, case.value_order),
+        ranks=case.value_ranks,
+        down=normal(case.E, sum(case.value_ranks)),
+        bias=normal(case.Hkv, case.D) if case.bias else None,
+        head_order=case.value_order,
+    )
+    return lrattn.LayerFactors(
+        keys=keys,
+        values=values,
+        rope=rope_of(case),
+        shared=case.shared,
+        key_norm=lrattn.KeyNorm(normal(case.D, scale=0.3) + 1, 1e-6) if case.key_norm else None,
+        wo=normal(case.Hkv * case.M, case.D, case.E, scale=case.D**-0.5),
+    )
+
+
+def make(case, dtype=torch.float64, seed=0):
+    """Layer, query, caches and the keyword arguments of decode_attention."""
+    layer = make_layer(case, dtype, seed)
+    g = torch.Generator().manual_seed(seed + 1)
+    width = max((n + case.P - 1) // case.P for n in case.lens) + 1
+    num_pages = sum((n + case.P - 1) // case.P for n in case.lens) + 3
+    order = torch.randperm(num_pages, generator=g).tolist()
+    table = torch.full((len(case.lens), width), GARBAGE, dtype=torch.int32)
+    k_cache, v_cache = lrattn.allocate_cache(layer, num_pages, case.P)
+    for cache in (k_cache, v_cache):
+        if cache is not None:
+            cache.fill_(torch.nan)
+    positions = torch.full((num_pages, case.P), -1, dtype=torch.int32) if case.positions else None
+    for b, n in enumerate(case.lens):
+        for i in range((n + case.P - 1) // case.P):
+            table[b, i] = order.pop()
+        t = torch.arange(n)
+        slots = table[b, t // case.P].long() * case.P + t % case.P
+        zk = torch.randn(n, layer.row_width, generator=g, dtype=torch.float64).to(dtype)
+        zv = None if case.shared else torch.randn(n, layer.v_width, generator=g, dtype=torch.float64).to(dtype)
+        lrattn.write_latents(layer, zk, zv, k_cache, v_cache, slots)
+        if positions is not None:
+            chosen = torch.randperm(4096, generator=g)[:n].sort().values.int()
+            positions.view(-1)[slots] = chosen
+    q = torch.randn(len(case.lens), case.S, case.Hkv * case.M, case.D, generator=g, dtype=torch.float64).to(dtype)
+    kwargs = {
+        "block_table": table,
+        "seq_lens": torch.tensor(case.lens, dtype=torch.int32),
+        "positions": positions,
+        "seq_starts": None if case.starts is None else torch.tensor(case.starts, dtype=torch.int32),
+        "sinks": torch.randn(case.Hkv * case.M, generator=g) if case.sinks else None,
+        **case.call,
+    }
+    return layer, q, k_cache, v_cache, kwargs
+
+
+PLAIN = Case("plain")
+CASES = [
+    PLAIN,
+    Case("gqa", M=3, key_ranks=(32, 48), lens=(33, 1)),
+    Case("mqa", Hkv=1, M=8, key_ranks=(16,), value_ranks=(32,), lens=(16, 17, 15)),
+    Case("ragged ranks and batch", M=2, key_ranks=(16, 48, 32, 64), value_ranks=(64, 16), lens=(0, 1, 15, 40)),
+    Case("head order", Hkv=6, M=2, D=80, key_ranks=(32, 48), key_order=(4, 0, 2, 5, 1, 3),
+         value_order=(5, 4, 3, 2, 0, 1)),
+    Case("three heads a group", Hkv=3, M=3, key_ranks=(96,), value_ranks=(80,), lens=(50,)),
+    Case("bias", M=2, bias=True, key_ranks=(32, 16), lens=(20, 9)),
+    Case("key norm", key_norm=True, bias=True, M=2, lens=(21, 3)),
+    Case("key norm, groups", key_norm=True, key_ranks=(32, 16), key_order=(3, 1, 0, 2), lens=(21,)),
+    Case("no rope", rope=None, M=2, key_ranks=(32, 16), lens=(30, 2)),
+    Case("no rope, bias and norm", rope=None, bias=True, key_norm=True, key_order=(2, 0, 3, 1), key_ranks=(32, 16)),
+    Case("interleaved", rope={"interleaved": True}, M=2, D=96),
+    Case("partial rotary", rope={"partial_rotary_factor": 0.25}, D=80, M=2),
+    Case("partial interleaved", rope={"partial_rotary_factor": 0.5, "interleaved": True}, D=128),
+    Case(
+        "yarn",
+        rope={"scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}},
+        D=128,
+        positions=True,
+    ),
+    Case("joint row", shared=True, key_ranks=(48, 64), value_ranks=(48, 64), M=2, lens=(33, 5)),
+    Case("riding row", shared=True, key_ranks=(32, 16), value_ranks=(48, 64), M=2, lens=(33, 5)),
+    Case(
+        "riding row, head order, norm",
+        shared=True,
+        key_norm=True,
+        key_ranks=(32, 16),
+        value_ranks=(48, 64),
+        key_order=(3, 0, 2, 1),
+        value_order=(3, 0, 2, 1),
+    ),
+    Case("shared without rope", shared=True, rope=None, key_ranks=(32,), value_ranks=(64,)),
+    Case("positions", positions=True, M=2, lens=(40, 17)),
+    Case("starts", starts=(5, 0, 20), lens=(40, 17, 20), M=2),
+    Case("many queries", S=5, M=2, lens=(40, 5, 3, 0)),
+    Case("not causal", S=3, lens=(20, 2), starts=(4, 0), call={"causal": False}),
+    Case("window", lens=(60, 5), call={"window_size": 20}),
+    Case("window and queries", S=4, M=2, lens=(60, 5, 2), starts=(0, 2, 0), call={"window_size": 7}),
+    Case("softcap", call={"softcap": 3.0}, M=2),
+    Case("sinks", sinks=True, bias=True, M=2, lens=(20, 0, 1)),
+    Case("scale", call={"softmax_scale": 0.3}),
+    Case("splits", M=2, S=2, lens=(70, 3, 0), call={"num_splits": 5}),
+    Case("splits, window, sinks", sinks=True, S=2, lens=(70, 33), call={"num_splits": 3, "window_size": 40}),
+    Case("small workspace", S=4, M=2, lens=(70, 40), call={"workspace_limit": 1}),
+    Case("big pages", P=64, lens=(130, 64, 63), M=2),
+    Case("wide head", D=256, Hkv=2, key_ranks=(64,), value_ranks=(32,)),
+    Case("everything", M=2, S=3, D=80, Hkv=4, key_ranks=(32, 16), value_ranks=(64,), key_order=(2, 1, 3, 0), bias=True,
+         key_norm=True, positions=True, starts=(3, 0), sinks=True, lens=(50, 21), P=32,
+         rope={"partial_rotary_factor": 0.5}, call={"softcap": 5.0, "window_size": 30, "num_splits": 2}),
+]  # fmt: skip
+
+
+def variant(case, **changes):
+    return replace(case, **changes)

@@ -1,0 +1,193 @@
+"""Every variant against transformers' own rotary embedding, on the configs of published models."""
+
+import pytest
+import torch
+from transformers import (
+    CohereConfig,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.models.cohere import modeling_cohere as cohere
+from transformers.models.gemma3 import modeling_gemma3 as gemma3
+from transformers.models.gpt_neox import modeling_gpt_neox as gpt_neox
+from transformers.models.llama import modeling_llama as llama
+from transformers.models.phi3 import modeling_phi3 as phi3
+from transformers.models.qwen2 import modeling_qwen2 as qwen2
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
+
+from lrattn import Rope
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+PHI3_SHORT = [1.0 + 0.02 * i for i in range(48)]
+PHI3_LONG = [1.0 + 1.3 * i for i in range(48)]
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": PHI3_SHORT, "long_factor": PHI3_LONG}
+
+
+def llama_like(**rope):
+    return LlamaConfig(head_dim=128, max_position_embeddings=131072, rope_parameters={"rope_theta": 1e4, **rope})
+
+
+FAMILIES = {
+    "llama-2": (
+        LlamaConfig(head_dim=128, rope_parameters={"rope_theta": 1e4}, max_position_embeddings=4096),
+        llama.LlamaRotaryEmbedding,
+    ),
+    "llama-3.1": (llama_like(**LLAMA3), llama.LlamaRotaryEmbedding),
+    "linear": (llama_like(rope_type="linear", factor=4.0), llama.LlamaRotaryEmbedding),
+    "yarn": (
+        llama_like(rope_type="yarn", factor=4.0, original_max_position_embeddings=32768),
+        llama.LlamaRotaryEmbedding,
+    ),
+    "yarn, untruncated, mscale": (
+        llama_like(
+            rope_type="yarn",
+            factor=40.0,
+            original_max_position_embeddings=4096,
+            beta_fast=32,
+            beta_slow=1,
+            mscale=1.0,
+            mscale_all_dim=0.7,
+            truncate=False,
+        ),
+        llama.LlamaRotaryEmbedding,
+    ),
+    "qwen2.5": (
+        Qwen2Config(rope_parameters={"rope_theta": 1e6}, max_position_embeddings=32768),
+        qwen2.Qwen2RotaryEmbedding,
+    ),
+    "qwen3": (Qwen3Config(head_dim=128, rope_parameters={"rope_theta": 1e6}), qwen3.Qwen3RotaryEmbedding),
+    "phi-4, short": (
+        Phi3Config(rope_parameters={"rope_theta": 2.5e5}, max_position_embeddings=16384),
+        phi3.Phi3RotaryEmbedding,
+    ),
+    "phi-3, partial": (
+        Phi3Config(
+            head_dim=128,
+            rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.75},
+            max_position_embeddings=4096,
+        ),
+        phi3.Phi3RotaryEmbedding,
+    ),
+    "gpt-neox": (
+        GPTNeoXConfig(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.25}),
+        gpt_neox.GPTNeoXRotaryEmbedding,
+    ),
+}
+
+
+def halves(cos, sin):
+    """transformers repeats every pair's cos and sin: [T, rotary_dim] -> [T, rotary_dim / 2] complex."""
+    n = cos.shape[-1] // 2
+    return torch.complex(cos[..., :n], sin[..., :n])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_table_is_bit_equal_to_transformers(family):
+    config, embedding = FAMILIES[family]
+    rope = Rope.from_config(config, fp32_angles=True)
+    positions = torch.cat((torch.arange(600), torch.tensor([rope.max_position - 1])))[None]
+    expected = halves(*embedding(config)(torch.zeros(1), positions))[0]
+    got = rope.turns()[positions[0]]
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("length", [4096, 131072])
+def test_longrope_is_static(length):
+    """Long factors where the table passes the original context, short ones where it does not."""
+    config = Phi3Config(
+        head_dim=96,
+        max_position_embeddings=131072,
+        original_max_position_embeddings=4096,
+        rope_parameters=LONGROPE,
+        hidden_size=3072,
+    )
+    rope = Rope.from_config(config, max_position=length, fp32_angles=True)
+    positions = torch.tensor([[0, 1, 777, length - 1]])
+    expected = halves(*phi3.Phi3RotaryEmbedding(config)(torch.zeros(1), positions))[0]
+    torch.testing.assert_close(rope.turns()[positions[0]], expected, rtol=0, atol=0)
+    assert rope.frequencies()[1] > 1.1  # the attention factor of a 32-fold extension
+
+
+def test_gemma_3_has_two_thetas_by_layer_type():
+    config = Gemma3TextConfig(head_dim=64)
+    embedding = gemma3.Gemma3RotaryEmbedding(config)
+    positions = torch.arange(300)[None]
+    tables = {}
+    for kind in ("sliding_attention", "full_attention"):
+        rope = Rope.from_config(config, kind, fp32_angles=True)
+        tables[kind] = rope.turns()[:300]
+        expected = halves(*embedding(torch.zeros(1), positions, kind))[0]
+        torch.testing.assert_close(tables[kind], expected, rtol=0, atol=0)
+    assert not torch.equal(*tables.values())
+    with pytest.raises(ValueError, match="layer_type"):
+        Rope.from_config(config, "chunked_attention")
+
+
+@pytest.mark.parametrize(("family", "apply"), [("llama-3.1", llama), ("gpt-neox", gpt_neox), ("phi-3, partial", phi3)])
+def test_rotate_is_transformers_rotation(family, apply):
+    config, embedding = FAMILIES[family]
+    rope = Rope.from_config(config, fp32_angles=True)
+    q, k = torch.randn(2, 1, 4, 50, rope.dim).unbind(0)
+    positions = torch.arange(100, 150)[None]
+    expected = apply.apply_rotary_pos_emb(q, k, *embedding(config)(q, positions))
+    for x, y in zip((q, k), expected):
+        torch.testing.assert_close(rope.rotate(x.transpose(1, 2), positions).transpose(1, 2), y)
+
+
+def test_interleaved_pairs_are_cohere_s():
+    config = CohereConfig(hidden_size=512, num_attention_heads=4, rope_parameters={"rope_theta": 1e4})
+    rope = Rope.from_config(config, interleaved=True, fp32_angles=True)
+    q, k = torch.randn(2, 1, 4, 50, 128).unbind(0)
+    positions = torch.arange(50)[None]
+    expected, _ = cohere.apply_rotary_pos_emb(q, k, *cohere.CohereRotaryEmbedding(config)(q, positions))
+    torch.testing.assert_close(rope.rotate(q.transpose(1, 2), positions).transpose(1, 2), expected)
+
+
+def test_version_4_configs_read_the_same():
+    class Config:
+        rope_theta, max_position_embeddings, hidden_size, num_attention_heads = 5e5, 131072, 4096, 32
+        rope_scaling = {k: v for k, v in LLAMA3.items() if k != "rope_theta"}  # noqa: RUF012
+
+    assert Rope.from_config(Config) == Rope.from_config(llama_like(**LLAMA3))
+
+
+def test_default_angles_are_exact_far_out():
+    """float64 angles: at position 100,000 a float32 product is off by up to 4e-3."""
+    rope = Rope(1e4, 128, 131072)
+    t, j = 100_003, 1
+    angle = torch.tensor(t * 1e4 ** (-2 * j / 128), dtype=torch.float64)
+    assert abs(rope.turns()[t, j].real - angle.cos()) < 1e-7
+    assert abs(Rope(1e4, 128, 131072, fp32_angles=True).turns()[t, j].real - angle.cos()) > 1e-5
+
+
+def test_equal_ropes_share_a_table():
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    first, second = Rope(1e4, 64, 512, scaling), Rope(1e4, 64, 512, dict(scaling))
+    assert first.turns() is not None and (held := first.turns()) is second.turns()
+    assert Rope(1e4, 64, 512).turns() is not held
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic NTK is refused: its frequencies change"),
+        ({"scaling": {"rope_type": "proportional"}}, "expected a scaling of default"),
+        ({"scaling": {"rope_type": "linear"}}, "needs 'factor'"),
+        ({"scaling": {**LONGROPE, "original_max_position_embeddings": 16}}, "32 numbers in long_factor, got 48"),
+        ({"partial_rotary_factor": 0.01}, "even rotary dim"),
+    ],
+)
+def test_refusals(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Rope(**{"theta": 1e4, "dim": 64, "max_position": 64, **arguments})
