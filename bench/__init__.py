@@ -1,0 +1,1 @@
+"""Scripts that measure: one script a question, JSON first, then the plot."""

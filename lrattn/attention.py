@@ -222,9 +222,8 @@ def workspace_bytes(
     dtype: torch.dtype | None = None,
     workspace_limit: int = 256 << 20,
 ) -> int:
-    """Bytes of temporaries that decode_attention may hold at once, beside q, caches and results.
-
-    They do not grow with the batch or with the length of its sequences.
+    """Bytes of temporaries that decode_attention may hold at once, beside q, caches, results and float32 copies of
+    16-bit bases. They do not grow with the batch or with the length of its sequences.
     """
     return reference.blocks(layer, query_heads, num_queries, dtype or layer.dtype, workspace_limit).nbytes
 

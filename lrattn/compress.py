@@ -58,6 +58,7 @@ def compress(
         moments = batches
     elif batches is not None and method not in methods.NEEDS_NO_DATA:
         moments = calibrate(model, batches, progress=progress)
+    _check_moments(moments, parts)
     layers = []
     for i, part in enumerate(tqdm(parts, desc="factor", unit="layer", disable=not progress)):
         moment = None if moments is None else moments.inputs[i]
@@ -66,6 +67,15 @@ def compress(
         )
         layers.append(LayerFactors(keys, values, part.rope, key_norm=part.key_norm))
     return Factors(tuple(layers), method, str(getattr(model.config, "_name_or_path", "")))
+
+
+def _check_moments(moments: Moments | None, parts: list[AttentionParts]) -> None:
+    expected = [p.linear("k_proj").in_features for p in parts]
+    if moments is not None and [len(x) for x in moments.inputs] != expected:
+        raise ValueError(
+            f"batches: expected moments of {len(parts)} layers of {expected[0]} inputs, got {len(moments.inputs)} of "
+            f"{[len(x) for x in moments.inputs[:1]]}"
+        )
 
 
 def _factor(

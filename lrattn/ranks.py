@@ -61,20 +61,20 @@ def uniform(shapes: list[LayerShape], keep: float) -> list[Ranks]:
     else:
         norms = sum(shape.norm_width for shape in shapes)
         budget = int(keep * sum(shape.dense for shape in shapes) + 1e-6) - norms
-        steps = _spread(budget // RANK_STEP, sides)
-        if min(steps) < 1:
+        if budget // RANK_STEP < len(sides):
             need = (RANK_STEP * len(sides) + norms) / sum(shape.dense for shape in shapes)
             raise ValueError(
                 f"keep: expected at least {need:.3f}, one step of 16 a group and the norm columns, got {keep}"
             )
+        steps = [1 + n for n in _spread(budget // RANK_STEP - len(sides), [side - 1 for side in sides])]
     ranks = iter(RANK_STEP * n for n in steps)
     return [(tuple(next(ranks) for _ in range(s.groups)), tuple(next(ranks) for _ in range(s.groups))) for s in shapes]
 
 
 def _spread(budget: int, caps: list[int]) -> list[int]:
     """Whole steps in proportion to `caps`, never above them, that add up to min(budget, sum of caps)."""
-    total, given, passed = sum(caps), 0, 0
-    budget = max(min(budget, total), 0)
+    total, given, passed = max(sum(caps), 1), 0, 0
+    budget = min(budget, sum(caps))
     steps = []
     for cap in caps:
         passed += cap

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lrattn.cache import inverse_rms, norm_columns, read_rows, write_rows
 from lrattn.factors import LayerFactors
-from lrattn.shapes import accumulator
+from lrattn.shapes import accumulator, product_dtype
 
 TILE_BYTES = 1 << 20  # of rebuilt keys per block: a core's second-level cache
 
@@ -206,9 +206,9 @@ def _absorb(layer: LayerFactors, q: Tensor) -> list[Tensor]:
     ready = [q[..., layer.pairs]]
     if layer.rope is None:
         weighted = q if layer.key_norm is None else q * layer.key_norm.weight.to(q.dtype)
-        up = layer.keys.up.to(q.dtype)
-        for members, rank in zip(layer.keys.groups, layer.keys.ranks, strict=True):
-            ready.append(weighted[list(members)] @ up[list(members), :rank].transpose(1, 2))  # [C, M S, Rk]
+        for members, block in zip(layer.keys.groups, layer.key_blocks, strict=True):
+            up = block.to(q.dtype).unflatten(1, (len(members), -1)).permute(1, 2, 0)  # [C, D, Rk]
+            ready.append(weighted[list(members)] @ up)  # [C, M S, Rk]
     return ready
 
 
@@ -274,15 +274,17 @@ def _project(latent: Tensor, mass: Tensor, layer: LayerFactors, project: str) ->
     """Latent results [S, Hq, Rv] -> what was asked for; the value bias counts with the mass on tokens."""
     if project == "latent":
         return latent
-    repeats = latent.shape[1] // layer.num_kv_heads
-    up = layer.values.up.to(latent.dtype).repeat_interleave(repeats, 0)
-    heads = torch.einsum("shr,hrd->shd", latent, up)
+    split = (layer.num_kv_heads, -1)
+    up = layer.values.up.to(latent.dtype)
+    heads = torch.einsum("shmr,hrd->shmd", latent.unflatten(1, split), up)
     if layer.values.bias is not None:
-        heads += mass[..., None] * layer.values.bias.to(heads.dtype).repeat_interleave(repeats, 0)
+        heads += mass.unflatten(1, split)[..., None] * layer.values.bias[:, None].to(heads.dtype)
+    heads = heads.flatten(1, 2)
     if project == "heads":
         return heads
     assert layer.wo is not None
-    return torch.einsum("shd,hde->se", heads, layer.wo.to(heads.dtype))
+    kind = product_dtype(layer.wo)
+    return heads.flatten(1).to(kind) @ layer.wo.flatten(0, 1).to(kind)
 
 
 def _check_positions(layer: LayerFactors, length: int, positions: Tensor | None) -> None:

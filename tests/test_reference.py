@@ -1,9 +1,15 @@
 """decode_attention against dense attention on keys and values rebuilt one by one (oracle.py)."""
 
+import weakref
+from dataclasses import replace
+
 import pytest
 import torch
-from cases import CASES, make
+from cases import CASES, PLAIN, Case, make, make_layer, variant
+from closeness import assert_no_worse
 from oracle import attend
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import lrattn
 
@@ -31,3 +37,229 @@ def test_decode_attention_equals_dense_attention(case):
     expected, expected_lse = truth(q, k_cache, v_cache, layer, kwargs)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
     torch.testing.assert_close(lse, expected_lse, rtol=0, atol=1e-10)
+
+
+def call(case, **changes):
+    layer, q, k_cache, v_cache, kwargs = make(case)
+    kwargs |= changes
+    return lrattn.decode_attention(q, k_cache, v_cache, layer, return_lse=True, **kwargs)
+
+
+RAGGED = Case("ragged", M=2, S=2, lens=(70, 33, 1), key_ranks=(32, 16), value_ranks=(64, 16), bias=True, sinks=True)
+
+
+def test_query_without_s_axis():
+    layer, q, k_cache, v_cache, kwargs = make(PLAIN)
+    out, lse = lrattn.decode_attention(q, k_cache, v_cache, layer, return_lse=True, **kwargs)
+    flat, flat_lse = lrattn.decode_attention(q[:, 0], k_cache, v_cache, layer, return_lse=True, **kwargs)
+    assert torch.equal(flat, out[:, 0]) and torch.equal(flat_lse, lse[:, 0])
+
+
+def test_query_and_tables_may_be_slices():
+    layer, q, k_cache, v_cache, kwargs = make(RAGGED)
+    expected = lrattn.decode_attention(q, k_cache, v_cache, layer, **kwargs)
+    wide = torch.randn(*q.shape[:2], 20, 100, dtype=q.dtype)
+    wide[:, :, 2 : 2 + q.shape[2], 7 : 7 + q.shape[3]] = q
+    kwargs["block_table"] = torch.cat([kwargs["block_table"]] * 2, 1)[:, : kwargs["block_table"].shape[1]]
+    view = wide[:, :, 2 : 2 + q.shape[2], 7 : 7 + q.shape[3]]
+    assert torch.equal(lrattn.decode_attention(view, k_cache, v_cache, layer, **kwargs), expected)
+
+
+def test_project_modes_are_one_result_in_three_spaces():
+    layer, q, k_cache, v_cache, kwargs = make(RAGGED)
+    latent, heads, hidden = (
+        lrattn.decode_attention(q, k_cache, v_cache, layer, project=p, **kwargs) for p in ("latent", "heads", "hidden")
+    )
+    _, lse = lrattn.decode_attention(q, k_cache, v_cache, layer, return_lse=True, **kwargs)
+    assert latent.shape[-1] == 64
+    assert (latent[:, :, 4:, 16:] == 0).all()  # heads of the second value group have rank 16
+    assert (latent[:2, :, :4, 16:].abs().amax(-1) > 0).all()
+    mass = 1 - (kwargs["sinks"].double() - lse).exp()  # what the sinks leave to tokens
+    up, bias = layer.values.up.repeat_interleave(2, 0), layer.values.bias.repeat_interleave(2, 0)
+    torch.testing.assert_close(heads, torch.einsum("bshr,hrd->bshd", latent, up) + mass[..., None] * bias)
+    torch.testing.assert_close(hidden, torch.einsum("bshd,hde->bse", heads, layer.wo))
+
+
+@pytest.mark.parametrize("splits", [1, 2, 7, 100])
+def test_splits_do_not_change_the_result(splits):
+    torch.testing.assert_close(call(RAGGED, num_splits=splits), call(RAGGED), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("splits", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_do_not_depend_on_the_batch(splits, dtype):
+    layer, q, k_cache, v_cache, kwargs = make(RAGGED, dtype)
+    whole = lrattn.decode_attention(q, k_cache, v_cache, layer, num_splits=splits, **kwargs)
+    for b in range(len(q)):
+        row = dict(kwargs, block_table=kwargs["block_table"][b : b + 1], seq_lens=kwargs["seq_lens"][b : b + 1])
+        alone = lrattn.decode_attention(q[b : b + 1], k_cache, v_cache, layer, num_splits=splits, **row)
+        assert torch.equal(alone, whole[b : b + 1])
+
+
+@pytest.mark.parametrize("project", ["heads", "latent"])
+def test_any_partition_of_the_tokens_merges_exactly(project):
+    case = variant(RAGGED, S=1, lens=(70, 33, 12))
+    layer, q, k_cache, v_cache, kwargs = make(case)
+    sinks = kwargs.pop("sinks")
+    parts = []
+    for begin, end in ((0, 5), (5, 12), (12, 40), (40, 80)):
+        bounds = {
+            "seq_starts": torch.full((3,), begin, dtype=torch.int32),
+            "seq_lens": kwargs["seq_lens"].clamp(max=end),
+            "sinks": sinks if begin == 5 else None,
+        }
+        part = dict(kwargs, **bounds, causal=False, project=project, return_lse=True)
+        parts.append(lrattn.decode_attention(q, k_cache, v_cache, layer, **part))
+    merged = lrattn.merge_attention(*zip(*parts))
+    whole = lrattn.decode_attention(
+        q, k_cache, v_cache, layer, **dict(kwargs, seq_starts=None, sinks=sinks, project=project, return_lse=True)
+    )
+    torch.testing.assert_close(merged, whole, rtol=0, atol=1e-12)
+
+
+def test_merge_of_nothing_is_nothing_and_hidden_is_refused():
+    empty = torch.full((2, 1, 3), -torch.inf)
+    out, lse = lrattn.merge_attention([torch.full((2, 1, 3, 8), torch.nan)] * 2, [empty] * 2)
+    assert (out == 0).all() and (lse == -torch.inf).all()
+    with pytest.raises(ValueError, match="project='hidden' cannot be merged"):
+        lrattn.merge_attention([torch.zeros(2, 1, 24)] * 2, [empty] * 2)
+    with pytest.raises(ValueError, match=r"outs\[1\]: expected"):
+        lrattn.merge_attention([torch.zeros(2, 1, 3, 8), torch.zeros(2, 1, 3, 9)], [empty] * 2)
+    with pytest.raises(ValueError, match="lses: expected one for each"):
+        lrattn.merge_attention([], [])
+
+
+def test_out_is_written_and_returned():
+    layer, q, k_cache, v_cache, kwargs = make(RAGGED)
+    expected = lrattn.decode_attention(q, k_cache, v_cache, layer, project="hidden", **kwargs)
+    buffer = torch.full((3, 2, 5, 24), torch.nan, dtype=torch.float64)[:, :, 2]
+    got = lrattn.decode_attention(q, k_cache, v_cache, layer, project="hidden", out=buffer, **kwargs)
+    assert got is buffer and torch.equal(buffer, expected)
+
+
+def test_lengths_are_clamped_to_the_table_and_to_max_seq_len():
+    layer, q, k_cache, v_cache, kwargs = make(Case("clamp", lens=(48,)))
+    table = kwargs["block_table"][:, :2]
+    shorter = dict(kwargs, seq_lens=torch.tensor([32], dtype=torch.int32))
+    expected = lrattn.decode_attention(q, k_cache, v_cache, layer, **shorter)
+    for changes in ({"block_table": table}, {"max_seq_len": 32}):
+        assert torch.equal(lrattn.decode_attention(q, k_cache, v_cache, layer, **{**kwargs, **changes}), expected)
+
+
+def plain_pytorch(q, k_cache, v_cache, layer, kwargs):
+    """Rebuild, rotate and attend in q's dtype, one sequence at a time."""
+    rows = []
+    k, v = lrattn.rebuild(k_cache, v_cache, layer, kwargs["block_table"], kwargs["seq_lens"], kwargs["positions"])
+    lens = kwargs["seq_lens"].tolist()
+    for b, (kb, vb) in enumerate(zip(k.split(lens), v.split(lens))):
+        kb, vb = (x.repeat_interleave(q.shape[2] // x.shape[1], 1).transpose(0, 1) for x in (kb, vb))
+        p = torch.softmax((q[b].transpose(0, 1) @ kb.mT) * q.shape[-1] ** -0.5, -1)
+        rows.append((p @ vb).transpose(0, 1))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["gqa", "bias", "key norm", "no rope", "riding row", "positions", "aligned"])
+def test_no_worse_than_pytorch_in_the_same_dtype(name, dtype):
+    case = next((c for c in CASES if c.name == name), Case("aligned", M=2, lens=(300, 300)))
+    layer, q, k_cache, v_cache, kwargs = make(variant(case, lens=(300, 301)), dtype)
+    if name == "aligned":  # queries along a key: large scores, a peaked softmax
+        k, _ = lrattn.rebuild(k_cache, v_cache, layer, kwargs["block_table"], kwargs["seq_lens"])
+        q = k[[150, 450]].repeat_interleave(2, 1)[:, None] * 3
+    exact_layer = layer.to(dtype=torch.float64)
+    exact_v = None if v_cache is None else v_cache.double()
+    exact, _ = truth(q.double(), k_cache.double(), exact_v, exact_layer, kwargs)
+    got = lrattn.decode_attention(q, k_cache, v_cache, layer, **kwargs)
+    assert_no_worse(got, plain_pytorch(q, k_cache, v_cache, layer, kwargs), exact)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that are alive at once, of those made inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.holders, self.sizes, self.peak = {}, {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)} - set(self.sizes)
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and (at := x.untyped_storage().data_ptr()) not in given:
+                self.holders[at] = self.holders.get(at, 0) + 1
+                self.sizes[at] = x.untyped_storage().nbytes()
+                weakref.finalize(x, self.drop, at)
+        self.peak = max(self.peak, sum(self.sizes.values()))
+        return result
+
+    def drop(self, at):
+        self.holders[at] -= 1
+        if not self.holders[at]:
+            del self.holders[at], self.sizes[at]
+
+
+@pytest.mark.parametrize("rope", ["default", None])
+@pytest.mark.parametrize("limit", [256 << 20, 200_000])
+def test_memory_does_not_grow_with_the_tokens(limit, rope):
+    peaks = []
+    for n in (512, 2048, 4096):
+        case = Case("long", M=2, Hkv=8, D=64, key_ranks=(64, 64), value_ranks=(128,), lens=(n,), rope=rope)
+        layer, q, k_cache, v_cache, kwargs = make(case, torch.float32)
+        with LiveBytes() as live:
+            lrattn.decode_attention(q, k_cache, v_cache, layer, workspace_limit=limit, **kwargs)
+        peaks.append(live.peak)
+        bound = lrattn.workspace_bytes(layer, query_heads=16, workspace_limit=limit)
+        assert live.peak <= bound <= limit
+    assert peaks[2] <= 1.05 * peaks[1], peaks
+
+
+def bad_calls(q, kwargs):
+    table, lens = kwargs["block_table"], kwargs["seq_lens"]
+    return {
+        r"q: expected shape \[B=1, S, Hq, D=64\], got \[2, 1, 4, 64\]": {"q": q.expand(2, -1, -1, -1)},
+        "q: expected shape": {"q": q[..., :32]},
+        "q: expected dtype": {"q": q.float()},
+        "q: expected a contiguous last axis": {"q": q.mT.contiguous().mT},
+        "q: expected a multiple of Hkv=4": {"q": q[:, :, :3]},
+        "block_table: expected dtype torch.int32": {"block_table": table.long()},
+        r"block_table: expected shape \[B, pages\]": {"block_table": table[0]},
+        "seq_lens: expected shape": {"seq_lens": lens.repeat(2)},
+        "seq_lens: expected dtype": {"seq_lens": lens.long()},
+        "seq_starts: expected shape": {"seq_starts": lens.repeat(2)},
+        "positions: expected shape": {"positions": torch.zeros(1, 16, dtype=torch.int32)},
+        "sinks: expected shape": {"sinks": torch.zeros(5)},
+        "sinks: expected dtype": {"sinks": torch.zeros(4, dtype=torch.float16)},
+        "project: expected one of": {"project": "logits"},
+        "out: expected shape": {"out": torch.zeros(1, 1, 4, 63, dtype=torch.float64)},
+        "out: expected dtype": {"out": torch.zeros(1, 1, 4, 64)},
+        "window_size: expected at least 1": {"window_size": 0},
+        "window_size: expected None with causal=False": {"window_size": 4, "causal": False},
+        "num_splits: expected at least 0": {"num_splits": -1},
+        "softcap: expected at least 0": {"softcap": -1.0},
+        "workspace_limit: expected at least 1": {"workspace_limit": 0},
+        "max_seq_len: expected at least 0": {"max_seq_len": -1},
+        "backend: expected None or one of": {"backend": "flash"},
+    }
+
+
+def test_errors_name_the_argument():
+    layer, q, k_cache, v_cache, kwargs = make(PLAIN)
+    for message, changes in bad_calls(q, kwargs).items():
+        arguments = {"q": q, **kwargs, **changes}
+        with pytest.raises(ValueError, match=message):
+            lrattn.decode_attention(arguments.pop("q"), k_cache, v_cache, layer, **arguments)
+    with pytest.raises(ValueError, match=r"layer\.wo: expected"):
+        lrattn.decode_attention(q, k_cache, v_cache, replace(layer, wo=None), project="hidden", **kwargs)
+    with pytest.raises(ValueError, match="v_cache: expected None, the layer is shared"):
+        shared = make_layer(Case("shared", shared=True, key_ranks=(32,), value_ranks=(32,)))
+        lrattn.decode_attention(q, k_cache, k_cache, shared, **kwargs)
+
+
+def test_tokens_past_the_rope_table_are_refused():
+    case = Case("short table", rope={"max_position": 32}, lens=(33,))
+    layer, q, k_cache, v_cache, kwargs = make(case)
+    for run in (
+        lambda: lrattn.decode_attention(q, k_cache, v_cache, layer, **kwargs),
+        lambda: lrattn.rebuild(k_cache, v_cache, layer, kwargs["block_table"], kwargs["seq_lens"]),
+    ):
+        with pytest.raises(ValueError, match="seq_lens: expected at most max_position=32 of the rope, got 33"):
+            run()

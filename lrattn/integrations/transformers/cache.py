@@ -56,9 +56,9 @@ class LatentCache(Cache):  # type: ignore[misc]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors held: pages (free room in them included), block table, lengths."""
+        """Bytes of the tensors held: pages, free room in them included, and the block table."""
         pages = [x for pair in self.caches for x in pair if x is not None]
-        return sum(x.untyped_storage().nbytes() for x in (*pages, self.block_table)) + 4 * len(self.lengths)
+        return sum(x.untyped_storage().nbytes() for x in (*pages, self.block_table))
 
     @property
     def num_tokens(self) -> int:

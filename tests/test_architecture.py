@@ -1,0 +1,123 @@
+"""The rules of the layout, held by reading the source."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lrattn
+
+PACKAGE = Path(lrattn.__file__).parent
+ROOT = PACKAGE.parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+SOURCES = [*FILES, *sorted((ROOT / "tests").glob("*.py")), *sorted((ROOT / "bench").glob("*.py"))]
+LINES = 350
+
+# A module may import modules that stand before it: the order of the data.
+ORDER = [
+    "shapes", "rope", "safefile", "projection", "factors", "parts", "calibrate", "ranks", "methods", "compress",
+    "cache", "reference", "kernels", "attention", "integrations",
+]  # fmt: skip
+DUMPING_GROUNDS = {"utils", "helpers", "common", "misc", "base", "tools", "core"}
+FORBIDDEN_CALLS = {"eval", "exec", "pickle"}
+
+
+def name_of(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[0] if parts != ("__init__",) else None
+
+
+def imports_of(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports are absolute"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_one_way(path):
+    own = name_of(path)
+    if own is None:
+        return
+    for name in imports_of(ast.parse(path.read_text())):
+        parts = name.split(".")
+        if parts[0] == "lrattn" and len(parts) > 1 and parts[1] in ORDER and parts[1] != own:
+            assert ORDER.index(parts[1]) < ORDER.index(own), f"{own} imports {name}, which comes after it"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_each_library_has_its_place(path):
+    names = {name.split(".")[0] for name in imports_of(ast.parse(path.read_text()))}
+    assert "triton" not in names or name_of(path) == "kernels"
+    assert "transformers" not in names or name_of(path) == "integrations"
+    assert not names & {"pickle", "marshal", "shelve"}
+    assert name_of(path) is None or name_of(path) in ORDER
+    assert not set(path.relative_to(PACKAGE).with_suffix("").parts) & DUMPING_GROUNDS
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_are_short_and_say_what_they_are(path):
+    text = path.read_text()
+    if not text.strip():
+        return
+    if path.is_relative_to(PACKAGE):
+        assert len(text.splitlines()) <= LINES
+    assert ast.get_docstring(ast.parse(text)), "a file begins with a docstring"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_the_library_has_no_hidden_state(path):
+    """No environment variables, no **kwargs passed through, no swallowed errors, no pickled tensors."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            assert node.attr not in ("environ", "getenv"), "an environment variable changes nothing here"
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None and any(isinstance(n, ast.Raise) for n in ast.walk(node)), (
+                "errors are raised on"
+            )
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in ("torch.load", "torch.save", "eval", "exec")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_comparison_is_computed_and_dropped(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Expr) and isinstance(node.value, (ast.Compare, ast.Call)):
+            called = node.value.func if isinstance(node.value, ast.Call) else None
+            name = ast.unparse(called).split(".")[-1] if called else "a comparison"
+            assert name not in ("allclose", "equal", "isclose", "a comparison"), f"line {node.lineno}: {name}"
+
+
+@pytest.mark.parametrize("name", lrattn.__all__)
+def test_public_names_are_documented(name):
+    thing = getattr(lrattn, name)
+    text = thing.__doc__ or ""
+    assert len(text.strip().splitlines()) >= 1
+    if callable(thing) and not isinstance(thing, type):
+        for argument in thing.__annotations__:
+            if argument not in (
+                "return",
+                "progress",
+                "backend",
+                "layer",
+                "num_pages",
+                "workspace_limit",
+                "num_queries",
+            ):
+                assert re.search(rf"\b{argument}\b", text), f"{name}: {argument} is not described"
+
+
+def test_import_needs_neither_triton_nor_transformers():
+    code = (
+        "import sys; sys.modules['triton'] = None; sys.modules['transformers'] = None; import lrattn; "
+        "loaded = set(sys.modules) & {'matplotlib', 'lrattn.integrations.transformers'}; sys.exit(bool(loaded))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -1,0 +1,78 @@
+"""What the documents show is what runs."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+import lrattn
+
+ROOT = Path(lrattn.__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def code_of(docstring):
+    return "\n".join(line.strip() for line in docstring.splitlines() if line.startswith("    "))
+
+
+def test_the_pipeline_in_the_package_docstring_runs():
+    model = tiny.model("llama")
+    T = 40
+    names = {
+        "lrattn": lrattn,
+        "model": model,
+        "batches": [tiny.tokens(2, T)],
+        "x": torch.randn(T, 96),
+        "slots": torch.arange(T),
+        "q": torch.randn(1, 8, 32),
+        "positions": torch.tensor([T - 1]),
+        "block_table": torch.arange(64, dtype=torch.int32)[None],
+        "seq_lens": torch.tensor([T], dtype=torch.int32),
+    }
+    code = code_of(lrattn.__doc__)
+    assert 7 <= len(code.splitlines()) <= 10
+    exec(code, names)
+    assert names["y"].shape == (1, 8, 32) and names["y"].isfinite().all() and names["y"].abs().sum() > 0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_python_in_the_pages_runs(page):
+    names = {"tiny": tiny}
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
+        exec(block, names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+def test_the_readme_names_the_two_commands_of_the_makefile():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w[\w-]*)", (ROOT / "README.md").read_text(), re.M):
+        assert re.search(rf"^{target}:", makefile, re.M), target
+    assert {"demo", "test"} <= set(re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(), re.M))
+
+
+def test_the_readme_table_is_the_committed_run():
+    """Numbers in documents come from a committed JSON."""
+    results = json.loads((ROOT / "bench/results/demo.json").read_text())
+    text = (ROOT / "README.md").read_text()
+    for row in results["rows"]:
+        longest = max(row["cache_bytes"], key=int)
+        held = row["cache_bytes"][longest] / int(longest)
+        assert re.search(
+            rf"\| {row['method']} \| {row['keep']:.2f} \| {row['perplexity']:.2f} \| {held:,.0f} \|", text
+        ), row
+
+
+def test_the_readme_speed_up_is_the_committed_run():
+    results = json.loads((ROOT / "bench/results/cpu_decode.json").read_text())
+    text = (ROOT / "README.md").read_text()
+    for row in results["rows"]:
+        assert f"{row['speedup']:.1f} times" in text, row

@@ -1,0 +1,73 @@
+"""SmolLM2-135M on Wikipedia text: the claims of the README on a real model. Files come from installed packages."""
+
+import copy
+
+import pytest
+import torch
+
+import lrattn
+from bench import models, texts
+from lrattn.integrations.transformers import LatentCache, latent_attention
+from lrattn.parts import attention_parts
+
+PROMPTS = ["The capital of France is", "Once upon a time, in a small village by the sea,"]
+
+
+@pytest.fixture(scope="module")
+def real():
+    return models.smollm2()
+
+
+@pytest.fixture(scope="module")
+def moments(real):
+    windows = texts.windows(real[1], texts.wikipedia("calibration"), 512, 4)
+    return lrattn.calibrate(real[0], windows.split(2), progress=False)
+
+
+def generate(model, inputs, **kwargs):
+    return model.generate(
+        **inputs, do_sample=False, max_new_tokens=24, output_logits=True, return_dict_in_generate=True, **kwargs
+    )
+
+
+def test_full_rank_is_exact(real, moments):
+    model, tokenizer = real
+    factors = lrattn.compress(model, moments, keep=1.0, progress=False)
+    ids = texts.windows(tokenizer, texts.wikipedia("evaluation"), 256, 1)
+    inputs = tokenizer(PROMPTS[1], return_tensors="pt")
+    with torch.no_grad():
+        expected = model(ids).logits
+        tokens = generate(model, inputs).sequences
+        with latent_attention(model, factors):
+            torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-3)
+            assert torch.equal(generate(model, inputs).sequences, tokens)
+        assert torch.equal(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("keep", [0.7, 0.5])
+def test_latents_generate_what_the_simulated_model_generates(real, moments, keep):
+    """Batched with left padding; half the bytes, the same tokens."""
+    model, tokenizer = real
+    factors = lrattn.compress(model, moments, keep=keep, progress=False)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for part, layer in zip(attention_parts(twin), factors.layers, strict=True):
+            for name, side in (("k_proj", layer.keys), ("v_proj", layer.values)):
+                part.linear(name).weight.copy_((side.down @ side.block(0)).T)
+    inputs = tokenizer(PROMPTS, return_tensors="pt", padding=True, padding_side="left")
+    expected = generate(twin, inputs)
+    cache = LatentCache(model, factors)
+    with latent_attention(model, factors):
+        got = generate(model, inputs, past_key_values=cache)
+    assert torch.equal(got.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(got.logits), torch.stack(expected.logits), rtol=0, atol=1e-4)
+    dense = 30 * 2 * 3 * 64
+    assert factors.dense_numbers_per_token == dense and keep - 16 / dense < factors.keep <= keep
+    assert sum(k.shape[-1] + v.shape[-1] for k, v in cache.caches) <= keep * dense
+
+
+def test_calibration_text_and_evaluation_text_are_apart():
+    parts = [texts.wikipedia(half) for half in ("calibration", "evaluation")]
+    assert all(len(p) > 1_000_000 for p in parts)
+    paragraphs = [{line for line in p.splitlines() if len(line) > 200} for p in parts]
+    assert len(paragraphs[0] & paragraphs[1]) <= 2
