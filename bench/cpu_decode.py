@@ -27,6 +27,8 @@ from bench import baselines, report, timing
 SHAPES = {
     "Llama-2-7B, Palu groups": (32, 32, 128, 8, 256, 8, 256),
     "Llama-3.1-8B, Palu groups": (32, 8, 128, 2, 256, 2, 256),
+    "Llama-2-7B, ReCalKV groups": (32, 32, 128, 8, 256, 1, 2048),
+    "Llama-3.1-8B, ReCalKV groups": (32, 8, 128, 2, 256, 1, 512),
 }
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 OURS, RELEASED, DENSE = "lrattn", "released way", "dense cache (not compressed)"
@@ -89,7 +91,7 @@ def measure(name: str, tokens: int, dtype: torch.dtype, repeats: int) -> dict[st
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    figure, axis = plt.subplots(figsize=(7.0, 3.8), layout="constrained")
+    figure, axis = plt.subplots(figsize=(11.0, 4.2), layout="constrained")
     rows = results["rows"]
     for i, name in enumerate((OURS, RELEASED, DENSE)):
         found = [row["times"][name] for row in rows]

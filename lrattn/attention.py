@@ -68,7 +68,7 @@ def rebuild(
 ) -> tuple[Tensor, Tensor]:
     """Dense keys (normed, rotated) and values of the cached tokens, for a dense prefill kernel.
 
-    Args: as for decode_attention.
+    Args: k_cache, v_cache, block_table, seq_lens, positions: as for decode_attention.
     Returns: k, v: [sum T, Hkv, D] in the caches' dtype, sequences one after the other.
     Raises: ValueError naming the tensor, what was expected and what came.
     """
@@ -224,6 +224,8 @@ def workspace_bytes(
 ) -> int:
     """Bytes of temporaries that decode_attention may hold at once, beside q, caches, results and float32 copies of
     16-bit bases. They do not grow with the batch or with the length of its sequences.
+
+    Args: query_heads, num_queries, dtype: of q; workspace_limit: as given to decode_attention.
     """
     return reference.blocks(layer, query_heads, num_queries, dtype or layer.dtype, workspace_limit).nbytes
 

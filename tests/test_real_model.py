@@ -63,7 +63,7 @@ def test_latents_generate_what_the_simulated_model_generates(real, moments, keep
     torch.testing.assert_close(torch.stack(got.logits), torch.stack(expected.logits), rtol=0, atol=1e-4)
     dense = 30 * 2 * 3 * 64
     assert factors.dense_numbers_per_token == dense and keep - 16 / dense < factors.keep <= keep
-    assert sum(k.shape[-1] + v.shape[-1] for k, v in cache.caches) <= keep * dense
+    assert sum(k.shape[-1] + v.shape[-1] for k, v in cache.caches) <= keep * dense + 1e-6
 
 
 def test_calibration_text_and_evaluation_text_are_apart():

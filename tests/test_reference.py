@@ -201,7 +201,7 @@ class LiveBytes(TorchDispatchMode):
 @pytest.mark.parametrize("limit", [256 << 20, 200_000])
 def test_memory_does_not_grow_with_the_tokens(limit, rope):
     peaks = []
-    for n in (512, 2048, 4096):
+    for n in (4096, 8192):
         case = Case("long", M=2, Hkv=8, D=64, key_ranks=(64, 64), value_ranks=(128,), lens=(n,), rope=rope)
         layer, q, k_cache, v_cache, kwargs = make(case, torch.float32)
         with LiveBytes() as live:
@@ -209,7 +209,7 @@ def test_memory_does_not_grow_with_the_tokens(limit, rope):
         peaks.append(live.peak)
         bound = lrattn.workspace_bytes(layer, query_heads=16, workspace_limit=limit)
         assert live.peak <= bound <= limit
-    assert peaks[2] <= 1.05 * peaks[1], peaks
+    assert peaks[1] <= 1.05 * peaks[0], peaks
 
 
 def bad_calls(q, kwargs):
