@@ -27,6 +27,7 @@ from lrattn.integrations.transformers import LatentCache, latent_attention
 LENGTH = 1024
 QUESTION = "What is a volcano? Answer in two sentences."
 CONTEXTS = range(512, 4097, 512)
+TIMED_TOKENS = 64
 
 
 def main() -> None:
@@ -83,12 +84,14 @@ def run(
 def _run(model: Any, tokenizer: Any, evaluation: torch.Tensor, label: str, make_cache: Any) -> dict[str, Any]:
     chat = [{"role": "user", "content": QUESTION}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    start = prompt["input_ids"].shape[1]
+    answer = model.generate(**prompt, past_key_values=make_cache(), max_new_tokens=64, do_sample=False)[0, start:]
     begin = time.perf_counter()
-    answer = model.generate(**prompt, past_key_values=make_cache(), max_new_tokens=64, do_sample=False)
-    new = answer[0, prompt["input_ids"].shape[1] :]
-    rate = len(new) / (time.perf_counter() - begin)
+    fixed = {"max_new_tokens": TIMED_TOKENS, "min_new_tokens": TIMED_TOKENS, "do_sample": False}
+    model.generate(**prompt, past_key_values=make_cache(), **fixed)
+    rate = TIMED_TOKENS / (time.perf_counter() - begin)
     return {
-        "text": tokenizer.decode(new, skip_special_tokens=True).strip(),
+        "text": tokenizer.decode(answer, skip_special_tokens=True).strip(),
         "tokens_per_second": rate,
         "cache_bytes": cache_bytes(model, evaluation.flatten(), make_cache(), label),
         "perplexity": perplexity(model, evaluation, label),

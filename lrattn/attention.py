@@ -1,6 +1,7 @@
 """The public ops: check the arguments once, choose a backend, return.
 
-Checks read metadata only (shape, dtype, device, stride); every one happens before anything is written.
+Checks read metadata only (shape, dtype, device, stride); every one happens before anything is written. The ops on a
+cache are for inference: no gradient flows through them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ PROJECTIONS = ("latent", "heads", "hidden")
 BACKENDS = ("reference",)
 
 
+@torch.no_grad()
 def write_latents(
     layer: LayerFactors,
     zk: Tensor,
@@ -56,6 +58,7 @@ def write_latents(
     reference.write_latents(layer, zk.reshape(-1, zk.shape[-1]), zv, k_cache, v_cache, slot_mapping.reshape(-1))
 
 
+@torch.no_grad()
 def rebuild(
     k_cache: Tensor,
     v_cache: Tensor | None,
@@ -78,6 +81,7 @@ def rebuild(
     return reference.rebuild(k_cache, v_cache, layer, block_table, seq_lens, positions)
 
 
+@torch.no_grad()
 def decode_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -142,11 +146,9 @@ def decode_attention(
         check("sinks", sinks, "Hq", dims, dtype=accumulator_types(q.dtype), device=q.device)
     if project not in PROJECTIONS:
         raise ValueError(f"project: expected one of {PROJECTIONS}, got {project!r}")
-    if project == "hidden":
-        if layer.wo is None:
-            raise ValueError("layer.wo: expected [Hq, D, E] for project='hidden', got None")
-        check("layer.wo", layer.wo, "Hq D E", dims)
     shape = (dims["B"], dims["S"], *reference.output_shape(layer, dims["Hq"], project))
+    if project == "hidden" and layer.wo is not None:
+        check("layer.wo", layer.wo, "Hq D E", dims)
     if out is not None:
         expected = " ".join(map(str, shape[:1] + shape[2:] if flat else shape))
         check("out", out, expected, {}, dtype=q.dtype, device=q.device, contiguous=True)

@@ -15,7 +15,7 @@ from lrattn.cache import inverse_rms, norm_columns, read_rows, write_rows
 from lrattn.factors import LayerFactors
 from lrattn.shapes import accumulator, product_dtype
 
-TILE_BYTES = 1 << 22  # of rebuilt keys per block: fastest of 2^19 .. 2^23 on a two-core EPYC
+TILE_BYTES = 1 << 21  # of rebuilt keys per block: fastest of 2^19 .. 2^22 on a two-core EPYC
 
 
 def write_latents(
@@ -127,8 +127,10 @@ def decode_attention(
 
 
 def output_shape(layer: LayerFactors, query_heads: int, project: str) -> tuple[int, ...]:
+    """Axes of a result after B and S."""
     if project == "hidden":
-        assert layer.wo is not None
+        if layer.wo is None:
+            raise ValueError("layer.wo: expected [Hq, D, E] for project='hidden', got None")
         return (layer.wo.shape[2],)
     return query_heads, (max(layer.values.ranks) if project == "latent" else layer.head_dim)
 
@@ -159,11 +161,11 @@ def _attend(row: _Row, mask: Mask, b: int, offset: int, step: int, num_splits: i
     begin = max(begin, 0)
     live = max(end - begin, 0)
     borders = [begin + live * i // num_splits for i in range(num_splits + 1)]
-    parts = [
-        _attend_span(row, _absorb(row.layer, q), index, mask, borders[i], borders[i + 1], step)
-        for i in range(num_splits)
-    ]
-    latent, lse = merge_attention([p[0] for p in parts], [p[1] for p in parts])  # [Hkv, M S, Rv], [Hkv, M S]
+    queries = _absorb(row.layer, q)
+    latent, lse = _attend_span(row, queries, index, mask, borders[0], borders[1], step)  # [Hkv, M S, Rv], [Hkv, M S]
+    for i in range(1, num_splits):
+        part, part_lse = _attend_span(row, queries, index, mask, borders[i], borders[i + 1], step)
+        latent, lse = merge_attention([latent, part], [lse, part_lse])
     split = (heads, -1, num_queries)
     latent = latent.unflatten(1, split[1:]).permute(2, 0, 1, 3).flatten(1, 2)
     return latent, lse.unflatten(1, split[1:]).permute(2, 0, 1).flatten(1, 2)
@@ -280,9 +282,8 @@ def _project(latent: Tensor, mass: Tensor, layer: LayerFactors, project: str) ->
     if layer.values.bias is not None:
         heads += mass.unflatten(1, split)[..., None] * layer.values.bias[:, None].to(heads.dtype)
     heads = heads.flatten(1, 2)
-    if project == "heads":
+    if project == "heads" or layer.wo is None:
         return heads
-    assert layer.wo is not None
     kind = product_dtype(layer.wo)
     return heads.flatten(1).to(kind) @ layer.wo.flatten(0, 1).to(kind)
 

@@ -39,8 +39,9 @@ def test_the_pipeline_in_the_package_docstring_runs():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_python_in_the_pages_runs(page):
-    names = {"tiny": tiny}
+def test_python_in_the_pages_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
         exec(block, names)
 
@@ -73,6 +74,6 @@ def test_the_readme_table_is_the_committed_run():
 
 def test_the_readme_speed_up_is_the_committed_run():
     results = json.loads((ROOT / "bench/results/cpu_decode.json").read_text())
-    text = (ROOT / "README.md").read_text()
-    for row in results["rows"]:
-        assert f"{row['speedup']:.1f} times" in text, row
+    least, most = (pick(row["speedup"] for row in results["rows"]) for pick in (min, max))
+    assert least >= 3
+    assert f"{least:.1f} times to {most:.1f} times faster" in (ROOT / "README.md").read_text().replace("\n  ", " ")

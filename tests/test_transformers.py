@@ -234,6 +234,19 @@ def test_repeat_and_select_copy_sequences():
         assert cache.nbytes == 0 and cache.get_seq_length() == 0
 
 
+def test_a_cache_filled_with_gradients_on_holds_no_graph():
+    model, factors = compressed("llama")
+    ids = tiny.tokens(1, 20)
+    with latent_attention(model, factors):
+        cache = model(ids[:, :15]).past_key_values
+        got = model(ids[:, 15:], past_key_values=cache).logits
+        assert not any(x.requires_grad for pair in cache.caches for x in pair)
+        expected = model(ids, use_cache=False).logits
+        expected.sum().backward()  # scoring without a cache stays differentiable
+    assert model.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
+    torch.testing.assert_close(got, expected[:, 15:], rtol=0, atol=1e-4)
+
+
 def test_use_cache_false_makes_no_cache():
     model, factors = compressed("llama")
     with torch.no_grad(), latent_attention(model, factors):

@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -203,7 +203,7 @@ class _Forward:
     def _decode(self, q: Tensor, cache: LatentCache) -> Tensor:
         """A few queries a sequence: attention on the latents."""
         session = self.session
-        heads = decode_attention(
+        result = decode_attention(
             q,
             *cache.caches[self.index],
             session.factors.layers[self.index],
@@ -214,8 +214,7 @@ class _Forward:
             window_size=self.part.window,
             backend=self.backend,
         )
-        assert isinstance(heads, Tensor)
-        return heads
+        return cast(Tensor, result)
 
     def _extend(self, q: Tensor, cache: LatentCache) -> Tensor:
         """A long run after cached tokens: dense attention on everything rebuilt."""
