@@ -197,7 +197,7 @@ class LiveBytes(TorchDispatchMode):
             del self.holders[at], self.sizes[at]
 
 
-@pytest.mark.parametrize("rope", ["default", None])
+@pytest.mark.parametrize("rope", [{"max_position": 8192}, None], ids=["rope", "no rope"])
 @pytest.mark.parametrize("limit", [256 << 20, 200_000])
 def test_memory_does_not_grow_with_the_tokens(limit, rope):
     peaks = []
