@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
@@ -18,9 +19,8 @@ from lrattn.integrations.transformers.dense import causal_attention
 from lrattn.integrations.transformers.verify import verify
 from lrattn.parts import AttentionParts, attention_parts, decoder_of
 
-DECODE_ROWS = (
-    64  # query rows per kv head up to which decode_attention is tuned; beyond, dense attention on rebuilt tokens
-)
+# Query rows per kv head up to which decode_attention is tuned; beyond, dense attention on rebuilt tokens.
+DECODE_ROWS = 64
 
 
 @contextmanager
@@ -111,11 +111,16 @@ class _Session:
         if inputs is None:
             raise ValueError("input_ids: expected input_ids or inputs_embeds, got neither")
         batch, columns = inputs.shape[:2]
+        if cache is not None and cache.lengths and len(cache.lengths) != batch:
+            raise ValueError(f"past_key_values: expected a batch of {len(cache.lengths)}, got {batch}")
         past = cache.lengths if cache is not None and cache.lengths else [0] * batch
         seen = 0 if cache is None else cache.seen
         span = _live_span(kwargs.get("attention_mask"), past, seen, batch, columns, cached=cache is not None)
         expected = None if cache is None else cache.next_positions
         span = span._replace(next_positions=_next_positions(kwargs.get("position_ids"), span, expected))
+        limit = min((x.rope.max_position for x in self.factors.layers if x.rope is not None), default=sys.maxsize)
+        if max(span.lengths, default=0) > limit:
+            raise ValueError(f"input_ids: expected at most max_position={limit} tokens, got {max(span.lengths)}")
         kwargs["attention_mask"] = None
         self.cache, self.span = cache, span if cache is None else cache.reserve(span)
         starts = torch.tensor([n - c - b for n, c, b in zip(span.lengths, span.counts, span.begins, strict=True)])

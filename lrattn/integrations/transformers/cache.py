@@ -50,6 +50,7 @@ class LatentCache(Cache):  # type: ignore[misc]
         """Forgets every token and gives the pages back."""
         self.caches = [allocate_cache(layer, 0, self.page_size) for layer in self.factors.layers]
         self.block_table = torch.empty(0, 0, dtype=torch.int32, device=self.factors.layers[0].device)
+        self.pages: list[list[int]] = []  # page ids of each sequence
         self.lengths: list[int] = []
         self.seen = 0  # columns of the attention mask so far, padding included
         self.next_positions: list[int] | None = None
@@ -67,26 +68,25 @@ class LatentCache(Cache):  # type: ignore[misc]
 
     def reserve(self, span: Span) -> Span:
         """Pages for the tokens of a span, and their slots. Lengths change only at `commit`."""
-        size, batch = self.page_size, len(span.counts)
-        if self.lengths and batch != len(self.lengths):
-            raise ValueError(f"past_key_values: expected a batch of {len(self.lengths)}, got {batch}")
+        size = self.page_size
+        if not self.lengths:
+            self.pages = [[] for _ in span.counts]
         need = [-(-length // size) for length in span.lengths]
-        table = self._table(batch, max(need, default=0))
-        held = (table >= 0).sum(1).tolist()
-        used = sum(held)
-        missing = sum(max(n - h, 0) for n, h in zip(need, held, strict=True))
-        self._grow(used + missing)
-        taken = set(table[table >= 0].tolist())
-        free = (page for page in range(self._num_pages) if page not in taken)
-        for b in range(batch):
-            for i in range(held[b], need[b]):
-                table[b, i] = next(free)
-        self.block_table = table.to(self.block_table.device)
-        slots = []
-        for b, (count, length) in enumerate(zip(span.counts, span.lengths, strict=True)):
-            t = torch.arange(length - count, length)
-            slots.append(table[b, t // size].long() * size + t % size)
-        return span._replace(slots=torch.cat(slots).to(self.block_table.device))
+        missing = sum(max(n - len(pages), 0) for n, pages in zip(need, self.pages, strict=True))
+        if missing:
+            used = {page for pages in self.pages for page in pages}
+            self._grow(len(used) + missing)
+            free = (page for page in range(self._num_pages) if page not in used)
+            for n, pages in zip(need, self.pages, strict=True):
+                pages.extend(next(free) for _ in range(n - len(pages)))
+        if missing or len(self.block_table) != len(self.pages):
+            self._publish()
+        slots = [
+            self.pages[b][t // size] * size + t % size
+            for b, (count, length) in enumerate(zip(span.counts, span.lengths, strict=True))
+            for t in range(length - count, length)
+        ]
+        return span._replace(slots=torch.tensor(slots, dtype=torch.int64, device=self.block_table.device))
 
     def commit(self, span: Span, columns: int) -> None:
         """The tokens of a span were written to every layer."""
@@ -98,12 +98,12 @@ class LatentCache(Cache):  # type: ignore[misc]
     def _num_pages(self) -> int:
         return self.caches[0][0].shape[0]
 
-    def _table(self, batch: int, width: int) -> Tensor:
-        """A copy of the block table on the CPU, widened to [batch, width] with -1."""
-        rows, columns = self.block_table.shape
-        table = torch.full((batch, max(width, columns)), -1, dtype=torch.int32)
-        table[:rows, :columns] = self.block_table
-        return table
+    def _publish(self) -> None:
+        """The page lists as the block table of decode_attention, [B, pages] int32, -1 padded."""
+        width = max(map(len, self.pages), default=0)
+        rows = [pages + [-1] * (width - len(pages)) for pages in self.pages]
+        table = torch.tensor(rows, dtype=torch.int32).view(len(rows), width)
+        self.block_table = table.to(self.block_table.device)
 
     def _grow(self, pages: int) -> None:
         """Room for `pages` pages; a pool that has to move grows by an eighth at least, so that appending is cheap."""
@@ -122,17 +122,15 @@ class LatentCache(Cache):  # type: ignore[misc]
         """Sequences rows[i] of the old batch become the new batch; every sequence owns copies of its pages."""
         if not self.lengths:
             return
-        chosen = self.block_table[rows.to(self.block_table.device)]
-        inside = chosen >= 0
-        pages = chosen[inside].long()
-        self.caches = [
-            tuple(x if x is None else x.index_select(0, pages) for x in pair)  # type: ignore[misc]
-            for pair in self.caches
-        ]
-        table = torch.full_like(chosen, -1)
-        table[inside] = torch.arange(len(pages), dtype=torch.int32, device=table.device)
         order = rows.tolist()
-        self.block_table = table
+        copied = [page for i in order for page in self.pages[i]]
+        index = torch.tensor(copied, dtype=torch.int64, device=self.block_table.device)
+        self.caches = [
+            (k.index_select(0, index), None if v is None else v.index_select(0, index)) for k, v in self.caches
+        ]
+        ids = iter(range(len(copied)))
+        self.pages = [[next(ids) for _ in self.pages[i]] for i in order]
+        self._publish()
         self.lengths = [self.lengths[i] for i in order]
         if self.next_positions is not None:
             self.next_positions = [self.next_positions[i] for i in order]
@@ -152,8 +150,8 @@ class LatentCache(Cache):  # type: ignore[misc]
         if self.next_positions is not None:
             self.next_positions = [p - removed for p in self.next_positions]
         self.seen -= removed
-        for b, n in enumerate(self.lengths):
-            self.block_table[b, -(-n // self.page_size) :] = -1
+        self.pages = [pages[: -(-n // self.page_size)] for pages, n in zip(self.pages, self.lengths, strict=True)]
+        self._publish()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select(beam_idx)
