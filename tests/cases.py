@@ -1,4 +1,7 @@
-"""Seeded decode problems: shuffled pages, NaN in every slot that must not be read, garbage in unused table entries."""
+"""Seeded decode problems: shuffled pages, NaN in every slot that must not be read, garbage in unused table entries.
+
+Unused slots are those past a sequence's length and those before every query's reach (seq_starts, window).
+"""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -83,6 +86,14 @@ def make_layer(case, dtype=torch.float64, seed=0):
     )
 
 
+def first_seen(case, b):
+    """The first token any query of row b sees; all before are out of reach, and so poisoned."""
+    first = 0 if case.starts is None else case.starts[b]
+    if "window_size" in case.call:
+        first = max(first, case.lens[b] - case.S - case.call["window_size"] + 1)
+    return min(first, case.lens[b])
+
+
 def make(case, dtype=torch.float64, seed=0):
     """Layer, query, caches and the keyword arguments of decode_attention."""
     layer = make_layer(case, dtype, seed)
@@ -107,6 +118,11 @@ def make(case, dtype=torch.float64, seed=0):
         if positions is not None:
             chosen = torch.randperm(4096, generator=g)[:n].sort().values.int()
             positions.view(-1)[slots] = chosen
+        unseen = first_seen(case, b)
+        for cache in (k_cache, v_cache):
+            if cache is not None:
+                cache.flatten(0, 1)[slots[:unseen]] = torch.nan
+        table[b, : unseen // case.P] = GARBAGE
     q = torch.randn(len(case.lens), case.S, case.Hkv * case.M, case.D, generator=g, dtype=torch.float64).to(dtype)
     kwargs = {
         "block_table": table,
