@@ -44,7 +44,7 @@ def test_moments_do_not_depend_on_the_batch_size():
 
 def test_padding_is_left_out_of_the_moments():
     model, ids = tiny.model("llama"), tiny.tokens(1, 20)
-    padded = torch.cat((torch.zeros(1, 5, dtype=torch.int64), ids), 1)
+    padded = torch.cat((tiny.tokens(1, 5, seed=2), ids), 1)
     mask = torch.cat((torch.zeros(1, 5, dtype=torch.int64), torch.ones_like(ids)), 1)
     alone = lrattn.calibrate(model, [ids], progress=False)
     batch = lrattn.calibrate(model, [{"input_ids": padded, "attention_mask": mask}], progress=False)

@@ -80,10 +80,10 @@ def test_shards_together_are_the_layer(world, shared):
 
 
 def test_shard_keeps_head_order_and_refuses_uneven_cuts():
-    layer = make_layer(Case("order", key_ranks=(32, 16), key_order=(0, 2, 3, 1), value_ranks=(48,)))
+    layer = make_layer(Case("order", key_ranks=(32, 16), key_order=(0, 3, 2, 1), value_ranks=(48,)))
     x = torch.randn(3, 24, dtype=torch.float64)
     k, _ = layer.rebuild(*layer.project(x), torch.arange(3))
-    part = layer.shard(1, 2)  # heads 2, 3: one of each group
+    part = layer.shard(1, 2)  # heads 2 and 3: one of each group, the later first
     torch.testing.assert_close(part.rebuild(*part.project(x), torch.arange(3))[0], k[:, 2:])
     uneven = make_layer(Case("uneven", Hkv=6, key_ranks=(32, 16), key_order=(0, 1, 3, 2, 4, 5), value_ranks=(48,)))
     with pytest.raises(ValueError, match="cut into equal parts"):

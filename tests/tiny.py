@@ -38,7 +38,7 @@ CONFIGS = {
     "qwen2": Qwen2Config(**SIZES),
     "qwen2-window": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=10, max_window_layers=1),
     "qwen3": Qwen3Config(**SIZES),
-    "gemma3": Gemma3TextConfig(**SIZES, sliding_window=12, query_pre_attn_scalar=32, sliding_window_pattern=2),
+    "gemma3": Gemma3TextConfig(**SIZES, sliding_window=12, query_pre_attn_scalar=64, sliding_window_pattern=2),
     "mha": LlamaConfig(**{**SIZES, "num_key_value_heads": 8}),
     "mqa": LlamaConfig(**{**SIZES, "num_key_value_heads": 1}),
 }
