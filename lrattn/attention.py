@@ -40,9 +40,11 @@ def write_latents(
 
     Raises: ValueError naming the tensor, what was expected and what came; the caches are then untouched.
     """
-    _check_backend(backend)
-    _check_caches(layer, k_cache, v_cache)
+    check_backend(backend)
+    _check_caches(layer, k_cache, v_cache, writable=True)
     lead = zk.shape[:-1]
+    if not zk.dim():
+        raise ValueError(f"zk: expected [.., {layer.row_width}], got a number")
     kind: dict[str, Any] = {"dtype": k_cache.dtype, "device": k_cache.device}
     check("zk", zk.reshape(-1, zk.shape[-1]), f"n {layer.row_width}", {}, **kind)
     _check_presence("zv", zv, layer)
@@ -75,7 +77,7 @@ def rebuild(
     Returns: k, v: [sum T, Hkv, D] in the caches' dtype, sequences one after the other.
     Raises: ValueError naming the tensor, what was expected and what came.
     """
-    _check_backend(backend)
+    check_backend(backend)
     _check_caches(layer, k_cache, v_cache)
     _check_tables(k_cache, block_table, seq_lens, None, positions)
     return reference.rebuild(k_cache, v_cache, layer, block_table, seq_lens, positions)
@@ -133,14 +135,14 @@ def decode_attention(
     Raises: ValueError naming the argument, what was expected and what came.
     Source: ReCalKV (arXiv 2505.24357) for the factors; online softmax and the merge by lse as in FlashAttention.
     """
-    _check_backend(backend)
+    check_backend(backend)
     _check_caches(layer, k_cache, v_cache)
     _check_tables(k_cache, block_table, seq_lens, seq_starts, positions)
     flat = q.dim() == 3
     q4 = q[:, None] if flat else q
     dims = {"B": block_table.shape[0], "D": layer.head_dim, "Hkv": layer.num_kv_heads}
     check("q", q4, "B S Hq D", dims, dtype=k_cache.dtype, device=k_cache.device, contiguous=True)
-    if dims["Hq"] % dims["Hkv"]:
+    if not dims["Hq"] or dims["Hq"] % dims["Hkv"]:
         raise ValueError(f"q: expected a multiple of Hkv={dims['Hkv']} query heads, got {dims['Hq']}")
     if sinks is not None:
         check("sinks", sinks, "Hq", dims, dtype=accumulator_types(q.dtype), device=q.device)
@@ -151,7 +153,7 @@ def decode_attention(
         check("layer.wo", layer.wo, "Hq D E", dims)
     if out is not None:
         expected = " ".join(map(str, shape[:1] + shape[2:] if flat else shape))
-        check("out", out, expected, {}, dtype=q.dtype, device=q.device, contiguous=True)
+        check("out", out, expected, {}, dtype=q.dtype, device=q.device, contiguous=True, writable=True)
     for name, value, least in (
         ("window_size", window_size, 1),
         ("max_seq_len", max_seq_len, 0),
@@ -159,7 +161,7 @@ def decode_attention(
         ("softcap", softcap, 0),
         ("workspace_limit", workspace_limit, 1),
     ):
-        if value is not None and value < least:
+        if value is not None and not value >= least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
     if window_size is not None and not causal:
         raise ValueError(f"window_size: expected None with causal=False, got {window_size}")
@@ -221,22 +223,22 @@ def workspace_bytes(
     *,
     query_heads: int,
     num_queries: int = 1,
-    dtype: torch.dtype | None = None,
+    page_size: int = 16,
     workspace_limit: int = 256 << 20,
 ) -> int:
     """Bytes of temporaries that decode_attention may hold at once, beside q, caches, results and float32 copies of
     16-bit bases. They do not grow with the batch or with the length of its sequences.
 
-    Args: query_heads, num_queries, dtype: of q; workspace_limit: as given to decode_attention.
+    Args: query_heads, num_queries: of q; page_size: of the caches; workspace_limit: as given to decode_attention.
     """
-    return reference.blocks(layer, query_heads, num_queries, dtype or layer.dtype, workspace_limit).nbytes
+    return reference.blocks(layer, query_heads, num_queries, page_size, layer.dtype, workspace_limit).nbytes
 
 
 def accumulator_types(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
     return (torch.float32, torch.float64) if dtype == torch.float64 else (torch.float32,)
 
 
-def _check_backend(backend: str | None) -> None:
+def check_backend(backend: str | None) -> None:
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend: expected None or one of {BACKENDS}, got {backend!r}")
 
@@ -247,25 +249,17 @@ def _check_presence(name: str, x: Tensor | None, layer: LayerFactors) -> None:
         raise ValueError(f"{name}: expected {expected}, got {'None' if x is None else 'a tensor'}")
 
 
-def _check_caches(layer: LayerFactors, k_cache: Tensor, v_cache: Tensor | None) -> None:
+def _check_caches(layer: LayerFactors, k_cache: Tensor, v_cache: Tensor | None, *, writable: bool = False) -> None:
     dims: dict[str, int] = {}
-    check(
-        "k_cache",
-        k_cache,
-        f"N P {layer.k_width}",
-        dims,
-        dtype=FLOATS,
-        device=layer.device,
-        contiguous=True,
-    )
+    kind: dict[str, Any] = {"device": layer.device, "contiguous": True, "writable": writable}
+    check("k_cache", k_cache, f"N P {layer.k_width}", dims, dtype=FLOATS, **kind)
     if k_cache.dtype != layer.dtype:
         raise ValueError(f"k_cache: expected the layer's dtype {layer.dtype}, got {k_cache.dtype}")
     if dims["P"] % RANK_STEP or not dims["P"]:
         raise ValueError(f"k_cache: expected a page size that is a multiple of {RANK_STEP}, got {dims['P']}")
     _check_presence("v_cache", v_cache, layer)
     if v_cache is not None:
-        kind: dict[str, Any] = {"dtype": k_cache.dtype, "device": k_cache.device}
-        check("v_cache", v_cache, f"N P {layer.v_width}", dims, contiguous=True, **kind)
+        check("v_cache", v_cache, f"N P {layer.v_width}", dims, dtype=k_cache.dtype, **kind)
 
 
 def _check_tables(

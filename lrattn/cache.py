@@ -23,6 +23,8 @@ from torch import Tensor
 from lrattn.factors import LayerFactors
 from lrattn.shapes import RANK_STEP, accumulator
 
+WHOLE_PAGES = 64  # up to this page size whole pages are copied and cut, which is faster than copying rows
+
 
 def allocate_cache(
     layer: LayerFactors,
@@ -50,6 +52,9 @@ def allocate_cache(
 def read_rows(cache: Tensor, pages: Tensor, begin: int, end: int) -> Tensor:
     """Rows of tokens begin..end of one sequence, [end - begin, width]; pages: [.] int32 page ids from token 0 on."""
     size = cache.shape[1]
+    if size > WHOLE_PAGES:
+        t = torch.arange(begin, end, device=cache.device)
+        return cache[pages[t // size], t % size]
     first = begin // size
     rows = cache.index_select(0, pages[first : -(-end // size)]).flatten(0, 1)
     return rows[begin - first * size : end - first * size]
@@ -70,7 +75,8 @@ def norm_columns(layer: LayerFactors, zk: Tensor) -> Tensor:
         heads = layer.num_kv_heads
         exact = torch.empty(len(zk), heads, dtype=accumulator(zk.dtype), device=zk.device)
         for g, members in enumerate(layer.keys.groups):
-            exact[:, list(members)] = layer.key_norm.inverse_rms(layer.raw_keys(zk, g))
+            exact[:, list(members)] = layer.key_norm.inverse_rms(layer.raw_keys(zk.to(exact.dtype), g))
+        exact.clamp_(max=torch.finfo(zk.dtype).max)
         norms[:, :heads] = exact.to(zk.dtype)
         norms[:, heads : 2 * heads] = (exact - norms[:, :heads]).to(zk.dtype)
     return norms

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lrattn.parts import attention_parts
+from lrattn.parts import attention_parts, evaluating
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,20 +54,17 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor | Mapping[str, Any]], *
 
     device = next(model.parameters()).device
     hooks = [p.linear("k_proj").register_forward_pre_hook(watch(i)) for i, p in enumerate(parts)]
-    training = model.training
-    model.eval()
     try:
-        for batch in tqdm(batches, desc="calibrate", unit="batch", disable=not progress):
-            ids, mask = _tokens(batch)
-            live = None if mask is None else mask.to(device).bool()
-            tokens += ids.numel() if live is None else int(live.sum())
-            arguments = {} if mask is None else {"attention_mask": mask.to(device)}
-            with torch.no_grad():
+        with evaluating(model), torch.no_grad():
+            for batch in tqdm(batches, desc="calibrate", unit="batch", disable=not progress):
+                ids, mask = _tokens(batch)
+                live = None if mask is None else mask.to(device).bool()
+                tokens += ids.numel() if live is None else int(live.sum())
+                arguments = {} if mask is None else {"attention_mask": mask.to(device)}
                 model(input_ids=ids.to(device), use_cache=False, **arguments)
     finally:
         for hook in hooks:
             hook.remove()
-        model.train(training)
     if not tokens:
         raise ValueError("batches: expected at least one token to calibrate on, got none")
     for p, total in zip(parts, sums, strict=True):

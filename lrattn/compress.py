@@ -16,6 +16,7 @@ from lrattn.parts import AttentionParts, attention_parts
 from lrattn.projection import Projection
 
 
+@torch.inference_mode(False)  # the factors outlive the caller's mode
 def compress(
     model: nn.Module,
     batches: Iterable[Tensor | Mapping[str, Any]] | Moments | None = None,

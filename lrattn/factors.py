@@ -35,8 +35,10 @@ class LayerFactors:
     shared: bool = False
     key_norm: KeyNorm | None = None
     wo: Tensor | None = None
-    # Derived once: key bases, bias and norm weight with rotation pairs adjacent, and the table that turns them.
+    # Derived once. Key bases, biases and the norm weight have the two dimensions of a rotated pair side by side.
     key_blocks: tuple[Tensor, ...] = field(init=False, repr=False)  # per group [rank, C * D]
+    key_biases: tuple[Tensor, ...] = field(init=False, repr=False)  # per group [C, D], or no groups
+    norm_weight: Tensor | None = field(init=False, repr=False)  # [D]
     value_blocks: tuple[Tensor, ...] = field(init=False, repr=False)  # per group [rank, C * D]
     pairs: Tensor = field(init=False, repr=False)  # [D], pair order -> model order
     turns: Tensor | None = field(init=False, repr=False)  # [max_position, rotary_dim / 2] complex
@@ -52,6 +54,11 @@ class LayerFactors:
         )
         key_blocks = [b.unflatten(1, (-1, head_dim))[..., self.pairs].flatten(1) for b in key_blocks]
         object.__setattr__(self, "key_blocks", tuple(key_blocks))
+        acc, bias = accumulator(self.dtype), self.keys.bias
+        biases = [] if bias is None else [bias[list(heads)][:, self.pairs].to(acc) for heads in self.keys.groups]
+        object.__setattr__(self, "key_biases", tuple(biases))
+        weight = None if self.key_norm is None else self.key_norm.weight[self.pairs].to(acc)
+        object.__setattr__(self, "norm_weight", weight)
         object.__setattr__(self, "value_blocks", tuple(value_blocks))
         turns = None if self.rope is None else self.rope.turns(device, self.keys.up.dtype)
         object.__setattr__(self, "turns", turns)
@@ -138,18 +145,20 @@ class LayerFactors:
         return rows[0], (rows[1] if len(rows) > 1 else None)
 
     def raw_keys(self, row: Tensor, g: int) -> Tensor:
-        """Keys of group g from rows [n, >= row_width], bias added: [n, C, D], pairs adjacent, not normed or rotated."""
+        """Keys of group g from rows [n, >= row_width], bias added: [n, C, D], pairs adjacent, not normed or rotated.
+
+        Rows wider than the layer's dtype are multiplied in their own.
+        """
         block = self.key_blocks[g]
-        tile = (row[:, self.key_columns[g]].to(block.dtype) @ block).to(accumulator(row.dtype))
+        kind = torch.promote_types(row.dtype, block.dtype)
+        tile = (row[:, self.key_columns[g]].to(kind) @ block.to(kind)).to(accumulator(row.dtype))
         tile = tile.unflatten(1, (-1, self.head_dim))
-        if self.keys.bias is not None:
-            tile = tile + self.keys.bias[list(self.keys.groups[g])][:, self.pairs].to(tile.dtype)
-        return tile
+        return tile + self.key_biases[g] if self.key_biases else tile
 
     def turn_(self, tile: Tensor, turns: Tensor | None) -> Tensor:
         """Norm weight and rotation of raw keys [n, C, D] in place; turns [n, rotary_dim / 2]."""
-        if self.key_norm is not None:
-            tile *= self.key_norm.weight[self.pairs].to(tile.dtype)
+        if self.norm_weight is not None:
+            tile *= self.norm_weight
         if self.rope is not None and turns is not None:
             rotated = tile[..., : self.rope.rotary_dim].unflatten(-1, (-1, 2))
             torch.view_as_complex(rotated).mul_(turns[:, None])
@@ -161,15 +170,25 @@ class LayerFactors:
         Args:
             zk: [.., row width]; zv: [.., sum Rv], None when shared.
             positions: [..] integers; may be None only without a rope.
+
+        Raises: ValueError naming the tensor, what was expected and what came.
         """
+        if (zv is None) != self.shared:
+            raise ValueError(
+                f"zv: expected {'None, the layer is shared' if self.shared else 'a tensor'}, got {type(zv)}"
+            )
         lead = zk.shape[:-1]
+        for name, x, width in (("zk", zk, self.row_width), ("zv", zv, self.values.width)):
+            if x is not None and (x.shape != (*lead, width) or x.dtype != self.dtype or x.device != self.device):
+                expected = f"{[*lead, width]} {self.dtype} on {self.device}"
+                raise ValueError(f"{name}: expected {expected}, got {list(x.shape)} {x.dtype} on {x.device}")
         rows = zk.reshape(-1, zk.shape[-1])
         value_rows = rows if zv is None else zv.reshape(-1, zv.shape[-1])
         turns = None
         if self.turns is not None:
-            if positions is None or positions.shape != lead:
-                got = None if positions is None else list(positions.shape)
-                raise ValueError(f"positions: expected shape {list(lead)}, got {got}")
+            if positions is None or positions.shape != lead or positions.is_floating_point():
+                got = None if positions is None else f"{list(positions.shape)} {positions.dtype}"
+                raise ValueError(f"positions: expected integers of shape {list(lead)}, got {got}")
             turns = self.turns.index_select(0, positions.reshape(-1).to(rows.device, torch.int64))
         k = rows.new_empty(len(rows), self.num_kv_heads, self.head_dim)
         for g, heads in enumerate(self.keys.groups):

@@ -6,6 +6,8 @@ other parts is refused with the reason.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +56,18 @@ class AttentionParts:
         """Bias of k_proj or v_proj by head, [Hkv, D]."""
         bias = self.linear(name).bias
         return None if bias is None else bias.detach().unflatten(0, (-1, self.head_dim)).clone()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; on exit every module has the mode it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def decoder_of(model: nn.Module) -> nn.Module:

@@ -35,11 +35,13 @@ class Projection:
     format: Any = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ranks", tuple(int(r) for r in self.ranks))
+        object.__setattr__(self, "ranks", tuple(self.ranks))
         dims: dict[str, int] = {}
         check("up", self.up, "Hkv R D", dims, dtype=FLOATS)
-        if not self.ranks or any(r < RANK_STEP or r % RANK_STEP for r in self.ranks):
+        if not self.ranks or any(not isinstance(r, int) or r < RANK_STEP or r % RANK_STEP for r in self.ranks):
             raise ValueError(f"ranks: expected positive multiples of {RANK_STEP}, got {self.ranks}")
+        if not self.up.numel():
+            raise ValueError(f"up: expected heads and dimensions, got shape {list(self.up.shape)}")
         if dims["R"] != max(self.ranks):
             raise ValueError(f"up: expected {max(self.ranks)} rows, the largest rank, got {dims['R']}")
         if self.num_heads % len(self.ranks):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lrattn.cache import inverse_rms, norm_columns, read_rows, write_rows
+from lrattn.cache import WHOLE_PAGES, inverse_rms, norm_columns, read_rows, write_rows
 from lrattn.factors import LayerFactors
 from lrattn.shapes import accumulator, product_dtype
 
@@ -72,17 +72,22 @@ class Blocks(NamedTuple):
     nbytes: int
 
 
-def blocks(layer: LayerFactors, query_heads: int, num_queries: int, dtype: torch.dtype, limit: int) -> Blocks:
+def blocks(
+    layer: LayerFactors, query_heads: int, num_queries: int, page_size: int, dtype: torch.dtype, limit: int
+) -> Blocks:
     """Queries and tokens per block, so that temporaries stay within `limit` bytes (one query, 16 tokens at least)."""
     size = accumulator(dtype).itemsize
     widest = max(layer.values.ranks)
-    per_query = query_heads * (3 * widest + 2 * layer.head_dim) * size
+    absorbed = max(layer.keys.ranks) if layer.rope is None else 0
+    per_query = query_heads * (3 * widest + 3 * layer.head_dim + absorbed) * size  # results, queries in three forms
     queries = max(1, min(num_queries, limit // 2 // per_query))
     tile = layer.keys.group_size * layer.head_dim
-    per_token = 3 * tile * size + 3 * query_heads * queries * size + 2 * (layer.k_width + layer.v_width) * size
-    tokens = min(TILE_BYTES // (tile * size), limit // 2 // per_token)
+    row = (layer.k_width + layer.v_width) * size
+    per_token = 3 * tile * size + 3 * query_heads * queries * size + 2 * row  # keys, scores, rows read and widened
+    edges = 2 * page_size * row if page_size <= WHOLE_PAGES else 0  # of the pages that a block begins and ends in
+    tokens = min(TILE_BYTES // (tile * size), max(limit // 2 - edges, 0) // per_token)
     tokens = max(16, tokens // 16 * 16)
-    return Blocks(queries, tokens, queries * per_query + tokens * per_token)
+    return Blocks(queries, tokens, queries * per_query + tokens * per_token + edges)
 
 
 def decode_attention(
@@ -103,7 +108,7 @@ def decode_attention(
     """q [B, S, Hq, D] -> output [B, S, Hq, Rv | D] or [B, S, E] in q's dtype, lse [B, S, Hq]."""
     batch, num_queries, query_heads, _ = q.shape
     acc = accumulator(q.dtype)
-    plan = blocks(layer, query_heads, num_queries, q.dtype, workspace_limit)
+    plan = blocks(layer, query_heads, num_queries, k_cache.shape[1], q.dtype, workspace_limit)
     out = q.new_empty(batch, num_queries, *output_shape(layer, query_heads, project))
     lse = torch.empty(batch, num_queries, query_heads, dtype=acc, device=q.device)
     for b in range(batch):
@@ -207,7 +212,7 @@ def _absorb(layer: LayerFactors, q: Tensor) -> list[Tensor]:
     """Queries [Hkv, M S, D] made ready: pairs adjacent; without a rope also multiplied into each group's latents."""
     ready = [q[..., layer.pairs]]
     if layer.rope is None:
-        weighted = q if layer.key_norm is None else q * layer.key_norm.weight.to(q.dtype)
+        weighted = q if layer.norm_weight is None else q * layer.norm_weight
         for members, block in zip(layer.keys.groups, layer.key_blocks, strict=True):
             up = block.to(q.dtype).unflatten(1, (len(members), -1)).permute(1, 2, 0)  # [C, D, Rk]
             ready.append(weighted[list(members)] @ up)  # [C, M S, Rk]
@@ -233,7 +238,7 @@ def _scores(row: _Row, queries: list[Tensor], ck: Tensor, t0: int, t1: int) -> T
             s[list(members)] = q[list(members)] @ tile.permute(1, 2, 0)
     if layer.rope is None and layer.keys.bias is not None:
         bias = layer.keys.bias.to(q.dtype)
-        bias = bias if layer.key_norm is None else bias * layer.key_norm.weight.to(q.dtype)
+        bias = bias if layer.norm_weight is None else bias * layer.norm_weight
         s += q @ bias[..., None]
     if layer.key_norm is not None:
         s *= inverse_rms(layer, ck).T[:, None]
@@ -253,8 +258,6 @@ def _seen(index: Tensor, mask: Mask, t0: int, t1: int) -> Tensor | None:
 
 def merge_attention(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Results over disjoint tokens -> the result over all: outs [.., X] each, lses [..] each."""
-    if len(outs) == 1:
-        return outs[0], lses[0]
     acc = accumulator(outs[0].dtype)
     stacked = torch.stack(lses).to(acc)
     lse = torch.logsumexp(stacked, 0)

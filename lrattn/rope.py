@@ -49,7 +49,8 @@ class Rope:
     fp32_angles: bool = False
 
     def __post_init__(self) -> None:
-        scaling = {k: v for k, v in dict(self.scaling or {}).items() if v is not None}
+        given = {k: v for k, v in dict(self.scaling or {}).items() if v is not None}
+        scaling = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in given.items()}
         object.__setattr__(self, "scaling", scaling or None)
         if self.kind == "dynamic":
             raise ValueError(
@@ -124,15 +125,17 @@ class Rope:
         key = (self, str(device), accumulator(dtype))
         found = _TURNS.get(key)
         if found is None:
-            frequencies, factor = self.frequencies()
-            angles = torch.arange(self.max_position, dtype=frequencies.dtype)[:, None] * frequencies
-            parts = (x.mul_(factor).to(device, accumulator(dtype)) for x in (angles.cos(), angles.sin()))
-            found = _TURNS[key] = torch.complex(*parts)
+            with torch.inference_mode(False):  # the table outlives the caller's mode
+                frequencies, factor = self.frequencies()
+                angles = torch.arange(self.max_position, dtype=frequencies.dtype)[:, None] * frequencies
+                parts = (x.mul_(factor).to(device, accumulator(dtype)) for x in (angles.cos(), angles.sin()))
+                found = _TURNS[key] = torch.complex(*parts)
         return found
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """x [.., H, D] rotated to positions [..]; sums in float32 (float64 for float64), result in x.dtype."""
-        turns = self.turns(x.device, x.dtype)[positions.to(x.device, torch.int64)].unsqueeze(-2)
+        at = positions.reshape(-1).to(x.device, torch.int64)
+        turns = self.turns(x.device, x.dtype).index_select(0, at).view(*positions.shape, 1, -1)
         n = self.rotary_dim
         pairs = x[..., self.pair_order(x.shape[-1])[:n].to(x.device)].to(accumulator(x.dtype)).unflatten(-1, (-1, 2))
         turned = torch.view_as_real(torch.view_as_complex(pairs) * turns).to(x.dtype)

@@ -37,6 +37,7 @@ def check(
     dtype: torch.dtype | tuple[torch.dtype, ...] | None = None,
     device: torch.device | None = None,
     contiguous: bool = False,
+    writable: bool = False,
 ) -> None:
     """Holds a tensor against a spec such as "B S Hq D"; letters met first are bound in `dims`.
 
@@ -44,7 +45,8 @@ def check(
         name: what the caller calls the tensor; errors begin with it.
         spec: one glossary letter or one number per axis.
         dims: sizes known so far; new letters are added.
-        dtype, device: required when given. contiguous: the last axis must have stride 1.
+        dtype, device: required when given. contiguous: the last axis must have stride 1. writable: no two elements
+            may share memory, as in an expanded tensor.
 
     Raises: ValueError naming the tensor, what was expected and what came. Reads metadata only.
     """
@@ -63,6 +65,8 @@ def check(
         raise ValueError(f"{name}: expected device {device}, got {x.device}")
     if contiguous and x.dim() and x.shape[-1] > 1 and x.stride(-1) != 1:
         raise ValueError(f"{name}: expected a contiguous last axis, got strides {x.stride()}")
+    if writable and any(n > 1 and step == 0 for n, step in zip(x.shape, x.stride(), strict=True)):
+        raise ValueError(f"{name}: expected memory of its own for every element, got strides {x.stride()}")
     dims.update({s: n for s, n in zip(letters, shape, strict=True) if not s.isdigit()})
 
 

@@ -55,10 +55,11 @@ def test_padding_is_left_out_of_the_moments():
 
 def test_calibration_leaves_the_model_alone():
     model = tiny.model("qwen3").train()
+    model.model.layers[1].eval()
     hooks = sum(len(m._forward_pre_hooks) for m in model.modules())
     with pytest.raises(ValueError, match="batches: expected integer token ids"):
         lrattn.calibrate(model, [tiny.tokens(1, 4), torch.zeros(3)], progress=False)
-    assert model.training
+    assert model.training and not model.model.layers[1].training
     assert sum(len(m._forward_pre_hooks) for m in model.modules()) == hooks
     with pytest.raises(ValueError, match="expected at least one token"):
         lrattn.calibrate(model, [], progress=False)
@@ -123,8 +124,8 @@ def test_palu_is_the_whitened_svd_and_loses_its_tail_energy():
     weight, x = problem()
     up, down = methods.palu.factorize(weight, x.T @ x, 16)
     expected, tail = whitened_svd(weight, x, 16)
-    torch.testing.assert_close(up.transpose(0, 1).flatten(1).T @ down.T, expected, rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(loss(weight, x, up, down), tail, rtol=1e-8, atol=0)
+    torch.testing.assert_close(up.transpose(0, 1).flatten(1).T @ down.T, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loss(weight, x, up, down), tail, rtol=1e-6, atol=0)
     assert loss(weight, x, up, down) < loss(weight, x, *methods.svd.factorize(weight, None, 16))
 
 
@@ -142,6 +143,19 @@ def test_full_rank_is_exact(method, inputs):
     up, down = methods.METHODS[method](weight, x.T @ x, 32)
     assert up.shape == (2, 32, 16) and down.shape == (inputs, 32)
     torch.testing.assert_close(up.transpose(0, 1).flatten(1).T @ down.T, weight.flatten(0, 1))
+
+
+@pytest.mark.parametrize("inputs", [40, 24])
+def test_directions_the_calibration_never_saw_are_ranked_by_the_weights(inputs):
+    weight, x = problem(inputs=inputs)
+    few = x[:8].T @ x[:8]
+    up, down = methods.palu.factorize(weight, few, 32)
+    torch.testing.assert_close(up.transpose(0, 1).flatten(1).T @ down.T, weight.flatten(0, 1))
+    up, down = methods.palu.factorize(weight, few, 16)
+    assert loss(weight, x[:8], up, down) < 1e-6 * loss(weight, x[:8], up * 0, down)  # 8 tokens, 16 directions
+    best = torch.linalg.svdvals(weight.flatten(0, 1))[16:].square().sum()
+    left = (weight.flatten(0, 1) - up.transpose(0, 1).flatten(1).T @ down.T).square().sum()
+    assert left < 2 * best
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -20,7 +20,7 @@ RICH = Case(
     key_order=(2, 1, 3, 0),
     bias=True,
     key_norm=True,
-    rope={"partial_rotary_factor": 0.5, "scaling": {"rope_type": "linear", "factor": 2.0}},
+    rope={"partial_rotary_factor": 0.5, "scaling": {"rope_type": "linear", "factor": 2.0, "unused": [1, 2]}},
 )
 
 
@@ -57,6 +57,23 @@ def test_project_refuses_other_inputs():
         layer.project(torch.randn(5, 23, dtype=torch.float64))
     with pytest.raises(ValueError, match="x: expected"):
         layer.project(torch.randn(5, 24))
+
+
+def test_rebuild_refuses_what_does_not_fit():
+    layer = make_layer(RICH)
+    zk, zv, at = torch.randn(5, 48).double(), torch.randn(5, 64).double(), torch.arange(5)
+    for message, arguments in {
+        "zv: expected a tensor": (zk, None, at),
+        r"zk: expected \[5, 48\] torch.float64 on cpu, got \[5, 96\]": (torch.cat((zk, zk), 1), zv, at),
+        "zv: expected .* got .* torch.float32": (zk, zv.float(), at),
+        r"zv: expected \[5, 64\]": (zk, zv[:3], at),
+        "positions: expected integers": (zk, zv, at + 0.5),
+        r"positions: expected integers of shape \[5\], got None": (zk, zv, None),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            layer.rebuild(*arguments)
+    with pytest.raises(IndexError):
+        layer.rope.rotate(torch.randn(1, 2, 64), torch.tensor([-1]))
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -106,6 +123,8 @@ def test_fold_output_is_two_products_in_one():
         ({"up": torch.zeros(4, 32, 8, dtype=torch.int32)}, "up: expected dtype"),
         ({"ranks": (24,)}, "ranks: expected positive multiples of 16"),
         ({"ranks": ()}, "ranks: expected positive multiples"),
+        ({"ranks": (32.0,)}, "ranks: expected positive multiples"),
+        ({"up": torch.zeros(0, 32, 8)}, "up: expected heads and dimensions"),
         ({"ranks": (48,)}, "up: expected 48 rows"),
         ({"ranks": (32, 32, 32)}, "number of groups that divides Hkv=4"),
         ({"down": torch.zeros(7, 31)}, r"down: expected shape \[E, 32\]"),

@@ -119,8 +119,9 @@ def test_any_partition_of_the_tokens_merges_exactly(project):
 
 def test_merge_of_nothing_is_nothing_and_hidden_is_refused():
     empty = torch.full((2, 1, 3), -torch.inf)
-    out, lse = lrattn.merge_attention([torch.full((2, 1, 3, 8), torch.nan)] * 2, [empty] * 2)
-    assert (out == 0).all() and (lse == -torch.inf).all()
+    for parts in (1, 2):
+        out, lse = lrattn.merge_attention([torch.full((2, 1, 3, 8), torch.nan)] * parts, [empty] * parts)
+        assert (out == 0).all() and (lse == -torch.inf).all()
     with pytest.raises(ValueError, match="project='hidden' cannot be merged"):
         lrattn.merge_attention([torch.zeros(2, 1, 24)] * 2, [empty] * 2)
     with pytest.raises(ValueError, match=r"outs\[1\]: expected"):
@@ -212,6 +213,17 @@ def test_memory_does_not_grow_with_the_tokens(limit, rope):
     assert peaks[1] <= 1.05 * peaks[0], peaks
 
 
+@pytest.mark.parametrize("changes", [{"P": 4096}, {"rope": None, "key_ranks": (256,), "value_ranks": (16,), "S": 64}])
+def test_workspace_counts_large_pages_and_absorbed_queries(changes):
+    case = Case("wide", **{"M": 2, "lens": (4096,), "key_ranks": (64,), "value_ranks": (64,), **changes})
+    layer, q, k_cache, v_cache, kwargs = make(case, torch.float32)
+    sizes = {"query_heads": 8, "num_queries": case.S, "page_size": case.P, "workspace_limit": 1 << 19}
+    with LiveBytes() as live:
+        lrattn.decode_attention(q, k_cache, v_cache, layer, workspace_limit=1 << 19, **kwargs)
+    results = 4 * q.numel() + 4 * q[..., 0].numel()
+    assert live.peak - results <= lrattn.workspace_bytes(layer, **sizes) <= 1 << 19
+
+
 def bad_calls(q, kwargs):
     table, lens = kwargs["block_table"], kwargs["seq_lens"]
     return {
@@ -231,6 +243,9 @@ def bad_calls(q, kwargs):
         "project: expected one of": {"project": "logits"},
         "out: expected shape": {"out": torch.zeros(1, 1, 4, 63, dtype=torch.float64)},
         "out: expected dtype": {"out": torch.zeros(1, 1, 4, 64)},
+        "out: expected memory of its own": {"out": torch.zeros(1, 1, 1, 64, dtype=torch.float64).expand(1, 1, 4, 64)},
+        "q: expected a multiple of Hkv=4 query heads, got 0": {"q": q[:, :, :0]},
+        "softcap: expected at least 0, got nan": {"softcap": float("nan")},
         "window_size: expected at least 1": {"window_size": 0},
         "window_size: expected None with causal=False": {"window_size": 4, "causal": False},
         "num_splits: expected at least 0": {"num_splits": -1},

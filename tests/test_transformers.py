@@ -1,6 +1,7 @@
 """A model on latents against the simulated model: its weights replaced by their low-rank product, ordinary cache."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -169,6 +170,32 @@ def test_the_model_is_the_original_afterwards(fails):
         assert torch.equal(model(ids).logits, logits)
 
 
+def test_every_module_keeps_its_mode():
+    model, factors = compressed("llama")
+    model.train()
+    model.model.layers[0].eval()
+    modes = [m.training for m in model.modules()]
+    with latent_attention(model, factors):
+        pass
+    assert [m.training for m in model.modules()] == modes
+
+
+def test_inference_mode_leaves_nothing_behind():
+    with torch.inference_mode():
+        model, factors = compressed("llama")
+        model = tiny.model("llama")
+    model = tiny.model("llama")
+    ids = tiny.tokens(1, 20)
+    with latent_attention(model, factors):
+        with torch.inference_mode():
+            cache = model(ids[:, :10]).past_key_values
+        with torch.no_grad():
+            got = model(ids[:, 10:], past_key_values=cache).logits
+        expected = model(ids, use_cache=False).logits
+        expected.sum().backward()
+    torch.testing.assert_close(got, expected[:, 10:], rtol=0, atol=1e-4)
+
+
 def test_what_was_on_the_instance_comes_back():
     model, factors = compressed("llama")
     module = attention_parts(model)[0].module
@@ -203,6 +230,8 @@ def test_crop_and_second_turn():
         model(torch.cat((ids[:, :30], ids[:, :15]), 1), past_key_values=cache)
         cache.crop(-15)
         assert cache.get_seq_length() == 30 and cache.lengths == [30, 30]
+        with pytest.raises(ValueError, match="expected 0 or a negative number"):
+            cache.crop(20)
         got = model(ids[:, 30:], past_key_values=cache).logits
     torch.testing.assert_close(got, expected[:, 30:], rtol=0, atol=1e-4)
 
@@ -256,6 +285,10 @@ def test_use_cache_false_makes_no_cache():
         assert torch.equal(generate(model, tiny.tokens(1, 5), use_cache=False), expected)
         uncached = GenerationConfig(use_cache=False, do_sample=False, max_new_tokens=24)
         assert torch.equal(model.generate(tiny.tokens(1, 5), generation_config=uncached), expected)
+        assert torch.equal(model.generate(tiny.tokens(1, 5), uncached), expected)
+        for kind in ("dynamic", "static"):  # the kind of cache transformers was told to make
+            got = generate(model, tiny.tokens(1, 5), cache_implementation=kind, return_dict_in_generate=True)
+            assert torch.equal(got.sequences, expected) and isinstance(got.past_key_values, LatentCache)
 
 
 def test_right_padding_is_scored_without_a_cache():
@@ -281,6 +314,7 @@ def refused_calls(model, factors, other):
         "padding on the left": {"attention_mask": right},
         r"attention_mask: expected shape \[2, 8\]": {"attention_mask": torch.ones(2, 9)},
         "attention_mask: expected shape": {"attention_mask": torch.ones(2, 1, 8, 8)},
+        "output_attentions: expected False": {"output_attentions": True},
         "position_ids: expected 8 consecutive positions": {"position_ids": torch.arange(8)[None] * 2},
     }, ids
 
@@ -309,6 +343,18 @@ def test_factors_of_another_model_are_refused():
     model, factors = compressed("llama")
     with pytest.raises(ValueError, match=r"factors: expected \(Hkv, D, E\) = \(4, 32, 96\) in layer 0"):
         LatentCache(model, compressed("mha")[1])
+    layer = factors.layers[0]
+    for message, changed in {
+        "the rotation of": replace(layer, rope=replace(layer.rope, theta=5e5)),
+        "expected the rotation of model.layers.0.self_attn in layer 0": replace(layer, rope=None),
+        "the key norm of": replace(layer, key_norm=lrattn.KeyNorm(torch.ones(32))),
+        "the key bias of": replace(layer, keys=replace(layer.keys, bias=torch.ones(4, 32))),
+        r"keys\.down in layer 0, to write latents": replace(layer, keys=replace(layer.keys, down=None)),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            LatentCache(model, lrattn.Factors((changed, *factors.layers[1:])))
+    with pytest.raises(ValueError, match="backend: expected"), latent_attention(model, factors, backend="bogus"):
+        pass
     with pytest.raises(ValueError, match="factors: expected 3 layers as in the model, got 2"):
         LatentCache(model, lrattn.Factors(factors.layers[:2]))
     with pytest.raises(ValueError, match=r"use factors\.to\(device, dtype\)"), latent_attention(model.half(), factors):

@@ -1,11 +1,11 @@
 """Factorisation methods: one file, one function, one signature each.
 
-factorize(weight, moment, ranks) -> (up, down)
+factorize(weight, moment, rank) -> (up, down)
 
 weight: [C, D, E] float64, the heads of one group.
 moment: [E, E] float64, second moment of the layer's inputs; None if the method was given no data.
-rank: of the group.
-up: [C, D, rank]-sized basis as [C, rank, D]; down: [E, rank]. The group's map becomes x -> (x @ down) @ up.
+rank: of the group, a multiple of 16.
+up: [C, rank, D]; down: [E, rank]. The map of head h becomes x -> x @ down @ up[h].
 """
 
 from collections.abc import Callable

@@ -12,11 +12,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lrattn.attention import decode_attention, rebuild, write_latents
+from lrattn.attention import check_backend, decode_attention, rebuild, write_latents
 from lrattn.factors import Factors
-from lrattn.integrations.transformers.cache import LatentCache, Span, check_fit
+from lrattn.integrations.transformers.cache import LatentCache, Span
 from lrattn.integrations.transformers.dense import causal_attention
-from lrattn.integrations.transformers.verify import verify
+from lrattn.integrations.transformers.verify import check_fit, verify
 from lrattn.parts import AttentionParts, attention_parts, decoder_of
 
 # Query rows per kv head up to which decode_attention is tuned; beyond, dense attention on rebuilt tokens.
@@ -37,18 +37,19 @@ def latent_attention(model: nn.Module, factors: Factors, backend: str | None = N
 
     Raises: ValueError if the factors do not fit, or the model's attention is not one that can be rebuilt.
     """
-    check_fit(model, factors)
+    check_backend(backend)
     parts = attention_parts(model)
     decoder = decoder_of(model)
     if any(isinstance(p.module.__dict__.get("forward"), _Forward) for p in parts):
         raise ValueError("model: already inside latent_attention; leave that block first")
     verify(model, parts)
+    check_fit(model, factors)
     session = _Session(model, decoder, factors)
     with ExitStack() as undo:
         for i, part in enumerate(parts):
             _replace(undo, part.module, "forward", _Forward(session, part, i, backend))
-        if (original := getattr(model, "generate", None)) is not None:
-            _replace(undo, model, "generate", session.generate(original))
+        if (original := getattr(model, "_prepare_cache_for_generation", None)) is not None:
+            _replace(undo, model, "_prepare_cache_for_generation", session.prepare_cache(original))
         undo.callback(decoder.register_forward_pre_hook(session.before, with_kwargs=True).remove)
         undo.callback(decoder.register_forward_hook(session.after).remove)
         yield model
@@ -76,18 +77,18 @@ class _Session:
         self.positions = self.seq_lens = torch.empty(0)
         self.extends = False  # some sequence has tokens from before this pass
 
-    def generate(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """`model.generate` that starts with a LatentCache unless it is given a cache, or told to use none."""
+    def prepare_cache(self, original: Callable[..., None]) -> Callable[..., None]:
+        """The step of `generate` that makes a cache, whichever kind was configured: a LatentCache here."""
 
         @functools.wraps(original)
-        def generate(*args: Any, **kwargs: Any) -> Any:
-            config = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
-            use_cache = kwargs.get("use_cache", getattr(config, "use_cache", None))
-            if use_cache is not False and kwargs.get("past_key_values") is None:
-                kwargs["past_key_values"] = LatentCache(self.model, self.factors)
-            return original(*args, **kwargs)
+        def prepare(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+            given = model_kwargs.get("past_key_values")
+            if given is None and generation_config.use_cache is not False:
+                model_kwargs["past_key_values"] = LatentCache(self.model, self.factors)
+            else:
+                original(generation_config, model_kwargs, *args, **kwargs)
 
-        return generate
+        return prepare
 
     def before(
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -106,6 +107,8 @@ class _Session:
             raise ValueError(
                 "past_key_values: expected a LatentCache of the factors given to latent_attention, got another"
             )
+        if kwargs.get("output_attentions"):
+            raise ValueError("output_attentions: expected False inside latent_attention, where no weights are formed")
         inputs = kwargs.get("input_ids")
         inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
         if inputs is None:
@@ -133,6 +136,7 @@ class _Session:
     def after(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.cache is not None:
             self.cache.commit(self.span, self.positions.shape[1])
+        self.cache = None
 
 
 def _live_span(mask: Any, past: list[int], seen: int, batch: int, columns: int, *, cached: bool) -> Span:

@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 
 from lrattn.cache import allocate_cache
 from lrattn.factors import Factors
-from lrattn.parts import attention_parts
+from lrattn.integrations.transformers.verify import check_fit
 
 
 class Span(NamedTuple):
@@ -46,6 +46,7 @@ class LatentCache(Cache):  # type: ignore[misc]
         self.page_size = page_size
         self.reset()
 
+    @torch.inference_mode(False)
     def reset(self) -> None:
         """Forgets every token and gives the pages back."""
         self.caches = [allocate_cache(layer, 0, self.page_size) for layer in self.factors.layers]
@@ -105,6 +106,7 @@ class LatentCache(Cache):  # type: ignore[misc]
         table = torch.tensor(rows, dtype=torch.int32).view(len(rows), width)
         self.block_table = table.to(self.block_table.device)
 
+    @torch.inference_mode(False)  # pages outlive the caller's mode
     def _grow(self, pages: int) -> None:
         """Room for `pages` pages; a pool that has to move grows by an eighth at least, so that appending is cheap."""
         have = self._num_pages
@@ -118,6 +120,7 @@ class LatentCache(Cache):  # type: ignore[misc]
                     new[:have] = old
             self.caches[i] = grown
 
+    @torch.inference_mode(False)
     def _select(self, rows: Tensor) -> None:
         """Sequences rows[i] of the old batch become the new batch; every sequence owns copies of its pages."""
         if not self.lengths:
@@ -138,12 +141,13 @@ class LatentCache(Cache):  # type: ignore[misc]
     # What transformers asks of a Cache.
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last tokens of every sequence; like transformers, a negative number says how many.
+        """Forgets the last tokens of every sequence; a negative number says how many, as in transformers.
 
-        A positive number is the length to keep, as in older releases.
+        Raises: ValueError for a positive number, which meant the length to keep in older releases.
         """
-        kept = tokens_to_remove if tokens_to_remove > 0 else self.seen + tokens_to_remove
-        removed = self.seen - max(kept, 0)
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove: expected 0 or a negative number of tokens, got {tokens_to_remove}")
+        removed = min(-tokens_to_remove, self.seen)
         if removed <= 0:
             return
         self.lengths = [max(n - removed, 0) for n in self.lengths]
@@ -209,22 +213,3 @@ class LatentCache(Cache):  # type: ignore[misc]
     @property
     def is_dummy(self) -> list[bool]:
         return [False] * len(self)
-
-
-def check_fit(model: nn.Module, factors: Factors) -> None:
-    """Raises ValueError if the factors are of another model, dtype or device."""
-    parts = attention_parts(model)
-    if len(parts) != len(factors.layers):
-        raise ValueError(f"factors: expected {len(parts)} layers as in the model, got {len(factors.layers)}")
-    for i, (part, layer) in enumerate(zip(parts, factors.layers, strict=True)):
-        weight = part.linear("k_proj").weight
-        inputs = None if layer.values.down is None else layer.values.down.shape[0]
-        expected = (part.num_kv_heads, part.head_dim, part.linear("k_proj").in_features)
-        got = (layer.num_kv_heads, layer.head_dim, inputs)
-        if expected != got:
-            raise ValueError(f"factors: expected (Hkv, D, E) = {expected} in layer {i} as in {part.name}, got {got}")
-        if (weight.dtype, weight.device) != (layer.dtype, layer.device):
-            raise ValueError(
-                f"factors: expected {weight.dtype} on {weight.device} in layer {i} as in the model, got {layer.dtype} "
-                f"on {layer.device}; use factors.to(device, dtype)"
-            )

@@ -1,4 +1,4 @@
-"""Does a model's attention compute what its parts say? Tried once, before anything relies on it."""
+"""Do the factors fit the model, and does the model's attention compute what its parts say?"""
 
 from __future__ import annotations
 
@@ -8,11 +8,55 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from lrattn.factors import Factors
 from lrattn.integrations.transformers.dense import causal_attention
-from lrattn.parts import AttentionParts, decoder_of
+from lrattn.parts import AttentionParts, attention_parts, decoder_of, evaluating
+from lrattn.rope import Rope
 
 TOKENS = 8
 _VERIFIED: WeakSet[nn.Module] = WeakSet()
+
+
+def check_fit(model: nn.Module, factors: Factors) -> None:
+    """Raises ValueError if the factors are of another model, dtype or device."""
+    parts = attention_parts(model)
+    if len(parts) != len(factors.layers):
+        raise ValueError(f"factors: expected {len(parts)} layers as in the model, got {len(factors.layers)}")
+    for i, (part, layer) in enumerate(zip(parts, factors.layers, strict=True)):
+        weight = part.linear("k_proj").weight
+        inputs = None if layer.values.down is None else layer.values.down.shape[0]
+        expected = (part.num_kv_heads, part.head_dim, part.linear("k_proj").in_features)
+        got = (layer.num_kv_heads, layer.head_dim, inputs)
+        if expected != got:
+            raise ValueError(f"factors: expected (Hkv, D, E) = {expected} in layer {i} as in {part.name}, got {got}")
+        if (weight.dtype, weight.device) != (layer.dtype, layer.device):
+            raise ValueError(
+                f"factors: expected {weight.dtype} on {weight.device} in layer {i} as in the model, got {layer.dtype} "
+                f"on {layer.device}; use factors.to(device, dtype)"
+            )
+        if layer.keys.down is None and not layer.shared:
+            raise ValueError(f"factors: expected keys.down in layer {i}, to write latents, got None")
+        norms = [None if norm is None else norm.weight for norm in (part.key_norm, layer.key_norm)]
+        for what, same in {
+            "rotation": _same_rotation(part.rope, layer.rope),
+            "key norm": _same(*norms) and (None in norms or part.key_norm.eps == layer.key_norm.eps),  # type: ignore[union-attr]
+            "key bias": _same(part.bias("k_proj"), layer.keys.bias),
+            "value bias": _same(part.bias("v_proj"), layer.values.bias),
+        }.items():
+            if not same:
+                raise ValueError(f"factors: expected the {what} of {part.name} in layer {i}, got another")
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)
+
+
+def _same_rotation(a: Rope, b: Rope | None) -> bool:
+    """Whether two ropes rotate alike up to the rounding of their angles."""
+    if b is None or (a.interleaved, a.rotary_dim) != (b.interleaved, b.rotary_dim):
+        return False
+    (f, factor), (g, other) = a.frequencies(), b.frequencies()
+    return abs(factor - other) < 1e-6 and torch.allclose(f.double(), g.double(), rtol=1e-5, atol=0)
 
 
 @torch.no_grad()
@@ -36,18 +80,14 @@ def verify(model: nn.Module, parts: list[AttentionParts]) -> None:
 
     device = next(model.parameters()).device
     hooks = [p.module.register_forward_pre_hook(watch(i), with_kwargs=True) for i, p in enumerate(parts)]
-    training = model.training
-    model.eval()
-    try:
-        decoder_of(model)(input_ids=torch.zeros(1, TOKENS, dtype=torch.int64, device=device), use_cache=False)
-        for hook in hooks:
-            hook.remove()
+    with evaluating(model):
+        try:
+            decoder_of(model)(input_ids=torch.zeros(1, TOKENS, dtype=torch.int64, device=device), use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
         for i, part in enumerate(parts):
             _compare(part, calls[i])
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.train(training)
     _VERIFIED.add(model)
 
 
