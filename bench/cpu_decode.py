@@ -102,7 +102,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         spread = [[t["median_ms"] - t["p10_ms"] for t in found], [t["p90_ms"] - t["median_ms"] for t in found]]
         places = [r + 0.22 * (i - 1.5) for r in range(len(rows))]
         bars = axis.bar(places, medians, 0.2, yerr=spread, label=name, capsize=2)
-        axis.bar_label(bars, [f"{m:.0f}" for m in medians], padding=2, fontsize="small")
+        axis.bar_label(bars, [f"{m:.0f}" for m in medians], padding=2, fontsize="x-small")
     names = ["\n".join([*r["shape"].split(", "), r["dtype"]]) for r in rows]
     axis.set_xticks(range(len(rows)), names, fontsize="small")
     highest = max(t["p90_ms"] for row in rows for t in row["times"].values())

@@ -43,10 +43,12 @@ def save(path: Path, results: dict[str, Any]) -> None:
 
 
 def _commit() -> str:
-    """The commit, with a + if the tree differs from it; empty outside a checkout."""
+    """The commit, with a + if the tree differs from it (results apart); empty outside a checkout."""
 
     def git(*words: str) -> str:
         found = subprocess.run(["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
         return found.stdout.strip()
 
-    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    return git("rev-parse", "--short", "HEAD") + (
+        "+" if git("status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)bench/results") else ""
+    )
