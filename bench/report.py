@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,9 @@ def save(path: Path, results: dict[str, Any]) -> None:
 
 
 def _commit() -> str:
-    """The commit, with a + if the tree differs from it (results apart); empty outside a checkout."""
+    """The commit, with a + if the tree differs from it (results apart); empty without git or outside a checkout."""
+    if shutil.which("git") is None:
+        return ""
 
     def git(*words: str) -> str:
         found = subprocess.run(["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
