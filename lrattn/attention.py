@@ -47,7 +47,7 @@ def write_latents(
         raise ValueError(f"zk: expected [.., {layer.row_width}], got a number")
     kind: dict[str, Any] = {"dtype": k_cache.dtype, "device": k_cache.device}
     check("zk", zk.reshape(-1, zk.shape[-1]), f"n {layer.row_width}", {}, **kind)
-    _check_presence("zv", zv, layer)
+    layer.check_presence("zv", zv)
     if zv is not None:
         if zv.shape[:-1] != lead:
             raise ValueError(f"zv: expected leading axes {list(lead)} as in zk, got {list(zv.shape[:-1])}")
@@ -231,7 +231,7 @@ def workspace_bytes(
 
     Args: query_heads, num_queries: of q; page_size: of the caches; workspace_limit: as given to decode_attention.
     """
-    return reference.blocks(layer, query_heads, num_queries, page_size, layer.dtype, workspace_limit).nbytes
+    return reference.blocks(layer, query_heads, num_queries, page_size, workspace_limit).nbytes
 
 
 def accumulator_types(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
@@ -243,12 +243,6 @@ def check_backend(backend: str | None) -> None:
         raise ValueError(f"backend: expected None or one of {BACKENDS}, got {backend!r}")
 
 
-def _check_presence(name: str, x: Tensor | None, layer: LayerFactors) -> None:
-    if (x is None) != layer.shared:
-        expected = "None, the layer is shared" if layer.shared else "a tensor, the layer is not shared"
-        raise ValueError(f"{name}: expected {expected}, got {'None' if x is None else 'a tensor'}")
-
-
 def _check_caches(layer: LayerFactors, k_cache: Tensor, v_cache: Tensor | None, *, writable: bool = False) -> None:
     dims: dict[str, int] = {}
     kind: dict[str, Any] = {"device": layer.device, "contiguous": True, "writable": writable}
@@ -257,7 +251,7 @@ def _check_caches(layer: LayerFactors, k_cache: Tensor, v_cache: Tensor | None, 
         raise ValueError(f"k_cache: expected the layer's dtype {layer.dtype}, got {k_cache.dtype}")
     if dims["P"] % RANK_STEP or not dims["P"]:
         raise ValueError(f"k_cache: expected a page size that is a multiple of {RANK_STEP}, got {dims['P']}")
-    _check_presence("v_cache", v_cache, layer)
+    layer.check_presence("v_cache", v_cache)
     if v_cache is not None:
         check("v_cache", v_cache, f"N P {layer.v_width}", dims, dtype=k_cache.dtype, **kind)
 

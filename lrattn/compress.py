@@ -14,6 +14,7 @@ from lrattn.calibrate import Moments, calibrate
 from lrattn.factors import Factors, LayerFactors
 from lrattn.parts import AttentionParts, attention_parts
 from lrattn.projection import Projection
+from lrattn.shapes import pad_rank
 
 
 @torch.inference_mode(False)  # the factors outlive the caller's mode
@@ -90,7 +91,7 @@ def _factor(
     groups = weight.double().cpu().chunk(len(group_ranks))
     pairs = [methods.METHODS[method](w, moment, r) for w, r in zip(groups, group_ranks, strict=True)]
     widest = max(group_ranks)
-    up = torch.cat([torch.nn.functional.pad(up, (0, 0, 0, widest - up.shape[1])) for up, _ in pairs])
+    up = torch.cat([pad_rank(up, 1, widest) for up, _ in pairs])
     down = torch.cat([down for _, down in pairs], 1)
     return Projection(
         up=up.to(weight).contiguous(),

@@ -12,7 +12,7 @@ from torch import Tensor
 from lrattn import safefile
 from lrattn.projection import KeyNorm, Projection
 from lrattn.rope import Rope
-from lrattn.shapes import RANK_STEP, accumulator, check, product_dtype, round_up
+from lrattn.shapes import accumulator, check, norm_width, product_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,8 +111,7 @@ class LayerFactors:
     @property
     def k_width(self) -> int:
         """Columns of the key cache: latents, then the norm columns (1/rms as hi and lo part), padded to 16."""
-        norms = 0 if self.key_norm is None else round_up(2 * self.num_kv_heads, RANK_STEP)
-        return self.row_width + norms
+        return self.row_width + (0 if self.key_norm is None else norm_width(self.num_kv_heads))
 
     @property
     def v_width(self) -> int:
@@ -126,6 +125,12 @@ class LayerFactors:
             return self.keys.columns
         starts = [columns.start for columns in self.values.columns]
         return tuple(slice(s, s + rank) for s, rank in zip(starts, self.keys.ranks, strict=True))
+
+    def check_presence(self, name: str, x: Tensor | None) -> None:
+        """Raises ValueError unless the value side's tensor `x` is there, or None for a shared layer."""
+        if (x is None) != self.shared:
+            expected = "None, the layer is shared" if self.shared else "a tensor, the layer is not shared"
+            raise ValueError(f"{name}: expected {expected}, got {'None' if x is None else 'a tensor'}")
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Attention inputs x [.., E] -> latents (zk [.., sum Rk], zv [.., sum Rv]); (row, None) when shared.
@@ -173,10 +178,7 @@ class LayerFactors:
 
         Raises: ValueError naming the tensor, what was expected and what came.
         """
-        if (zv is None) != self.shared:
-            raise ValueError(
-                f"zv: expected {'None, the layer is shared' if self.shared else 'a tensor'}, got {type(zv)}"
-            )
+        self.check_presence("zv", zv)
         lead = zk.shape[:-1]
         for name, x, width in (("zk", zk, self.row_width), ("zv", zv, self.values.width)):
             if x is not None and (x.shape != (*lead, width) or x.dtype != self.dtype or x.device != self.device):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lrattn.shapes import RANK_STEP, round_up
+from lrattn.shapes import RANK_STEP, norm_width, round_up
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class LayerShape:
 
     @property
     def norm_width(self) -> int:
-        return round_up(2 * self.heads, RANK_STEP) if self.key_norm else 0
+        return norm_width(self.heads) if self.key_norm else 0
 
     @property
     def dense(self) -> int:

@@ -72,11 +72,9 @@ class Blocks(NamedTuple):
     nbytes: int
 
 
-def blocks(
-    layer: LayerFactors, query_heads: int, num_queries: int, page_size: int, dtype: torch.dtype, limit: int
-) -> Blocks:
+def blocks(layer: LayerFactors, query_heads: int, num_queries: int, page_size: int, limit: int) -> Blocks:
     """Queries and tokens per block, so that temporaries stay within `limit` bytes (one query, 16 tokens at least)."""
-    size = accumulator(dtype).itemsize
+    size = accumulator(layer.dtype).itemsize
     widest = max(layer.values.ranks)
     absorbed = max(layer.keys.ranks) if layer.rope is None else 0
     per_query = query_heads * (3 * widest + 3 * layer.head_dim + absorbed) * size  # results, queries in three forms
@@ -108,7 +106,7 @@ def decode_attention(
     """q [B, S, Hq, D] -> output [B, S, Hq, Rv | D] or [B, S, E] in q's dtype, lse [B, S, Hq]."""
     batch, num_queries, query_heads, _ = q.shape
     acc = accumulator(q.dtype)
-    plan = blocks(layer, query_heads, num_queries, k_cache.shape[1], q.dtype, workspace_limit)
+    plan = blocks(layer, query_heads, num_queries, k_cache.shape[1], workspace_limit)
     out = q.new_empty(batch, num_queries, *output_shape(layer, query_heads, project))
     lse = torch.empty(batch, num_queries, query_heads, dtype=acc, device=q.device)
     for b in range(batch):

@@ -28,6 +28,11 @@ def round_up(n: int, step: int) -> int:
     return -(-n // step) * step
 
 
+def norm_width(heads: int) -> int:
+    """Columns a key norm adds to a key row: a hi and a lo number per kv head, padded to 16."""
+    return round_up(2 * heads, RANK_STEP)
+
+
 def check(
     name: str,
     x: Tensor,

@@ -71,6 +71,7 @@ class _Session:
         self.model, self.decoder, self.factors = model, decoder, factors
         self.config: Any = decoder.config
         self.names = list(inspect.signature(decoder.forward).parameters)
+        self.limit = min((x.rope.max_position for x in factors.layers if x.rope is not None), default=sys.maxsize)
         self.cache: LatentCache | None = None
         self.span = Span(None, [], [], [])
         self.runs: list[tuple[int, slice]] = []  # the live columns of each sequence
@@ -121,9 +122,8 @@ class _Session:
         span = _live_span(kwargs.get("attention_mask"), past, seen, batch, columns, cached=cache is not None)
         expected = None if cache is None else cache.next_positions
         span = span._replace(next_positions=_next_positions(kwargs.get("position_ids"), span, expected))
-        limit = min((x.rope.max_position for x in self.factors.layers if x.rope is not None), default=sys.maxsize)
-        if max(span.lengths, default=0) > limit:
-            raise ValueError(f"input_ids: expected at most max_position={limit} tokens, got {max(span.lengths)}")
+        if max(span.lengths, default=0) > self.limit:
+            raise ValueError(f"input_ids: expected at most max_position={self.limit} tokens, got {max(span.lengths)}")
         kwargs["attention_mask"] = None
         self.cache, self.span = cache, span if cache is None else cache.reserve(span)
         starts = torch.tensor([n - c - b for n, c, b in zip(span.lengths, span.counts, span.begins, strict=True)])
@@ -190,7 +190,7 @@ class _Forward:
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         session, part, cache = self.session, self.part, self.session.cache
         layer = session.factors.layers[self.index]
-        q = queries(part, hidden_states, session.positions)
+        q = part.rotated("q", hidden_states, session.positions)
         zk, zv = layer.project(hidden_states)
         if cache is None or not session.extends:
             k, v = layer.rebuild(zk, zv, session.positions)
@@ -237,10 +237,3 @@ class _Forward:
         for b, run in self.session.runs:
             heads[b, run] = causal_attention(q[b, run], k[b], v[b], self.part.scale, self.part.window)
         return heads
-
-
-def queries(part: AttentionParts, x: Tensor, positions: Tensor) -> Tensor:
-    """Rotated queries [B, S, Hq, D] of attention inputs x [B, S, E]."""
-    q = part.linear("q_proj")(x).unflatten(-1, (-1, part.head_dim))
-    norm = getattr(part.module, "q_norm", None)
-    return part.rope.rotate(q if norm is None else norm(q), positions)

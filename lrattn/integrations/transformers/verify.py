@@ -116,8 +116,5 @@ def _compare(part: AttentionParts, call: dict[str, Any]) -> None:
 def _heads(part: AttentionParts, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values [1, T, H, D] of the uncompressed layer, rotated."""
     positions = torch.arange(x.shape[1], device=x.device)[None]
-    q, k, v = (part.linear(f"{n}_proj")(x).unflatten(-1, (-1, part.head_dim)) for n in "qkv")
-    q, k = (
-        x if (norm := getattr(part.module, f"{n}_norm", None)) is None else norm(x) for n, x in (("q", q), ("k", k))
-    )
-    return part.rope.rotate(q, positions), part.rope.rotate(k, positions), v
+    v = part.linear("v_proj")(x).unflatten(-1, (-1, part.head_dim))
+    return part.rotated("q", x, positions), part.rotated("k", x, positions), v
