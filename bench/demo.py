@@ -21,8 +21,9 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 import lrattn
 from bench import models, report, texts
-from bench.perplexity import perplexity
 from lrattn.integrations.transformers import LatentCache, latent_attention
+from lrattn.integrations.transformers.load import read_windows
+from lrattn.integrations.transformers.perplexity import perplexity
 
 LENGTH = 1024
 QUESTION = "What is a volcano? Answer in two sentences."
@@ -51,12 +52,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     begin = time.perf_counter()
     torch.manual_seed(0)
     model, tokenizer = models.smollm2()
-    evaluation = texts.windows(tokenizer, texts.wikipedia("evaluation"), LENGTH, args.evaluate)
-    calibration = texts.windows(tokenizer, texts.wikipedia("calibration"), LENGTH, args.calibrate)
+    evaluation = read_windows(tokenizer, texts.wikipedia("evaluation"), LENGTH, args.evaluate)
+    calibration = read_windows(tokenizer, texts.wikipedia("calibration"), LENGTH, args.calibrate)
     moments = lrattn.calibrate(model, calibration.split(1))
     rows = [run(model, tokenizer, evaluation, None)]
     for keep in args.keep:
-        factors = lrattn.compress(model, moments, method=args.method, keep=keep)
+        factors = lrattn.compress(model, method=args.method, keep=keep, moments=moments)
         rows.append(run(model, tokenizer, evaluation, factors))
     return {
         "model": "SmolLM2-135M-Instruct",

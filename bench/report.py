@@ -33,7 +33,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "lrattn": lrattn.__version__,
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -43,7 +43,7 @@ def save(path: Path, results: dict[str, Any]) -> None:
     print(f"wrote {path}")
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit, with a + if the tree differs from it (results apart); empty without git or outside a checkout."""
     if shutil.which("git") is None:
         return ""

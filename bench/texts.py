@@ -6,9 +6,7 @@ import bz2
 import xml.etree.ElementTree as ElementTree
 
 import mwparserfromhell
-import torch
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from bench.models import CACHE, package_dir
 
@@ -26,14 +24,6 @@ def wikipedia(half: str) -> str:
             chosen = tqdm(articles[i::2], desc=f"cleaning {name} articles", unit="article")
             (CACHE / f"wikipedia-{name}.txt").write_text("\n\n".join(map(_prose, chosen)))
     return saved.read_text()
-
-
-def windows(tokenizer: PreTrainedTokenizerBase, text: str, length: int, count: int) -> torch.Tensor:
-    """The first `count` windows of `length` tokens, [count, length], one after the other."""
-    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0]
-    if len(ids) < length * count:
-        raise ValueError(f"text: expected {length * count} tokens, got {len(ids)}")
-    return ids[: length * count].view(count, length)
 
 
 def _articles() -> list[str]:

@@ -263,12 +263,13 @@ class Factors:
 
     Args:
         layers: one LayerFactors per attention layer, in order.
-        method: what made them. model: name of the model they were made from.
+        method: what made them. model: name of the model they were made from. rule: what shared out the ranks.
     """
 
     layers: tuple[LayerFactors, ...]
     method: str = "custom"
     model: str = ""
+    rule: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
@@ -313,7 +314,8 @@ class Factors:
             if layer.wo is not None:
                 tensors[f"{i}.wo"] = layer.wo
             layers.append(entry)
-        safefile.write(path, "factors", {"method": self.method, "model": self.model, "layers": layers}, tensors)
+        record = {"method": self.method, "model": self.model, "rule": self.rule, "layers": layers}
+        safefile.write(path, "factors", record, tensors)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Factors:
@@ -343,4 +345,4 @@ class Factors:
                     wo=tensors.get(f"{i}.wo"),
                 )
             )
-        return cls(tuple(layers), record["method"], record["model"])
+        return cls(tuple(layers), record["method"], record["model"], record["rule"])

@@ -98,6 +98,18 @@ class Projection:
         heads = self.up[list(self.groups[g]), : self.ranks[g]]
         return heads.transpose(0, 1).reshape(self.ranks[g], -1)
 
+    def dense(self) -> Tensor:
+        """The weight it stands for, [Hkv, D, E], bias not included.
+
+        Raises: ValueError without `down`.
+        """
+        if self.down is None:
+            raise ValueError(f"down: expected [E, {self.width}], got None")
+        weight = self.up.new_empty(self.num_heads, self.head_dim, self.down.shape[0])
+        for heads, columns, rank in zip(self.groups, self.columns, self.ranks, strict=True):
+            weight[list(heads)] = self.up[list(heads), :rank].mT @ self.down[:, columns].T
+        return weight
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Projection:
         moved = {n: x.to(device, dtype) for n in ("up", "down", "bias") if (x := getattr(self, n)) is not None}
         return replace(self, **moved)

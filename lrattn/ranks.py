@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
+import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from lrattn.shapes import RANK_STEP, norm_width, round_up
+
+Ranks = tuple[tuple[int, ...], tuple[int, ...]]  # of the key groups, of the value groups
+RULES = ("spectrum", "fisher", "uniform")
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What a layer's budget depends on: Hkv kv heads of D dims in groups of C, E inputs, key norm or not."""
+    """What a layer's budget depends on: Hkv kv heads of D dims, E inputs, heads in a key and in a value group."""
 
     heads: int
     head_dim: int
-    group_size: int
+    key_group: int
+    value_group: int
     inputs: int
     key_norm: bool = False
 
     @property
-    def groups(self) -> int:
-        return self.heads // self.group_size
+    def groups(self) -> tuple[int, int]:
+        """Groups of keys, groups of values."""
+        return self.heads // self.key_group, self.heads // self.value_group
 
     @property
-    def full_rank(self) -> int:
-        """Rank at which a group's map is exact: C * D outputs or E inputs, whichever is fewer, up to a step of 16."""
-        return round_up(min(self.group_size * self.head_dim, self.inputs), RANK_STEP)
+    def full_ranks(self) -> tuple[int, int]:
+        """Rank at which a group of keys, and one of values, is exact: C * D outputs or E inputs, whichever is fewer,
+        up to a step of 16."""
+        key, value = (
+            round_up(min(size * self.head_dim, self.inputs), RANK_STEP) for size in (self.key_group, self.value_group)
+        )
+        return key, value
 
     @property
     def norm_width(self) -> int:
@@ -35,9 +48,6 @@ class LayerShape:
         return 2 * self.heads * self.head_dim
 
 
-Ranks = tuple[tuple[int, ...], tuple[int, ...]]  # of the key groups, of the value groups
-
-
 def group_size_within(heads: int, at_most: int) -> int:
     """The largest divisor of Hkv not above `at_most`."""
     if at_most < 1:
@@ -45,40 +55,114 @@ def group_size_within(heads: int, at_most: int) -> int:
     return max(c for c in range(1, min(heads, at_most) + 1) if heads % c == 0)
 
 
-def uniform(shapes: list[LayerShape], keep: float) -> list[Ranks]:
-    """The same share of every group's full rank, in steps of 16; what rounding leaves over is spread evenly.
+def uniform(shapes: Sequence[LayerShape], keep: float) -> list[Ranks]:
+    """The same share of every group's full rank; what rounding leaves over is spread evenly."""
+    caps = _caps(shapes)
+    return _ranks(shapes, _rounded(_shares([float(cap) for cap in caps], caps, budget(shapes, keep))))
 
-    The latents and norm columns of all layers together take at most keep * (numbers of a dense cache), and less
-    than one step of 16 below it unless every group is full. keep = 1 means full rank, whatever norm columns add.
+
+def fisher(shapes: Sequence[LayerShape], keep: float, scores: Sequence[tuple[float, float]]) -> list[Ranks]:
+    """Palu's and ReCalKV's rule: in proportion to Fisher scores, keys and values of all layers in one pool.
+
+    scores: per layer, of the key and of the value projection (Moments.fisher). A projection's share goes to its groups
+    in equal parts. What a group cannot hold goes to the others in proportion. The papers round to multiples of 32 and
+    let the budget drift; here it is met.
+    """
+    if len(scores) != len(shapes):
+        raise ValueError(f"scores: expected one pair for each of {len(shapes)} layers, got {len(scores)}")
+    weights = [
+        score / groups
+        for shape, pair in zip(shapes, scores, strict=True)
+        for score, groups in zip(pair, shape.groups, strict=True)
+        for _ in range(groups)
+    ]
+    return _ranks(shapes, _rounded(_shares(weights, _caps(shapes), budget(shapes, keep))))
+
+
+def spectrum(
+    shapes: Sequence[LayerShape], keep: float, energies: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]
+) -> list[Ranks]:
+    """Water-filling: every step of 16 latents goes where it saves the largest share of its projection's energy.
+
+    energies: per layer, of the key groups and of the value groups, each [n] descending. They are divided by their
+    projection's sum, because raw energies of layers, keys and values do not compare.
+    """
+    gains: list[list[float]] = []  # of each group's steps, falling
+    for pair in energies:
+        for side in pair:
+            total = max(sum(e.sum().item() for e in side), 1e-300)
+            gains += [[step.sum().item() / total for step in e.split(RANK_STEP)] for e in side]
+    caps = _caps(shapes)
+    if [len(g) for g in gains] != caps:
+        raise ValueError(f"energies: expected {caps} steps of {RANK_STEP}, got {[len(g) for g in gains]}")
+    steps = [1] * len(gains)
+    heap = [(-g[1], i) for i, g in enumerate(gains) if len(g) > 1]
+    heapq.heapify(heap)
+    for _ in range(budget(shapes, keep) - len(gains)):
+        _, i = heapq.heappop(heap)
+        steps[i] += 1
+        if steps[i] < caps[i]:
+            heapq.heappush(heap, (-gains[i][steps[i]], i))
+    return _ranks(shapes, steps)
+
+
+def budget(shapes: Sequence[LayerShape], keep: float) -> int:
+    """Steps of 16 latents that all groups may hold together.
+
+    Latents and norm columns of all layers take at most keep * (numbers of a dense cache), and less than one step below
+    it unless every group is full. keep = 1 means full rank, whatever norm columns add.
 
     Raises: ValueError if keep is outside (0, 1] or too small to give every group one step.
     """
     if not 0 < keep <= 1:
         raise ValueError(f"keep: expected a share in (0, 1], got {keep}")
-    sides = [shape.full_rank // RANK_STEP for shape in shapes for _ in range(2 * shape.groups)]  # steps, keys first
-    if keep == 1:
-        steps = sides
-    else:
-        norms = sum(shape.norm_width for shape in shapes)
-        budget = int(keep * sum(shape.dense for shape in shapes) + 1e-6) - norms
-        if budget // RANK_STEP < len(sides):
-            need = (RANK_STEP * len(sides) + norms) / sum(shape.dense for shape in shapes)
-            raise ValueError(
-                f"keep: expected at least {need:.3f}, one step of 16 a group and the norm columns, got {keep}"
-            )
-        steps = [1 + n for n in _spread(budget // RANK_STEP - len(sides), [side - 1 for side in sides])]
-    ranks = iter(RANK_STEP * n for n in steps)
-    return [(tuple(next(ranks) for _ in range(s.groups)), tuple(next(ranks) for _ in range(s.groups))) for s in shapes]
+    caps = _caps(shapes)
+    norms, dense = sum(s.norm_width for s in shapes), sum(s.dense for s in shapes)
+    steps = sum(caps) if keep == 1 else int(keep * dense - norms + 1e-6) // RANK_STEP
+    if steps < len(caps):
+        need = (RANK_STEP * len(caps) + norms) / dense
+        raise ValueError(f"keep: expected at least {need:.3f}, one step of 16 a group and the norm columns, got {keep}")
+    return min(steps, sum(caps))
 
 
-def _spread(budget: int, caps: list[int]) -> list[int]:
-    """Whole steps in proportion to `caps`, never above them, that add up to min(budget, sum of caps)."""
-    total, given, passed = max(sum(caps), 1), 0, 0
-    budget = min(budget, sum(caps))
-    steps = []
-    for cap in caps:
-        passed += cap
-        upto = budget * passed // total
+def _caps(shapes: Sequence[LayerShape]) -> list[int]:
+    """Steps at which each group is full: layer by layer, keys before values."""
+    return [
+        rank // RANK_STEP
+        for s in shapes
+        for rank, groups in zip(s.full_ranks, s.groups, strict=True)
+        for _ in range(groups)
+    ]
+
+
+def _shares(weights: list[float], caps: list[int], budget: int) -> list[float]:
+    """Reals in proportion to `weights`, held within 1 and the caps, that add up to the budget."""
+    if budget == sum(caps):
+        return [float(cap) for cap in caps]
+    least = max(max(weights) * 1e-9, 1e-300)  # a score of zero takes what the others cannot hold
+    weights = [max(w, least) for w in weights]
+    low, high = 0.0, (max(caps) + 1) / min(weights)
+    for _ in range(200):
+        middle = (low + high) / 2
+        total = sum(min(max(middle * w, 1.0), cap) for w, cap in zip(weights, caps, strict=True))
+        low, high = (middle, high) if total < budget else (low, middle)
+    return [min(max(high * w, 1.0), cap) for w, cap in zip(weights, caps, strict=True)]
+
+
+def _rounded(shares: list[float]) -> list[int]:
+    """Whole steps, each next to its share, with the same sum: the fractions are carried on from group to group."""
+    steps, passed, given = [], 0.0, 0
+    for share in shares:
+        passed += share
+        upto = int(passed + 1e-6)
         steps.append(upto - given)
         given = upto
     return steps
+
+
+def _ranks(shapes: Sequence[LayerShape], steps: Sequence[int]) -> list[Ranks]:
+    ranks = iter(RANK_STEP * n for n in steps)
+    return [
+        (tuple(next(ranks) for _ in range(k)), tuple(next(ranks) for _ in range(v)))
+        for k, v in (s.groups for s in shapes)
+    ]

@@ -18,8 +18,8 @@ LINES = 350
 
 # A module may import modules that stand before it: the order of the data.
 ORDER = [
-    "shapes", "rope", "safefile", "projection", "factors", "parts", "calibrate", "ranks", "methods", "compress",
-    "cache", "reference", "kernels", "attention", "integrations",
+    "shapes", "rope", "safefile", "projection", "factors", "parts", "calibrate", "clusters", "ranks", "methods",
+    "propagate", "compress", "summary", "cache", "reference", "kernels", "attention", "integrations", "__main__",
 ]  # fmt: skip
 DUMPING_GROUNDS = {"utils", "helpers", "common", "misc", "base", "tools", "core"}
 FORBIDDEN_CALLS = {"eval", "exec", "pickle"}

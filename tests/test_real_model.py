@@ -8,6 +8,7 @@ import torch
 import lrattn
 from bench import models, texts
 from lrattn.integrations.transformers import LatentCache, latent_attention
+from lrattn.integrations.transformers.load import read_windows
 from lrattn.parts import attention_parts
 
 PROMPTS = ["The capital of France is", "Once upon a time, in a small village by the sea,"]
@@ -20,7 +21,7 @@ def real():
 
 @pytest.fixture(scope="module")
 def moments(real):
-    windows = texts.windows(real[1], texts.wikipedia("calibration"), 512, 4)
+    windows = read_windows(real[1], texts.wikipedia("calibration"), 512, 4)
     return lrattn.calibrate(real[0], windows.split(2), progress=False)
 
 
@@ -32,8 +33,8 @@ def generate(model, inputs, **kwargs):
 
 def test_full_rank_is_exact(real, moments):
     model, tokenizer = real
-    factors = lrattn.compress(model, moments, keep=1.0, progress=False)
-    ids = texts.windows(tokenizer, texts.wikipedia("evaluation"), 256, 1)
+    factors = lrattn.compress(model, moments=moments, keep=1.0, progress=False)
+    ids = read_windows(tokenizer, texts.wikipedia("evaluation"), 256, 1)
     inputs = tokenizer(PROMPTS[1], return_tensors="pt")
     with torch.no_grad():
         expected = model(ids).logits
@@ -48,7 +49,7 @@ def test_full_rank_is_exact(real, moments):
 def test_latents_generate_what_the_simulated_model_generates(real, moments, keep):
     """Batched with left padding; half the bytes, the same tokens."""
     model, tokenizer = real
-    factors = lrattn.compress(model, moments, keep=keep, progress=False)
+    factors = lrattn.compress(model, moments=moments, keep=keep, progress=False)
     twin = copy.deepcopy(model)
     with torch.no_grad():
         for part, layer in zip(attention_parts(twin), factors.layers, strict=True):

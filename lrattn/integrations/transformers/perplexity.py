@@ -10,10 +10,11 @@ from tqdm import tqdm
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, windows: Tensor, label: str) -> float:
-    """exp of the mean negative log-likelihood; windows [n, length] are scored one by one, without a cache."""
-    total = 0.0
-    for ids in tqdm(windows, desc=f"perplexity, {label}", unit="window"):
+def perplexity(model: nn.Module, windows: Tensor, label: str = "", *, progress: bool = True) -> float:
+    """exp of the mean negative log-likelihood of windows [n, length], scored one by one, without a cache."""
+    device, total = next(model.parameters()).device, 0.0
+    label = f"perplexity, {label}" if label else "perplexity"
+    for ids in tqdm(windows.to(device), desc=label, unit="window", disable=not progress):
         logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
         total += nn.functional.cross_entropy(logits.float(), ids[1:], reduction="sum").item()
     return math.exp(total / (windows.shape[0] * (windows.shape[1] - 1)))

@@ -1,0 +1,202 @@
+"""The command line: python -m lrattn compress | eval | generate | info."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from lrattn import Factors, compress
+from lrattn.methods import DEFAULT, METHODS
+from lrattn.ranks import RULES
+from lrattn.summary import summarize, table
+
+EXAMPLES = """\
+A model is a folder that save_pretrained wrote, a .gguf file, or a model in the hub's local cache; nothing is fetched.
+
+examples (`make demo` unpacks this model and these texts):
+  python -m lrattn compress .cache/smollm2 --text .cache/wikipedia-calibration.txt --keep 0.7 --out factors.safetensors
+  python -m lrattn info factors.safetensors
+  python -m lrattn eval .cache/smollm2 --factors factors.safetensors --text .cache/wikipedia-evaluation.txt --windows 2
+  python -m lrattn generate .cache/smollm2 --factors factors.safetensors --chat --prompt "What is a volcano?"
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, not the whole usage."""
+        self.exit(2, f"lrattn: {message} (see {self.prog} --help)\n")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = _parser().parse_args(arguments)
+    try:
+        lines, results = args.run(args)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        raise SystemExit(f"lrattn: {error}") from error
+    print(json.dumps(results, indent=1) if args.json else lines)
+
+
+def _parser() -> Parser:
+    style: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EXAMPLES}
+    parser = Parser(prog="python -m lrattn", description="Attention directly on low-rank KV caches.", **style)
+    commands = parser.add_subparsers(required=True, metavar="compress | eval | generate | info")
+
+    def command(name: str, run: Any, about: str) -> Parser:
+        added: Parser = commands.add_parser(name, help=about, description=about, **style)
+        added.set_defaults(run=run)
+        added.add_argument("--json", action="store_true", help="print JSON to stdout")
+        return added
+
+    def model(added: Parser) -> None:
+        added.add_argument("model", help="folder, .gguf file, or model in the hub's local cache")
+        added.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+        added.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default cpu)")
+
+    def text(added: Parser, windows: int) -> None:
+        added.add_argument("--text", type=Path, required=True, help="UTF-8 text file")
+        added.add_argument("--windows", type=int, default=windows, help=f"at most this many (default {windows})")
+        added.add_argument("--length", type=int, default=1024, help="tokens a window (default 1024)")
+
+    added = command("compress", _compress, "Factor a model's key and value projections, calibrated on a text.")
+    model(added)
+    text(added, 16)
+    added.add_argument("--method", default=DEFAULT, choices=METHODS, help=f"default {DEFAULT}")
+    added.add_argument("--keep", type=_share, default=0.5, help="bytes of the latent cache / dense (default 0.5)")
+    added.add_argument("--ranks", default=RULES[0], choices=RULES, help=f"what shares them out (default {RULES[0]})")
+    added.add_argument("--group-size", type=int, default=4, help="kv heads that share a key latent (default 4)")
+    added.add_argument("--shards", type=int, default=1, help="tensor-parallel ranks no key group may lie across")
+    added.add_argument("--state", type=Path, help="calibration file: written as it goes, gone on from if it exists")
+    added.add_argument("--out", type=Path, required=True, help="factors file to write")
+
+    added = command("eval", _eval, "Perplexity on a text: of the latent cache with --factors, else of the model.")
+    model(added)
+    text(added, 8)
+    added.add_argument("--factors", type=Path, help="factors file; without it the model is evaluated as it is")
+
+    added = command("generate", _generate, "Generate text from the latent cache with --factors, else from a dense one.")
+    model(added)
+    added.add_argument("--prompt", required=True)
+    added.add_argument("--chat", action="store_true", help="put the prompt in the tokenizer's chat template")
+    added.add_argument("--factors", type=Path, help="factors file; without it the model generates as it is")
+    added.add_argument("--tokens", type=int, default=64, help="new tokens at most (default 64)")
+    added.add_argument("--beams", type=int, default=1, help="beam search over this many (default 1: none)")
+    added.add_argument("--temperature", type=float, default=0.0, help="sample at this temperature (default 0: greedy)")
+    added.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
+
+    added = command("info", _info, "What a factors file holds: method, keep, split of the bytes, ranks.")
+    added.add_argument("factors", type=Path)
+    return parser
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"expected a share in (0, 1], got {text}")
+    return share
+
+
+def _compress(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    from lrattn.integrations.transformers.load import load_model, read_text, read_windows
+
+    if not args.out.parent.is_dir():
+        raise FileNotFoundError(f"out: expected an existing folder, got {args.out.parent}")
+    text = read_text(args.text)
+    model, tokenizer = load_model(args.model, args.dtype, args.device)
+    windows = read_windows(tokenizer, text, args.length, args.windows)
+    begin = time.perf_counter()
+    factors = compress(
+        model,
+        windows.split(1),
+        args.method,
+        args.keep,
+        args.group_size,
+        ranks=args.ranks,
+        state=args.state,
+        shards=args.shards,
+    )
+    factors.save(args.out)
+    seconds = time.perf_counter() - begin
+    results = {"out": str(args.out), "windows": list(windows.shape), "seconds": seconds, **summarize(factors)}
+    made = f"calibrated on {windows.shape[0]} windows of {windows.shape[1]} tokens, {seconds:.0f} s in all"
+    wrote = f"wrote {args.out}, {args.out.stat().st_size / 2**20:.1f} MiB"
+    return f"{table(results)}\n\n{made}\n{wrote}", results
+
+
+def _eval(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    from lrattn.integrations.transformers.load import load_model, read_text, read_windows
+    from lrattn.integrations.transformers.perplexity import perplexity
+
+    text = read_text(args.text)
+    held = None if args.factors is None else Factors.load(args.factors)
+    model, tokenizer = load_model(args.model, args.dtype, args.device)
+    windows = read_windows(tokenizer, text, args.length, args.windows)
+    with _attending(model, held) as factors:
+        results = {**_what(factors), "perplexity": perplexity(model, windows), "windows": list(windows.shape)}
+    line = f"{results['method']}, keep {results['keep']:.3f}: perplexity {results['perplexity']:.3f}"
+    return f"{line} over {windows.shape[0]} windows of {windows.shape[1]} tokens", results
+
+
+def _generate(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    from transformers import DynamicCache
+
+    from lrattn.integrations.transformers import LatentCache
+    from lrattn.integrations.transformers.load import load_model, read_prompt
+
+    held = None if args.factors is None else Factors.load(args.factors)
+    model, tokenizer = load_model(args.model, args.dtype, args.device)
+    inputs = read_prompt(tokenizer, args.prompt, args.chat).to(model.device)
+    choice = {"do_sample": args.temperature > 0, "num_beams": args.beams, "max_new_tokens": args.tokens}
+    if args.temperature:
+        choice["temperature"] = args.temperature
+    torch.manual_seed(args.seed)
+    with _attending(model, held) as factors:
+        cache = DynamicCache() if factors is None else LatentCache(model, factors)
+        begin = time.perf_counter()
+        ids = model.generate(**inputs, past_key_values=cache, **choice)[0, inputs["input_ids"].shape[1] :]
+        seconds = time.perf_counter() - begin
+    tensors = [] if factors is not None else [x for layer in cache.layers for x in (layer.keys, layer.values)]
+    results = {
+        **_what(factors),
+        "text": tokenizer.decode(ids, skip_special_tokens=True),
+        "tokens": len(ids),
+        "tokens_per_second": len(ids) / seconds,
+        "cache_bytes": sum(x.nbytes for x in tensors) if factors is None else cache.nbytes,
+    }
+    rate = f"{results['tokens']} tokens, {results['tokens_per_second']:.1f} a second"
+    made = f"{results['method']}, keep {results['keep']:.3f}: {rate}, cache {results['cache_bytes']:,} bytes"
+    return f"{results['text']}\n\n{made}", results
+
+
+@contextmanager
+def _attending(model: Any, factors: Factors | None) -> Iterator[Factors | None]:
+    """The model on the latents of `factors`, as it is without them."""
+    from lrattn.integrations.transformers import latent_attention
+
+    if factors is None:
+        yield None
+        return
+    factors = factors.to(model.device, model.dtype)
+    with latent_attention(model, factors):
+        yield factors
+
+
+def _what(factors: Factors | None) -> dict[str, Any]:
+    if factors is None:
+        return {"method": "dense", "ranks": "", "keep": 1.0}
+    return {"method": factors.method, "ranks": factors.rule, "keep": factors.keep}
+
+
+def _info(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    summary = summarize(Factors.load(args.factors))
+    return table(summary), summary
+
+
+if __name__ == "__main__":
+    main()

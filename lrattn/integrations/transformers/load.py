@@ -1,0 +1,92 @@
+"""A model and a text from local files: nothing is fetched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BatchEncoding,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+
+def load_model(
+    name: str, dtype: torch.dtype | str = "auto", device: str = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model, in evaluation mode, and its tokenizer.
+
+    Args:
+        name: a folder that `save_pretrained` wrote, a .gguf file (its weights are expanded), or the name of a model
+            that is already in the hub's local cache.
+        dtype: of the weights; "auto" is the checkpoint's own. device: where to put them.
+
+    Raises: FileNotFoundError if there is no such model here.
+    """
+    path = Path(name)
+    options: dict[str, object]
+    if path.suffix == ".gguf" and path.is_file():
+        options = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+        quantization = {"quantization_config": GgufConfig(gguf_file=path.name, dequantize=True)}
+    elif path.is_dir() and not (path / "config.json").is_file():
+        raise FileNotFoundError(f"model: expected a config.json in the folder {name}, got none")
+    else:
+        options, quantization = {"pretrained_model_name_or_path": name, "local_files_only": True}, {}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(**options, **quantization, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(**options)
+    except OSError as error:
+        expected = "a folder of a model, a .gguf file, or a model in the hub's local cache"
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"model: expected {expected}, got {name!r} ({reason})") from error
+    return model.eval().to(device), tokenizer
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file.
+
+    Raises: FileNotFoundError; ValueError if it is empty or not text.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"text: expected a file, got {path}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"text: expected UTF-8 in {path}, got other bytes ({error.reason})") from error
+    if not text.strip():
+        raise ValueError(f"text: expected some text in {path}, got none")
+    return text
+
+
+def read_windows(tokenizer: PreTrainedTokenizerBase, text: str, length: int, count: int) -> Tensor:
+    """The first windows of a text, [n, length] token ids, n <= count; one shorter window if the text is shorter.
+
+    No special tokens are added. Raises: ValueError if there are fewer than two tokens.
+    """
+    if length < 2 or count < 1:
+        raise ValueError(f"windows: expected at least one of two tokens, got {count} of {length}")
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids
+    ids = ids.flatten().long()
+    if len(ids) < 2:
+        raise ValueError(f"text: expected at least two tokens, got {len(ids)}")
+    length = min(length, len(ids))
+    count = min(count, len(ids) // length)
+    return ids[: length * count].view(count, length)
+
+
+def read_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> BatchEncoding:
+    """A prompt as inputs of `generate`, [1, t]; as a user's message in the chat template if `chat`.
+
+    Raises: ValueError for an empty prompt.
+    """
+    if not prompt.strip():
+        raise ValueError("prompt: expected some text, got none")
+    if not chat:
+        return tokenizer(prompt, return_tensors="pt")
+    message = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)

@@ -1,0 +1,76 @@
+"""What a set of factors holds, as numbers and as a table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lrattn.factors import Factors
+
+
+def summarize(factors: Factors) -> dict[str, Any]:
+    """Where the bytes go: keep, the split between keys and values, and the ranks of every layer.
+
+    Bytes are those of a token at 16 bits a number, norm columns included.
+    """
+    keys = sum(layer.keys.width for layer in factors.layers if not layer.shared)
+    values = sum(layer.values.width for layer in factors.layers)
+    return {
+        "method": factors.method,
+        "ranks": factors.rule,
+        "model": factors.model,
+        "dtype": str(factors.layers[0].dtype).removeprefix("torch."),
+        "keep": factors.keep,
+        "bytes_per_token": 2 * factors.numbers_per_token,
+        "dense_bytes_per_token": 2 * factors.dense_numbers_per_token,
+        "key_share": keys / factors.numbers_per_token,
+        "value_share": values / factors.numbers_per_token,
+        "layers": [
+            {
+                "kv_heads": layer.num_kv_heads,
+                "head_dim": layer.head_dim,
+                "key_groups": layer.keys.groups,
+                "key_ranks": layer.keys.ranks,
+                "value_groups": layer.values.groups,
+                "value_ranks": layer.values.ranks,
+                "norm_columns": layer.k_width - layer.row_width,
+                "keep": (layer.k_width + layer.v_width) / (2 * layer.num_kv_heads * layer.head_dim),
+            }
+            for layer in factors.layers
+        ],
+    }
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The summary for people: one line on the whole, one a layer."""
+    first = summary["layers"][0]
+    made = summary["method"] + (f", ranks {summary['ranks']}" if summary["ranks"] else "")
+    norms = 1 - summary["key_share"] - summary["value_share"]
+    rows = [
+        (str(i), _ranks(x["key_ranks"]), _ranks(x["value_ranks"]), f"{x['keep']:.3f}", _order(x["key_groups"]))
+        for i, x in enumerate(summary["layers"])
+    ]
+    head = ("layer", "key ranks", "value ranks", "keep", "heads sharing a key latent")
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(4)]
+    lines = [
+        f"{made}{', of ' + summary['model'] if summary['model'] else ''}",
+        f"{len(summary['layers'])} layers of {first['kv_heads']} kv heads of {first['head_dim']}, {summary['dtype']}",
+        f"keep {summary['keep']:.3f}: {summary['bytes_per_token']:,} of {summary['dense_bytes_per_token']:,} bytes a "
+        "token at 16 bits a number",
+        f"keys {summary['key_share']:.1%}, values {summary['value_share']:.1%}"
+        + (f", norm columns {norms:.1%}" if norms > 1e-9 else ""),
+        "",
+    ]
+    for row in (head, *rows):
+        lines.append("  ".join([*(cell.rjust(w) for cell, w in zip(row, widths, strict=False)), row[4]]).rstrip())
+    return "\n".join(lines)
+
+
+def _ranks(ranks: tuple[int, ...]) -> str:
+    """128 x 4 for four groups of one rank, else every rank."""
+    if len(set(ranks)) == 1:
+        return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} x {len(ranks)}"
+    return " ".join(map(str, ranks))
+
+
+def _order(groups: tuple[tuple[int, ...], ...]) -> str:
+    return " | ".join(" ".join(map(str, heads)) for heads in groups)
