@@ -22,6 +22,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 import lrattn
 from bench import models, report, texts
 from lrattn.integrations.transformers import LatentCache, latent_attention
+from lrattn.integrations.transformers.generate import held_bytes
 from lrattn.integrations.transformers.load import read_windows
 from lrattn.integrations.transformers.perplexity import perplexity
 
@@ -108,12 +109,6 @@ def cache_bytes(model: Any, ids: torch.Tensor, cache: Any, label: str) -> dict[s
         model(input_ids=chunk[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
         found[str(length)] = held_bytes(cache)
     return found
-
-
-def held_bytes(cache: Any) -> int:
-    if isinstance(cache, LatentCache):
-        return cache.nbytes
-    return sum(x.untyped_storage().nbytes() for layer in cache.layers for x in (layer.keys, layer.values))
 
 
 def table(results: dict[str, Any]) -> str:

@@ -57,7 +57,7 @@ def smollm2_mha(seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
 
 
 def mha_order(seed: int = 0) -> list[int]:
-    """Which of the 9 heads, three copies of each of 3, stands where in `smollm2_mha`: head i is a copy of order[i] // 3."""
+    """The heads of `smollm2_mha`: head i is a copy of head order[i] // 3 of the 3."""
     return torch.randperm(9, generator=torch.Generator().manual_seed(seed)).tolist()
 
 

@@ -53,7 +53,14 @@ class Plan:
 
 PLANS = {
     "smollm2": Plan("SmolLM2-135M-Instruct, 3 kv heads", models.smollm2, 16, 16, (0.7, 0.5, 0.4, 0.3)),
-    "qwen2.5-coder": Plan("Qwen2.5-Coder-0.5B-Instruct, 2 kv heads, biases", models.qwen25_coder, 12, 8, (0.5, 0.3)),
+    "qwen2.5-coder": Plan(
+        "Qwen2.5-Coder-0.5B-Instruct, 2 kv heads, biases",
+        models.qwen25_coder,
+        12,
+        8,
+        (0.5, 0.3),
+        choices=(*PUBLISHED, ("recalkv-neither", "fisher"), ("palu", "spectrum"), ("recalkv-hsr", "spectrum")),
+    ),
     "smollm2-mha": Plan(
         "SmolLM2 as 9 shuffled kv heads, groups of 3",
         models.smollm2_mha,
@@ -199,21 +206,32 @@ def table(results: dict[str, Any], name: str) -> str:
     return "\n".join(lines)
 
 
+def curves(results: dict[str, Any], plan: Plan, name: str) -> Iterator[tuple[tuple[str, str], str, list[Any]]]:
+    """A method and its rank rule, all methods that made the same factors, and its points (keep, perplexity).
+
+    svd is left out: it is off the scale by orders of magnitude. It is in the table.
+    """
+    same: dict[Any, list[tuple[str, str]]] = {}
+    for method, ranks in plan.choices:
+        row = [c for keep in plan.keeps if (c := found(results, name, method, ranks, keep))]
+        if row and method != "svd":
+            same.setdefault(tuple((c["keep"], c["factors"], c["perplexity"]) for c in row), []).append((method, ranks))
+    for points, choices in same.items():
+        yield choices[0], " = ".join(method for method, _ in choices), [(keep, p) for keep, _, p in points]
+
+
 def plot(results: dict[str, Any], path: Path) -> None:
     """Loss over the dense model, in nats a token, against keep: one panel a model."""
     names = [name for name in PLANS if any(c["model"] == name for c in results["cells"])]
     figure, axes = plt.subplots(1, len(names), figsize=(5.2 * len(names), 4.4), layout="constrained", squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
         plan, dense = PLANS[name], dense_of(results, name)
-        for i, (method, ranks) in enumerate(plan.choices):
-            points = [
-                (keep, c["perplexity"]) for keep in plan.keeps if (c := found(results, name, method, ranks, keep))
-            ]
-            if points and method != "svd":  # off the scale by an order of magnitude; it is in the table
-                keeps, values = zip(*points, strict=True)
-                style = {"spectrum": "-", "fisher": "--", "uniform": ":"}[ranks]
-                excess = [math.log(v / dense) for v in values]
-                axis.plot(keeps, excess, style, marker="osv^D<>PX"[i % 9], label=f"{method}, {ranks} ranks")
+        for n, ((_, ranks), together, points) in enumerate(curves(results, plan, name)):
+            style = {"spectrum": "-", "fisher": "--", "uniform": ":"}[ranks]
+            excess = [math.log(p / dense) for _, p in points]
+            axis.plot(
+                [k for k, _ in points], excess, style, marker="osv^D<>PX"[n % 9], label=f"{together}, {ranks} ranks"
+            )
         axis.set(xlabel="keep: bytes of the latent cache / dense", ylim=0)
         axis.set_title(f"{plan.name}\ndense perplexity {dense:.2f}", fontsize="medium")
         axis.grid(alpha=0.3)

@@ -5,12 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
-
-import torch
 
 from lrattn import Factors, compress
 from lrattn.methods import DEFAULT, METHODS
@@ -21,7 +18,7 @@ EXAMPLES = """\
 A model is a folder that save_pretrained wrote, a .gguf file, or a model in the hub's local cache; nothing is fetched.
 
 examples (`make demo` unpacks this model and these texts):
-  python -m lrattn compress .cache/smollm2 --text .cache/wikipedia-calibration.txt --keep 0.7 --out factors.safetensors
+  python -m lrattn compress .cache/smollm2 --text .cache/wikipedia-calibration.txt --windows 4 --out factors.safetensors
   python -m lrattn info factors.safetensors
   python -m lrattn eval .cache/smollm2 --factors factors.safetensors --text .cache/wikipedia-evaluation.txt --windows 2
   python -m lrattn generate .cache/smollm2 --factors factors.safetensors --chat --prompt "What is a volcano?"
@@ -130,72 +127,47 @@ def _compress(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 
 def _eval(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    from lrattn.integrations.transformers import latent_attention
     from lrattn.integrations.transformers.load import load_model, read_text, read_windows
     from lrattn.integrations.transformers.perplexity import perplexity
 
-    text = read_text(args.text)
-    held = None if args.factors is None else Factors.load(args.factors)
+    text, factors = read_text(args.text), _load_factors(args)
     model, tokenizer = load_model(args.model, args.dtype, args.device)
     windows = read_windows(tokenizer, text, args.length, args.windows)
-    with _attending(model, held) as factors:
+    factors = None if factors is None else factors.to(model.device, model.dtype)
+    with nullcontext() if factors is None else latent_attention(model, factors):
         results = {**_what(factors), "perplexity": perplexity(model, windows), "windows": list(windows.shape)}
     line = f"{results['method']}, keep {results['keep']:.3f}: perplexity {results['perplexity']:.3f}"
     return f"{line} over {windows.shape[0]} windows of {windows.shape[1]} tokens", results
 
 
 def _generate(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    from transformers import DynamicCache
+    from lrattn.integrations.transformers.generate import generate
+    from lrattn.integrations.transformers.load import load_model
 
-    from lrattn.integrations.transformers import LatentCache
-    from lrattn.integrations.transformers.load import load_model, read_prompt
-
-    held = None if args.factors is None else Factors.load(args.factors)
+    factors = _load_factors(args)
     model, tokenizer = load_model(args.model, args.dtype, args.device)
-    inputs = read_prompt(tokenizer, args.prompt, args.chat).to(model.device)
-    choice = {"do_sample": args.temperature > 0, "num_beams": args.beams, "max_new_tokens": args.tokens}
-    if args.temperature:
-        choice["temperature"] = args.temperature
-    torch.manual_seed(args.seed)
-    with _attending(model, held) as factors:
-        cache = DynamicCache() if factors is None else LatentCache(model, factors)
-        begin = time.perf_counter()
-        ids = model.generate(**inputs, past_key_values=cache, **choice)[0, inputs["input_ids"].shape[1] :]
-        seconds = time.perf_counter() - begin
-    tensors = [] if factors is not None else [x for layer in cache.layers for x in (layer.keys, layer.values)]
-    results = {
-        **_what(factors),
-        "text": tokenizer.decode(ids, skip_special_tokens=True),
-        "tokens": len(ids),
-        "tokens_per_second": len(ids) / seconds,
-        "cache_bytes": sum(x.nbytes for x in tensors) if factors is None else cache.nbytes,
-    }
+    factors = None if factors is None else factors.to(model.device, model.dtype)
+    choice = {name: getattr(args, name) for name in ("chat", "tokens", "beams", "temperature", "seed")}
+    results = {**_what(factors), **generate(model, tokenizer, factors, args.prompt, **choice)}
     rate = f"{results['tokens']} tokens, {results['tokens_per_second']:.1f} a second"
     made = f"{results['method']}, keep {results['keep']:.3f}: {rate}, cache {results['cache_bytes']:,} bytes"
-    return f"{results['text']}\n\n{made}", results
+    return f"{results['text'].strip()}\n\n{made}", results
 
 
-@contextmanager
-def _attending(model: Any, factors: Factors | None) -> Iterator[Factors | None]:
-    """The model on the latents of `factors`, as it is without them."""
-    from lrattn.integrations.transformers import latent_attention
+def _info(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    summary = summarize(Factors.load(args.factors))
+    return table(summary), summary
 
-    if factors is None:
-        yield None
-        return
-    factors = factors.to(model.device, model.dtype)
-    with latent_attention(model, factors):
-        yield factors
+
+def _load_factors(args: argparse.Namespace) -> Factors | None:
+    return None if args.factors is None else Factors.load(args.factors)
 
 
 def _what(factors: Factors | None) -> dict[str, Any]:
     if factors is None:
         return {"method": "dense", "ranks": "", "keep": 1.0}
     return {"method": factors.method, "ranks": factors.rule, "keep": factors.keep}
-
-
-def _info(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    summary = summarize(Factors.load(args.factors))
-    return table(summary), summary
 
 
 if __name__ == "__main__":

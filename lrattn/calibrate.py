@@ -77,6 +77,7 @@ class Moments:
         return cls(inputs=tuple(tensors[f"{i}.inputs"] for i in layers), gradients=gradients, **record)
 
 
+@torch.inference_mode(False)
 def calibrate(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -106,15 +107,15 @@ def calibrate(
     sums = _Sums(parts, held)
     run, device = model if fisher else decoder_of(model), next(model.parameters()).device
     saved = time.monotonic()
-    with ExitStack() as stack, evaluating(model), torch.inference_mode(False), torch.set_grad_enabled(fisher):
+    with ExitStack() as stack, evaluating(model), torch.set_grad_enabled(fisher):
         for hook in sums.hooks():
             stack.callback(hook.remove)
-        for weight in [p for p in model.parameters() if p.requires_grad]:  # none needs a gradient, so none costs one
+        for weight in [p for p in model.parameters() if fisher and p.requires_grad]:  # none of them costs a gradient
             stack.callback(weight.requires_grad_, True)
             weight.requires_grad_(False)
         shown = tqdm(batches, desc="calibrate", unit="batch", disable=not progress)
         for ids, live, text in _unseen(shown, held):
-            ids, live = ids.to(device), None if live is None else live.to(device)
+            ids, live = ids.clone().to(device), None if live is None else live.to(device)  # backward keeps the ids
             arguments = {} if live is None else {"attention_mask": live.long()}
             sums.begin(live)
             out = run(input_ids=ids, use_cache=False, **arguments)
@@ -154,12 +155,17 @@ def second_moment(x: Tensor, live: Tensor | None) -> Tensor:
     return total
 
 
-def _resume(parts: list[AttentionParts], fisher: bool, state: str | os.PathLike[str] | None) -> Moments:
-    """The moments in the state file, or zeros."""
+def fingerprint(parts: list[AttentionParts]) -> str:
+    """sha256 of a row of every key projection: tells models of one architecture apart."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part.linear("k_proj").weight[0].detach().float().cpu().numpy().tobytes())
-    model = digest.hexdigest()
+    return digest.hexdigest()
+
+
+def _resume(parts: list[AttentionParts], fisher: bool, state: str | os.PathLike[str] | None) -> Moments:
+    """The moments in the state file, or zeros."""
+    model = fingerprint(parts)
     if state is not None and Path(state).exists():
         held = Moments.load(state)
         if held.model != model:

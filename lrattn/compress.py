@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lrattn import methods
-from lrattn.calibrate import Batch, Moments, calibrate
+from lrattn.calibrate import Batch, Moments, calibrate, fingerprint
 from lrattn.clusters import Groups, contiguous, outputs_gram
 from lrattn.factors import Factors, LayerFactors
 from lrattn.methods import METHODS, Method
@@ -62,6 +62,8 @@ def compress(
     parts = attention_parts(model)
     shapes = [_shape(part, recipe, group_size, shards) for part in parts]
     budget(shapes, keep)  # refused before any work
+    if isinstance(batches, Moments):
+        raise ValueError("batches: expected token batches, got Moments, which are given as moments=")
     batches = None if batches is None else list(batches)
     if moments is None and batches is not None and (recipe.needs_data or ranks == "fisher"):
         moments = calibrate(model, batches, fisher=ranks == "fisher", state=state, progress=progress)
@@ -128,6 +130,8 @@ def _check_data(
             f"moments: expected {len(parts)} layers of {expected[0]} inputs, got {len(moments.inputs)} of "
             f"{[len(x) for x in moments.inputs[:1]]}"
         )
+    if moments is not None and moments.model not in ("", fingerprint(parts)):
+        raise ValueError("moments: expected those of this model, got another model's")
 
 
 class _Problem:

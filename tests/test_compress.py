@@ -1,104 +1,15 @@
-"""Calibration, ranks, methods and compress: exact where exactness is known, optimal where optimality is known."""
+"""Methods and compress: exact where exactness is known, optimal where optimality is known."""
 
 import pytest
 import tiny
 import torch
 
 import lrattn
-from lrattn import methods, ranks
+from lrattn import methods
 from lrattn.parts import attention_parts
+from lrattn.ranks import RULES
 
 FAMILIES = tuple(tiny.CONFIGS)
-
-
-def inputs_of(model, ids, **kwargs):
-    """What k_proj of every layer really sees, [tokens, E]."""
-    seen = []
-    hooks = [
-        p.linear("k_proj").register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
-        for p in attention_parts(model)
-    ]
-    with torch.no_grad():
-        model(input_ids=ids, use_cache=False, **kwargs)
-    for hook in hooks:
-        hook.remove()
-    return seen
-
-
-def test_moments_are_sums_over_the_tokens_seen():
-    model, ids = tiny.model("llama"), tiny.tokens(4, 20)
-    moments = lrattn.calibrate(model, [ids], progress=False)
-    assert moments.tokens == 80
-    for got, x in zip(moments.inputs, inputs_of(model, ids), strict=True):
-        torch.testing.assert_close(got, x.double().T @ x.double(), rtol=1e-5, atol=1e-4)
-
-
-def test_moments_do_not_depend_on_the_batch_size():
-    model, ids = tiny.model("llama"), tiny.tokens(6, 20)
-    whole, *others = (lrattn.calibrate(model, ids.split(n), progress=False) for n in (6, 1, 4))
-    for other in others:
-        assert other.tokens == whole.tokens
-        for a, b in zip(whole.inputs, other.inputs, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
-
-
-def test_padding_is_left_out_of_the_moments():
-    model, ids = tiny.model("llama"), tiny.tokens(1, 20)
-    padded = torch.cat((tiny.tokens(1, 5, seed=2), ids), 1)
-    mask = torch.cat((torch.zeros(1, 5, dtype=torch.int64), torch.ones_like(ids)), 1)
-    alone = lrattn.calibrate(model, [ids], progress=False)
-    batch = lrattn.calibrate(model, [{"input_ids": padded, "attention_mask": mask}], progress=False)
-    assert batch.tokens == alone.tokens == 20
-    for a, b in zip(alone.inputs, batch.inputs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
-
-
-def test_calibration_leaves_the_model_alone():
-    model = tiny.model("qwen3").train()
-    model.model.layers[1].eval()
-    hooks = sum(len(m._forward_pre_hooks) for m in model.modules())
-    with pytest.raises(ValueError, match="batches: expected integer token ids"):
-        lrattn.calibrate(model, [tiny.tokens(1, 4), torch.zeros(3)], progress=False)
-    assert model.training and not model.model.layers[1].training
-    assert sum(len(m._forward_pre_hooks) for m in model.modules()) == hooks
-    with pytest.raises(ValueError, match="expected at least one token"):
-        lrattn.calibrate(model, [], progress=False)
-
-
-SHAPES = [
-    [ranks.LayerShape(3, 64, 3, 576)] * 30,
-    [ranks.LayerShape(8, 128, 4, 4096)] * 3,
-    [ranks.LayerShape(4, 64, 2, 512, key_norm=True)] * 5,
-    [ranks.LayerShape(8, 128, 4, 1024), ranks.LayerShape(4, 256, 4, 1024)],
-]
-
-
-@pytest.mark.parametrize("keep", [0.16, 0.3, 1 / 3, 0.5, 0.7, 0.95])
-@pytest.mark.parametrize("shapes", SHAPES)
-def test_uniform_meets_the_budget_from_below(shapes, keep):
-    chosen = ranks.uniform(shapes, keep)
-    used = sum(sum(k) + sum(v) + s.norm_width for (k, v), s in zip(chosen, shapes, strict=True))
-    budget = keep * sum(s.dense for s in shapes)
-    full = all(r == s.full_rank for (k, v), s in zip(chosen, shapes, strict=True) for r in k + v)
-    assert used <= budget + 1e-6 and (full or budget - used < 16)
-    shares = [r / s.full_rank for (k, v), s in zip(chosen, shapes, strict=True) for r in k + v]
-    steps = [16 / s.full_rank for s in shapes]
-    assert max(shares) - min(shares) <= 2 * max(steps)  # uniform up to rounding
-    assert all(r % 16 == 0 and 16 <= r <= s.full_rank for (k, v), s in zip(chosen, shapes, strict=True) for r in k + v)
-
-
-def test_keep_outside_its_range_is_refused():
-    for keep in (0.0, -0.5, 1.01, float("nan")):
-        with pytest.raises(ValueError, match=r"keep: expected a share in \(0, 1\]"):
-            ranks.uniform(SHAPES[0], keep)
-    with pytest.raises(ValueError, match=r"keep: expected at least 0\.083, one step of 16 a group"):
-        ranks.uniform(SHAPES[0], 0.05)
-
-
-def test_group_size_is_the_largest_divisor_not_above():
-    assert [ranks.group_size_within(h, 4) for h in (1, 2, 3, 8, 12, 7, 6)] == [1, 2, 3, 4, 4, 1, 3]
-    with pytest.raises(ValueError, match="group_size"):
-        ranks.group_size_within(8, 0)
 
 
 def problem(heads=2, head_dim=16, inputs=40, seed=0):
@@ -120,42 +31,92 @@ def whitened_svd(weight, x, rank):
     return u[:, :rank] * d[:rank] @ vt[:rank] @ torch.linalg.inv(s), d[rank:].square().sum()
 
 
+def dense(up, down, rank=None):
+    """The map [C * D, E] of factors cut at a rank."""
+    return up[:, :rank].transpose(0, 1).flatten(1).T @ down[:, :rank].T
+
+
 def test_palu_is_the_whitened_svd_and_loses_its_tail_energy():
     weight, x = problem()
-    up, down = methods.palu.factorize(weight, x.T @ x, 16)
-    expected, tail = whitened_svd(weight, x, 16)
-    torch.testing.assert_close(up.transpose(0, 1).flatten(1).T @ down.T, expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(loss(weight, x, up, down), tail, rtol=1e-6, atol=0)
-    assert loss(weight, x, up, down) < loss(weight, x, *methods.svd.factorize(weight, None, 16))
+    energies, up, down = methods.palu.decompose(weight, x.T @ x)
+    for rank in (1, 16, 31):
+        expected, tail = whitened_svd(weight, x, rank)
+        torch.testing.assert_close(dense(up, down, rank), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(loss(weight, x, up[:, :rank], down[:, :rank]), tail, rtol=1e-4, atol=0)
+        torch.testing.assert_close(energies[rank:].sum(), tail, rtol=1e-4, atol=0)
+    _, flat_up, flat_down = methods.svd.decompose(weight, None)
+    assert loss(weight, x, up[:, :16], down[:, :16]) < loss(weight, x, flat_up[:, :16], flat_down[:, :16])
 
 
 def test_svd_is_the_best_map_of_the_weights():
     weight, _ = problem()
-    up, down = methods.svd.factorize(weight, None, 16)
-    left = (weight.flatten(0, 1) - up.transpose(0, 1).flatten(1).T @ down.T).square().sum()
+    energies, up, down = methods.svd.decompose(weight, None)
+    left = (weight.flatten(0, 1) - dense(up, down, 16)).square().sum()
     torch.testing.assert_close(left, torch.linalg.svdvals(weight.flatten(0, 1))[16:].square().sum())
+    torch.testing.assert_close(left, energies[16:].sum())
 
 
-@pytest.mark.parametrize("method", methods.METHODS)
+@pytest.mark.parametrize("decompose", [methods.palu.decompose, methods.svd.decompose])
 @pytest.mark.parametrize("inputs", [40, 24])  # wider and narrower than the 32 outputs
-def test_full_rank_is_exact(method, inputs):
+def test_full_rank_is_exact(decompose, inputs):
     weight, x = problem(inputs=inputs)
-    up, down = methods.METHODS[method](weight, x.T @ x, 32)
-    assert up.shape == (2, 32, 16) and down.shape == (inputs, 32)
-    torch.testing.assert_close(up.transpose(0, 1).flatten(1).T @ down.T, weight.flatten(0, 1))
+    energies, up, down = decompose(weight, x.T @ x)
+    n = min(32, inputs)
+    assert energies.shape == (n,) and up.shape == (2, n, 16) and down.shape == (inputs, n)
+    assert (energies.diff() <= 1e-9 * energies[0]).all()
+    torch.testing.assert_close(dense(up, down), weight.flatten(0, 1))
 
 
 @pytest.mark.parametrize("inputs", [40, 24])
 def test_directions_the_calibration_never_saw_are_ranked_by_the_weights(inputs):
     weight, x = problem(inputs=inputs)
-    few = x[:8].T @ x[:8]
-    up, down = methods.palu.factorize(weight, few, 32)
-    torch.testing.assert_close(up.transpose(0, 1).flatten(1).T @ down.T, weight.flatten(0, 1))
-    up, down = methods.palu.factorize(weight, few, 16)
+    _, up, down = methods.palu.decompose(weight, x[:8].T @ x[:8])
+    torch.testing.assert_close(dense(up, down), weight.flatten(0, 1))
+    up, down = up[:, :16], down[:, :16]
     assert loss(weight, x[:8], up, down) < 1e-6 * loss(weight, x[:8], up * 0, down)  # 8 tokens, 16 directions
     best = torch.linalg.svdvals(weight.flatten(0, 1))[16:].square().sum()
-    left = (weight.flatten(0, 1) - up.transpose(0, 1).flatten(1).T @ down.T).square().sum()
+    left = (weight.flatten(0, 1) - dense(up, down)).square().sum()
     assert left < 2 * best
+
+
+def least_squares(weight, x, down):
+    """OVC as printed, on rows of real inputs: lstsq for L, the pseudo-inverse for R."""
+    w = weight.flatten(0, 1)
+    left = torch.linalg.lstsq(x @ down, x @ w.T, driver="gelsd").solution.T
+    return left, torch.linalg.pinv(left) @ w
+
+
+def test_ovc_is_the_paper_s_least_squares():
+    weight, x = problem()
+    _, _, down = methods.palu.decompose(weight, x.T @ x)
+    other = x * torch.linspace(0.1, 3, 40, dtype=torch.float64)
+    left, right = least_squares(weight, other, down[:, :16])
+    up, refitted = methods.recalkv.calibrate_values(weight, down[:, :16], other.T @ other)
+    torch.testing.assert_close(up.transpose(0, 1).flatten(1).T, left, rtol=1e-3, atol=1e-3 * left.abs().max().item())
+    torch.testing.assert_close(refitted.T, right, rtol=1e-3, atol=1e-3 * right.abs().max().item())
+
+
+def test_ovc_changes_nothing_on_the_data_it_was_whitened_with_and_lowers_the_loss_on_other_data():
+    weight, x = problem()
+    _, up, down = methods.palu.decompose(weight, x.T @ x)
+    up, down = up[:, :16], down[:, :16]
+    again = methods.recalkv.calibrate_values(weight, down, x.T @ x)
+    torch.testing.assert_close(dense(*again), dense(up, down), rtol=1e-3, atol=1e-3)
+    other = x * torch.linspace(0.1, 3, 40, dtype=torch.float64)
+    refitted = methods.recalkv.calibrate_values(weight, down, other.T @ other)
+    _, best_up, best_down = methods.palu.decompose(weight, other.T @ other)
+    before, after = loss(weight, other, up, down), loss(weight, other, *refitted)
+    assert after < 0.9 * before
+    assert loss(weight, other, best_up[:, :16], best_down[:, :16]) <= after * (1 + 1e-9)  # re-whitening is the limit
+
+
+def test_ovc_keeps_full_rank_exact():
+    for inputs in (40, 24):
+        weight, x = problem(inputs=inputs)
+        _, _, down = methods.palu.decompose(weight, x.T @ x)
+        padded = torch.cat((down, down.new_zeros(len(down), 16)), 1)  # ranks are multiples of 16
+        up, refitted = methods.recalkv.calibrate_values(weight, padded, x.T @ x)
+        torch.testing.assert_close(dense(up, refitted), weight.flatten(0, 1), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -188,23 +149,151 @@ def test_compress_does_not_change_the_model_and_repeats_exactly():
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
     assert all(torch.equal(a.keys.up, b.keys.up) for a, b in zip(first.layers, second.layers, strict=True))
     moments = lrattn.calibrate(model, [ids], progress=False)
-    third = lrattn.compress(model, moments, progress=False)
+    third = lrattn.compress(model, moments=moments, progress=False)
     assert all(torch.equal(a.values.down, b.values.down) for a, b in zip(first.layers, third.layers, strict=True))
 
 
+METHODS = tuple(methods.METHODS)
+
+
+def dense_weights(factors):
+    return [side.dense() for layer in factors.layers for side in (layer.keys, layer.values)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("ranks", RULES)
+@pytest.mark.parametrize("family", ["mha", "qwen3", "qwen2"])
+def test_every_method_meets_the_budget_and_is_exact_at_full_rank(method, ranks, family):
+    model, batches = tiny.model(family), [tiny.tokens(4, 40)]
+    factors = lrattn.compress(model, batches, method, 0.5, 2, ranks=ranks, progress=False)
+    assert 0.5 - 16 / factors.dense_numbers_per_token < factors.keep <= 0.5
+    assert (factors.method, factors.rule) == (method, ranks)
+    full = lrattn.compress(model, batches, method, 1.0, 2, ranks=ranks, progress=False)
+    weights = [part.weight(name) for part in attention_parts(model) for name in ("k_proj", "v_proj")]
+    for got, expected in zip(dense_weights(full), weights, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+
+
+def shuffled_mha(seed=0):
+    """A model whose 8 kv heads are 4, each twice, shuffled. Also which head is a copy of which."""
+    narrow, wide = tiny.model("llama"), tiny.model("mha")
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(seed)).tolist()
+    weights = narrow.state_dict()
+    for name, weight in weights.items():
+        kind = name.split(".")[-2]
+        if kind in ("k_proj", "v_proj"):
+            weights[name] = weight.unflatten(0, (-1, 32)).repeat_interleave(2, 0)[order].flatten(0, 1)
+        elif kind == "q_proj":
+            weights[name] = weight.unflatten(0, (-1, 32))[order].flatten(0, 1)
+        elif kind == "o_proj":
+            weights[name] = weight.unflatten(1, (-1, 32))[:, order].flatten(1)
+    wide.load_state_dict(weights)
+    return wide, narrow, order
+
+
+@pytest.mark.parametrize("method", ["recalkv-hsr", "recalkv-greedy"])
+def test_copies_of_a_head_share_a_latent_at_no_loss(method):
+    """Groups of two, one head's rank each: with copies together nothing is lost; in the model's order half of it is."""
+    model, narrow, order = shuffled_mha()
+    ids = tiny.tokens(4, 40)
+    torch.testing.assert_close(model(ids).logits, narrow(ids).logits, rtol=0, atol=1e-4)
+    factors = lrattn.compress(model, [ids], method, 0.5, 2, ranks="uniform", progress=False)
+    for layer, part in zip(factors.layers, attention_parts(model), strict=True):
+        assert all(len({order[h] // 2 for h in heads}) == 1 for heads in layer.keys.groups)
+        torch.testing.assert_close(layer.keys.dense(), part.weight("k_proj"), rtol=0, atol=1e-4)
+        assert len(layer.values.ranks) == 1 and len(layer.keys.ranks) == 4  # one value latent
+    apart = lrattn.compress(model, [ids], "recalkv-neither", 0.5, 2, ranks="uniform", progress=False)
+    assert any(
+        (layer.keys.dense() - part.weight("k_proj")).norm() > 0.1 * part.weight("k_proj").norm()
+        for layer, part in zip(apart.layers, attention_parts(model), strict=True)
+    )
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4, 8, 16])
+def test_groups_stay_within_a_shard(shards):
+    """What each tensor-parallel rank holds attends as its heads of the whole do."""
+    model, _, _ = shuffled_mha()
+    factors = lrattn.compress(model, [tiny.tokens(4, 40)], "recalkv-hsr", 0.5, 4, shards=shards, progress=False)
+    layer, width = factors.layers[0], max(8 // shards, 1)
+    assert all(len({h // width for h in heads}) == 1 for heads in layer.keys.groups)
+    x, positions = torch.randn(5, 96), torch.arange(5)
+    whole = layer.rebuild(*layer.project(x), positions)
+    for rank in range(shards):
+        part = layer.shard(rank, shards)
+        first = rank * 8 // shards
+        for got, expected in zip(part.rebuild(*part.project(x), positions), whole, strict=True):
+            torch.testing.assert_close(got, expected[:, first : first + width], rtol=0, atol=1e-5)
+
+
+def test_each_part_of_recalkv_does_its_own_thing():
+    """HSR changes the grouping of keys, OVC the values, from layer 1 on: layer 0 is whitened with what it sees."""
+    model, _, _ = shuffled_mha()
+    batches = [tiny.tokens(4, 40)]
+    neither, hsr, ovc, both = (
+        lrattn.compress(model, batches, f"recalkv{name}", 0.4, 2, ranks="uniform", progress=False).layers
+        for name in ("-neither", "-hsr", "-ovc", "")
+    )
+    for i in range(3):
+        assert torch.equal(neither[i].keys.dense(), ovc[i].keys.dense())
+        assert torch.equal(hsr[i].keys.dense(), both[i].keys.dense())
+        assert torch.equal(neither[i].values.dense(), hsr[i].values.dense())
+        moved = (ovc[i].values.dense() - neither[i].values.dense()).norm() / neither[i].values.dense().norm()
+        assert moved < 1e-3 if i == 0 else moved > 1e-2
+    assert any(h.keys.groups != n.keys.groups for h, n in zip(hsr, neither))
+    assert (both[2].values.dense() - ovc[2].values.dense()).norm() > 0  # better keys, other inputs
+
+
+def test_ovc_fits_the_values_on_what_the_compressed_model_sees():
+    """Against each layer's inputs in a model that really is compressed up to there."""
+    model = tiny.model("gemma3")
+    ids = tiny.tokens(4, 40)
+    plain = lrattn.compress(model, [ids], "recalkv-neither", 0.4, ranks="uniform", progress=False)
+    refitted = lrattn.compress(model, [ids], "recalkv-ovc", 0.4, ranks="uniform", progress=False)
+    twin = tiny.model("gemma3")
+    for i, part in enumerate(attention_parts(twin)):
+        seen = []
+        hook = part.linear("v_proj").register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        with torch.no_grad():
+            twin(ids)
+        hook.remove()
+        x, weight = seen[0].flatten(0, 1), part.weight("v_proj")
+        losses = [(x @ (weight - f.layers[i].values.dense()).flatten(0, 1).T).square().sum() for f in (plain, refitted)]
+        assert losses[1] < losses[0] * (1 + 1e-4)
+        assert i == 0 or losses[1] < 0.999 * losses[0]
+        with torch.no_grad():
+            for name, side in (("k_proj", refitted.layers[i].keys), ("v_proj", refitted.layers[i].values)):
+                part.linear(name).weight.copy_(side.dense().flatten(0, 1))
+
+
 def test_compress_refuses_with_the_reason():
-    model = tiny.model("llama")
-    with pytest.raises(ValueError, match=r"method: expected one of \['palu', 'svd'\], got 'pca'"):
-        lrattn.compress(model, [tiny.tokens(1, 8)], method="pca", progress=False)
-    with pytest.raises(ValueError, match="method 'palu' needs calibration batches"):
-        lrattn.compress(model, method="palu", progress=False)
-    with pytest.raises(ValueError, match="keep: expected"):
-        lrattn.compress(model, [tiny.tokens(1, 8)], keep=2.0, progress=False)
+    model, ids = tiny.model("llama"), [tiny.tokens(1, 8)]
+    refused = {
+        r"method: expected one of \['palu', .*\], got 'pca'": {"batches": ids, "method": "pca"},
+        r"ranks: expected one of .* got 'best'": {"batches": ids, "ranks": "best"},
+        "batches: method 'palu' needs calibration batches": {"method": "palu"},
+        "batches: method 'recalkv' runs the compressed model on batches": {
+            "method": "recalkv",
+            "moments": lrattn.calibrate(model, ids, progress=False),
+        },
+        "ranks 'fisher' need batches, or moments .* got none": {"method": "svd", "ranks": "fisher"},
+        "ranks 'fisher' .* got moments without gradients": {
+            "ranks": "fisher",
+            "moments": lrattn.calibrate(model, ids, progress=False),
+        },
+        "keep: expected": {"batches": ids, "keep": 2.0},
+        "shards: expected a divisor or a multiple of Hkv=4, got 3": {"batches": ids, "shards": 3},
+        "batches: expected token batches, got Moments": {"batches": lrattn.calibrate(model, ids, progress=False)},
+        "moments: expected those of this model": {
+            "moments": lrattn.calibrate(tiny.model("llama", seed=1), ids, progress=False)
+        },
+    }
+    for reason, arguments in refused.items():
+        with pytest.raises(ValueError, match=reason):
+            lrattn.compress(model, **arguments, progress=False)
     assert lrattn.compress(model, method="svd", progress=False).method == "svd"
-    other = lrattn.calibrate(tiny.model("qwen3"), [tiny.tokens(1, 8)], progress=False)
-    wrong = lrattn.Moments(other.inputs[:2], other.tokens)
-    with pytest.raises(ValueError, match="batches: expected moments of 3 layers"):
-        lrattn.compress(model, wrong, progress=False)
+    other = lrattn.calibrate(tiny.model("qwen3"), ids, progress=False)
+    with pytest.raises(ValueError, match="moments: expected 3 layers"):
+        lrattn.compress(model, moments=lrattn.Moments(other.inputs[:2], other.tokens), progress=False)
 
 
 def test_progress_is_shown_and_can_be_turned_off(capsys):

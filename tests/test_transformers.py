@@ -236,6 +236,24 @@ def test_crop_and_second_turn():
     torch.testing.assert_close(got, expected[:, 30:], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+def test_a_second_turn_goes_on_from_the_first(family):
+    """The conversation so far is in the cache: only the new turn is run."""
+    model, factors = compressed(family)
+    cache, turn = LatentCache(model, factors), tiny.tokens(2, 9, seed=5)
+    with latent_attention(model, factors):
+        first = generate(model, tiny.tokens(2, 20), past_key_values=cache)
+        both = torch.cat((first, turn), 1)
+        ran = []
+        hook = model.model.register_forward_pre_hook(
+            lambda _, __, kwargs: ran.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+        )
+        second = generate(model, both, past_key_values=cache)
+        hook.remove()
+        assert ran[0] == 9 + 1 and set(ran[1:]) == {1}  # the last token of the first turn was not in the cache
+        assert torch.equal(second, generate(model, both))
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_beam_search_reorders_latents(family):
     model, factors = compressed(family)
@@ -244,6 +262,21 @@ def test_beam_search_reorders_latents(family):
     expected = generate(twin, ids, attention_mask=mask, num_beams=3, num_return_sequences=2)
     with latent_attention(model, factors):
         assert torch.equal(generate(model, ids, attention_mask=mask, num_beams=3, num_return_sequences=2), expected)
+
+
+@pytest.mark.parametrize("arguments", [{"num_beams": 1}, {"num_beams": 3}, {"num_return_sequences": 2}])
+def test_sampling_draws_what_the_simulated_model_draws(arguments):
+    model, factors = compressed("llama")
+    twin = simulated(model, factors)
+    ids, mask = left_padded((9, 4))
+    choice = {"do_sample": True, "temperature": 1.3, "top_p": 0.9, "max_new_tokens": 16, **arguments}
+    torch.manual_seed(7)
+    expected = twin.generate(ids, attention_mask=mask, **choice)
+    with latent_attention(model, factors):
+        torch.manual_seed(7)
+        got = model.generate(ids, attention_mask=mask, **choice)
+        other = model.generate(ids, attention_mask=mask, **choice)
+    assert torch.equal(got, expected) and not torch.equal(got, other)
 
 
 def test_repeat_and_select_copy_sequences():
@@ -353,6 +386,15 @@ def test_factors_of_another_model_are_refused():
     }.items():
         with pytest.raises(ValueError, match=message):
             LatentCache(model, lrattn.Factors((changed, *factors.layers[1:])))
+    with pytest.raises(
+        ValueError, match=r"low-rank map of model\.layers\.0\.self_attn\.k_proj, got that of other weights"
+    ):
+        LatentCache(tiny.model("llama", seed=1), factors)
+    with pytest.raises(
+        ValueError, match=r"low-rank map of model\.layers\.1\.self_attn\.v_proj, got that of other weights"
+    ):
+        mixed = replace(factors.layers[1], values=factors.layers[2].values)
+        LatentCache(model, lrattn.Factors((factors.layers[0], mixed, factors.layers[2])))
     with pytest.raises(ValueError, match="backend: expected"), latent_attention(model, factors, backend="bogus"):
         pass
     with pytest.raises(ValueError, match="factors: expected 3 layers as in the model, got 2"):

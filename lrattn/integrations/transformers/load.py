@@ -6,14 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BatchEncoding,
-    GgufConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def load_model(
@@ -77,16 +70,3 @@ def read_windows(tokenizer: PreTrainedTokenizerBase, text: str, length: int, cou
     length = min(length, len(ids))
     count = min(count, len(ids) // length)
     return ids[: length * count].view(count, length)
-
-
-def read_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> BatchEncoding:
-    """A prompt as inputs of `generate`, [1, t]; as a user's message in the chat template if `chat`.
-
-    Raises: ValueError for an empty prompt.
-    """
-    if not prompt.strip():
-        raise ValueError("prompt: expected some text, got none")
-    if not chat:
-        return tokenizer(prompt, return_tensors="pt")
-    message = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)

@@ -8,17 +8,23 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from lrattn.factors import Factors
+from lrattn.factors import Factors, LayerFactors
 from lrattn.integrations.transformers.dense import causal_attention
 from lrattn.parts import AttentionParts, attention_parts, decoder_of, evaluating
 from lrattn.rope import Rope
 
 TOKENS = 8
+PROBES, ALIKE = 16, 0.1  # random inputs a layer; the cosine below which weights are taken for unrelated
 _VERIFIED: WeakSet[nn.Module] = WeakSet()
 
 
+@torch.no_grad()
 def check_fit(model: nn.Module, factors: Factors) -> None:
-    """Raises ValueError if the factors are of another model, dtype or device."""
+    """Raises ValueError if the factors are of another model, dtype or device.
+
+    Factors of another model with the same shapes and rotation are told by their weights: on random inputs, low-rank
+    maps of a weight point where it points (by sqrt(rank / full rank), about), those of another weight anywhere.
+    """
     parts = attention_parts(model)
     if len(parts) != len(factors.layers):
         raise ValueError(f"factors: expected {len(parts)} layers as in the model, got {len(factors.layers)}")
@@ -45,6 +51,28 @@ def check_fit(model: nn.Module, factors: Factors) -> None:
         }.items():
             if not same:
                 raise ValueError(f"factors: expected the {what} of {part.name} in layer {i}, got another")
+        for name, cosine in zip(("k_proj", "v_proj"), _cosines(part, layer), strict=True):
+            if not cosine > ALIKE:
+                raise ValueError(
+                    f"factors: expected a low-rank map of {part.name}.{name}, got that of other weights (their outputs "
+                    f"have a cosine of {cosine:.2f}); are they factors of another model?"
+                )
+
+
+def _cosines(part: AttentionParts, layer: LayerFactors) -> list[float]:
+    """Between the outputs of the model's weights and of the factors, keys and values, biases aside."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(PROBES, part.linear("k_proj").in_features, generator=generator).to(layer.device, layer.dtype)
+    row, values = layer.project(x)
+    values = row if values is None else values
+    sides = (("k_proj", layer.keys, row, layer.key_columns), ("v_proj", layer.values, values, layer.values.columns))
+    found = []
+    for name, side, latents, columns in sides:
+        latents, weight = latents.float(), part.weight(name)
+        expected = torch.cat([x.float() @ weight[list(heads)].flatten(0, 1).float().T for heads in side.groups], 1)
+        got = torch.cat([latents[:, columns[g]] @ side.block(g).float() for g in range(len(side.groups))], 1)
+        found.append(nn.functional.cosine_similarity(got.flatten(), expected.flatten(), 0).item())
+    return found
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

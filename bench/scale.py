@@ -1,0 +1,123 @@
+"""What compressing a large model takes: peak memory and time a layer, on random models of real shapes.
+
+python -m bench.scale
+
+Each case runs in a process of its own. A 1B model is run whole; a 7B model by its first 2 and its first 4 layers, from
+which 32 layers are extrapolated: those figures are estimates, and are called so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lrattn
+from bench import process, report
+
+PATH = report.RESULTS / "scale.json"
+SHAPES = {
+    "1B": {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128_256, "tie_word_embeddings": True,
+    },
+    "7B": {
+        "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "head_dim": 128, "vocab_size": 32_000, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+WAYS = (("palu", "spectrum"), ("recalkv", "fisher"))
+SEQUENCES, LENGTH = 2, 512
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one is not None:
+        shape, layers, method, ranks = args.one
+        print(json.dumps(one(shape, int(layers), method, ranks)))
+        return
+    cases = [(shape, layers, *way) for way in WAYS for shape, layers in (("1B", 16), ("7B", 2), ("7B", 4))]
+    rows = []
+    for n, case in enumerate(cases, 1):
+        print(f"case {n} of {len(cases)}: {case}", flush=True)
+        rows.append(process.apart("bench.scale", "--one", *map(str, case)))
+    estimates = [estimate(rows, method) for method, _ in WAYS]
+    report.save(PATH, {"dtype": "float32", "tokens": SEQUENCES * LENGTH, "rows": rows, "estimates": estimates})
+    print(table(json.loads(PATH.read_text())))
+
+
+def one(shape: str, layers: int, method: str, ranks: str) -> dict[str, Any]:
+    """Compresses a random model; seconds of each stage, resident memory before and at the peak."""
+    torch.manual_seed(0)
+    sizes = {**SHAPES[shape], "num_hidden_layers": layers}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, dtype="float32")).eval()
+    batches = torch.randint(0, sizes["vocab_size"], (SEQUENCES, LENGTH)).split(1)
+    before = process.resident()["now"]
+    begin = time.perf_counter()
+    moments = lrattn.calibrate(model, batches, fisher=ranks == "fisher")
+    calibrated = time.perf_counter()
+    factors = lrattn.compress(model, batches, method, 0.5, ranks=ranks, moments=moments)
+    end = time.perf_counter()
+    return {
+        "shape": shape,
+        "layers": layers,
+        "method": method,
+        "ranks": ranks,
+        "keep": factors.keep,
+        "model_bytes": sum(p.nbytes for p in model.parameters()),
+        "moment_bytes": sum(x.nbytes for x in moments.inputs)
+        + sum(x.nbytes for pair in moments.gradients or () for x in pair),
+        "before": before,
+        "peak": process.resident()["peak"],
+        "calibrate_seconds": calibrated - begin,
+        "factor_seconds": end - calibrated,
+    }
+
+
+def estimate(rows: list[dict[str, Any]], method: str) -> dict[str, Any]:
+    """A 7B model by the line through its 2 and its 4 layers. In bfloat16 only the model's own bytes are halved."""
+    two, four = (
+        next(r for r in rows if r["method"] == method and (r["shape"], r["layers"]) == ("7B", n)) for n in (2, 4)
+    )
+    layers = SHAPES["7B"]["num_hidden_layers"]
+
+    def at_full_depth(name: str) -> float:
+        return two[name] + (layers - 2) * (four[name] - two[name]) / 2
+
+    return {
+        "method": method,
+        "layers": layers,
+        "peak_float32": at_full_depth("peak"),
+        "peak_bfloat16": at_full_depth("peak") - at_full_depth("model_bytes") / 2,
+        "calibrate_seconds": at_full_depth("calibrate_seconds"),
+        "factor_seconds": at_full_depth("factor_seconds"),
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    gib = 2**30
+    lines = [
+        f"random Llama models, {results['dtype']}, {results['tokens']} calibration tokens, keep 0.5",
+        "",
+        "shape  layers method   ranks     model, GiB  moments, GiB  peak, GiB  calibrate, s/layer  factor, s/layer",
+    ]
+    for r in results["rows"]:
+        sizes = f"{r['model_bytes'] / gib:>10.2f} {r['moment_bytes'] / gib:>13.2f} {r['peak'] / gib:>10.2f}"
+        times = f"{r['calibrate_seconds'] / r['layers']:>19.2f} {r['factor_seconds'] / r['layers']:>16.2f}"
+        lines.append(f"{r['shape']:<6} {r['layers']:>6} {r['method']:<8} {r['ranks']:<9} {sizes} {times}")
+    lines.append("")
+    for e in results["estimates"]:
+        peaks = f"{e['peak_float32'] / gib:.0f} GiB in float32, {e['peak_bfloat16'] / gib:.0f} GiB in bfloat16"
+        times = f"{e['calibrate_seconds']:.0f} s to calibrate, {e['factor_seconds']:.0f} s to factor"
+        lines.append(f"7B, {e['layers']} layers, {e['method']}, estimated from 2 and 4 layers: peak {peaks}; {times}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Text from a prompt, on a latent cache or a dense one, and what the cache held in the end."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from transformers import BatchEncoding, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from lrattn.factors import Factors
+from lrattn.integrations.transformers.attention import latent_attention
+from lrattn.integrations.transformers.cache import LatentCache
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    factors: Factors | None,
+    prompt: str,
+    *,
+    chat: bool = False,
+    tokens: int = 64,
+    beams: int = 1,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """At most `tokens` new tokens: greedy, by beam search over `beams`, or sampled at a temperature above 0.
+
+    Args:
+        factors: of the model, in its dtype and on its device; None for a dense cache.
+        prompt: text; put in the tokenizer's chat template if `chat`.
+
+    Returns: text, tokens, tokens_per_second (prefill included), cache_bytes: of the tensors held at the end.
+    Raises: ValueError for an empty prompt, or numbers that make no sense.
+    """
+    if tokens < 1 or beams < 1 or temperature < 0:
+        raise ValueError(
+            f"tokens, beams, temperature: expected at least 1, 1 and 0, got {tokens}, {beams}, {temperature}"
+        )
+    inputs = _read(tokenizer, prompt, chat).to(model.device)
+    choice: dict[str, Any] = {"do_sample": temperature > 0, "num_beams": beams, "max_new_tokens": tokens}
+    if temperature > 0:
+        choice["temperature"] = temperature
+    torch.manual_seed(seed)
+    begin = time.perf_counter()
+    with nullcontext() if factors is None else latent_attention(model, factors):
+        cache = DynamicCache() if factors is None else LatentCache(model, factors)
+        ids = model.generate(**inputs, past_key_values=cache, **choice)[0, inputs["input_ids"].shape[1] :]
+    seconds = time.perf_counter() - begin
+    return {
+        "text": tokenizer.decode(ids, skip_special_tokens=True),
+        "tokens": len(ids),
+        "tokens_per_second": len(ids) / seconds,
+        "cache_bytes": held_bytes(cache),
+    }
+
+
+def held_bytes(cache: DynamicCache | LatentCache) -> int:
+    """Bytes of the tensors a cache holds."""
+    if isinstance(cache, LatentCache):
+        return cache.nbytes
+    return sum(x.untyped_storage().nbytes() for layer in cache.layers for x in (layer.keys, layer.values))
+
+
+def _read(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> BatchEncoding:
+    if not prompt.strip():
+        raise ValueError("prompt: expected some text, got none")
+    if not chat:
+        return tokenizer(prompt, return_tensors="pt")
+    message = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)

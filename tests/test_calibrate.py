@@ -1,0 +1,210 @@
+"""Calibration: sums over tokens, gradients of the next-token loss, and a state that goes on where it was."""
+
+import gc
+import sys
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+import lrattn
+from lrattn.parts import attention_parts
+
+calibration = sys.modules["lrattn.calibrate"]  # the package's `calibrate` is the function
+
+
+def inputs_of(model, ids, **kwargs):
+    """What k_proj of every layer really sees, [tokens, E]."""
+    seen = []
+    hooks = [
+        p.linear("k_proj").register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
+        for p in attention_parts(model)
+    ]
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False, **kwargs)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def weight_gradients(model, ids):
+    """Gradients of the key and value weights of one sequence, by autograd on the weights themselves."""
+    logits = model(input_ids=ids[None], use_cache=False).logits[0]
+    loss = nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="sum")
+    weights = [p.linear(name).weight for p in attention_parts(model) for name in ("k_proj", "v_proj")]
+    return torch.autograd.grad(loss, weights)
+
+
+def same(a, b, rtol=1e-5, atol=1e-4):
+    assert (a.tokens, a.sequences, a.text, a.model) == (b.tokens, b.sequences, b.text, b.model)
+    for x, y in zip(a.inputs, b.inputs, strict=True):
+        torch.testing.assert_close(x, y, rtol=rtol, atol=atol)
+    for pair, other in zip(a.gradients or (), b.gradients or (), strict=True):
+        for x, y in zip(pair, other, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-5 * x.max().item())
+
+
+def test_moments_are_sums_over_the_tokens_seen():
+    model, ids = tiny.model("llama"), tiny.tokens(4, 20)
+    moments = lrattn.calibrate(model, [ids], progress=False)
+    assert (moments.tokens, moments.sequences, moments.gradients, moments.fisher) == (80, 4, None, None)
+    for got, x in zip(moments.inputs, inputs_of(model, ids), strict=True):
+        torch.testing.assert_close(got, x.double().T @ x.double(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "qwen2-window"])
+def test_fisher_scores_are_mean_rms_gradients_of_the_next_token_loss(family):
+    model, ids = tiny.model(family), tiny.tokens(3, 20)
+    moments = lrattn.calibrate(model, [ids[:2], ids[2:]], fisher=True, progress=False)
+    squares = [torch.stack(grads).square().sum(0) for grads in zip(*(weight_gradients(model, row) for row in ids))]
+    got = [x for pair in moments.gradients for x in pair]
+    for a, b in zip(got, squares, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * b.max().item())
+    expected = [(s / 3).sqrt().mean().item() for s in squares]
+    assert [x for pair in moments.fisher for x in pair] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("fisher", [False, True])
+def test_moments_do_not_depend_on_the_batch_size(fisher):
+    """Neither sums over inputs nor gradients: a batch's sequences are never summed before they are squared."""
+    model, ids = tiny.model("llama"), tiny.tokens(6, 20)
+    whole, *others = (lrattn.calibrate(model, ids.split(n), fisher=fisher, progress=False) for n in (6, 1, 4))
+    assert whole.tokens == 120
+    for other in others:
+        same(whole, other)
+
+
+@pytest.mark.parametrize("fisher", [False, True])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_left_out_of_the_moments(fisher, side):
+    model, ids = tiny.model("llama"), tiny.tokens(1, 20)
+    pieces = [(torch.zeros(1, 5, dtype=torch.int64), tiny.tokens(1, 5, seed=2)), (torch.ones_like(ids), ids)]
+    mask, padded = (torch.cat(x, 1) for x in zip(*(pieces if side == "left" else pieces[::-1])))
+    alone = lrattn.calibrate(model, [ids], fisher=fisher, progress=False)
+    batch = lrattn.calibrate(model, [{"input_ids": padded, "attention_mask": mask}], fisher=fisher, progress=False)
+    assert batch.tokens == alone.tokens == 20
+    same(alone, batch, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("fisher", [False, True])
+def test_calibration_leaves_the_model_alone(fisher):
+    model = tiny.model("qwen3").train()
+    model.model.layers[1].eval()
+    model.lm_head.weight.requires_grad_(False)
+    hooks = sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+    needs = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match="batches: expected integer token ids"):
+        lrattn.calibrate(model, [tiny.tokens(1, 4), torch.zeros(3)], fisher=fisher, progress=False)
+    assert model.training and not model.model.layers[1].training
+    assert sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()) == hooks
+    assert [p.requires_grad for p in model.parameters()] == needs and not all(needs)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_gradients_are_taken_where_the_caller_has_turned_them_off():
+    model, ids = tiny.model("llama"), tiny.tokens(1, 12)
+    expected = lrattn.calibrate(model, [ids], fisher=True, progress=False)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            same(expected, lrattn.calibrate(model, [ids.clone()], fisher=True, progress=False), rtol=0, atol=0)
+
+
+def test_what_cannot_be_summed_is_refused():
+    model = tiny.model("llama")
+    with pytest.raises(ValueError, match="expected at least one token"):
+        lrattn.calibrate(model, [], progress=False)
+    wrong = {"input_ids": tiny.tokens(1, 4), "attention_mask": torch.ones(1, 3)}
+    with pytest.raises(ValueError, match=r"attention_mask \[1, 4\], got \[1, 3\]"):
+        lrattn.calibrate(model, [wrong], progress=False)
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight.fill_(float("inf"))
+    with pytest.raises(ValueError, match=r"inputs of model\.layers\.1\.self_attn are not all finite"):
+        lrattn.calibrate(model, [tiny.tokens(1, 8)], progress=False)
+
+
+def interrupted(batches, after):
+    for n, batch in enumerate(batches):
+        if n == after:
+            raise KeyboardInterrupt
+        yield batch
+
+
+@pytest.mark.parametrize("fisher", [False, True])
+@pytest.mark.parametrize("after", [1, 2])
+def test_an_interrupted_calibration_goes_on_where_it_was(fisher, after, tmp_path, monkeypatch):
+    """With other batch sizes too; no sequence is counted twice, none is run again."""
+    monkeypatch.setattr(calibration, "SAVE_EVERY", 0.0)
+    model, ids, path = tiny.model("llama"), tiny.tokens(6, 16), tmp_path / "state.safetensors"
+    expected = lrattn.calibrate(model, [ids], fisher=fisher, progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        lrattn.calibrate(model, interrupted(ids.split(2), after), fisher=fisher, state=path, progress=False)
+    assert lrattn.Moments.load(path).sequences == 2 * after
+    ran = []
+    hook = model.model.register_forward_pre_hook(
+        lambda _, __, kwargs: ran.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    resumed = lrattn.calibrate(model, ids.split(5), fisher=fisher, state=path, progress=False)
+    hook.remove()
+    assert sum(ran) == 6 - 2 * after
+    same(expected, resumed)
+    same(resumed, lrattn.Moments.load(path), rtol=0, atol=0)
+
+
+def test_an_error_in_a_batch_leaves_the_last_whole_state(tmp_path, monkeypatch):
+    monkeypatch.setattr(calibration, "SAVE_EVERY", 0.0)
+    model, ids, path = tiny.model("llama"), tiny.tokens(4, 16), tmp_path / "state.safetensors"
+    expected = lrattn.calibrate(model, [ids], progress=False)
+    calls = []
+
+    def fail(*_):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+
+    hook = model.model.layers[2].register_forward_pre_hook(fail)  # layers 0 and 1 have added to their sums
+    with pytest.raises(RuntimeError, match="out of memory"):
+        lrattn.calibrate(model, ids.split(2), state=path, progress=False)
+    hook.remove()
+    same(expected, lrattn.calibrate(model, ids.split(2), state=path, progress=False))
+
+
+def test_a_state_takes_more_text_and_no_other(tmp_path):
+    model, ids, path = tiny.model("llama"), tiny.tokens(4, 16), tmp_path / "state.safetensors"
+    lrattn.calibrate(model, [ids[:2]], state=path, progress=False)
+    same(lrattn.calibrate(model, [ids], progress=False), lrattn.calibrate(model, [ids], state=path, progress=False))
+    with pytest.raises(ValueError, match="state: expected batches to begin with the text it has seen"):
+        lrattn.calibrate(model, [ids.flip(0)], state=path, progress=False)
+    with pytest.raises(ValueError, match="begin with the 4 sequences it has seen, got 3"):
+        lrattn.calibrate(model, [ids[:3]], state=path, progress=False)
+    with pytest.raises(ValueError, match="state: expected moments with gradients"):
+        lrattn.calibrate(model, [ids], fisher=True, state=path, progress=False)
+    with pytest.raises(ValueError, match="state: expected moments of this model"):
+        lrattn.calibrate(tiny.model("llama", seed=1), [ids], state=path, progress=False)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="damaged"):
+        lrattn.calibrate(model, [ids], state=path, progress=False)
+
+
+def test_the_state_is_written_every_minute_not_every_batch(tmp_path, monkeypatch):
+    writes = []
+    monkeypatch.setattr(lrattn.Moments, "save", lambda self, path: writes.append(self.sequences))
+    clock = iter([0.0, 10.0, 61.0, 61.0, 70.0, 80.0])
+    monkeypatch.setattr(calibration.time, "monotonic", lambda: next(clock))
+    ids = tiny.tokens(4, 8)
+    lrattn.calibrate(tiny.model("llama"), ids.split(1), state=tmp_path / "s", progress=False)
+    assert writes == [2, 4]
+
+
+def test_nothing_is_held_that_grows_with_the_tokens():
+    model, held = tiny.model("llama"), []
+
+    def batches():
+        for n in range(6):
+            gc.collect()
+            held.append(sum(x.nbytes for x in gc.get_objects() if type(x) is torch.Tensor))
+            yield tiny.tokens(4, 64, seed=n)
+
+    lrattn.calibrate(model, batches(), fisher=True, progress=False)
+    one_layer_of_inputs = 4 * 64 * 96 * 4
+    assert max(held[2:]) < held[1] + one_layer_of_inputs

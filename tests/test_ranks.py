@@ -1,0 +1,141 @@
+"""Ranks: every rule meets the byte budget from below by less than a step, and shares by what it claims to share by."""
+
+import pytest
+import torch
+
+from lrattn import ranks
+
+SHAPES = [
+    [ranks.LayerShape(3, 64, 3, 3, 576)] * 30,
+    [ranks.LayerShape(8, 128, 4, 8, 4096)] * 3,
+    [ranks.LayerShape(4, 64, 2, 2, 512, key_norm=True)] * 5,
+    [ranks.LayerShape(8, 128, 4, 4, 1024), ranks.LayerShape(4, 256, 4, 1, 1024)],
+    [ranks.LayerShape(32, 128, 4, 32, 4096)] * 2,
+]
+KEEPS = [0.16, 0.3, 1 / 3, 0.5, 0.7, 0.95]
+
+
+def sides(shapes):
+    """Full rank and number of groups of keys and values of each layer, in order."""
+    return [(full, n) for s in shapes for full, n in zip(s.full_ranks, s.groups)]
+
+
+def scores_for(shapes, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [tuple(torch.rand(2, generator=g).pow(3).tolist()) for _ in shapes]
+
+
+def energies_for(shapes, seed=0):
+    g = torch.Generator().manual_seed(seed)
+
+    def group(full):
+        return torch.rand(full, generator=g, dtype=torch.float64).pow(8).sort(descending=True).values
+
+    return [tuple([group(full) for _ in range(n)] for full, n in zip(s.full_ranks, s.groups)) for s in shapes]
+
+
+def by_rule(rule, shapes, keep):
+    if rule == "uniform":
+        return ranks.uniform(shapes, keep)
+    if rule == "fisher":
+        return ranks.fisher(shapes, keep, scores_for(shapes))
+    return ranks.spectrum(shapes, keep, energies_for(shapes))
+
+
+@pytest.mark.parametrize("rule", ranks.RULES)
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_the_budget_is_met_from_below_by_less_than_a_step(rule, shapes, keep):
+    chosen = by_rule(rule, shapes, keep)
+    used = sum(sum(k) + sum(v) + s.norm_width for (k, v), s in zip(chosen, shapes, strict=True))
+    dense = sum(s.dense for s in shapes)
+    full = [r == cap for (k, v), s in zip(chosen, shapes) for side, cap in zip((k, v), s.full_ranks) for r in side]
+    assert used <= keep * dense + 1e-6 and (all(full) or keep * dense - used < 16)
+    for pair, s in zip(chosen, shapes, strict=True):
+        for side, cap, groups in zip(pair, s.full_ranks, s.groups, strict=True):
+            assert len(side) == groups and all(r % 16 == 0 and 16 <= r <= cap for r in side)
+
+
+@pytest.mark.parametrize("rule", ranks.RULES)
+def test_keep_one_is_full_rank(rule):
+    for shapes in SHAPES:
+        for (k, v), s in zip(by_rule(rule, shapes, 1.0), shapes, strict=True):
+            assert set(k) == {s.full_ranks[0]} and set(v) == {s.full_ranks[1]}
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_uniform_gives_every_group_the_same_share(shapes, keep):
+    chosen = ranks.uniform(shapes, keep)
+    pairs = [(r, full) for (k, v), s in zip(chosen, shapes) for side, full in zip((k, v), s.full_ranks) for r in side]
+    shares = [r / full for r, full in pairs if r > 16]
+    assert max(shares, default=0) - min(shares, default=0) <= 2 * 16 / min(full for _, full in pairs)
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_fisher_shares_in_proportion_within_one_step(shapes, keep):
+    """Projections that are neither full nor at one step a group hold ranks in proportion to their scores."""
+    scores = scores_for(shapes)
+    chosen = ranks.fisher(shapes, keep, scores)
+    rates = []
+    for (k, v), s, pair in zip(chosen, shapes, scores, strict=True):
+        for side, full, score in zip((k, v), s.full_ranks, pair, strict=True):
+            assert max(side) - min(side) <= 16  # equal parts
+            if all(16 < r < full for r in side):
+                least, most = sum(side) - 16 * len(side), sum(side) + 16 * len(side)
+                rates.append((least / score, most / score))
+    assert max((low for low, _ in rates), default=0) <= min((high for _, high in rates), default=0)
+
+
+def test_fisher_pools_keys_and_values():
+    shapes = [ranks.LayerShape(8, 128, 4, 8, 4096)] * 2
+    (k, v), _ = ranks.fisher(shapes, 0.5, [(1.0, 3.0)] * 2)
+    assert (k, v) == ((128, 128), (768,))  # a quarter and three quarters of 1024, as on Llama-2-7B
+    (k, v), _ = ranks.fisher(shapes, 0.5, [(1.0, 30.0)] * 2)
+    assert (k, v) == ((16, 16), (992,))  # 1024 in all, at least a step a group
+    (k, v), (k2, v2) = ranks.fisher(shapes, 0.75, [(0.0, 1.0)] * 2)
+    assert v == v2 == (1024,) and (sum(k), sum(k2)) == (512, 512)  # what values cannot hold goes to the keys
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_spectrum_has_no_better_exchange(shapes, keep):
+    """No step of 16 latents saves more where it is not given than the least useful one saves where it is."""
+    energies = energies_for(shapes)
+    chosen = ranks.spectrum(shapes, keep, energies)
+    given, withheld = [], []
+    for pair, sides_ in zip(chosen, energies, strict=True):
+        for side, groups in zip(pair, sides_, strict=True):
+            total = sum(e.sum().item() for e in groups)
+            for rank, e in zip(side, groups, strict=True):
+                steps = [x.sum().item() / total for x in e.split(16)]
+                given += steps[1 : rank // 16]
+                withheld += steps[rank // 16 :]
+    assert not given or not withheld or min(given) >= max(withheld) - 1e-12
+
+
+def test_spectrum_does_not_depend_on_the_scale_of_a_projection():
+    shapes = SHAPES[1]
+    energies = energies_for(shapes)
+    scaled = [([e * 1e6 for e in k], v) for k, v in energies]
+    assert ranks.spectrum(shapes, 0.5, energies) == ranks.spectrum(shapes, 0.5, scaled)
+
+
+def test_what_does_not_fit_is_refused():
+    for rule in ranks.RULES:
+        for keep in (0.0, -0.5, 1.01, float("nan")):
+            with pytest.raises(ValueError, match=r"keep: expected a share in \(0, 1\]"):
+                by_rule(rule, SHAPES[0], keep)
+        with pytest.raises(ValueError, match=r"keep: expected at least 0\.083, one step of 16 a group"):
+            by_rule(rule, SHAPES[0], 0.05)
+    with pytest.raises(ValueError, match="scores: expected one pair for each of 30 layers, got 3"):
+        ranks.fisher(SHAPES[0], 0.5, [(1.0, 1.0)] * 3)
+    with pytest.raises(ValueError, match="energies: expected"):
+        ranks.spectrum(SHAPES[1], 0.5, energies_for(SHAPES[2]))
+
+
+def test_group_size_is_the_largest_divisor_not_above():
+    assert [ranks.group_size_within(h, 4) for h in (1, 2, 3, 8, 12, 7, 6)] == [1, 2, 3, 4, 4, 1, 3]
+    with pytest.raises(ValueError, match="group_size"):
+        ranks.group_size_within(8, 0)
