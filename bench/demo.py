@@ -80,7 +80,7 @@ def run(
     label = f"{factors.method} at keep {factors.keep:.2f}"
     with latent_attention(model, factors):
         measured = _run(model, tokenizer, evaluation, label, lambda: LatentCache(model, factors))
-    return {"method": factors.method, "keep": factors.keep, **measured}
+    return {"method": factors.method, "ranks": factors.rule, "keep": factors.keep, **measured}
 
 
 def _run(model: Any, tokenizer: Any, evaluation: torch.Tensor, label: str, make_cache: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def package_dir(name: str) -> Path:
     """
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(f"no package {name!r} here: run `make demo` or `make test` once, which installs it")
+        raise ModuleNotFoundError(f"no package {name!r} here: `make demo` and `make bench-quality` install it")
     return Path(spec.submodule_search_locations[0])
 
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from lrattn import Factors, compress
 from lrattn.methods import DEFAULT, METHODS
 from lrattn.ranks import RULES
-from lrattn.summary import summarize, table
+from lrattn.summary import headline, summarize, table
 
 EXAMPLES = """\
 A model is a folder that save_pretrained wrote, a .gguf file, or a model in the hub's local cache; nothing is fetched.
@@ -123,7 +123,7 @@ def _compress(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     results = {"out": str(args.out), "windows": list(windows.shape), "seconds": seconds, **summarize(factors)}
     made = f"calibrated on {windows.shape[0]} windows of {windows.shape[1]} tokens, {seconds:.0f} s in all"
     wrote = f"wrote {args.out}, {args.out.stat().st_size / 2**20:.1f} MiB"
-    return f"{table(results)}\n\n{made}\n{wrote}", results
+    return f"{headline(results)}\n{made}\n{wrote}", results
 
 
 def _eval(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:

@@ -93,7 +93,7 @@ def calibrate(
         fisher: also sum squared gradients of the key and value projections: a backward pass for every batch. Labels
             are the next tokens; every sequence has a gradient of its own, however the batches are cut.
         state: a file that is written every minute and at the end. If it exists, sequences it has seen are skipped:
-            an interrupted run goes on where it was, and more text can be added.
+            an interrupted run goes on where it was, and more text can be added. If it holds gradients, they go on too.
         progress: show a bar on stderr.
 
     Products are float32 at least, sums of moments float64. Memory beside the model: E^2 float64 a layer, for `fisher`
@@ -104,6 +104,7 @@ def calibrate(
     """
     parts = attention_parts(model)
     held = _resume(parts, fisher, state)
+    fisher = held.gradients is not None
     sums = _Sums(parts, held)
     run, device = model if fisher else decoder_of(model), next(model.parameters()).device
     saved = time.monotonic()
@@ -170,9 +171,8 @@ def _resume(parts: list[AttentionParts], fisher: bool, state: str | os.PathLike[
         held = Moments.load(state)
         if held.model != model:
             raise ValueError(f"state: expected moments of this model in {state}, got another model's")
-        if (held.gradients is not None) != fisher:
-            expected, got = ("with", "without") if fisher else ("without", "with")
-            raise ValueError(f"state: expected moments {expected} gradients in {state}, got some {got}")
+        if fisher and held.gradients is None:
+            raise ValueError(f"state: expected moments with gradients in {state}, got some without")
         return held
     shapes = [p.linear("k_proj").weight.shape for p in parts]
     return Moments(

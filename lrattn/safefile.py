@@ -25,7 +25,11 @@ def write(
 ) -> None:
     """Writes beside `path` and renames, so that a reader meets the old file or the new one."""
     path = Path(path)
-    own = {name: x.detach().cpu().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
+    own: dict[str, Tensor] = {}
+    for name, x in tensors.items():
+        x = x.detach().cpu().contiguous()
+        alone = x.untyped_storage().nbytes() == x.nbytes and all(x.data_ptr() != y.data_ptr() for y in own.values())
+        own[name] = x if alone else x.clone()  # the format has no views; what is no view is not copied
     text = json.dumps(record, sort_keys=True)
     header = {
         "format": f"lrattn.{kind}",

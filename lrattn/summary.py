@@ -40,29 +40,35 @@ def summarize(factors: Factors) -> dict[str, Any]:
     }
 
 
-def table(summary: dict[str, Any]) -> str:
-    """The summary for people: one line on the whole, one a layer."""
-    first = summary["layers"][0]
+def headline(summary: dict[str, Any]) -> str:
+    """The whole in four lines."""
+    count, first = len(summary["layers"]), summary["layers"][0]
     made = summary["method"] + (f", ranks {summary['ranks']}" if summary["ranks"] else "")
     norms = 1 - summary["key_share"] - summary["value_share"]
+    split = f"keys {summary['key_share']:.1%}, values {summary['value_share']:.1%}"
+    return "\n".join(
+        [
+            f"{made}{', of ' + summary['model'] if summary['model'] else ''}",
+            f"{count} layers of {first['kv_heads']} kv heads of {first['head_dim']}, {summary['dtype']}",
+            f"keep {summary['keep']:.3f}: {summary['bytes_per_token']:,} of {summary['dense_bytes_per_token']:,} bytes "
+            "a token at 16 bits a number",
+            split + (f", norm columns {norms:.1%}" if norms > 1e-9 else ""),
+        ]
+    )
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The headline, and a line for each layer."""
+    head = ("layer", "key ranks", "value ranks", "keep", "heads sharing a key latent")
     rows = [
         (str(i), _ranks(x["key_ranks"]), _ranks(x["value_ranks"]), f"{x['keep']:.3f}", _order(x["key_groups"]))
         for i, x in enumerate(summary["layers"])
     ]
-    head = ("layer", "key ranks", "value ranks", "keep", "heads sharing a key latent")
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(4)]
     lines = [
-        f"{made}{', of ' + summary['model'] if summary['model'] else ''}",
-        f"{len(summary['layers'])} layers of {first['kv_heads']} kv heads of {first['head_dim']}, {summary['dtype']}",
-        f"keep {summary['keep']:.3f}: {summary['bytes_per_token']:,} of {summary['dense_bytes_per_token']:,} bytes a "
-        "token at 16 bits a number",
-        f"keys {summary['key_share']:.1%}, values {summary['value_share']:.1%}"
-        + (f", norm columns {norms:.1%}" if norms > 1e-9 else ""),
-        "",
+        "  ".join([*(cell.rjust(w) for cell, w in zip(row, widths, strict=False)), row[4]]) for row in (head, *rows)
     ]
-    for row in (head, *rows):
-        lines.append("  ".join([*(cell.rjust(w) for cell, w in zip(row, widths, strict=False)), row[4]]).rstrip())
-    return "\n".join(lines)
+    return "\n".join([headline(summary), "", *lines])
 
 
 def _ranks(ranks: tuple[int, ...]) -> str:

@@ -186,6 +186,13 @@ def test_a_state_takes_more_text_and_no_other(tmp_path):
         lrattn.calibrate(model, [ids], state=path, progress=False)
 
 
+def test_gradients_in_a_state_go_on_even_unasked(tmp_path):
+    model, ids, path = tiny.model("llama"), tiny.tokens(4, 16), tmp_path / "state.safetensors"
+    expected = lrattn.calibrate(model, [ids], fisher=True, progress=False)
+    lrattn.calibrate(model, [ids[:2]], fisher=True, state=path, progress=False)
+    same(expected, lrattn.calibrate(model, [ids], state=path, progress=False))
+
+
 def test_the_state_is_written_every_minute_not_every_batch(tmp_path, monkeypatch):
     writes = []
     monkeypatch.setattr(lrattn.Moments, "save", lambda self, path: writes.append(self.sequences))

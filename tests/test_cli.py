@@ -181,7 +181,7 @@ def test_the_transcripts_in_the_docs_are_what_the_commands_print(capsys, tmp_pat
     monkeypatch.chdir(tmp_path)
     Path(".cache").symlink_to(models.CACHE)
     examples = [line.strip() for line in cli.EXAMPLES.splitlines() if line.startswith("  python -m")]
-    assert [command for command, _ in blocks()][: len(examples)] == examples
+    assert set(examples) <= {command for command, _ in blocks()}
     for command, expected in blocks():
         got = run(capsys, *shlex.split(command)[3:])
         shown, kept = got.splitlines(), expected.splitlines()

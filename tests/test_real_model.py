@@ -67,6 +67,24 @@ def test_latents_generate_what_the_simulated_model_generates(real, moments, keep
     assert sum(k.shape[-1] + v.shape[-1] for k, v in cache.caches) <= keep * dense + 1e-6
 
 
+@pytest.mark.parametrize("method", ["recalkv-hsr", "recalkv-greedy"])
+def test_shuffled_copies_of_heads_are_put_together_again(real, method):
+    """SmolLM2 as 9 shuffled kv heads, 3 of each: with copies in one group, a third of the bytes is exact."""
+    wide, tokenizer = models.smollm2_mha()
+    ids = read_windows(tokenizer, texts.wikipedia("evaluation"), 128, 1)
+    windows = read_windows(tokenizer, texts.wikipedia("calibration"), 256, 2)
+    factors = lrattn.compress(wide, windows.split(1), method, keep=1 / 3, group_size=3, ranks="uniform", progress=False)
+    order = models.mha_order()
+    for layer in factors.layers:
+        assert all(len({order[h] // 3 for h in heads}) == 1 for heads in layer.keys.groups)
+        assert layer.keys.ranks == (64, 64, 64) and layer.values.ranks == (192,)
+    with torch.no_grad():
+        expected = real[0](ids).logits
+        torch.testing.assert_close(wide(ids).logits, expected, rtol=0, atol=1e-3)
+        with latent_attention(wide, factors):
+            torch.testing.assert_close(wide(ids).logits, expected, rtol=0, atol=2e-3)
+
+
 def test_calibration_text_and_evaluation_text_are_apart():
     parts = [texts.wikipedia(half) for half in ("calibration", "evaluation")]
     assert all(len(p) > 1_000_000 for p in parts)
