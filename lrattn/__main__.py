@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lrattn import Factors, compress
+from lrattn import Factors, compress, safefile
 from lrattn.methods import DEFAULT, METHODS
 from lrattn.ranks import RULES
 from lrattn.summary import headline, summarize, table
@@ -36,7 +38,10 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         lines, results = args.run(args)
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        raise SystemExit(f"lrattn: {error}") from error
+        raise SystemExit("lrattn: " + " ".join(str(error).split())) from error
+    except KeyboardInterrupt:
+        print("lrattn: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
     print(json.dumps(results, indent=1) if args.json else lines)
 
 
@@ -93,17 +98,17 @@ def _parser() -> Parser:
 
 
 def _share(text: str) -> float:
-    share = float(text)
-    if not 0 < share <= 1:
+    if not re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", text) or not 0 < float(text) <= 1:
         raise argparse.ArgumentTypeError(f"expected a share in (0, 1], got {text}")
-    return share
+    return float(text)
 
 
 def _compress(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     from lrattn.integrations.transformers.load import load_model, read_text, read_windows
 
-    if not args.out.parent.is_dir():
-        raise FileNotFoundError(f"out: expected an existing folder, got {args.out.parent}")
+    safefile.check_target("out", args.out)
+    if args.state is not None and args.state.absolute() == args.out.absolute():
+        raise ValueError(f"state: expected another file than --out, got {args.state}")
     text = read_text(args.text)
     model, tokenizer = load_model(args.model, args.dtype, args.device)
     windows = read_windows(tokenizer, text, args.length, args.windows)

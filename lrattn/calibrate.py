@@ -19,6 +19,7 @@ from lrattn import safefile
 from lrattn.parts import AttentionParts, attention_parts, decoder_of, evaluating
 
 Batch = Tensor | Mapping[str, Any]
+INTEGERS = (torch.int64, torch.int32, torch.int16)
 SAVE_EVERY = 60.0  # seconds between two writes of the state
 
 
@@ -31,7 +32,7 @@ class Moments:
         tokens, sequences: how many were summed.
         gradients: per layer, of k_proj and of v_proj, [Hkv * D, E] float32: sum over sequences of the squared
             gradient of the sequence's negative log-likelihood. None if `calibrate` was not asked for it.
-        text: chained sha256 of the token ids. model: sha256 of a row of every key projection.
+        text: chained sha256 of the token ids. model: sha256 of numbers from every parameter.
     """
 
     inputs: tuple[Tensor, ...]
@@ -103,9 +104,11 @@ def calibrate(
     model or text, or holds no gradients where they are asked for.
     """
     parts = attention_parts(model)
-    held = _resume(parts, fisher, state)
+    held = _resume(model, parts, fisher, state)
     fisher = held.gradients is not None
     sums = _Sums(parts, held)
+    if fisher and any(p.is_inference() for p in model.parameters()):
+        raise ValueError("model: expected parameters that gradients can pass, got some made in torch.inference_mode()")
     run, device = model if fisher else decoder_of(model), next(model.parameters()).device
     saved = time.monotonic()
     with ExitStack() as stack, evaluating(model), torch.set_grad_enabled(fisher):
@@ -116,7 +119,7 @@ def calibrate(
             weight.requires_grad_(False)
         shown = tqdm(batches, desc="calibrate", unit="batch", disable=not progress)
         for ids, live, text in _unseen(shown, held):
-            ids, live = ids.clone().to(device), None if live is None else live.to(device)  # backward keeps the ids
+            ids, live = ids.to(device), None if live is None else live.to(device)
             arguments = {} if live is None else {"attention_mask": live.long()}
             sums.begin(live)
             out = run(input_ids=ids, use_cache=False, **arguments)
@@ -126,24 +129,29 @@ def calibrate(
                 saved = time.monotonic()
     if not held.tokens:
         raise ValueError("batches: expected at least one token to calibrate on, got none")
+    if held.fisher is not None and not any(max(pair) > 0 for pair in held.fisher):
+        raise ValueError("batches: expected sequences of two tokens or more, whose loss has a gradient, got none")
     if state is not None:
         held.save(state)
     return held
 
 
 def tokens_of(batch: Batch) -> tuple[Tensor, Tensor | None]:
-    """Token ids [b, t], and where they are live [b, t] bool; None without padding.
+    """Token ids [b, t] int64, and where they are live [b, t] bool; None without padding.
 
     Raises: ValueError for anything else.
     """
-    ids = batch["input_ids"] if isinstance(batch, Mapping) else batch
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
-        got = f"{list(ids.shape)} {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise ValueError(f"batches: expected integer token ids [b, t], got {got}")
-    if mask is not None and mask.shape != ids.shape:
-        raise ValueError(f"batches: expected an attention_mask {list(ids.shape)}, got {list(mask.shape)}")
-    return ids, None if mask is None else mask.bool()
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.shape[1] or ids.dtype not in INTEGERS:
+        raise ValueError(f"batches: expected integer token ids [b, t], got {_told(ids)}")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
+        raise ValueError(f"batches: expected an attention_mask {list(ids.shape)}, got {_told(mask)}")
+    return ids.long().clone(), None if mask is None else mask.bool()  # backward keeps them: not the caller's
+
+
+def _told(x: Any) -> str:
+    return f"{list(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
 
 
 def second_moment(x: Tensor, live: Tensor | None) -> Tensor:
@@ -156,20 +164,25 @@ def second_moment(x: Tensor, live: Tensor | None) -> Tensor:
     return total
 
 
-def fingerprint(parts: list[AttentionParts]) -> str:
-    """sha256 of a row of every key projection: tells models of one architecture apart."""
+def fingerprint(model: nn.Module) -> str:
+    """sha256 of up to 64 numbers of every parameter: tells models of one architecture apart."""
     digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part.linear("k_proj").weight[0].detach().float().cpu().numpy().tobytes())
+    for parameter in model.parameters():
+        numbers = parameter.detach().reshape(-1)
+        digest.update(numbers[:: max(len(numbers) // 64, 1)].float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
-def _resume(parts: list[AttentionParts], fisher: bool, state: str | os.PathLike[str] | None) -> Moments:
+def _resume(
+    model: nn.Module, parts: list[AttentionParts], fisher: bool, state: str | os.PathLike[str] | None
+) -> Moments:
     """The moments in the state file, or zeros."""
-    model = fingerprint(parts)
+    own = fingerprint(model)
+    if state is not None:
+        safefile.check_target("state", state)
     if state is not None and Path(state).exists():
         held = Moments.load(state)
-        if held.model != model:
+        if held.model != own:
             raise ValueError(f"state: expected moments of this model in {state}, got another model's")
         if fisher and held.gradients is None:
             raise ValueError(f"state: expected moments with gradients in {state}, got some without")
@@ -179,7 +192,7 @@ def _resume(parts: list[AttentionParts], fisher: bool, state: str | os.PathLike[
         inputs=tuple(torch.zeros(inputs, inputs, dtype=torch.float64) for _, inputs in shapes),
         tokens=0,
         gradients=tuple((torch.zeros(shape), torch.zeros(shape)) for shape in shapes) if fisher else None,
-        model=model,
+        model=own,
     )
 
 
@@ -188,7 +201,7 @@ def _unseen(batches: Iterable[Batch], held: Moments) -> Iterator[tuple[Tensor, T
     text, passed = "", 0
     for batch in batches:
         ids, live = tokens_of(batch)
-        for b, row in enumerate(ids.cpu().long()):
+        for b, row in enumerate(ids.cpu()):
             kept = row if live is None else row[live[b].cpu()]
             text = hashlib.sha256(text.encode() + kept.numpy().tobytes()).hexdigest()
             passed += 1

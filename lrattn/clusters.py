@@ -49,7 +49,8 @@ def greedy(gram: Tensor, size: int, rank: int = 0) -> Groups:
     """The paper's rule: pairs of heads in order of falling CKA.
 
     A pair of free heads goes to the first group with room for both; a free head joins the group of its partner if
-    there is room; heads that are left over fill the holes. The rank is not used.
+    there is room; heads that are left over fill the holes. (The released code puts a pair into a group with room for
+    one, too, and moves what spills; for groups of an even size that is the same.) The rank is not used.
     """
     cka = similarity(gram)
     heads = len(cka)
@@ -100,7 +101,8 @@ def balanced(gram: Tensor, size: int, rank: int) -> Groups:
 
 def lost(gram: Tensor, groups: Groups, rank: int) -> float:
     """Share of the outputs' energy that groups of heads lose at `rank`, in [0, 1]; gram [Hkv, D, Hkv, D]."""
-    return _Loss(gram, rank).of(groups) / gram.flatten(0, 1).flatten(1).trace().item()
+    whole = gram.flatten(0, 1).flatten(1).trace().item()
+    return _Loss(gram, rank).of(groups) / whole if whole else 0.0
 
 
 class _Loss:

@@ -67,7 +67,9 @@ def compress(
     batches = None if batches is None else list(batches)
     if moments is None and batches is not None and (recipe.needs_data or ranks == "fisher"):
         moments = calibrate(model, batches, fisher=ranks == "fisher", state=state, progress=progress)
-    _check_data(method, recipe, ranks, batches, moments, parts)
+    elif state is not None:
+        raise ValueError(f"state: expected None where nothing is calibrated, got {state}")
+    _check_data(model, method, recipe, ranks, batches, moments, parts)
 
     problems = [
         _Problem(part, shape, recipe, shards, None if moments is None else moments.inputs[i])
@@ -110,6 +112,7 @@ def _shape(part: AttentionParts, recipe: Method, group_size: int, shards: int) -
 
 
 def _check_data(
+    model: nn.Module,
     method: str,
     recipe: Method,
     ranks: str,
@@ -130,7 +133,7 @@ def _check_data(
             f"moments: expected {len(parts)} layers of {expected[0]} inputs, got {len(moments.inputs)} of "
             f"{[len(x) for x in moments.inputs[:1]]}"
         )
-    if moments is not None and moments.model not in ("", fingerprint(parts)):
+    if moments is not None and moments.model not in ("", fingerprint(model)):
         raise ValueError("moments: expected those of this model, got another model's")
 
 

@@ -70,6 +70,8 @@ def fisher(shapes: Sequence[LayerShape], keep: float, scores: Sequence[tuple[flo
     """
     if len(scores) != len(shapes):
         raise ValueError(f"scores: expected one pair for each of {len(shapes)} layers, got {len(scores)}")
+    if not all(0 <= score < float("inf") for pair in scores for score in pair):
+        raise ValueError(f"scores: expected finite numbers, none below 0, got {list(scores)}")
     weights = [
         score / groups
         for shape, pair in zip(shapes, scores, strict=True)

@@ -23,8 +23,12 @@ def write(
     record: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Writes beside `path` and renames, so that a reader meets the old file or the new one."""
+    """Writes beside `path` and renames, so that a reader meets the old file or the new one.
+
+    Raises: OSError if the file cannot be written.
+    """
     path = Path(path)
+    check_target(kind, path)
     own: dict[str, Tensor] = {}
     for name, x in tensors.items():
         x = x.detach().cpu().contiguous()
@@ -39,10 +43,24 @@ def write(
     }
     partial = path.with_name(path.name + ".partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode  # the caller's umask; save_file makes a private file
         save_file(own, partial, metadata=header)
+        partial.chmod(mode)
         os.replace(partial, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: could not be written ({error})") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_target(name: str, path: str | os.PathLike[str]) -> None:
+    """Raises OSError, and says so of `name`, if no file can be written at `path`: before long work, not after it."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{name}: expected a file, got the folder {path}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{name}: expected an existing folder, got {path.parent}")
 
 
 def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -110,13 +110,31 @@ def test_gradients_are_taken_where_the_caller_has_turned_them_off():
             same(expected, lrattn.calibrate(model, [ids.clone()], fisher=True, progress=False), rtol=0, atol=0)
 
 
+def test_narrow_integers_are_token_ids():
+    model, ids = tiny.model("llama"), tiny.tokens(2, 12)
+    same(*(lrattn.calibrate(model, [x], fisher=True, progress=False) for x in (ids, ids.int())), rtol=0, atol=0)
+
+
 def test_what_cannot_be_summed_is_refused():
     model = tiny.model("llama")
     with pytest.raises(ValueError, match="expected at least one token"):
         lrattn.calibrate(model, [], progress=False)
-    wrong = {"input_ids": tiny.tokens(1, 4), "attention_mask": torch.ones(1, 3)}
-    with pytest.raises(ValueError, match=r"attention_mask \[1, 4\], got \[1, 3\]"):
-        lrattn.calibrate(model, [wrong], progress=False)
+    ids = tiny.tokens(1, 4)
+    for wrong, reason in (
+        ({"input_ids": ids, "attention_mask": torch.ones(1, 3)}, r"attention_mask \[1, 4\], got \[1, 3\]"),
+        ({"input_ids": ids, "attention_mask": [[1, 1, 1, 1]]}, r"attention_mask \[1, 4\], got list"),
+        ({"ids": ids}, "expected integer token ids .* got NoneType"),
+        (ids.bool(), "expected integer token ids .* got .* torch.bool"),
+        (ids[:, :0], r"expected integer token ids .* got \[1, 0\]"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            lrattn.calibrate(model, [wrong], progress=False)
+    with pytest.raises(ValueError, match="sequences of two tokens or more"):
+        lrattn.calibrate(model, [ids[:, :1]], fisher=True, progress=False)
+    with torch.inference_mode():
+        frozen = tiny.model("llama")
+    with pytest.raises(ValueError, match=r"model: .* made in torch\.inference_mode"):
+        lrattn.calibrate(frozen, [ids], fisher=True, progress=False)
     with torch.no_grad():
         model.model.layers[1].input_layernorm.weight.fill_(float("inf"))
     with pytest.raises(ValueError, match=r"inputs of model\.layers\.1\.self_attn are not all finite"):
@@ -179,8 +197,14 @@ def test_a_state_takes_more_text_and_no_other(tmp_path):
         lrattn.calibrate(model, [ids[:3]], state=path, progress=False)
     with pytest.raises(ValueError, match="state: expected moments with gradients"):
         lrattn.calibrate(model, [ids], fisher=True, state=path, progress=False)
+    tuned = tiny.model("llama")
+    with torch.no_grad():
+        tuned.model.layers[1].mlp.up_proj.weight.mul_(1.01)  # every key projection is as it was
     with pytest.raises(ValueError, match="state: expected moments of this model"):
-        lrattn.calibrate(tiny.model("llama", seed=1), [ids], state=path, progress=False)
+        lrattn.calibrate(tuned, [ids], state=path, progress=False)
+    for place, reason in ((tmp_path, "got the folder"), (tmp_path / "no" / "state", "expected an existing folder")):
+        with pytest.raises(OSError, match=f"state: .*{reason}"):
+            lrattn.calibrate(model, [ids], state=place, progress=False)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match="damaged"):
         lrattn.calibrate(model, [ids], state=path, progress=False)

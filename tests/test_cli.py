@@ -3,12 +3,14 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import lrattn
 from bench import models, texts
@@ -120,10 +122,24 @@ def test_bad_input_is_one_clear_line(files, capsys, tmp_path):
     binary.write_bytes(b"\xff\xfe\x00")
     damaged.write_bytes(factors.read_bytes()[:-100] + bytes(100))
     (tmp_path / "folder").mkdir()
+    for name in ("truncated", "partial"):
+        shutil.copytree(MODEL, tmp_path / name)
+    with (tmp_path / "truncated" / "model.safetensors").open("r+b") as file:
+        file.truncate(10_000_000)
+    weights = load_file(tmp_path / "partial" / "model.safetensors")
+    del weights["model.layers.7.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "partial" / "model.safetensors", metadata={"format": "pt"})
     out = ["--out", tmp_path / "out"]
     assert "model: expected a folder" in refused(capsys, "eval", "./no-such-model", "--text", text)
     assert "model: expected a config.json" in refused(capsys, "eval", tmp_path / "folder", "--text", text)
-    for keep in ("0", "1.5", "-1", "nan"):
+    for name, reason in (
+        ("truncated", "expected whole weights"),
+        ("partial", "got none for model.layers.7.mlp.up_proj"),
+    ):
+        assert reason in refused(capsys, "eval", tmp_path / name, "--text", text)
+    for device in ("cuda:77", "nonsense"):
+        assert "device: expected one that is here" in refused(capsys, "eval", MODEL, "--text", text, "--device", device)
+    for keep in ("0", "1.5", "-1", "nan", "half"):
         assert "expected a share in (0, 1]" in refused(capsys, "compress", MODEL, "--text", text, "--keep", keep, *out)
     assert "keep: expected at least" in refused(capsys, "compress", MODEL, "--text", text, "--keep", "0.01", *out)
     assert "expected some text" in refused(capsys, "compress", MODEL, "--text", empty, *out)
@@ -139,9 +155,27 @@ def test_bad_input_is_one_clear_line(files, capsys, tmp_path):
     assert "no such file" in refused(capsys, "info", tmp_path / "missing.safetensors")
     assert "expected a file of format 'lrattn.factors'" in refused(capsys, "info", Path(MODEL) / "model.safetensors")
     assert "prompt: expected some text" in refused(capsys, "generate", MODEL, "--prompt", " ")
-    assert "tokens, beams, temperature" in refused(capsys, "generate", MODEL, "--prompt", "a", "--tokens", 0)
+    for option, value in (("--tokens", 0), ("--beams", 0), ("--temperature", "nan"), ("--seed", 2**64)):
+        assert option[2:] in refused(capsys, "generate", MODEL, "--prompt", "a", option, value)
+    same = ["--out", tmp_path / "one", "--state", tmp_path / "one"]
+    assert "state: expected another file than --out" in refused(capsys, "compress", MODEL, "--text", text, *same)
+    assert "out: expected a file, got the folder" in refused(
+        capsys, "compress", MODEL, "--text", text, "--out", tmp_path
+    )
+    state = ["--state", tmp_path / "no" / "state"]
+    assert "state: expected an existing folder" in refused(capsys, "compress", MODEL, "--text", text, *out, *state)
     assert "required" in refused(capsys)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupt_is_one_line(capsys, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.Factors, "load", stop)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["info", "f.safetensors"])
+    assert stopped.value.code == 130 and capsys.readouterr().err == "lrattn: interrupted\n"
 
 
 def test_factors_of_another_model_are_refused(files, capsys, tmp_path):

@@ -116,3 +116,4 @@ def test_a_head_of_zeros_is_no_obstacle():
     gram = clusters.outputs_gram(weight, moment_of()[1])
     for rule in (clusters.greedy, clusters.balanced):
         assert sorted(h for g in rule(gram, 2, 16) for h in g) == [0, 1, 2, 3]
+    assert clusters.lost(gram * 0, ((0, 1), (2, 3)), 16) == 0

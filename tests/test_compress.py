@@ -281,6 +281,7 @@ def test_compress_refuses_with_the_reason():
             "moments": lrattn.calibrate(model, ids, progress=False),
         },
         "keep: expected": {"batches": ids, "keep": 2.0},
+        "state: expected None where nothing is calibrated": {"method": "svd", "state": "state.safetensors"},
         "shards: expected a divisor or a multiple of Hkv=4, got 3": {"batches": ids, "shards": 3},
         "batches: expected token batches, got Moments": {"batches": lrattn.calibrate(model, ids, progress=False)},
         "moments: expected those of this model": {

@@ -9,6 +9,7 @@ import tiny
 import torch
 
 import lrattn
+from bench import head_groups, memory, quality, scale
 
 ROOT = Path(lrattn.__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -70,6 +71,46 @@ def test_the_readme_table_is_the_committed_run():
         assert re.search(
             rf"\| {row['method']} \| {row['keep']:.2f} \| {row['perplexity']:.2f} \| {held:,.0f} \|", text
         ), row
+
+
+@pytest.mark.parametrize(
+    "page, bench, parts",
+    [
+        ("quality.md", quality, lambda r: [quality.table(r, name) for name in quality.PLANS]),
+        ("quality.md", head_groups, lambda r: [head_groups.table(r)]),
+        ("memory.md", memory, lambda r: [memory.table(r)]),
+        ("memory.md", scale, lambda r: [scale.table(r)]),
+    ],
+    ids=lambda x: x.__name__.split(".")[-1] if hasattr(x, "PATH") else "",
+)
+def test_tables_in_the_pages_are_the_committed_runs(page, bench, parts):
+    text = (ROOT / "docs" / page).read_text()
+    for table in parts(json.loads(bench.PATH.read_text())):
+        assert f"```text\n{table}\n```" in text
+
+
+def test_what_the_pages_conclude_is_in_the_committed_runs():
+    """The sentences of docs/quality.md and docs/decisions.md that compare: true cell by cell."""
+    cells = json.loads(quality.PATH.read_text())["cells"]
+    by = {(c["model"], c["keep"], c["method"], c["ranks"]): c["perplexity"] for c in cells}
+    assert {c["model"] for c in cells} == set(quality.PLANS)
+    for (model, keep, method, ranks), perplexity in by.items():
+        at = {(m, r): p for (n, k, m, r), p in by.items() if (n, k) == (model, keep)}
+        if method == "recalkv-ovc":
+            assert perplexity > at["recalkv-neither", ranks]  # OVC makes it worse
+        if method == "recalkv" and ("recalkv-hsr", ranks) in at:
+            assert perplexity > at["recalkv-hsr", ranks]  # with HSR too
+        if ranks == "spectrum" and (method, "fisher") in at:
+            assert perplexity < at[method, "fisher"]  # spectrum ranks beat Fisher ranks
+        if method == "recalkv-hsr" and ranks == "fisher":
+            assert perplexity <= at["recalkv-neither", "fisher"]
+        if model == "smollm2-mha" and method == "recalkv-hsr" and ranks == "fisher":
+            assert (
+                perplexity < at["recalkv-neither", "fisher"] < at["palu", "fisher"]
+            )  # HSR helps; one value latent more
+    for row in json.loads(head_groups.PATH.read_text())["minilm"]["rows"]:
+        kept = row["energy_kept"]
+        assert kept["balanced"] >= max(kept["greedy"], kept["contiguous"]) - 1e-12
 
 
 def test_the_readme_speed_up_is_the_committed_run():

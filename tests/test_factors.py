@@ -4,6 +4,7 @@ import json
 import struct
 
 import pytest
+import safetensors
 import torch
 from cases import CASES, Case, make_layer
 from oracle import dense_kv
@@ -249,11 +250,30 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     factors().save(path)
     before = path.read_bytes()
 
-    def fail(*args, **kwargs):
-        raise OSError("disk full")
+    for error in (OSError("disk full"), safetensors.SafetensorError("disk full")):
 
-    monkeypatch.setattr(safefile, "save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
-        factors().save(path)
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
+        def fail(*args, error=error, **kwargs):
+            raise error
+
+        monkeypatch.setattr(safefile, "save_file", fail)
+        with pytest.raises(OSError, match="disk full"):
+            factors().save(path)
+        assert path.read_bytes() == before
+        assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_saved_file_has_the_permissions_of_any_other(tmp_path):
+    path, plain = tmp_path / "f.safetensors", tmp_path / "plain"
+    factors().save(path)
+    plain.touch()
+    assert path.stat().st_mode == plain.stat().st_mode
+    for place, kind in ((tmp_path, IsADirectoryError), (tmp_path / "no" / "f", FileNotFoundError)):
+        with pytest.raises(kind, match="factors: expected"):
+            factors().save(place)
+
+
+def test_tensors_that_share_memory_are_saved_whole(tmp_path):
+    whole = torch.arange(12.0).view(3, 4)
+    safefile.write(tmp_path / "f", "factors", {}, {"a": whole, "b": whole, "c": whole[1], "d": whole.T})
+    read = safefile.read(tmp_path / "f", "factors")[1]
+    assert all(torch.equal(read[n], x) for n, x in (("a", whole), ("b", whole), ("c", whole[1]), ("d", whole.T)))

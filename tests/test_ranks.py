@@ -132,6 +132,9 @@ def test_what_does_not_fit_is_refused():
             by_rule(rule, SHAPES[0], 0.05)
     with pytest.raises(ValueError, match="scores: expected one pair for each of 30 layers, got 3"):
         ranks.fisher(SHAPES[0], 0.5, [(1.0, 1.0)] * 3)
+    for score in (float("nan"), float("inf"), -1.0):
+        with pytest.raises(ValueError, match="scores: expected finite numbers"):
+            ranks.fisher(SHAPES[1], 0.5, [(1.0, score)] * 3)
     with pytest.raises(ValueError, match="energies: expected"):
         ranks.spectrum(SHAPES[1], 0.5, energies_for(SHAPES[2]))
 

@@ -35,10 +35,12 @@ def generate(
     Returns: text, tokens, tokens_per_second (prefill included), cache_bytes: of the tensors held at the end.
     Raises: ValueError for an empty prompt, or numbers that make no sense.
     """
-    if tokens < 1 or beams < 1 or temperature < 0:
-        raise ValueError(
-            f"tokens, beams, temperature: expected at least 1, 1 and 0, got {tokens}, {beams}, {temperature}"
-        )
+    if tokens < 1 or beams < 1:
+        raise ValueError(f"tokens, beams: expected at least 1, got {tokens} and {beams}")
+    if temperature != 0 and not 0.01 <= temperature <= 100:
+        raise ValueError(f"temperature: expected 0 or a number from 0.01 to 100, got {temperature}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed: expected a number from 0 to 2^63 - 1, got {seed}")
     inputs = _read(tokenizer, prompt, chat).to(model.device)
     choice: dict[str, Any] = {"do_sample": temperature > 0, "num_beams": beams, "max_new_tokens": tokens}
     if temperature > 0:

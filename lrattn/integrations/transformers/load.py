@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,8 +20,13 @@ def load_model(
             that is already in the hub's local cache.
         dtype: of the weights; "auto" is the checkpoint's own. device: where to put them.
 
-    Raises: FileNotFoundError if there is no such model here.
+    Raises: FileNotFoundError if there is no such model here; ValueError if its files are damaged or lack weights, or
+    there is no such device.
     """
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: expected one that is here, got {device!r}") from error
     path = Path(name)
     options: dict[str, object]
     if path.suffix == ".gguf" and path.is_file():
@@ -31,12 +37,20 @@ def load_model(
     else:
         options, quantization = {"pretrained_model_name_or_path": name, "local_files_only": True}, {}
     try:
-        model = AutoModelForCausalLM.from_pretrained(**options, **quantization, dtype=dtype)
+        loaded = AutoModelForCausalLM.from_pretrained(**options, **quantization, dtype=dtype, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(**options)
     except OSError as error:
         expected = "a folder of a model, a .gguf file, or a model in the hub's local cache"
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"model: expected {expected}, got {name!r} ({reason})") from error
+    except SafetensorError as error:
+        raise ValueError(f"model: expected whole weights in {name}, got damaged ones ({error})") from error
+    model, notes = loaded
+    if notes["missing_keys"]:
+        missing = sorted(notes["missing_keys"])
+        raise ValueError(
+            f"model: expected every weight in {name}, got none for {missing[0]} and {len(missing) - 1} more"
+        )
     return model.eval().to(device), tokenizer
 
 
