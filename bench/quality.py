@@ -232,7 +232,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
             axis.plot(
                 [k for k, _ in points], excess, style, marker="osv^D<>PX"[n % 9], label=f"{together}, {ranks} ranks"
             )
-        axis.set(xlabel="keep: bytes of the latent cache / dense", ylim=0)
+        axis.set(xlabel="keep: bytes of the latent cache / dense", ylim=0, xticks=plan.keeps)
         axis.set_title(f"{plan.name}\ndense perplexity {dense:.2f}", fontsize="medium")
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")

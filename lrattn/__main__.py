@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lrattn import Factors, compress, safefile
+from lrattn import Factors, __version__, compress, safefile
 from lrattn.methods import DEFAULT, METHODS
 from lrattn.ranks import RULES
 from lrattn.summary import headline, summarize, table
@@ -48,6 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _parser() -> Parser:
     style: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EXAMPLES}
     parser = Parser(prog="python -m lrattn", description="Attention directly on low-rank KV caches.", **style)
+    parser.add_argument("--version", action="version", version=f"lrattn {__version__}")
     commands = parser.add_subparsers(required=True, metavar="compress | eval | generate | info")
 
     def command(name: str, run: Any, about: str) -> Parser:

@@ -194,7 +194,10 @@ def test_a_gguf_file_is_a_model(capsys):
     assert torch.equal(model.lm_head.weight.float(), unpacked.lm_head.weight) and len(tokenizer) == 49_152
 
 
-def test_help_shows_examples_and_needs_no_model():
+def test_help_shows_examples_and_needs_no_model(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--version"])
+    assert stopped.value.code == 0 and capsys.readouterr().out == f"lrattn {lrattn.__version__}\n"
     shown = subprocess.run(
         [sys.executable, "-m", "lrattn", "--help"], capture_output=True, text=True, cwd=ROOT, check=True
     )
