@@ -119,7 +119,7 @@ def measure(name: str, args: argparse.Namespace) -> None:
     missing = [c for c in wanted if key(c) not in {key(c) for c in held}]
     if not missing:
         return
-    plan = PLANS[name]
+    plan, commit = PLANS[name], report.commit()  # of the code that is loaded, however long this runs
     torch.manual_seed(0)
     model, tokenizer = plan.load()
     calibration = read_windows(tokenizer, texts.wikipedia("calibration"), LENGTH, plan.calibrate).split(1)
@@ -129,7 +129,8 @@ def measure(name: str, args: argparse.Namespace) -> None:
     for n, settings in enumerate(missing, 1):
         label = "{method} {ranks} {keep}".format(**settings)
         print(f"{name}: cell {n} of {len(missing)}, {label}", flush=True)
-        held.append({**settings, **run(model, calibration, evaluation, moments, settings, label, held)})
+        measured = run(model, calibration, evaluation, moments, settings, label, held)
+        held.append({**settings, **measured, "commit": commit})
         report.save(PATH, {"cells": held})
 
 
@@ -144,7 +145,7 @@ def run(
 ) -> dict[str, Any]:
     begin = time.perf_counter()
     if settings["method"] == "dense":
-        return {"perplexity": perplexity(model, evaluation, label), "commit": report.commit()}
+        return {"perplexity": perplexity(model, evaluation, label)}
     chosen = {name: settings[name] for name in ("method", "keep", "group_size", "ranks")}
     factors = lrattn.compress(model, calibration, **chosen, moments=moments, progress=False)
     seconds = time.perf_counter() - begin
@@ -163,7 +164,6 @@ def run(
         "key_groups": len(factors.layers[0].keys.ranks),
         "factors": digest,
         "compress_seconds": seconds,
-        "commit": report.commit(),
     }
 
 
