@@ -92,6 +92,14 @@ def test_balanced_loses_no_more_than_the_others_and_little_more_than_the_best(he
     assert lost <= 1.03 * brute_force(gram, size, rank)
 
 
+def test_balanced_is_not_caught_in_poor_groups():
+    """Four noisy groups of four: swaps alone end in worse groups than those planted, from other starts than its own."""
+    for seed in range(30):
+        weight, members = planted(4, 4, noise=1.0, seed=seed)
+        gram = clusters.outputs_gram(weight, moment_of()[1])
+        assert clusters.lost(gram, clusters.balanced(gram, 4, 32), 32) <= clusters.lost(gram, members, 32) * (1 + 1e-9)
+
+
 def test_energy_lost_is_what_the_outputs_lose():
     weight, members = planted(2, 3, noise=0.5)
     x, moment = moment_of()

@@ -1,5 +1,7 @@
 """Methods and compress: exact where exactness is known, optimal where optimality is known."""
 
+from contextlib import nullcontext
+
 import pytest
 import tiny
 import torch
@@ -263,6 +265,38 @@ def test_ovc_fits_the_values_on_what_the_compressed_model_sees():
         with torch.no_grad():
             for name, side in (("k_proj", refitted.layers[i].keys), ("v_proj", refitted.layers[i].values)):
                 part.linear(name).weight.copy_(side.dense().flatten(0, 1))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_ovc_leaves_padding_out(side):
+    """A padded batch gives the factors of its sequences alone, and padding that is attended to would not."""
+    model, ids, filler = tiny.model("llama"), tiny.tokens(2, 40), tiny.tokens(2, 9, seed=3)
+    mask = torch.ones(2, 49, dtype=torch.int64)
+    mask[:, slice(0, 9) if side == "left" else slice(40, 49)] = 0
+    padded = torch.cat((filler, ids) if side == "left" else (ids, filler), 1)
+    alone, batch, seen = (
+        lrattn.compress(model, [b], "recalkv", 0.4, 2, ranks="uniform", progress=False)
+        for b in (ids, {"input_ids": padded, "attention_mask": mask}, padded)
+    )
+    for a, b, c in zip(dense_weights(alone), dense_weights(batch), dense_weights(seen), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
+        assert (a - c).abs().max() > 1e-2
+
+
+def test_a_forward_of_the_model_s_own_comes_back():
+    """As wrappers such as accelerate's leave on a module; also after an error halfway."""
+    model, ids = tiny.model("llama"), [tiny.tokens(2, 20)]
+    layers = model.model.layers
+    own = layers[1].forward
+    layers[1].forward = own
+    for fails in (False, True):
+        hook = layers[2].register_forward_pre_hook(lambda *_: 1 / 0) if fails else None
+        moments = None if hook is None else lrattn.Moments([torch.eye(96).double()] * 3, 1)
+        with pytest.raises(ZeroDivisionError) if fails else nullcontext():
+            lrattn.compress(model, ids, "recalkv-ovc", ranks="uniform", moments=moments, progress=False)
+        assert layers[1].__dict__["forward"] is own
+        assert all("forward" not in layers[i].__dict__ for i in (0, 2))
+    hook.remove()
 
 
 def test_compress_refuses_with_the_reason():
