@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ class Moments:
     text: str = ""
     model: str = ""
 
-    @property
+    @cached_property
     def fisher(self) -> list[tuple[float, float]] | None:
         """Per layer, of the key and the value projection: mean over the weights of their root mean square gradient.
 
