@@ -17,12 +17,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from tqdm import tqdm
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import lrattn
 from bench import models, report, texts
-from lrattn.integrations.transformers import LatentCache, latent_attention
-from lrattn.integrations.transformers.generate import held_bytes
+from lrattn.integrations.transformers.either import attending, held_bytes, new_cache
+from lrattn.integrations.transformers.generate import read_prompt
 from lrattn.integrations.transformers.load import read_windows
 from lrattn.integrations.transformers.perplexity import perplexity
 
@@ -63,7 +63,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "model": "SmolLM2-135M-Instruct",
         "dtype": "float32",
-        "text": "Wikipedia articles of 2016: even ones to calibrate, odd ones to evaluate",
+        "text": texts.ABOUT,
         "calibration_tokens": moments.tokens,
         "evaluation_windows": list(evaluation.shape),
         "seconds": time.perf_counter() - begin,
@@ -75,29 +75,26 @@ def run(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, evaluation: torch.Tensor, factors: lrattn.Factors | None
 ) -> dict[str, Any]:
     """One row of the table: the dense model, or the model on the latents of `factors`."""
-    if factors is None:
-        return {"method": "dense", "keep": 1.0, **_run(model, tokenizer, evaluation, "dense", lambda: DynamicCache())}
-    label = f"{factors.method} at keep {factors.keep:.2f}"
-    with latent_attention(model, factors):
-        measured = _run(model, tokenizer, evaluation, label, lambda: LatentCache(model, factors))
-    return {"method": factors.method, "ranks": factors.rule, "keep": factors.keep, **measured}
-
-
-def _run(model: Any, tokenizer: Any, evaluation: torch.Tensor, label: str, make_cache: Any) -> dict[str, Any]:
-    chat = [{"role": "user", "content": QUESTION}]
-    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    method, keep, rule = ("dense", 1.0, "") if factors is None else (factors.method, factors.keep, factors.rule)
+    label = method if factors is None else f"{method} at keep {keep:.2f}"
+    prompt = read_prompt(tokenizer, QUESTION, chat=True)
     start = prompt["input_ids"].shape[1]
-    answer = model.generate(**prompt, past_key_values=make_cache(), max_new_tokens=64, do_sample=False)[0, start:]
-    begin = time.perf_counter()
     fixed = {"max_new_tokens": TIMED_TOKENS, "min_new_tokens": TIMED_TOKENS, "do_sample": False}
-    model.generate(**prompt, past_key_values=make_cache(), **fixed)
-    rate = TIMED_TOKENS / (time.perf_counter() - begin)
-    return {
-        "text": tokenizer.decode(answer, skip_special_tokens=True).strip(),
-        "tokens_per_second": rate,
-        "cache_bytes": cache_bytes(model, evaluation.flatten(), make_cache(), label),
-        "perplexity": perplexity(model, evaluation, label),
-    }
+    with attending(model, factors):
+        cache = new_cache(model, factors)
+        answer = model.generate(**prompt, past_key_values=cache, max_new_tokens=64, do_sample=False)[0, start:]
+        begin = time.perf_counter()
+        model.generate(**prompt, past_key_values=new_cache(model, factors), **fixed)
+        seconds = time.perf_counter() - begin
+        return {
+            "method": method,
+            "ranks": rule,
+            "keep": keep,
+            "text": tokenizer.decode(answer, skip_special_tokens=True).strip(),
+            "tokens_per_second": TIMED_TOKENS / seconds,
+            "cache_bytes": cache_bytes(model, evaluation.flatten(), new_cache(model, factors), label),
+            "perplexity": perplexity(model, evaluation, label),
+        }
 
 
 @torch.no_grad()

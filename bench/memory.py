@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from tqdm import tqdm
-from transformers import DynamicCache
 
 import lrattn
 from bench import models, process, report, texts
-from lrattn.integrations.transformers import LatentCache, latent_attention
-from lrattn.integrations.transformers.generate import held_bytes
+from lrattn.integrations.transformers.either import attending, held_bytes, new_cache
 from lrattn.integrations.transformers.load import read_windows
 
 PATH = report.RESULTS / "memory.json"
@@ -70,8 +67,8 @@ def one(path: Path) -> dict[str, Any]:
     ids = read_windows(tokenizer, texts.wikipedia("evaluation"), LONGEST, 1)
     factors = None if path.name == DENSE else lrattn.Factors.load(path)
     label = "dense" if factors is None else f"{factors.method}, keep {factors.keep:.1f}"
-    with nullcontext() if factors is None else latent_attention(model, factors):
-        cache = DynamicCache() if factors is None else LatentCache(model, factors)
+    with attending(model, factors):
+        cache = new_cache(model, factors)
         before, points = process.resident(), []
         for chunk in tqdm(ids.split(STEP, 1), desc=label, unit="step"):
             model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)

@@ -96,7 +96,7 @@ def cells(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     plan = PLANS[name]
     common = {
         "model": name,
-        "text": "Wikipedia articles of 2016: even ones to calibrate, odd ones to evaluate",
+        "text": texts.ABOUT,
         "length": LENGTH,
         "calibrate": plan.calibrate,
         "evaluate": plan.evaluate,
@@ -152,13 +152,13 @@ def run(
     digest = digest_of(factors)
     same = [c for c in held if c["model"] == settings["model"] and c.get("factors") == digest]
     if same:  # the same factors under another name: with one key group HSR has nothing to do
-        found = same[0]["perplexity"]
+        value = same[0]["perplexity"]
     else:
         with latent_attention(model, factors):
-            found = perplexity(model, evaluation, label)
+            value = perplexity(model, evaluation, label)
     summary = summarize(factors)
     return {
-        "perplexity": found,
+        "perplexity": value,
         "achieved_keep": factors.keep,
         "key_share": summary["key_share"],
         "key_groups": len(factors.layers[0].keys.ranks),

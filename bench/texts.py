@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from bench.models import CACHE, package_dir
 
+ABOUT = "Wikipedia articles of 2016: even ones to calibrate, odd ones to evaluate"
 DUMP = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 NOT_PROSE = ("ref", "table", "gallery", "math")
 

@@ -7,7 +7,6 @@ import json
 import re
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -133,7 +132,7 @@ def _compress(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 
 def _eval(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    from lrattn.integrations.transformers import latent_attention
+    from lrattn.integrations.transformers.either import attending
     from lrattn.integrations.transformers.load import load_model, read_text, read_windows
     from lrattn.integrations.transformers.perplexity import perplexity
 
@@ -141,7 +140,7 @@ def _eval(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     model, tokenizer = load_model(args.model, args.dtype, args.device)
     windows = read_windows(tokenizer, text, args.length, args.windows)
     factors = None if factors is None else factors.to(model.device, model.dtype)
-    with nullcontext() if factors is None else latent_attention(model, factors):
+    with attending(model, factors):
         results = {**_what(factors), "perplexity": perplexity(model, windows), "windows": list(windows.shape)}
     line = f"{results['method']}, keep {results['keep']:.3f}: perplexity {results['perplexity']:.3f}"
     return f"{line} over {windows.shape[0]} windows of {windows.shape[1]} tokens", results

@@ -6,7 +6,7 @@ other parts is refused with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +74,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextmanager
+def shadowed(module: nn.Module, name: str, value: Callable[..., Any]) -> Iterator[None]:
+    """Another method on this instance inside; on exit it has what it had before, or nothing of its own."""
+    had = name in module.__dict__
+    own = module.__dict__.get(name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        if had:
+            setattr(module, name, own)
+        else:
+            delattr(module, name)
 
 
 def decoder_of(model: nn.Module) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lrattn.calibrate import Batch, second_moment, tokens_of
 from lrattn.factors import LayerFactors
-from lrattn.parts import AttentionParts, attention_parts, decoder_of, evaluating
+from lrattn.parts import AttentionParts, attention_parts, decoder_of, evaluating, shadowed
 
 
 class Propagation:
@@ -77,7 +77,7 @@ class Propagation:
         with ExitStack() as stack, evaluating(self.model):
             for other in self.layers:
                 if other is not layer:
-                    stack.enter_context(_forward(other, lambda hidden, *_, **__: hidden))
+                    stack.enter_context(shadowed(other, "forward", lambda hidden, *_, **__: hidden))
             stack.callback(layer.register_forward_pre_hook(enter).remove)
             stack.callback(layer.register_forward_hook(leave).remove)
             self.decoder(input_ids=ids.to(device), use_cache=False, **arguments)
@@ -86,19 +86,6 @@ class Propagation:
 
 class _Reached(Exception):
     """The inputs of the layer are known."""
-
-
-@contextmanager
-def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Another forward inside; on exit the module has the one it had."""
-    own = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from lrattn.factors import Factors
 from lrattn.integrations.transformers.cache import LatentCache, Span
 from lrattn.integrations.transformers.dense import causal_attention
 from lrattn.integrations.transformers.verify import check_fit, verify
-from lrattn.parts import AttentionParts, attention_parts, decoder_of
+from lrattn.parts import AttentionParts, attention_parts, decoder_of, shadowed
 
 # Query rows per kv head up to which decode_attention is tuned; beyond, dense attention on rebuilt tokens.
 DECODE_ROWS = 64
@@ -47,21 +47,12 @@ def latent_attention(model: nn.Module, factors: Factors, backend: str | None = N
     session = _Session(model, decoder, factors)
     with ExitStack() as undo:
         for i, part in enumerate(parts):
-            _replace(undo, part.module, "forward", _Forward(session, part, i, backend))
+            undo.enter_context(shadowed(part.module, "forward", _Forward(session, part, i, backend)))
         if (original := getattr(model, "_prepare_cache_for_generation", None)) is not None:
-            _replace(undo, model, "_prepare_cache_for_generation", session.prepare_cache(original))
+            undo.enter_context(shadowed(model, "_prepare_cache_for_generation", session.prepare_cache(original)))
         undo.callback(decoder.register_forward_pre_hook(session.before, with_kwargs=True).remove)
         undo.callback(decoder.register_forward_hook(session.after).remove)
         yield model
-
-
-def _replace(undo: ExitStack, module: nn.Module, name: str, value: Callable[..., Any]) -> None:
-    """Shadows a method on the instance; on undo the instance has what it had before, or nothing."""
-    if name in module.__dict__:
-        undo.callback(setattr, module, name, module.__dict__[name])
-    else:
-        undo.callback(delattr, module, name)
-    setattr(module, name, value)
 
 
 class _Session:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
 from typing import Any
 
 import torch
-from transformers import BatchEncoding, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from lrattn.factors import Factors
-from lrattn.integrations.transformers.attention import latent_attention
-from lrattn.integrations.transformers.cache import LatentCache
+from lrattn.integrations.transformers.either import attending, held_bytes, new_cache
 
 
 def generate(
@@ -41,14 +39,14 @@ def generate(
         raise ValueError(f"temperature: expected 0 or a number from 0.01 to 100, got {temperature}")
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed: expected a number from 0 to 2^63 - 1, got {seed}")
-    inputs = _read(tokenizer, prompt, chat).to(model.device)
+    inputs = read_prompt(tokenizer, prompt, chat).to(model.device)
     choice: dict[str, Any] = {"do_sample": temperature > 0, "num_beams": beams, "max_new_tokens": tokens}
     if temperature > 0:
         choice["temperature"] = temperature
     torch.manual_seed(seed)
     begin = time.perf_counter()
-    with nullcontext() if factors is None else latent_attention(model, factors):
-        cache = DynamicCache() if factors is None else LatentCache(model, factors)
+    with attending(model, factors):
+        cache = new_cache(model, factors)
         ids = model.generate(**inputs, past_key_values=cache, **choice)[0, inputs["input_ids"].shape[1] :]
     seconds = time.perf_counter() - begin
     return {
@@ -59,14 +57,11 @@ def generate(
     }
 
 
-def held_bytes(cache: DynamicCache | LatentCache) -> int:
-    """Bytes of the tensors a cache holds."""
-    if isinstance(cache, LatentCache):
-        return cache.nbytes
-    return sum(x.untyped_storage().nbytes() for layer in cache.layers for x in (layer.keys, layer.values))
+def read_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> BatchEncoding:
+    """A prompt as inputs of `generate`, [1, t]; as a user's message in the chat template if `chat`.
 
-
-def _read(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> BatchEncoding:
+    Raises: ValueError for an empty prompt.
+    """
     if not prompt.strip():
         raise ValueError("prompt: expected some text, got none")
     if not chat:

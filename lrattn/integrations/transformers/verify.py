@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from lrattn.rope import Rope
 TOKENS = 8
 PROBES, ALIKE = 16, 0.1  # random inputs a layer; the cosine below which weights are taken for unrelated
 _VERIFIED: WeakSet[nn.Module] = WeakSet()
+_COMPARED: WeakKeyDictionary[nn.Module, WeakSet[Factors]] = WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -23,7 +24,8 @@ def check_fit(model: nn.Module, factors: Factors) -> None:
     """Raises ValueError if the factors are of another model, dtype or device.
 
     Factors of another model with the same shapes and rotation are told by their weights: on random inputs, low-rank
-    maps of a weight point where it points (by sqrt(rank / full rank), about), those of another weight anywhere.
+    maps of a weight point where it points (by sqrt(rank / full rank), about), those of another weight anywhere. That
+    is computed once for a model and its factors; a cache is made in every generation.
     """
     parts = attention_parts(model)
     if len(parts) != len(factors.layers):
@@ -51,12 +53,20 @@ def check_fit(model: nn.Module, factors: Factors) -> None:
         }.items():
             if not same:
                 raise ValueError(f"factors: expected the {what} of {part.name} in layer {i}, got another")
-        for name, cosine in zip(("k_proj", "v_proj"), _cosines(part, layer), strict=True):
-            if not cosine > ALIKE:
-                raise ValueError(
-                    f"factors: expected a low-rank map of {part.name}.{name}, got that of other weights (their outputs "
-                    f"have a cosine of {cosine:.2f}); are they factors of another model?"
-                )
+    compared = _COMPARED.setdefault(model, WeakSet())
+    if factors not in compared:
+        for part, layer in zip(parts, factors.layers, strict=True):
+            _compare_weights(part, layer)
+        compared.add(factors)
+
+
+def _compare_weights(part: AttentionParts, layer: LayerFactors) -> None:
+    for name, cosine in zip(("k_proj", "v_proj"), _cosines(part, layer), strict=True):
+        if not cosine > ALIKE:
+            raise ValueError(
+                f"factors: expected a low-rank map of {part.name}.{name}, got that of other weights (their outputs "
+                f"have a cosine of {cosine:.2f}); are they factors of another model?"
+            )
 
 
 def _cosines(part: AttentionParts, layer: LayerFactors) -> list[float]:
