@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrattn import reference
+from lrattn import ops, reference
 from lrattn.factors import LayerFactors
 from lrattn.shapes import FLOATS, RANK_STEP, accumulator, check
 
 PROJECTIONS = ("latent", "heads", "hidden")
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "triton")
+MAX_HEAD_DIM = 256  # of the kernels
 
 
 @torch.no_grad()
@@ -40,7 +41,7 @@ def write_latents(
 
     Raises: ValueError naming the tensor, what was expected and what came; the caches are then untouched.
     """
-    check_backend(backend)
+    backend = _backend(backend, layer)
     _check_caches(layer, k_cache, v_cache, writable=True)
     lead = zk.shape[:-1]
     if not zk.dim():
@@ -57,7 +58,12 @@ def write_latents(
         got = f"{list(slot_mapping.shape)} {slot_mapping.dtype}"
         raise ValueError(f"slot_mapping: expected shape {list(lead)}, int32 or int64, got {got}")
     check("slot_mapping", slot_mapping.reshape(-1), "n", {}, device=k_cache.device)
-    reference.write_latents(layer, zk.reshape(-1, zk.shape[-1]), zv, k_cache, v_cache, slot_mapping.reshape(-1))
+    zk, slots = zk.reshape(-1, zk.shape[-1]), slot_mapping.reshape(-1)
+    if backend == "reference":
+        reference.write_latents(layer, zk, zv, k_cache, v_cache, slots)
+    else:
+        eps = 0.0 if layer.key_norm is None else layer.key_norm.eps
+        torch.ops.lrattn.write_latents(zk, zv, k_cache, v_cache, slots, *ops.key_side(layer), eps)
 
 
 @torch.no_grad()
@@ -69,18 +75,30 @@ def rebuild(
     seq_lens: Tensor,
     positions: Tensor | None = None,
     *,
+    num_tokens: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Dense keys (normed, rotated) and values of the cached tokens, for a dense prefill kernel.
 
-    Args: k_cache, v_cache, block_table, seq_lens, positions: as for decode_attention.
+    Args:
+        k_cache, v_cache, layer, block_table, seq_lens, positions: as for decode_attention.
+        num_tokens: sum T where the host knows it, so that a GPU is not waited for. More rows than that are not
+            written; rows past the last token hold anything.
+
     Returns: k, v: [sum T, Hkv, D] in the caches' dtype, sequences one after the other.
     Raises: ValueError naming the tensor, what was expected and what came.
     """
-    check_backend(backend)
+    backend = _backend(backend, layer)
     _check_caches(layer, k_cache, v_cache)
     _check_tables(k_cache, block_table, seq_lens, None, positions)
-    return reference.rebuild(k_cache, v_cache, layer, block_table, seq_lens, positions)
+    if num_tokens is not None and num_tokens < 0:
+        raise ValueError(f"num_tokens: expected at least 0, got {num_tokens}")
+    if backend == "reference":
+        k, v = reference.rebuild(k_cache, v_cache, layer, block_table, seq_lens, positions)
+        return k[:num_tokens], v[:num_tokens]
+    sides = *ops.key_side(layer), *ops.value_side(layer)
+    rows = -1 if num_tokens is None else num_tokens
+    return torch.ops.lrattn.rebuild(k_cache, v_cache, block_table, seq_lens, positions, *sides, rows)
 
 
 @torch.no_grad()
@@ -129,13 +147,14 @@ def decode_attention(
         workspace_limit: bytes of temporaries; beyond it tokens go in chunks.
         out: buffer of the result's shape and q's dtype to write to and return.
         return_lse: also return lse [B, S, Hq], natural log, float32 (float64 for float64).
-        backend: "reference", or None to choose by device.
+        backend: "triton", "reference", or None: triton for a layer on a GPU that its kernels can do
+            (no float64, D <= 256).
 
     Returns: out, or (out, lse). A query that sees no token gives zeros and lse -inf (its sink logit with sinks).
     Raises: ValueError naming the argument, what was expected and what came.
     Source: ReCalKV (arXiv 2505.24357) for the factors; online softmax and the merge by lse as in FlashAttention.
     """
-    check_backend(backend)
+    backend = _backend(backend, layer)
     _check_caches(layer, k_cache, v_cache)
     _check_tables(k_cache, block_table, seq_lens, seq_starts, positions)
     flat = q.dim() == 3
@@ -148,12 +167,15 @@ def decode_attention(
         check("sinks", sinks, "Hq", dims, dtype=accumulator_types(q.dtype), device=q.device)
     if project not in PROJECTIONS:
         raise ValueError(f"project: expected one of {PROJECTIONS}, got {project!r}")
-    shape = (dims["B"], dims["S"], *reference.output_shape(layer, dims["Hq"], project))
-    if project == "hidden" and layer.wo is not None:
+    if project == "hidden":
+        if layer.wo is None:
+            raise ValueError("layer.wo: expected [Hq, D, E] for project='hidden', got None")
         check("layer.wo", layer.wo, "Hq D E", dims)
+    dims["Rv"] = max(layer.values.ranks)
     if out is not None:
-        expected = " ".join(map(str, shape[:1] + shape[2:] if flat else shape))
-        check("out", out, expected, {}, dtype=q.dtype, device=q.device, contiguous=True, writable=True)
+        axes = {"latent": "Hq Rv", "heads": "Hq D", "hidden": "E"}[project]
+        kind: dict[str, Any] = {"dtype": q.dtype, "device": q.device, "contiguous": True, "writable": True}
+        check("out", out, f"B {'' if flat else 'S '}{axes}", dims, **kind)
     for name, value, least in (
         ("window_size", window_size, 1),
         ("max_seq_len", max_seq_len, 0),
@@ -168,6 +190,38 @@ def decode_attention(
 
     bound = block_table.shape[1] * k_cache.shape[1]
     bound = bound if max_seq_len is None else min(bound, max_seq_len)
+    scale = layer.head_dim**-0.5 if softmax_scale is None else softmax_scale
+    if backend == "triton":
+        arguments = (
+            q4,
+            k_cache,
+            v_cache,
+            block_table,
+            seq_lens,
+            seq_starts,
+            positions,
+            sinks,
+            *ops.key_side(layer),
+            *ops.value_side(layer),
+            layer.wo,
+            project,
+            scale,
+            softcap,
+            causal,
+            bound,
+            window_size or 0,
+            num_splits,
+            workspace_limit,
+        )
+        if out is None:
+            result, lse = torch.ops.lrattn.decode_attention(*arguments)
+        else:
+            result = out[:, None] if flat else out
+            lse = torch.ops.lrattn.decode_attention_out(*arguments, result)
+        if flat:
+            result, lse = result[:, 0], lse[:, 0]
+        result = result if out is None else out
+        return (result, lse) if return_lse else result
     lengths = seq_lens.clamp(0, bound).tolist()
     starts = [0] * len(lengths) if seq_starts is None else seq_starts.tolist()
     result, lse = reference.decode_attention(
@@ -178,7 +232,7 @@ def decode_attention(
         block_table,
         reference.Mask(starts, lengths, causal, window_size),
         positions,
-        layer.head_dim**-0.5 if softmax_scale is None else softmax_scale,
+        scale,
         softcap,
         sinks,
         project,
@@ -225,17 +279,42 @@ def workspace_bytes(
     num_queries: int = 1,
     page_size: int = 16,
     workspace_limit: int = 256 << 20,
+    batch_size: int = 1,
+    max_seq_len: int | None = None,
+    window_size: int | None = None,
+    num_splits: int = 0,
+    backend: str | None = None,
 ) -> int:
-    """Bytes of temporaries that decode_attention may hold at once, beside q, caches, results and float32 copies of
-    16-bit bases. They do not grow with the batch or with the length of its sequences.
+    """Bytes of temporaries that decode_attention may hold at once, beside q, caches, results and, on a CPU, float32
+    copies of 16-bit bases.
 
-    Args: query_heads, num_queries: of q; page_size: of the caches; workspace_limit: as given to decode_attention.
+    Args:
+        query_heads, num_queries, batch_size: of q. page_size: of the caches; only the reference's depend on it.
+        workspace_limit, max_seq_len, window_size, num_splits, backend: as given to decode_attention; the reference's
+            depend on the first alone. max_seq_len None stands for any length, which then costs up to the limit.
     """
-    return reference.blocks(layer, query_heads, num_queries, page_size, workspace_limit).nbytes
+    if _backend(backend, layer) == "reference":
+        return reference.blocks(layer, query_heads, num_queries, page_size, workspace_limit).nbytes
+    q_shape = batch_size, num_queries, query_heads
+    bound = 1 << 24 if max_seq_len is None else max_seq_len
+    return ops.workspace_bytes(layer, q_shape, bound, window_size or 0, num_splits, workspace_limit)
 
 
 def accumulator_types(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
     return (torch.float32, torch.float64) if dtype == torch.float64 else (torch.float32,)
+
+
+def _backend(backend: str | None, layer: LayerFactors) -> str:
+    """The backend of a call: what was asked for, or what fits the layer."""
+    check_backend(backend)
+    fits = layer.dtype != torch.float64 and layer.head_dim <= MAX_HEAD_DIM
+    if backend is None:
+        return "triton" if layer.device.type == "cuda" and fits else "reference"
+    if backend == "triton" and layer.dtype == torch.float64:
+        raise ValueError("backend: expected 'reference' for float64 tensors, got 'triton'")
+    if backend == "triton" and not fits:
+        raise ValueError(f"layer: expected at most {MAX_HEAD_DIM} dimensions a head, got {layer.head_dim}")
+    return backend
 
 
 def check_backend(backend: str | None) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lrattn import safefile
+from lrattn.basis import Basis
 from lrattn.projection import KeyNorm, Projection
 from lrattn.rope import Rope
 from lrattn.shapes import accumulator, check, norm_width, product_dtype
@@ -35,33 +36,28 @@ class LayerFactors:
     shared: bool = False
     key_norm: KeyNorm | None = None
     wo: Tensor | None = None
-    # Derived once. Key bases, biases and the norm weight have the two dimensions of a rotated pair side by side.
-    key_blocks: tuple[Tensor, ...] = field(init=False, repr=False)  # per group [rank, C * D]
-    key_biases: tuple[Tensor, ...] = field(init=False, repr=False)  # per group [C, D], or no groups
+    # Derived once. The key basis and the norm weight have the two dimensions of a rotated pair side by side.
+    key_basis: Basis = field(init=False, repr=False)
+    value_basis: Basis = field(init=False, repr=False)
     norm_weight: Tensor | None = field(init=False, repr=False)  # [D]
-    value_blocks: tuple[Tensor, ...] = field(init=False, repr=False)  # per group [rank, C * D]
     pairs: Tensor = field(init=False, repr=False)  # [D], pair order -> model order
     turns: Tensor | None = field(init=False, repr=False)  # [max_position, rotary_dim / 2] complex
+    offset_turns: Tensor | None = field(init=False, repr=False)  # [MAX_BLOCK, rotary_dim / 2] complex, factor 1
 
     def __post_init__(self) -> None:
         self._check()
         head_dim, device = self.head_dim, self.keys.up.device
         pairs = torch.arange(head_dim) if self.rope is None else self.rope.pair_order(head_dim)
         object.__setattr__(self, "pairs", pairs.to(device))
-        key_blocks, value_blocks = (
-            [side.block(g).to(product_dtype(side.up)) for g in range(len(side.ranks))]
-            for side in (self.keys, self.values)
-        )
-        key_blocks = [b.unflatten(1, (-1, head_dim))[..., self.pairs].flatten(1) for b in key_blocks]
-        object.__setattr__(self, "key_blocks", tuple(key_blocks))
-        acc, bias = accumulator(self.dtype), self.keys.bias
-        biases = [] if bias is None else [bias[list(heads)][:, self.pairs].to(acc) for heads in self.keys.groups]
-        object.__setattr__(self, "key_biases", tuple(biases))
-        weight = None if self.key_norm is None else self.key_norm.weight[self.pairs].to(acc)
+        whole = torch.arange(head_dim, device=device)
+        object.__setattr__(self, "key_basis", Basis.of(self.keys, self.key_columns, self.pairs))
+        object.__setattr__(self, "value_basis", Basis.of(self.values, self.values.columns, whole))
+        weight = None if self.key_norm is None else self.key_norm.weight[self.pairs].to(accumulator(self.dtype))
         object.__setattr__(self, "norm_weight", weight)
-        object.__setattr__(self, "value_blocks", tuple(value_blocks))
-        turns = None if self.rope is None else self.rope.turns(device, self.keys.up.dtype)
+        turns = None if self.rope is None else self.rope.turns(device, self.dtype)
         object.__setattr__(self, "turns", turns)
+        offsets = None if self.rope is None else self.rope.offset_turns(device)
+        object.__setattr__(self, "offset_turns", offsets)
 
     def _check(self) -> None:
         up, dims = self.keys.up, {"Hkv": self.keys.num_heads, "D": self.keys.head_dim}
@@ -154,11 +150,11 @@ class LayerFactors:
 
         Rows wider than the layer's dtype are multiplied in their own.
         """
-        block = self.key_blocks[g]
+        block = self.key_basis.blocks[g]
         kind = torch.promote_types(row.dtype, block.dtype)
         tile = (row[:, self.key_columns[g]].to(kind) @ block.to(kind)).to(accumulator(row.dtype))
         tile = tile.unflatten(1, (-1, self.head_dim))
-        return tile + self.key_biases[g] if self.key_biases else tile
+        return tile + self.key_basis.biases[g] if self.key_basis.biases else tile
 
     def turn_(self, tile: Tensor, turns: Tensor | None) -> Tensor:
         """Norm weight and rotation of raw keys [n, C, D] in place; turns [n, rotary_dim / 2]."""
@@ -205,11 +201,11 @@ class LayerFactors:
     def values_of(self, rows: Tensor) -> Tensor:
         """Value latents [n, sum Rv] -> [n, Hkv, D], bias added, in the latents' dtype."""
         v = rows.new_empty(len(rows), self.num_kv_heads, self.head_dim)
-        for heads, columns, block in zip(self.values.groups, self.values.columns, self.value_blocks, strict=True):
+        basis = self.value_basis
+        for g, (heads, columns) in enumerate(zip(self.values.groups, self.values.columns, strict=True)):
+            block = basis.blocks[g]
             tile = (rows[:, columns].to(block.dtype) @ block).unflatten(1, (-1, self.head_dim))
-            if self.values.bias is not None:
-                tile = tile.to(accumulator(v.dtype)) + self.values.bias[list(heads)]
-            v[:, list(heads)] = tile.to(v.dtype)
+            v[:, list(heads)] = (tile + basis.biases[g] if basis.biases else tile).to(v.dtype)
         return v
 
     def fold_output(self) -> Tensor:

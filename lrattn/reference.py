@@ -131,9 +131,7 @@ def decode_attention(
 
 def output_shape(layer: LayerFactors, query_heads: int, project: str) -> tuple[int, ...]:
     """Axes of a result after B and S."""
-    if project == "hidden":
-        if layer.wo is None:
-            raise ValueError("layer.wo: expected [Hq, D, E] for project='hidden', got None")
+    if project == "hidden" and layer.wo is not None:
         return (layer.wo.shape[2],)
     return query_heads, (max(layer.values.ranks) if project == "latent" else layer.head_dim)
 
@@ -211,7 +209,7 @@ def _absorb(layer: LayerFactors, q: Tensor) -> list[Tensor]:
     ready = [q[..., layer.pairs]]
     if layer.rope is None:
         weighted = q if layer.norm_weight is None else q * layer.norm_weight
-        for members, block in zip(layer.keys.groups, layer.key_blocks, strict=True):
+        for members, block in zip(layer.keys.groups, layer.key_basis.blocks, strict=True):
             up = block.to(q.dtype).unflatten(1, (len(members), -1)).permute(1, 2, 0)  # [C, D, Rk]
             ready.append(weighted[list(members)] @ up)  # [C, M S, Rk]
     return ready

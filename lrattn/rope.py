@@ -20,7 +20,9 @@ from torch import Tensor
 from lrattn.shapes import accumulator
 
 KINDS = ("default", "linear", "yarn", "llama3", "longrope")
+MAX_BLOCK = 128  # most tokens that kernels rotate relative to the first of them
 _TURNS: WeakValueDictionary[tuple[Rope, str, torch.dtype], Tensor] = WeakValueDictionary()
+_OFFSETS: WeakValueDictionary[tuple[Rope, str], Tensor] = WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,20 @@ class Rope:
                 angles = torch.arange(self.max_position, dtype=frequencies.dtype)[:, None] * frequencies
                 parts = (x.mul_(factor).to(device, accumulator(dtype)) for x in (angles.cos(), angles.sin()))
                 found = _TURNS[key] = torch.complex(*parts)
+        return found
+
+    def offset_turns(self, device: torch.device | str = "cpu") -> Tensor:
+        """cos + i sin of offsets 0 .. MAX_BLOCK - 1, without the attention factor: [MAX_BLOCK, rotary_dim / 2].
+
+        complex64, angles in float64: the key of token t is turned by that of its block's first token t0 times that
+        of t - t0. Equal Ropes share one table per device.
+        """
+        key = (self, str(device))
+        found = _OFFSETS.get(key)
+        if found is None:
+            with torch.inference_mode(False):
+                angles = torch.arange(MAX_BLOCK, dtype=torch.float64)[:, None] * self.frequencies()[0].double()
+                found = _OFFSETS[key] = torch.complex(angles.cos(), angles.sin()).to(device, torch.complex64)
         return found
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Seeded decode problems: shuffled pages, NaN in every slot that must not be read, garbage in unused table entries.
 
-Unused slots are those past a sequence's length and those before every query's reach (seq_starts, window).
+Unused slots are those past a sequence's length (or max_seq_len) and those before every query's reach (seq_starts,
+window).
 """
 
 from dataclasses import dataclass, field, replace
@@ -36,6 +37,7 @@ class Case:
     positions: bool = False
     starts: tuple[int, ...] | None = None
     sinks: bool = False
+    strided: bool = False
     call: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self):
@@ -86,12 +88,13 @@ def make_layer(case, dtype=torch.float64, seed=0):
     )
 
 
-def first_seen(case, b):
-    """The first token any query of row b sees; all before are out of reach, and so poisoned."""
+def reach(case, b):
+    """The tokens that some query of row b sees; all others are out of reach, and so poisoned."""
+    end = min(case.lens[b], case.call.get("max_seq_len", case.lens[b]))
     first = 0 if case.starts is None else case.starts[b]
     if "window_size" in case.call:
-        first = max(first, case.lens[b] - case.S - case.call["window_size"] + 1)
-    return min(first, case.lens[b])
+        first = max(first, end - case.S - case.call["window_size"] + 1)
+    return min(first, end), end
 
 
 def make(case, dtype=torch.float64, seed=0):
@@ -118,11 +121,13 @@ def make(case, dtype=torch.float64, seed=0):
         if positions is not None:
             chosen = torch.randperm(4096, generator=g)[:n].sort().values.int()
             positions.view(-1)[slots] = chosen
-        unseen = first_seen(case, b)
+        first, end = reach(case, b)
+        unseen = (t < first) | (t >= end)
         for cache in (k_cache, v_cache):
             if cache is not None:
-                cache.flatten(0, 1)[slots[:unseen]] = torch.nan
-        table[b, : unseen // case.P] = GARBAGE
+                cache.flatten(0, 1)[slots[unseen]] = torch.nan
+        table[b, : first // case.P] = GARBAGE
+        table[b, (end + case.P - 1) // case.P :] = GARBAGE
     q = torch.randn(len(case.lens), case.S, case.Hkv * case.M, case.D, generator=g, dtype=torch.float64).to(dtype)
     kwargs = {
         "block_table": table,
@@ -132,7 +137,23 @@ def make(case, dtype=torch.float64, seed=0):
         "sinks": torch.randn(case.Hkv * case.M, generator=g) if case.sinks else None,
         **case.call,
     }
-    return layer, q, k_cache, v_cache, kwargs
+    return (layer, *strided(q, k_cache, v_cache, kwargs)) if case.strided else (layer, q, k_cache, v_cache, kwargs)
+
+
+def strided(q, k_cache, v_cache, kwargs):
+    """The same problem in slices of wider tensors: both caches in one with room between, q and tables cut out."""
+    width = sum(x.shape[-1] for x in (k_cache, v_cache) if x is not None)
+    pool = k_cache.new_full((len(k_cache), 2, k_cache.shape[1], width + 16), torch.nan)[:, 1]
+    kw = k_cache.shape[-1]
+    pool[..., :kw] = k_cache
+    if v_cache is not None:
+        pool[..., kw : kw + v_cache.shape[-1]] = v_cache
+        v_cache = pool[..., kw : kw + v_cache.shape[-1]]
+    wide = q.new_full((*q.shape[:2], 3, *q.shape[2:]), torch.nan)
+    wide[:, :, 1] = q
+    cut = {n: torch.stack((x, x), 1)[:, 1] for n in ("block_table", "seq_lens", "seq_starts", "positions")
+           if (x := kwargs[n]) is not None}  # fmt: skip
+    return wide[:, :, 1], pool[..., :kw], v_cache, kwargs | cut
 
 
 PLAIN = Case("plain")

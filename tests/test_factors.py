@@ -162,7 +162,7 @@ def test_layer_errors_name_the_tensor():
 def test_to_moves_every_tensor():
     layer = make_layer(RICH).to(dtype=torch.float32)
     tensors = [layer.keys.up, layer.keys.down, layer.keys.bias, layer.values.up, layer.key_norm.weight, layer.wo]
-    assert {x.dtype for x in (*tensors, *layer.key_blocks, *layer.value_blocks)} == {torch.float32}
+    assert {x.dtype for x in (*tensors, layer.key_basis.rows, layer.value_basis.rows)} == {torch.float32}
     assert layer.turns.dtype == torch.complex64
 
 

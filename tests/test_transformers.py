@@ -34,7 +34,7 @@ def simulated(model, factors):
 
 def generate(model, ids, **kwargs):
     mask = kwargs.pop("attention_mask", torch.ones_like(ids))
-    return model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=24, **kwargs)
+    return model.generate(ids, **{"attention_mask": mask, "do_sample": False, "max_new_tokens": 24, **kwargs})
 
 
 def left_padded(lengths, width=20):
@@ -54,6 +54,26 @@ def test_greedy_tokens_are_those_of_the_simulated_model(family):
     torch.testing.assert_close(torch.stack(got.logits), torch.stack(expected.logits), rtol=0, atol=1e-4)
     assert not torch.equal(got.sequences, generate(model, ids)) or family == "gemma3"  # half the bytes do show
     assert isinstance(got.past_key_values, LatentCache)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3"])
+def test_the_kernels_generate_the_same_tokens(family):
+    """Interpreted: writing, decoding and, in the second half, rebuilding cached tokens for a long run."""
+    model, factors = compressed(family)
+    ids, longer = tiny.tokens(2, 12), tiny.tokens(1, 30, seed=5)
+    runs, options = {}, {"max_new_tokens": 6, "output_logits": True, "return_dict_in_generate": True}
+    for backend in ("reference", "triton"):
+        cache = LatentCache(model, factors)
+        with latent_attention(model, factors, backend=backend):
+            out = generate(model, ids, past_key_values=cache, **options)
+            with torch.no_grad():
+                model(longer[:, :3], past_key_values=(single := LatentCache(model, factors)))
+                appended = model(longer[:, 3:].repeat(1, 3), past_key_values=single).logits
+        runs[backend] = out.sequences, torch.stack(out.logits), appended
+    (tokens, *rest), (expected, *others) = runs["triton"], runs["reference"]
+    assert torch.equal(tokens, expected) and tokens.shape == (2, 18)
+    for got, want in zip(rest, others):
+        torch.testing.assert_close(got, want, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

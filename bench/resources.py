@@ -1,0 +1,352 @@
+"""What the compiled kernels use, for devices that need not be here: `make resources`.
+
+Every row of the launch table is compiled for every device it names, at the largest shapes it is for, plain and with
+every option. Registers, bytes spilled, shared memory and tensor-core instructions go to results/resources.json with a
+hash of the kernel sources. A spill (fp32 excepted), too much shared memory, or a product that should be wgmma and is
+not fails the run. `--quick` compiles a few and writes nothing.
+
+No GPU is used and nothing is executed: these figures say what fits, not how fast it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from tqdm import tqdm
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+import lrattn
+from bench import report
+from lrattn import ops
+from lrattn.kernels import absorb, combine, decode, launch, project, rebuild, scores, values, write
+from lrattn.kernels.arguments import Keys, Rule, Tokens, Values
+
+SOURCES = sorted((Path(lrattn.__file__).parent / "kernels").glob("*.py"))
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+META = torch.device("meta")
+PAGE, BATCH = 16, 2
+
+
+class Device(NamedTuple):
+    """A device to compile for. shared: bytes of shared memory a program may have."""
+
+    target: GPUTarget
+    shared: int
+    product: str  # what a large product must compile to
+
+
+DEVICES = {
+    "sm80": Device(GPUTarget("cuda", 80, 32), 163 << 10, "mma.sync"),
+    "sm90": Device(GPUTarget("cuda", 90, 32), 227 << 10, "wgmma.mma_async"),
+    "sm100": Device(GPUTarget("cuda", 100, 32), 227 << 10, "tcgen05.mma"),
+    "gfx9": Device(GPUTarget("hip", "gfx942", 64), 64 << 10, "v_mfma"),
+}
+
+
+def sources_hash() -> str:
+    """Of the kernels and the launch table: results for other sources are stale."""
+    return hashlib.sha256(b"\0".join(p.name.encode() + b"\0" + p.read_bytes() for p in SOURCES)).hexdigest()
+
+
+class Problem(NamedTuple):
+    """Shapes of a compilation. options: every feature of the kernel on."""
+
+    rank: int = 128
+    head: int = 128
+    queries: int = 1  # query rows of a kv head
+    group: int = 1  # kv heads per group
+    dtype: torch.dtype = torch.bfloat16
+    options: bool = False
+    table: bool = False
+    rope: bool = True
+
+    def sides(self) -> tuple[Keys, Values]:
+        """The records the kernels take, of a layer with two groups; no numbers, only shapes."""
+        heads = 2 * self.group
+        side = {
+            "up": torch.zeros(heads, self.rank, self.head, dtype=self.dtype),
+            "ranks": (self.rank,) * 2,
+            "bias": torch.zeros(heads, self.head, dtype=self.dtype) if self.options else None,
+        }
+        layer = lrattn.LayerFactors(
+            keys=lrattn.Projection(**side),
+            values=lrattn.Projection(**side),
+            rope=lrattn.Rope(1e4, self.head, 256) if self.rope else None,
+            key_norm=lrattn.KeyNorm(torch.ones(self.head, dtype=self.dtype)) if self.options else None,
+        ).to(META)
+        return ops.keys_of(*ops.key_side(layer)), Values(*ops.value_side(layer)[0], *ops.value_side(layer)[1])
+
+    def cache(self, keys: Keys) -> torch.Tensor:
+        return empty(8, PAGE, 2 * self.rank + (0 if keys.norm_column < 0 else 16), dtype=self.dtype)
+
+    def tokens(self) -> Tokens:
+        starts, positions = (empty(BATCH) if self.options else None, empty(8, PAGE) if self.table else None)
+        return Tokens(empty(BATCH, 8), empty(BATCH), starts, positions, 8 * PAGE)
+
+    def rule(self) -> Rule:
+        return Rule(1.0, 30.0 if self.options else 0.0, True, 64 if self.options else 0)
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=META)
+
+
+def fp32(*shape: int) -> torch.Tensor:
+    return empty(*shape, dtype=torch.float32)
+
+
+# One function per kernel: what the library would launch for a problem.
+
+
+def latent_scores(p: Problem) -> None:
+    keys, _ = p.sides()
+    rows = keys.num_heads * p.queries
+    x = empty(BATCH, 2, rows, 2, launch.block_d(p.head) // 2, dtype=p.dtype)
+    s = fp32(BATCH, rows, 2 * launch.BLOCK_T)
+    scores.latent_scores(x, 1, p.cache(keys), keys, p.tokens(), p.rule(), s, 0, 2, 2, not p.table)
+
+
+def turn_queries(p: Problem) -> None:
+    keys, _ = p.sides()
+    q = empty(BATCH, 1, keys.num_heads * p.queries, p.head, dtype=p.dtype)
+    x = empty(BATCH, 2, keys.num_heads * p.queries, 2, launch.block_d(p.head) // 2, dtype=p.dtype)
+    scores.turn_queries(q, keys, p.tokens(), p.rule(), x, 0, not p.table)
+
+
+def absorb_queries(p: Problem) -> None:
+    keys, _ = p.sides()
+    absorb.absorb_queries(empty(BATCH, 1, keys.num_heads * p.queries, p.head, dtype=p.dtype), keys)
+
+
+def absorbed_scores(p: Problem) -> None:
+    keys, _ = p.sides()
+    rows = keys.num_heads * p.queries
+    a, constant = empty(BATCH, rows, p.rank, dtype=p.dtype), fp32(BATCH, rows) if p.options else None
+    s = fp32(BATCH, rows, 2 * launch.BLOCK_T)
+    absorb.absorbed_scores(a, constant, 1, p.cache(keys), keys, p.tokens(), p.rule(), s, 0, 2, 2)
+
+
+def latent_values(p: Problem) -> None:
+    keys, side = p.sides()
+    rows = keys.num_heads * p.queries
+    s, y, lse = fp32(BATCH, rows, 2 * launch.BLOCK_T), fp32(BATCH, 2, rows, p.rank), fp32(BATCH, 2, rows)
+    values.latent_values(s, 1, p.cache(keys), side, p.tokens(), p.rule(), y, lse, 0, 2)
+
+
+def combine_splits(p: Problem) -> None:
+    _, side = p.sides()
+    rows = side.num_heads * p.queries
+    out = empty(BATCH, 1, rows, p.head, dtype=p.dtype)
+    sinks = fp32(rows) if p.options else None
+    combine.combine(fp32(BATCH, 2, rows, p.rank), fp32(BATCH, 2, rows), side, out, fp32(BATCH, 1, rows), sinks, up=True)
+
+
+def project_heads(p: Problem) -> None:
+    x, wo = empty(BATCH, 1, 4, p.head, dtype=p.dtype), empty(4, p.head, 64, dtype=p.dtype)
+    project.project(x, wo, empty(BATCH, 1, 64, dtype=p.dtype))
+
+
+def write_latents(p: Problem) -> None:
+    keys, _ = p.sides()
+    z, slots = empty(4, 2 * p.rank, dtype=p.dtype), empty(4, dtype=torch.int64)
+    write.write_latents(z, z, p.cache(keys), p.cache(keys), slots, keys, 1e-6)
+
+
+def rebuild_keys(p: Problem) -> None:
+    keys, _ = p.sides()
+    x = empty(4, keys.num_heads, p.head, dtype=p.dtype)
+    rebuild.rebuild_keys(p.cache(keys), keys, p.tokens(), empty(BATCH, dtype=torch.int64), x)
+
+
+class Compilation(NamedTuple):
+    """One launch to compile. product: the large product must run as the device's asynchronous instruction."""
+
+    kernel: Callable[[Problem], None]
+    device: str
+    problem: Problem
+    product: bool = False
+
+
+def compilations() -> Iterator[Compilation]:
+    """Every row of the table, on each of its devices, at its largest shapes."""
+    for device in DEVICES:
+        for row in rows_for(launch.LATENT_SCORES, device):
+            rank, head = (528 if row.rank == launch.ANY else row.rank), (256 if row.head == launch.ANY else row.head)
+            for queries in {16: (1,)}.get(row.queries, (1, 64)):
+                for options, table in ((False, False), (True, False), (True, row.table))[: 3 if row.table else 2]:
+                    problem = Problem(rank, head, queries, 1, dtype_of(row), options, table)
+                    yield Compilation(latent_scores, device, problem, row.itemsize == 2)
+        for row in rows_for(launch.ABSORBED_SCORES, device):
+            rank = 528 if row.rank == launch.ANY else row.rank
+            for queries in (1, 64):
+                for options in (False, True):
+                    problem = Problem(rank, 128, queries, 1, dtype_of(row), options, rope=False)
+                    yield Compilation(absorbed_scores, device, problem, row.itemsize == 2)
+        for row in rows_for(launch.LATENT_VALUES, device):
+            rank = 528 if row.rank == launch.ANY else row.rank
+            for queries in {16: (1,)}.get(row.queries, (1, 64)):
+                problem = Problem(rank, 128, queries, 1, dtype_of(row))
+                yield Compilation(latent_values, device, problem, row.itemsize == 2 and queries == 64)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for options in (False, True):
+                small = Problem(96, 256, 64, 1, dtype, options)
+                yield Compilation(turn_queries, device, small)
+                yield Compilation(absorb_queries, device, small._replace(rope=False))
+                yield Compilation(combine_splits, device, small)
+                yield Compilation(project_heads, device, small)
+                yield Compilation(write_latents, device, small)
+                yield Compilation(rebuild_keys, device, small)
+                yield Compilation(rebuild_keys, device, small._replace(head=128))
+
+
+def rows_for(table: tuple[launch.Row, ...], device: str) -> list[launch.Row]:
+    return [row for row in table if not row.devices or device in row.devices]
+
+
+def dtype_of(row: launch.Row) -> torch.dtype:
+    return torch.float32 if row.itemsize == 4 else torch.bfloat16
+
+
+QUICK = [
+    Compilation(latent_scores, "sm90", Problem(256, 128, 1), True),
+    Compilation(latent_scores, "sm90", Problem(160, 128, 64, options=True, table=True), True),
+    Compilation(latent_scores, "sm80", Problem(528, 128, 1, options=True), True),
+    Compilation(latent_scores, "sm100", Problem(128, 64, 1), True),
+    Compilation(latent_scores, "gfx9", Problem(128, 128, 1), True),
+    Compilation(absorbed_scores, "sm90", Problem(256, 128, 1, group=4, rope=False), True),
+    Compilation(latent_values, "sm90", Problem(256, 128, 1, group=4)),
+    Compilation(combine_splits, "sm90", Problem(256, 128, 1)),
+    Compilation(project_heads, "sm90", Problem()),
+    Compilation(write_latents, "sm90", Problem(options=True)),
+    Compilation(rebuild_keys, "sm90", Problem(), True),
+]
+
+
+class _Driver:
+    """Stands for the driver of a device that is not here, so that a launch compiles and does not run."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+@contextmanager
+def compiling(device: str) -> Iterator[list[tuple[str, Any]]]:
+    """Inside, launches compile for a device and do not run; yields the kernels' names and binaries."""
+    compiled: list[tuple[str, Any]] = []
+    original, name = JITFunction.run, launch.name
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        self.device_caches.clear()  # kept by device number, which is 0 for all of ours
+        compiled.append((self.__name__, original(self, *args, grid=grid, warmup=True, **kwargs)))
+
+    triton.runtime.driver.set_active(_Driver(DEVICES[device].target))
+    JITFunction.run, launch.name = run, lambda _: device
+    try:
+        yield compiled
+    finally:
+        JITFunction.run, launch.name = original, name
+
+
+def compile_for(c: Compilation) -> list[dict[str, Any]]:
+    """Resources of each kernel that a launch compiles."""
+    with compiling(c.device) as compiled:
+        c.kernel(c.problem)
+    return [{"kernel": kernel, "device": c.device, **describe(c), **resources(binary)} for kernel, binary in compiled]
+
+
+def recompiled() -> list[str]:
+    """Kernels of a decode step that other lengths, splits or table widths would compile anew."""
+    keys, side = Problem().sides()
+    cache, q = Problem().cache(keys), empty(BATCH, 1, 2, 128, dtype=torch.bfloat16)
+    with compiling("sm90") as compiled:
+        for pages, bound, splits in ((8, 128, 1), (1, 1, 3), (7, 100, 4), (64, 1024, 16)):
+            tokens = Tokens(empty(BATCH, pages), empty(BATCH), None, None, bound)
+            step = (q, cache, cache, keys, side, tokens, Rule(1.0, 0.0, True, 0), None, None, "heads", splits, 1 << 28)
+            decode.decode_attention(*step, torch.empty_like(q), fp32(BATCH, 1, 2))
+    binaries = {kernel: {b.hash for k, b in compiled if k == kernel} for kernel, _ in compiled}
+    return [f"{kernel}: {len(found)} compilations" for kernel, found in binaries.items() if len(found) > 1]
+
+
+def describe(c: Compilation) -> dict[str, Any]:
+    p = c.problem
+    options = "all" if p.options and p.table else "all but positions" if p.options else "none"
+    dtype = str(p.dtype).split(".")[-1]
+    return {"rank": p.rank, "head": p.head, "queries": p.queries * p.group, "dtype": dtype, "options": options}
+
+
+def resources(binary: Any) -> dict[str, Any]:
+    """Registers a thread, bytes (AMD: registers) spilled, bytes of shared memory, tensor-core instructions."""
+    meta = binary.metadata
+    found = {"warps": meta.num_warps, "stages": meta.num_stages, "shared": meta.shared}
+    if "amdgcn" in binary.asm:
+        text = binary.asm["amdgcn"]
+        count = {n: int(m[1]) for n in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
+                 if (m := re.search(rf"\.{n}:\s+(\d+)", text))}  # fmt: skip
+        found |= {"registers": count["vgpr_count"], "spilled": count["vgpr_spill_count"] + count["sgpr_spill_count"]}
+        return found | {"products": sorted(set(re.findall(r"v_mfma\w+", text)))}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        command = [str(TOOLS / "cuobjdump"), "-res-usage", file.name]
+        usage = dict(re.findall(r"(REG|STACK):(\d+)", subprocess.check_output(command, text=True)))
+    products = set(re.findall(r"(wgmma\.mma_async[\w.]*\.m\d+n\d+k\d+|mma\.sync[\w.]*\.m\d+n\d+k\d+|tcgen05\.mma)",
+                              binary.asm["ptx"]))  # fmt: skip
+    short = sorted({re.sub(r"\.(?:sp|al)\w+|\.(?:sync|aligned)", "", x) for x in products})
+    return found | {"registers": int(usage["REG"]), "spilled": int(usage["STACK"]), "products": short}
+
+
+def faults(c: Compilation, row: dict[str, Any]) -> list[str]:
+    """Why a row may not stand."""
+    device, found = DEVICES[c.device], []
+    if row["spilled"] and row["dtype"] != "float32":
+        found.append(f"{row['spilled']} bytes spilled")
+    if row["shared"] > device.shared:
+        found.append(f"{row['shared']} bytes of shared memory, the device has {device.shared}")
+    if c.product and not any(p.startswith(device.product.replace(".sync", "")) for p in row["products"]):
+        found.append(f"expected {device.product}, got {row['products'] or 'no tensor-core product'}")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a few launches, nothing written")
+    quick = parser.parse_args().quick
+    rows, bad = [], []
+    for c in tqdm(QUICK if quick else list(dict.fromkeys(compilations())), unit="kernel", disable=None):
+        for row in compile_for(c):
+            rows.append(row)
+            if found := faults(c, row):
+                bad.append(f"{row['kernel']} {describe(c)} on {c.device}: {'; '.join(found)}")
+    bad += [f"compiled anew for other lengths: {kernel}" for kernel in recompiled()]
+    print(*bad, sep="\n")
+    print(f"{len(rows)} kernels compiled, {len(bad)} unfit")
+    if not quick:
+        report.save(
+            report.RESULTS / "resources.json", {"sources": sources_hash(), "triton": triton.__version__, "rows": rows}
+        )
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

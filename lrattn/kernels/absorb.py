@@ -1,0 +1,180 @@
+"""Keys that need no rotation are never rebuilt: the query is multiplied into the latents' space once a call."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import cdiv
+
+from lrattn.kernels import launch
+from lrattn.kernels.arguments import Keys, Rule, Tokens
+from lrattn.kernels.tiles import (
+    LENGTHS,
+    load_inverse_rms,
+    load_latents,
+    load_rows,
+    load_run,
+    part_of,
+    reach,
+    seen,
+    slots,
+    soft_cap,
+)
+
+
+# fmt: off
+@triton.jit(do_not_specialize=LENGTHS)
+def absorb_queries_kernel(
+    q, q_strides,            # [B, S, Hq, D]    query, model order
+    uk,                      # [sum Rk, C * D]  key basis
+    runs, heads,             # [G, 3], [Hkv]    int32: column, rank, first row of uk; place -> kv head
+    bias, weight,            # [Hkv, D], [D]    float32, by place; None without
+    a, a_strides,            # [B, Hq * S, Rk]  out, dtype of q
+    constant,                # [B, Hq * S]      out, float32: the bias' share of each row's scores
+    S,
+    C: tl.constexpr, M: tl.constexpr, D: tl.constexpr, Hkv: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr,
+):
+    """a[b, h S + i] = (weight * q[b, i, h]) @ uk[k]^T,   constant = (weight * q[b, i, h]) . bias[k],   k = h // M
+
+    Grid: (row blocks * Hkv, rank blocks, B). A program owns BLOCK_Q query rows of one kv head and BLOCK_R latents.
+    Needs: BLOCK_D a power of two >= 32 and >= D. Sums are float32.
+    Reference: lrattn.reference._absorb. Derivation: docs/kernels.md#absorbed-scores.
+    """
+    place = tl.program_id(0) % Hkv
+    i_b = tl.program_id(2).to(tl.int64)
+    head = tl.load(heads + place)
+    _, rank, r0 = load_run(runs, place // C)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    d = tl.arange(0, BLOCK_D)
+    i = tl.program_id(0) // Hkv * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    in_q = i < M * S
+    p_q = q + i_b * q_strides[0] + (i % S) * q_strides[1] + (head * M + i // S) * q_strides[2]
+    x = tl.load(p_q[:, None] + d[None, :], mask=in_q[:, None] & (d < D)[None, :], other=0.0)
+    if weight is not None:
+        x = x.to(tl.float32) * tl.load(weight + d, mask=d < D, other=0.0)[None, :]
+    row = (head * M * S + i).to(tl.int64)
+    if bias is not None:
+        if tl.program_id(1) == 0:
+            shift = tl.sum(x * tl.load(bias + place * D + d, mask=d < D, other=0.0)[None, :], 1)
+            tl.store(constant + i_b * Hkv * M * S + row, shift, mask=in_q)
+    u = load_rows(uk, C * D, r0, rank, place % C * D, d, D, r).to(q.dtype.element_ty)
+    got = tl.dot(x.to(q.dtype.element_ty), tl.trans(u), input_precision="ieee")
+    p_a = a + i_b * a_strides[0] + row[:, None] * a_strides[1] + r[None, :]
+    tl.store(p_a, got.to(a.dtype.element_ty), mask=in_q[:, None] & (r < rank)[None, :])
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def absorbed_scores_kernel(
+    a, a_strides,            # [B, Hq * S, Rk]  absorbed queries
+    constant,                # [B, Hq * S]      float32, or None without a key bias
+    ck, ck_strides,          # [N, P, width]    key rows by page
+    pages, pages_stride,     # [B, pages]       int32
+    lens, lens_stride,       # [B]              int32, tokens held
+    starts, starts_stride,   # [B]              int32, first token attended to, or None
+    runs, heads,             # [G, 3], [Hkv]    int32: column, rank, first row of uk; place -> kv head
+    s, s_strides,            # [B, Hq * S, T]   out, float32, T tokens of the chunk; -inf where not seen
+    scale, softcap, bound, S, window, norm_column, first_tile, tiles, parts,
+    C: tl.constexpr, M: tl.constexpr, P: tl.constexpr, Hkv: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, NORMED: tl.constexpr,
+    R1: tl.constexpr, R2: tl.constexpr, RESIDENT: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr,
+):
+    """s[b, h S + i, t] = softcap(scale * norm(ck[b, t, g] . a[b, h S + i] + constant[b, h S + i]))
+
+    Grid: (row blocks * G, parts, B). A program owns BLOCK_Q of the C M S query rows of one group and one of `parts`
+    equal parts of the sequence's tiles: with one row block each latent is read once.
+    RESIDENT: a rank is R1 (+ R2) columns, powers of two, and the queries are read once; else R1 columns at a time.
+    Needs: P a multiple of 16. Sums are float32.
+    Reference: lrattn.reference._scores. Derivation: docs/kernels.md#absorbed-scores.
+    """
+    G: tl.constexpr = Hkv // C
+    g = tl.program_id(0) % G
+    i_b = tl.program_id(2).to(tl.int64)
+    begin, end = reach(lens, lens_stride, starts, starts_stride, i_b, bound, S, window, WINDOWED)
+    origin, t_begin, t_end = part_of(begin, end, first_tile, tiles, tl.program_id(1), parts, BLOCK_T)
+    if t_begin >= t_end:
+        return
+
+    column, rank, _ = load_run(runs, g)
+    i = tl.program_id(0) // G * BLOCK_Q + tl.arange(0, BLOCK_Q)  # row of the group: c (M S) + m S + s
+    in_q = i < C * M * S
+    head = tl.load(heads + g * C + i // (M * S), mask=in_q, other=0)
+    row = (head * M * S + i % (M * S)).to(tl.int64)
+    r1 = tl.arange(0, R1)
+    p_a = a + i_b * a_strides[0] + row * a_strides[1]
+    if RESIDENT:
+        a1 = load_latents(p_a, 0, rank, in_q, r1)
+        if R2 > 0:
+            r2 = R1 + tl.arange(0, R2)
+            a2 = load_latents(p_a, 0, rank, in_q, r2)
+    if constant is not None:
+        shift = tl.load(constant + i_b * Hkv * M * S + row, mask=in_q, other=0.0)
+    query = tl.where(in_q, i % S, -1)
+    p_s = s + i_b * s_strides[0] + row * s_strides[1]
+
+    for t0 in range(t_begin, t_end, BLOCK_T):
+        t = t0 + tl.arange(0, BLOCK_T)
+        live = (t >= begin) & (t < t_end)
+        page, offset = slots(pages + i_b * pages_stride, t, live, P)
+        p_ck = ck + page * ck_strides[0] + offset * ck_strides[1]
+        if RESIDENT:
+            score = tl.dot(load_latents(p_ck, column, rank, live, r1), tl.trans(a1), input_precision="ieee")
+            if R2 > 0:
+                z = load_latents(p_ck, column, rank, live, r2)
+                score = tl.dot(z, tl.trans(a2), score, input_precision="ieee")
+        else:
+            score = tl.zeros([BLOCK_T, BLOCK_Q], tl.float32)
+            for r in range(0, rank, R1):
+                z = load_latents(p_ck, column, rank, live, r + r1)
+                score = tl.dot(z, tl.trans(load_latents(p_a, 0, rank, in_q, r + r1)), score, input_precision="ieee")
+        if constant is not None:
+            score += shift[None, :]
+        if NORMED:
+            inverse = load_inverse_rms(p_ck[:, None], norm_column, Hkv, head[None, :], live[:, None] & in_q[None, :])
+            score *= inverse
+        score *= scale
+        if CAPPED:
+            score = soft_cap(score, softcap)
+        mask = seen(t, live, query, begin, end, S, window, CAUSAL, WINDOWED)
+        score = tl.where(mask, score, float("-inf"))
+        tl.store(p_s[None, :] + (t - origin)[:, None], score, mask=in_q[None, :])
+# fmt: on
+
+
+def absorb_queries(q: Tensor, keys: Keys) -> tuple[Tensor, Tensor | None]:
+    """Queries [B, S, Hq, D] -> [B, Hq S, Rk] in the latents' space, and the bias' share of their scores [B, Hq S]."""
+    batch, num_queries, query_heads, head_dim = q.shape
+    heads = keys.num_heads
+    rows = query_heads // heads * num_queries
+    a = q.new_empty(batch, query_heads * num_queries, keys.rank)
+    constant = None if keys.bias is None else torch.empty(a.shape[:2], dtype=torch.float32, device=q.device)
+    choice = launch.pick(launch.ABSORB_QUERIES, launch.name(q.device), q.itemsize)
+    absorb_queries_kernel[cdiv(rows, choice.block_q) * heads, cdiv(keys.rank, choice.block_r), batch](
+        q, q.stride(), keys.rows, keys.runs, keys.heads, keys.bias, keys.weight, a, a.stride(), constant, num_queries,
+        C=keys.group_size, M=query_heads // heads, D=head_dim, Hkv=heads,
+        BLOCK_D=launch.block_d(head_dim), BLOCK_Q=choice.block_q, BLOCK_R=choice.block_r,
+        num_warps=choice.warps, num_stages=choice.stages,
+    )  # fmt: skip
+    return a, constant
+
+
+def absorbed_scores(
+    a: Tensor, constant: Tensor | None, num_queries: int, ck: Tensor, keys: Keys, tokens: Tokens, rule: Rule,
+    s: Tensor, first_tile: int, tiles: int, parts: int,
+) -> None:  # fmt: skip
+    """Scores of absorbed queries against tiles first_tile .. first_tile + tiles of each sequence, to s [B, Hq S, T]."""
+    heads = keys.num_heads
+    rows = a.shape[1] // keys.groups
+    choice = launch.absorbed_scores(keys.rank, rows, a.itemsize, launch.name(a.device))
+    r1, r2 = launch.chunks(keys.rank) if choice.resident else (choice.block_r, 0)
+    absorbed_scores_kernel[cdiv(rows, choice.block_q) * keys.groups, parts, a.shape[0]](
+        a, a.stride(), constant, ck, ck.stride(), tokens.pages, tokens.pages.stride(0),
+        tokens.lens, tokens.lens.stride(0), tokens.starts, tokens.starts_stride,
+        keys.runs, keys.heads, s, s.stride(), rule.scale, rule.softcap, tokens.bound, num_queries, rule.window,
+        keys.norm_column, first_tile, tiles, parts,
+        C=keys.group_size, M=a.shape[1] // (heads * num_queries), P=ck.shape[1], Hkv=heads,
+        CAUSAL=rule.causal, WINDOWED=rule.window > 0, CAPPED=rule.softcap > 0, NORMED=keys.norm_column >= 0,
+        R1=r1, R2=r2, RESIDENT=choice.resident, BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T,
+        num_warps=choice.warps, num_stages=choice.stages,
+    )  # fmt: skip

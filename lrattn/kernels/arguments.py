@@ -1,0 +1,97 @@
+"""What the kernels are given: tensors and numbers, one record for each side, for the tokens, and for the softmax."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Keys(NamedTuple):
+    """The key side of a layer, by place; the two dimensions of a rotated pair are adjacent."""
+
+    rows: Tensor  # [sum Rk, C * D]
+    runs: Tensor  # [G, 3] int32: first column in a cache row, rank, first row of `rows`
+    heads: Tensor  # [Hkv] int32, place -> kv head
+    bias: Tensor | None  # [Hkv, D] float32
+    weight: Tensor | None  # [D] float32, of the key norm
+    turns: Tensor | None  # [max_position, rotary_dim] float32, cos and sin of a pair adjacent; None: no rotation
+    offset_turns: Tensor | None  # [MAX_BLOCK, rotary_dim] float32
+    head_dim: int
+    rank: int  # the largest
+    rotary_dim: int
+    interleaved: int  # 1: pairs are dimensions (2j, 2j + 1)
+    exact_turns: int  # 1: float32 results must use every token's own row of turns
+    norm_column: int  # where 1 / rms begins in a key row; -1: no key norm
+
+    @property
+    def max_position(self) -> int:
+        return 0 if self.turns is None else self.turns.shape[0]
+
+    @property
+    def groups(self) -> int:
+        return self.runs.shape[0]
+
+    @property
+    def num_heads(self) -> int:
+        return self.heads.shape[0]
+
+    @property
+    def group_size(self) -> int:
+        return self.num_heads // self.groups
+
+
+class Values(NamedTuple):
+    """The value side of a layer."""
+
+    rows: Tensor  # [sum Rv, C * D], by place
+    runs: Tensor  # [G, 3] int32, as for keys
+    heads: Tensor  # [Hkv] int32, place -> kv head
+    places: Tensor  # [Hkv] int32, kv head -> place
+    bias: Tensor | None  # [Hkv, D] float32, by place
+    up: Tensor  # [Hkv, Rv, D], model order
+    rank: int  # the largest
+
+    @property
+    def groups(self) -> int:
+        return self.runs.shape[0]
+
+    @property
+    def num_heads(self) -> int:
+        return self.heads.shape[0]
+
+    @property
+    def group_size(self) -> int:
+        return self.num_heads // self.groups
+
+
+class Tokens(NamedTuple):
+    """Where the tokens of each sequence lie."""
+
+    pages: Tensor  # [B, pages] int32
+    lens: Tensor  # [B] int32
+    starts: Tensor | None  # [B] int32
+    positions: Tensor | None  # [N, P] int32
+    bound: int  # lengths are clamped to it
+
+    @property
+    def starts_stride(self) -> int:
+        return 0 if self.starts is None else self.starts.stride(0)
+
+    @property
+    def positions_strides(self) -> tuple[int, ...]:
+        return (0, 0) if self.positions is None else self.positions.stride()
+
+    def of(self, some: slice) -> Tokens:
+        """The tokens of some of the sequences."""
+        starts = None if self.starts is None else self.starts[some]
+        return self._replace(pages=self.pages[some], lens=self.lens[some], starts=starts)
+
+
+class Rule(NamedTuple):
+    """How scores become probabilities, and who sees what."""
+
+    scale: float
+    softcap: float  # 0: none
+    causal: bool
+    window: int  # 0: none

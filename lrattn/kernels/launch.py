@@ -1,0 +1,178 @@
+"""Block sizes, warps and stages: finite tables of rows, chosen by plain functions of shapes and device.
+
+Every row is compiled for every device it names by `make resources`, which fails on a spill, on shared memory over the
+device's limit, and on a product that should be wgmma and is not. Nothing is tuned at run time. The first row of a
+table that fits is taken; docs/kernels.md#launch says what each is for.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+from triton import next_power_of_2
+
+BLOCK_T = 64  # tokens of a tile: 64 rows make one wgmma of 4 warps
+ANY = 1 << 30
+
+
+class Launch(NamedTuple):
+    """How one kernel is launched. Blocks that a kernel does not have are 0."""
+
+    warps: int
+    stages: int
+    block_q: int = 0  # query rows
+    block_r: int = 0  # latents
+    block_d: int = 0  # dimensions of a head
+    block_n: int = 0  # tokens to write
+    resident: bool = False  # a program reads its basis, or its absorbed queries, once
+
+
+class Row(NamedTuple):
+    """A launch and the largest shapes it is for."""
+
+    launch: Launch
+    devices: tuple[str, ...]  # () is every device
+    head: int = ANY  # padded head dim
+    rank: int = ANY  # columns of a rank's chunks
+    queries: int = ANY  # padded query rows of a program
+    itemsize: int = 2  # of the numbers; 4 runs without tensor cores and may spill
+    table: bool = True  # also where every token's own row of turns is read
+
+
+HOPPER = ("sm90", "sm100")
+BIG = ("sm80", "sm90", "sm100")  # more than 160 KiB of shared memory; gfx9 has 64
+
+LATENT_SCORES = (
+    Row(Launch(4, 2, block_d=64, resident=True), HOPPER, head=64, rank=384),
+    Row(Launch(4, 2, block_d=64, resident=True), ("sm80",), head=64, rank=256),
+    Row(Launch(4, 2, block_d=128, resident=True), ("sm90",), head=128, rank=128),  # two programs a multiprocessor
+    Row(Launch(4, 1, block_d=128, resident=True), ("sm90",), head=128, rank=256, queries=16, table=False),  # also two
+    Row(Launch(4, 2, block_d=128, resident=True), ("sm90",), head=128, rank=256),
+    Row(Launch(4, 2, block_d=128, resident=True), ("sm90",), head=128, rank=320, queries=16),
+    Row(Launch(8, 3, block_r=64, block_d=128), HOPPER),
+    Row(Launch(8, 2, block_r=64, block_d=128), ("sm80",), head=128),
+    Row(Launch(8, 1, block_r=64, block_d=128), ("sm80",)),
+    Row(Launch(4, 2, block_r=64, block_d=128), ()),
+    Row(Launch(8, 1, block_r=32, block_d=64), (), itemsize=4),
+)
+ABSORBED_SCORES = (
+    Row(Launch(4, 2, resident=True), BIG, rank=256, queries=16),
+    Row(Launch(4, 3, block_r=128), BIG, queries=16),
+    Row(Launch(8, 2, resident=True), BIG, rank=256),
+    Row(Launch(8, 3, block_r=128), HOPPER),
+    Row(Launch(8, 2, block_r=64), ("sm80",)),
+    Row(Launch(4, 2, block_r=64), ()),
+    Row(Launch(4, 1, block_r=32), (), itemsize=4),
+)
+LATENT_VALUES = (
+    Row(Launch(4, 3, block_r=64), (), rank=64),
+    Row(Launch(4, 3, block_r=128), BIG, rank=128, queries=16),
+    Row(Launch(4, 3, block_r=256), BIG, rank=256, queries=16),
+    Row(Launch(4, 3, block_r=128), BIG, queries=16),
+    Row(Launch(4, 3, block_r=128), HOPPER),
+    Row(Launch(8, 3, block_r=128), ("sm80",)),
+    Row(Launch(4, 2, block_r=128), ()),
+    Row(Launch(4, 1, block_r=64), (), itemsize=4),
+)
+ABSORB_QUERIES = (
+    Row(Launch(4, 1, block_q=16, block_r=64), ()),
+    Row(Launch(4, 1, block_q=16, block_r=32), (), itemsize=4),
+)
+TURN_QUERIES = (Row(Launch(4, 1, block_q=16), (), itemsize=4),)
+COMBINE = (
+    Row(Launch(4, 2, block_q=16, block_r=64, block_d=64), ()),
+    Row(Launch(4, 1, block_q=16, block_r=32, block_d=32), (), itemsize=4),
+)
+PROJECT = (
+    Row(Launch(4, 4, block_q=16, block_r=128, block_d=32), BIG),
+    Row(Launch(4, 2, block_q=16, block_r=64, block_d=32), ()),
+    Row(Launch(4, 1, block_q=16, block_r=32, block_d=32), (), itemsize=4),
+)
+WRITE_LATENTS = (Row(Launch(4, 1, block_n=16, block_r=128), (), itemsize=4),)
+NORM_COLUMNS = (
+    Row(Launch(4, 2, block_n=16, block_r=64), ()),
+    Row(Launch(4, 1, block_n=16, block_r=32), (), itemsize=4),
+)
+REBUILD = (
+    Row(Launch(8, 3, block_r=64), BIG, head=128),
+    Row(Launch(8, 1, block_r=64), ("sm80", "sm90")),
+    Row(Launch(8, 2, block_r=64), ()),
+    Row(Launch(8, 1, block_r=32), (), itemsize=4),
+)
+
+
+def pick(
+    table: tuple[Row, ...], device: str, itemsize: int, *, head: int = 0, rank: int = 0, queries: int = 0,
+    turned: bool = True,
+) -> Launch:  # fmt: skip
+    """The first launch of a table whose row fits."""
+    for row in table:
+        if (
+            itemsize <= row.itemsize
+            and (not row.devices or device in row.devices)
+            and (head <= row.head and rank <= row.rank and queries <= row.queries)
+            and (turned or row.table)
+        ):
+            return row.launch
+    raise ValueError(f"no launch for head {head}, rank {rank}, {queries} query rows, {itemsize} bytes on {device}")
+
+
+@cache
+def latent_scores(rank: int, head_dim: int, rows: int, itemsize: int, device: str, turned: bool) -> Launch:
+    queries = block_q(rows)
+    found = pick(
+        LATENT_SCORES, device, itemsize, head=block_d(head_dim), rank=sum(chunks(rank)), queries=queries, turned=turned
+    )
+    return found._replace(block_q=queries, block_d=min(found.block_d, block_d(head_dim)))
+
+
+@cache
+def absorbed_scores(rank: int, rows: int, itemsize: int, device: str) -> Launch:
+    queries = block_q(rows)
+    return pick(ABSORBED_SCORES, device, itemsize, rank=sum(chunks(rank)), queries=queries)._replace(block_q=queries)
+
+
+@cache
+def latent_values(rank: int, rows: int, itemsize: int, device: str) -> Launch:
+    queries = block_q(rows)
+    found = pick(LATENT_VALUES, device, itemsize, rank=rank, queries=queries)
+    return found._replace(block_q=queries, block_r=min(found.block_r, next_power_of_2(rank)))
+
+
+def block_d(head_dim: int) -> int:
+    """A head dim padded to what a product takes."""
+    return max(32, next_power_of_2(head_dim))
+
+
+def block_q(rows: int) -> int:
+    """Query rows of a program: all of them up to 64, padded to what a product takes."""
+    return min(64, max(16, next_power_of_2(rows)))
+
+
+def chunks(rank: int) -> tuple[int, int]:
+    """A rank as one or two powers of two, (R1, R2) with R1 + R2 >= rank; R2 is 0 where R1 is enough."""
+    first = 1 << (rank.bit_length() - 1)
+    return first, 0 if rank == first else max(16, next_power_of_2(rank - first))
+
+
+@cache
+def name(device: torch.device) -> str:
+    """sm80, sm90, sm100 or gfx9: the family whose rows a device takes. A CPU interprets what an H100 would run.
+
+    Raises: ValueError for a CPU outside Triton's interpreter.
+    """
+    if device.type == "cpu":
+        if not triton.knobs.runtime.interpret:
+            raise ValueError("backend: expected 'reference' on a CPU (or TRITON_INTERPRET=1 to debug), got 'triton'")
+        return "sm90"
+    target = triton.runtime.driver.active.get_current_target()
+    if target.backend == "hip":
+        return "gfx9"
+    return "sm100" if target.arch >= 100 else "sm90" if target.arch >= 90 else "sm80"
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device; 132 for a CPU, as an H100 has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

@@ -1,0 +1,119 @@
+"""Dense keys or values of the cached tokens, for a dense prefill kernel."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import cdiv
+
+from lrattn.kernels import launch
+from lrattn.kernels.arguments import Keys, Tokens, Values
+from lrattn.kernels.tiles import (
+    LENGTHS,
+    load_inverse_rms,
+    load_latents,
+    load_rows,
+    load_run,
+    load_turns,
+    pair_columns,
+    slots,
+)
+
+
+# fmt: off
+@triton.jit(do_not_specialize=LENGTHS)
+def rebuild_kernel(
+    cache, cache_strides,    # [N, P, width]    key or value rows by page
+    pages, pages_stride,     # [B, pages]       int32
+    lens, lens_stride,       # [B]              int32, tokens held
+    ends,                    # [B]              int64, rows of x up to and with each sequence
+    basis,                   # [sum R, C * D]   for keys with pairs adjacent
+    runs, heads,             # [G, 3], [Hkv]    int32: column, rank, first row of basis; place -> kv head
+    bias, weight,            # [Hkv, D], [D]    float32, as the basis; None without
+    turns,                   # [max_position, ROTARY]  float32, cos and sin of a pair adjacent; None: no rotation
+    positions, pos_strides,  # [N, P]           int32, or None: the index in the sequence
+    x, x_strides,            # [sum T, Hkv, D]  out, model order
+    bound, rows, max_position, norm_column,
+    C: tl.constexpr, D: tl.constexpr, P: tl.constexpr, Hkv: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, NORMED: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
+):
+    """x[ends[b] - T_b + t, k] = Rot(t) norm(cache[b, t, g] @ basis[k] + bias[k])
+
+    Grid: (Hkv, token blocks, B). A program owns BLOCK_T tokens of one kv head.
+    Needs: BLOCK_D a power of two >= 32 and >= D, P a multiple of 16. Sums are float32.
+    Reference: lrattn.reference.rebuild. Derivation: docs/kernels.md#rebuild.
+    """
+    place = tl.program_id(0)
+    i_b = tl.program_id(2).to(tl.int64)
+    length = tl.minimum(tl.maximum(tl.load(lens + i_b * lens_stride), 0), bound)
+    t0 = tl.program_id(1) * BLOCK_T
+    if t0 >= length:
+        return
+    t = t0 + tl.arange(0, BLOCK_T)
+    live = t < length
+    column, rank, r0 = load_run(runs, place // C)
+    head = tl.load(heads + place)
+    d = tl.arange(0, BLOCK_D)
+    page, offset = slots(pages + i_b * pages_stride, t, live, P)
+    p_cache = cache + page * cache_strides[0] + offset * cache_strides[1]
+    k = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    for r in range(0, rank, BLOCK_R):
+        z = load_latents(p_cache, column, rank, live, r + tl.arange(0, BLOCK_R))
+        u = load_rows(basis, C * D, r0, rank, place % C * D, d, D, r + tl.arange(0, BLOCK_R)).to(z.dtype)
+        k = tl.dot(z, u, k, input_precision="ieee")
+    if bias is not None:
+        k += tl.load(bias + place * D + d, mask=d < D, other=0.0)[None, :]
+    if weight is not None:
+        k *= tl.load(weight + d, mask=d < D, other=0.0)[None, :]
+    if NORMED:
+        k *= load_inverse_rms(p_cache, norm_column, Hkv, head, live)[:, None]
+    at = tl.load(ends + i_b) - length + t
+    p_x = x + at * x_strides[0] + head * x_strides[1]
+    stored = live & (at < rows)
+    if turns is None:
+        tl.store(p_x[:, None] + d[None, :], k.to(x.dtype.element_ty), mask=stored[:, None] & (d < D)[None, :])
+    else:
+        low, high = pair_columns(tl.arange(0, BLOCK_D // 2), ROTARY, INTERLEAVED)
+        k_low, k_high = tl.split(tl.reshape(k, [BLOCK_T, BLOCK_D // 2, 2]))
+        where = t
+        if positions is not None:
+            where = tl.load(positions + page * pos_strides[0] + offset * pos_strides[1], mask=live, other=0)
+        cos, sin = load_turns(turns, where, max_position, d, ROTARY)
+        turned = (k_low * cos - k_high * sin).to(x.dtype.element_ty)
+        tl.store(p_x[:, None] + low[None, :], turned, mask=stored[:, None] & (low < D)[None, :])
+        turned = (k_low * sin + k_high * cos).to(x.dtype.element_ty)
+        tl.store(p_x[:, None] + high[None, :], turned, mask=stored[:, None] & (high < D)[None, :])
+# fmt: on
+
+
+def rebuild_keys(ck: Tensor, keys: Keys, tokens: Tokens, ends: Tensor, x: Tensor) -> None:
+    """Keys of all tokens, normed and rotated, to x [sum T, Hkv, D]."""
+    _rebuild(
+        ck, keys.rows, keys.runs, keys.heads, keys.bias, keys.weight, keys.turns, tokens, ends, x,
+        max_position=keys.max_position, norm_column=keys.norm_column,
+        C=keys.group_size, ROTARY=keys.rotary_dim, INTERLEAVED=bool(keys.interleaved), NORMED=keys.norm_column >= 0,
+    )  # fmt: skip
+
+
+def rebuild_values(cv: Tensor, values: Values, tokens: Tokens, ends: Tensor, x: Tensor) -> None:
+    """Values of all tokens to x [sum T, Hkv, D]."""
+    _rebuild(
+        cv, values.rows, values.runs, values.heads, values.bias, None, None, tokens, ends, x,
+        max_position=0, norm_column=-1, C=values.group_size, ROTARY=0, INTERLEAVED=False, NORMED=False,
+    )  # fmt: skip
+
+
+def _rebuild(cache, rows, runs, heads, bias, weight, turns, tokens, ends, x, *, max_position, norm_column, **constants):
+    page_size, head_dim = cache.shape[1], x.shape[2]
+    choice = launch.pick(launch.REBUILD, launch.name(cache.device), cache.itemsize, head=launch.block_d(head_dim))
+    grid = (heads.shape[0], cdiv(tokens.bound, launch.BLOCK_T), tokens.lens.shape[0])
+    if not min(grid) or not x.shape[0]:
+        return
+    rebuild_kernel[grid](
+        cache, cache.stride(), tokens.pages, tokens.pages.stride(0), tokens.lens, tokens.lens.stride(0), ends,
+        rows, runs, heads, bias, weight, turns, tokens.positions, tokens.positions_strides,
+        x, x.stride(), tokens.bound, x.shape[0], max_position, norm_column,
+        D=head_dim, P=page_size, Hkv=heads.shape[0], **constants,
+        BLOCK_D=launch.block_d(head_dim), BLOCK_T=launch.BLOCK_T, BLOCK_R=choice.block_r,
+        num_warps=choice.warps, num_stages=choice.stages,
+    )  # fmt: skip

@@ -1,0 +1,129 @@
+"""What several kernels do with one tile: find its tokens, read its rows, rotate it."""
+
+import triton
+import triton.language as tl
+
+# Numbers that change from call to call: a kernel is not compiled anew for some of their values.
+LENGTHS = (
+    "bound", "window", "first_tile", "tiles", "parts", "splits", "rows", "n", "num_slots", "B", "pages_stride",
+    "lens_stride", "starts_stride", "slots_stride",
+)  # fmt: skip
+
+
+@triton.jit
+def reach(lens, lens_stride, starts, starts_stride, i_b, bound, S, window, WINDOWED: tl.constexpr):
+    """First token that some query of sequence i_b sees, and the end of its tokens. begin >= end: there are none."""
+    end = tl.minimum(tl.maximum(tl.load(lens + i_b * lens_stride), 0), bound)
+    begin = 0
+    if starts is not None:
+        begin = tl.maximum(tl.load(starts + i_b * starts_stride), 0)
+    if WINDOWED:
+        begin = tl.maximum(begin, end - S - window + 1)
+    return begin, end
+
+
+@triton.jit
+def part_of(begin, end, first_tile, tiles, i, n, BLOCK_T: tl.constexpr):
+    """Tokens [t0, t1) of the i-th of n equal parts of tiles first_tile .. first_tile + tiles; origin: first tile's t.
+
+    Tiles are counted from the one that holds `begin`, and lie on multiples of BLOCK_T in the sequence.
+    """
+    origin = (begin // BLOCK_T + first_tile) * BLOCK_T
+    held = tl.minimum(tl.cdiv(tl.maximum(end - origin, 0), BLOCK_T), tiles)
+    return origin, origin + held * i // n * BLOCK_T, tl.minimum(origin + held * (i + 1) // n * BLOCK_T, end)
+
+
+@triton.jit
+def slots(pages, t, live, P: tl.constexpr):
+    """Page and offset of tokens t, int64; pages: one sequence's row of the table."""
+    page = tl.load(pages + t // P, mask=live, other=0).to(tl.int64)
+    return page, (t % P).to(tl.int64)
+
+
+@triton.jit
+def load_run(runs, g):
+    """Of group g: first column in a cache row, rank, first row of the basis. All are multiples of 16."""
+    column = tl.multiple_of(tl.load(runs + g * 3), 16)
+    rank = tl.multiple_of(tl.load(runs + g * 3 + 1), 16)
+    return column, rank, tl.multiple_of(tl.load(runs + g * 3 + 2), 16)
+
+
+@triton.jit
+def load_latents(cache, column, rank, live, r):
+    """Columns column + r (r < rank) of the rows `cache` points at: [BLOCK_T, len(r)]; dead tokens give zeros."""
+    return tl.load(
+        cache[:, None] + (column + r)[None, :],
+        mask=live[:, None] & (r < rank)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def load_rows(rows, width, r0, rank, c, d, D, r):
+    """Basis rows r0 + r (r < rank), columns c + d (d < D): [len(r), len(d)]. rows: [sum ranks, width]."""
+    return tl.load(
+        rows + (r0 + r)[:, None] * width + (c + d)[None, :],
+        mask=(r < rank)[:, None] & (d < D)[None, :],
+        other=0.0,
+        eviction_policy="evict_last",
+    )
+
+
+@triton.jit
+def pair_columns(j, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Where the two dimensions of pairs j lie in a head in the model's order.
+
+    Dimensions from ROTARY on are not rotated; they make pairs as they come.
+    """
+    if INTERLEAVED:
+        return 2 * j, 2 * j + 1
+    return tl.where(j < ROTARY // 2, j, 2 * j), tl.where(j < ROTARY // 2, j + ROTARY // 2, 2 * j + 1)
+
+
+@triton.jit
+def load_turns(turns, at, rows, d, ROTARY: tl.constexpr):
+    """cos, sin [len(at), len(d) / 2] of table rows `at` and consecutive dimensions d.
+
+    Pairs that are not rotated get 1, 0; rows outside 0 .. rows give NaN.
+    """
+    inside = (at >= 0) & (at < rows)
+    x = tl.load(
+        turns + at.to(tl.int64)[:, None] * ROTARY + d[None, :],
+        mask=inside[:, None] & (d < ROTARY)[None, :],
+        other=0.0,
+        eviction_policy="evict_last",
+    )
+    cos, sin = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+    pair, _ = tl.split(tl.reshape(d, [d.shape[0] // 2, 2]))
+    cos = tl.where((pair < ROTARY)[None, :], cos, 1.0)
+    return tl.where(inside[:, None], cos, float("nan")), sin
+
+
+@triton.jit
+def load_inverse_rms(cache, column, Hkv, head, live):
+    """The stored 1 / rms (hi + lo) of one kv head for the key rows `cache` points at."""
+    hi = tl.load(cache + (column + head), mask=live, other=0.0).to(tl.float32)
+    return hi + tl.load(cache + (column + Hkv + head), mask=live, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def soft_cap(x, cap):
+    """cap * tanh(x / cap), exact to rounding for small x too."""
+    y = x / cap
+    z = y * y
+    e = tl.exp(-2.0 * tl.abs(y))
+    large = tl.where(y < 0, -1.0, 1.0) * (1.0 - e) / (1.0 + e)
+    small = y * (1.0 + z * (-1.0 / 3 + z * (2.0 / 15 + z * (-17.0 / 315 + z * (62.0 / 2835)))))
+    return cap * tl.where(tl.abs(y) < 0.2, small, large)
+
+
+@triton.jit
+def seen(t, live, s, begin, end, S, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
+    """Which tokens t [BLOCK_T] the queries s [BLOCK_Q] see: [BLOCK_T, BLOCK_Q]."""
+    own = end - S + s
+    mask = live[:, None] & (s >= 0)[None, :]
+    if CAUSAL:
+        mask &= t[:, None] <= own[None, :]
+    if WINDOWED:
+        mask &= t[:, None] > (own - window)[None, :]
+    return mask

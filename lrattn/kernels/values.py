@@ -1,0 +1,106 @@
+"""Softmax of the scores over one part of the tokens, and the sum of latents under it."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import cdiv
+
+from lrattn.kernels import launch
+from lrattn.kernels.arguments import Rule, Tokens, Values
+from lrattn.kernels.tiles import LENGTHS, load_latents, load_run, part_of, reach, slots
+
+
+# fmt: off
+@triton.jit(do_not_specialize=LENGTHS)
+def latent_values_kernel(
+    s, s_strides,            # [B, Hq * S, T]   float32 scores of the chunk; -inf where not seen
+    cv, cv_strides,          # [N, P, width]    value rows by page
+    pages, pages_stride,     # [B, pages]       int32
+    lens, lens_stride,       # [B]              int32, tokens held
+    starts, starts_stride,   # [B]              int32, first token attended to, or None
+    runs, heads,             # [G, 3], [Hkv]    int32: column, rank, first row of uv; place -> kv head
+    y, y_strides,            # [B, splits, Hq * S, Rv]  out, float32; rows whose lse is -inf are not written
+    lse, lse_strides,        # [B, splits, Hq * S]      out, float32, natural log
+    bound, S, window, first_tile, tiles, splits,
+    C: tl.constexpr, M: tl.constexpr, P: tl.constexpr, Hkv: tl.constexpr, WINDOWED: tl.constexpr,
+    TILES_R: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
+):
+    """y[b, i, h S + j] = softmax_t(s[b, h S + j, t]) @ cv[b, t, g],   t in split i
+
+    Grid: (TILES_R * row blocks * G, splits, B). A program owns BLOCK_R latents of one group, BLOCK_Q of its C M S
+    query rows and one split: with one row block each latent is read once. A joint latent (G = 1, thousands wide)
+    is the same with more tiles; the scores are read once a tile.
+    Needs: P a multiple of 16, BLOCK_T as in the scores. Online softmax, sums are float32.
+    Reference: lrattn.reference._attend_span. Derivation: docs/kernels.md#values.
+    """
+    G: tl.constexpr = Hkv // C
+    i_r = tl.program_id(0) % TILES_R
+    g = tl.program_id(0) // TILES_R % G
+    i_s = tl.program_id(1)
+    i_b = tl.program_id(2).to(tl.int64)
+    i = tl.program_id(0) // (TILES_R * G) * BLOCK_Q + tl.arange(0, BLOCK_Q)  # row of the group: c (M S) + m S + s
+    in_q = i < C * M * S
+    head = tl.load(heads + g * C + i // (M * S), mask=in_q, other=0)
+    row = (head * M * S + i % (M * S)).to(tl.int64)
+    p_lse = lse + i_b * lse_strides[0] + i_s.to(tl.int64) * lse_strides[1] + row
+    begin, end = reach(lens, lens_stride, starts, starts_stride, i_b, bound, S, window, WINDOWED)
+    origin, t_begin, t_end = part_of(begin, end, first_tile, tiles, i_s, splits, BLOCK_T)
+    if t_begin >= t_end:
+        if i_r == 0:
+            tl.store(p_lse, tl.full([BLOCK_Q], float("-inf"), tl.float32), mask=in_q)
+        return
+
+    column, rank, _ = load_run(runs, g)
+    r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    p_s = s + i_b * s_strides[0] + row * s_strides[1]
+    peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    acc = tl.zeros([BLOCK_Q, BLOCK_R], tl.float32)
+    for t0 in range(t_begin, t_end, BLOCK_T):
+        t = t0 + tl.arange(0, BLOCK_T)
+        live = (t >= begin) & (t < t_end)
+        page, offset = slots(pages + i_b * pages_stride, t, live, P)
+        score = tl.load(
+            p_s[:, None] + (t - origin)[None, :],
+            mask=in_q[:, None] & live[None, :],
+            other=float("-inf"),
+        )
+        above = tl.maximum(peak, tl.max(score, 1))
+        base = tl.where(above == float("-inf"), 0.0, above)
+        p = tl.exp(score - base[:, None])
+        fade = tl.exp(peak - base)
+        total = total * fade + tl.sum(p, 1)
+        z = load_latents(cv + page * cv_strides[0] + offset * cv_strides[1], column, rank, live, r)
+        acc = tl.dot(p.to(z.dtype), z, acc * fade[:, None], input_precision="ieee")
+        peak = above
+
+    some = total > 0
+    if i_r == 0:
+        tl.store(p_lse, tl.where(some, peak + tl.log(total), float("-inf")), mask=in_q)
+    p_y = y + i_b * y_strides[0] + i_s.to(tl.int64) * y_strides[1] + row * y_strides[2]
+    tl.store(
+        p_y[:, None] + r[None, :],
+        acc / tl.where(some, total, 1.0)[:, None],
+        mask=(in_q & some)[:, None] & (r < rank)[None, :],
+    )
+# fmt: on
+
+
+def latent_values(
+    s: Tensor, num_queries: int, cv: Tensor, values: Values, tokens: Tokens, rule: Rule, y: Tensor, lse: Tensor,
+    first_tile: int, tiles: int,
+) -> None:  # fmt: skip
+    """Softmax of s [B, Hq S, T] times the latents of each split: y [B, splits, Hq S, Rv], lse [B, splits, Hq S]."""
+    batch, splits, all_rows, _ = y.shape
+    heads = values.num_heads
+    rows = all_rows // values.groups
+    choice = launch.latent_values(values.rank, rows, cv.itemsize, launch.name(cv.device))
+    tiles_r = cdiv(values.rank, choice.block_r)
+    latent_values_kernel[tiles_r * cdiv(rows, choice.block_q) * values.groups, splits, batch](
+        s, s.stride(), cv, cv.stride(), tokens.pages, tokens.pages.stride(0), tokens.lens, tokens.lens.stride(0),
+        tokens.starts, tokens.starts_stride, values.runs, values.heads,
+        y, y.stride(), lse, lse.stride(), tokens.bound, num_queries, rule.window, first_tile, tiles, splits,
+        C=values.group_size, M=all_rows // (heads * num_queries), P=cv.shape[1], Hkv=heads, WINDOWED=rule.window > 0,
+        TILES_R=tiles_r, BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T, BLOCK_R=choice.block_r,
+        num_warps=choice.warps, num_stages=choice.stages,
+    )  # fmt: skip

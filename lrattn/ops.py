@@ -1,0 +1,201 @@
+"""torch.ops.lrattn: the kernels as operators, which torch.compile traces as one node and CUDA graphs capture.
+
+Operators take tensors and numbers; a layer comes as a list of each for either side, the fields of `Keys` and `Values`
+in kernels/arguments.py. The caller has checked the arguments. Triton is imported by the first call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrattn.factors import LayerFactors
+from lrattn.kernels.arguments import Keys, Rule, Tokens, Values
+
+Side = tuple[list[Tensor | None], list[int]]
+
+KEYS = "Tensor?[] key_tensors, int[] key_numbers"
+VALUES = "Tensor?[] value_tensors, int[] value_numbers"
+DECODE = f"""Tensor q, Tensor k_cache, Tensor? v_cache, Tensor block_table, Tensor seq_lens, Tensor? seq_starts,
+    Tensor? positions, Tensor? sinks, {KEYS}, {VALUES}, Tensor? wo, str project, float softmax_scale, float softcap,
+    bool causal, int max_seq_len, int window_size, int num_splits, int workspace_limit"""
+SCHEMAS = (
+    f"""write_latents(Tensor zk, Tensor? zv, Tensor(a!) k_cache, Tensor(b!)? v_cache, Tensor slots, {KEYS}, float eps)
+    -> ()""",
+    f"""rebuild(Tensor k_cache, Tensor? v_cache, Tensor block_table, Tensor seq_lens, Tensor? positions, {KEYS},
+    {VALUES}, int num_tokens) -> (Tensor, Tensor)""",
+    f"decode_attention({DECODE}) -> (Tensor, Tensor)",
+    f"decode_attention_out({DECODE}, Tensor(a!) out) -> Tensor",
+)
+
+
+def key_side(layer: LayerFactors) -> Side:
+    """The fields of `Keys`, the tables of turns still complex."""
+    basis, rope = layer.key_basis, layer.rope
+    rotation = (0, 0, 0) if rope is None else (rope.rotary_dim, int(rope.interleaved), int(rope.fp32_angles))
+    norm_column = -1 if layer.key_norm is None else layer.row_width
+    return (
+        [basis.rows, basis.runs, basis.heads, basis.bias, layer.norm_weight, layer.turns, layer.offset_turns],
+        [layer.head_dim, max(layer.keys.ranks), *rotation, norm_column],
+    )
+
+
+def value_side(layer: LayerFactors) -> Side:
+    """The fields of `Values`."""
+    basis = layer.value_basis
+    return (
+        [basis.rows, basis.runs, basis.heads, basis.places, basis.bias, layer.values.up],
+        [max(layer.values.ranks)],
+    )
+
+
+def workspace_bytes(
+    layer: LayerFactors, q_shape: tuple[int, int, int], bound: int, window: int, num_splits: int, limit: int
+) -> int:
+    """Bytes of temporaries of decode_attention for q of B, S, Hq."""
+    from lrattn.kernels.plan import cut
+
+    keys, values = keys_of(*key_side(layer)), Values(*value_side(layer)[0], *value_side(layer)[1])  # type: ignore[arg-type]
+    rule = Rule(1.0, 0.0, True, window)
+    return cut(*q_shape, layer.dtype, layer.device, keys, values, bound, rule, num_splits, limit).nbytes
+
+
+def keys_of(tensors: Any, numbers: Any) -> Keys:
+    *rest, turns, offset_turns = tensors
+    tables = (None if x is None else torch.view_as_real(x).flatten(1) for x in (turns, offset_turns))
+    return Keys(*rest, *tables, *numbers)
+
+
+def _write_latents(
+    zk: Tensor,
+    zv: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor | None,
+    slots: Tensor,
+    key_tensors: Any,
+    key_numbers: Any,
+    eps: float,
+) -> None:
+    from lrattn.kernels.write import write_latents
+
+    write_latents(zk, zv, k_cache, v_cache, slots, keys_of(key_tensors, key_numbers), eps)
+
+
+def _rebuild(
+    k_cache: Tensor,
+    v_cache: Tensor | None,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    positions: Tensor | None,
+    key_tensors: Any,
+    key_numbers: Any,
+    value_tensors: Any,
+    value_numbers: Any,
+    num_tokens: int,
+) -> tuple[Tensor, Tensor]:
+    from lrattn.kernels.rebuild import rebuild_keys, rebuild_values
+
+    keys, values = keys_of(key_tensors, key_numbers), Values(*value_tensors, *value_numbers)
+    bound = block_table.shape[1] * k_cache.shape[1]
+    ends = seq_lens.clamp(0, bound).cumsum(0)
+    if num_tokens < 0:
+        num_tokens = int(ends[-1]) if len(ends) else 0
+    tokens = Tokens(block_table, seq_lens, None, positions, bound)
+    k, v = (k_cache.new_empty(num_tokens, keys.num_heads, keys.head_dim) for _ in range(2))
+    rebuild_keys(k_cache, keys, tokens, ends, k)
+    rebuild_values(k_cache if v_cache is None else v_cache, values, tokens, ends, v)
+    return k, v
+
+
+def _rebuild_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    k_cache, key_tensors, key_numbers, num_tokens = (arguments[i] for i in (0, 5, 6, 9))
+    rows = torch.library.get_ctx().new_dynamic_size() if num_tokens < 0 else num_tokens
+    k, v = (k_cache.new_empty(rows, len(key_tensors[2]), key_numbers[0]) for _ in range(2))
+    return k, v
+
+
+def _decode_attention_out(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor | None,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    seq_starts: Tensor | None,
+    positions: Tensor | None,
+    sinks: Tensor | None,
+    key_tensors: Any,
+    key_numbers: Any,
+    value_tensors: Any,
+    value_numbers: Any,
+    wo: Tensor | None,
+    project: str,
+    softmax_scale: float,
+    softcap: float,
+    causal: bool,
+    max_seq_len: int,
+    window_size: int,
+    num_splits: int,
+    workspace_limit: int,
+    out: Tensor,
+) -> Tensor:
+    from lrattn.kernels.decode import decode_attention
+
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    decode_attention(
+        q,
+        k_cache,
+        v_cache,
+        keys_of(key_tensors, key_numbers),
+        Values(*value_tensors, *value_numbers),
+        Tokens(block_table, seq_lens, seq_starts, positions, max_seq_len),
+        Rule(softmax_scale, softcap, causal, window_size),
+        sinks,
+        wo,
+        project,
+        num_splits,
+        workspace_limit,
+        out,
+        lse,
+    )
+    return lse
+
+
+def _result(*arguments: Any) -> Tensor:
+    """An empty result for the arguments of decode_attention."""
+    q, value_numbers, wo, project = (arguments[i] for i in (0, 11, 12, 13))
+    last = {"latent": (q.shape[2], value_numbers[0]), "heads": q.shape[2:]}
+    return q.new_empty(*q.shape[:2], *(last[project] if wo is None or project != "hidden" else wo.shape[2:]))
+
+
+def _decode_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+    result = _result(*arguments)
+    return result, _decode_attention_out(*(*arguments, result))
+
+
+def _decode_attention_out_fake(q: Tensor, *rest: Any) -> Tensor:
+    return q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _decode_attention_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return _result(*arguments), _decode_attention_out_fake(*arguments)
+
+
+def _write_latents_fake(*arguments: Any) -> None:
+    return None
+
+
+_LIBRARY = torch.library.Library("lrattn", "DEF")
+_OPERATORS: tuple[tuple[Callable[..., Any], Callable[..., Any]], ...] = (
+    (_write_latents, _write_latents_fake),
+    (_rebuild, _rebuild_fake),
+    (_decode_attention, _decode_attention_fake),
+    (_decode_attention_out, _decode_attention_out_fake),
+)
+for _schema, (_kernel, _fake) in zip(SCHEMAS, _OPERATORS, strict=True):
+    _LIBRARY.define(" ".join(_schema.split()), tags=torch.Tag.pt2_compliant_tag)
+    _name = _schema.split("(")[0]
+    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lrattn::{_name}", _fake, lib=_LIBRARY)

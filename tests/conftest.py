@@ -1,0 +1,39 @@
+"""pytest --gpu runs the kernels on a GPU; without it Triton's interpreter runs them on the CPU."""
+
+import os
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser):
+    parser.addoption("--gpu", action="store_true", help="run the kernels on a GPU, in bfloat16 too")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs --gpu")
+    if config.getoption("--gpu"):
+        assert torch.cuda.is_available(), "--gpu: no GPU is visible to torch"
+    else:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--gpu"):
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs --gpu"))
+
+
+def pytest_generate_tests(metafunc):
+    """Kernels meet bfloat16 on a GPU only: the interpreter computes it wrongly, without an error."""
+    if "kernel_dtype" in metafunc.fixturenames:
+        dtypes = [torch.float32, torch.float16]
+        if metafunc.config.getoption("--gpu"):
+            dtypes.append(torch.bfloat16)
+        metafunc.parametrize("kernel_dtype", dtypes, ids=lambda d: str(d).split(".")[-1])
+
+
+@pytest.fixture
+def device(request):
+    return torch.device("cuda" if request.config.getoption("--gpu") else "cpu")

@@ -1,0 +1,96 @@
+"""The shapes a serving engine brings, as columns of values; every two values meet in some case."""
+
+from cases import Case
+from pairwise import covering_rows
+
+COLUMNS = {
+    "P": [16, 32, 48, 64, 128],
+    "lens": ["edges", "long", "one"],
+    "C": [1, 2, 3, 4, 8],
+    "groups": [1, 2],
+    "M": [1, 2, 3, 4, 7, 8],
+    "S": [1, 2, 5],
+    "D": [64, 80, 96, 128, 256],
+    "key_rank": ["one chunk", "two chunks", "ragged", "streamed"],
+    "value_rank": ["one tile", "odd", "ragged", "tiles"],
+    "value_groups": ["heads", "keys", "joint"],
+    "shared": ["no", "joint", "riding"],
+    "order": [False, True],
+    "rope": ["default", "interleaved", "partial", "partial interleaved", "yarn", "fp32 angles", "none"],
+    "positions": [False, True],
+    "bias": [False, True],
+    "key_norm": [False, True],
+    "causal": [True, False],
+    "window": [0, 5, 70],
+    "starts": [False, True],
+    "softcap": [0.0, 4.0],
+    "sinks": [False, True],
+    "project": ["heads", "latent", "hidden"],
+    "num_splits": [0, 1, 3],
+    "max_seq_len": [None, 33],
+    "workspace_limit": [256 << 20, 1],
+    "strided": [False, True],
+}
+KEY_RANKS = {"one chunk": (32, 32), "two chunks": (96, 96), "ragged": (16, 80), "streamed": (528, 528)}
+VALUE_RANKS = {"one tile": (32, 32), "odd": (48, 48), "ragged": (80, 16), "tiles": (272, 272)}
+YARN = {"scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}}
+ROPES = {
+    "default": "default",
+    "interleaved": {"interleaved": True},
+    "partial": {"partial_rotary_factor": 0.25},
+    "partial interleaved": {"partial_rotary_factor": 0.5, "interleaved": True},
+    "yarn": YARN,
+    "fp32 angles": {"fp32_angles": True},
+    "none": None,
+}
+
+
+def allowed(row):
+    heads = row["C"] * row["groups"] * row["M"]
+    if heads > 24 or (row["workspace_limit"] == 1 and heads * row["S"] > 12) or (row["window"] and not row["causal"]):
+        return False
+    if row["key_rank"] == "ragged" and row["groups"] == 1:
+        return False
+    if row["shared"] != "no":
+        return row["value_groups"] == "keys" and row["value_rank"] == "one tile"
+    return row["value_rank"] != "ragged" or row["value_groups"] == "heads" or row["groups"] == 2
+
+
+def case_of(i, row):
+    heads, size = row["C"] * row["groups"], row["P"]
+    key_ranks = KEY_RANKS[row["key_rank"]][: row["groups"]]
+    count = {"heads": heads, "keys": row["groups"], "joint": 1}[row["value_groups"]]
+    value_ranks = tuple(VALUE_RANKS[row["value_rank"]][g % 2] for g in range(count))
+    if row["shared"] != "no":
+        value_ranks = tuple(r + (16 if row["shared"] == "riding" else 0) for r in key_ranks)
+    order = tuple((5 * h + 3) % heads for h in range(heads)) if row["order"] and heads % 5 else None
+    lens = {"edges": (0, 1, size - 1, size, size + 1), "long": (300, 65), "one": (37,)}[row["lens"]]
+    call = {"softcap": row["softcap"], "causal": row["causal"], "project": row["project"]}
+    call |= {n: row[n] for n in ("num_splits", "max_seq_len", "workspace_limit") if row[n] is not None}
+    call |= {"window_size": row["window"]} if row["window"] else {}
+    return Case(
+        f"{i}",
+        Hkv=heads,
+        M=row["M"],
+        D=row["D"],
+        S=row["S"],
+        P=size,
+        key_ranks=key_ranks,
+        value_ranks=value_ranks,
+        lens=lens,
+        rope=ROPES[row["rope"]],
+        shared=row["shared"] != "no",
+        bias=row["bias"],
+        key_norm=row["key_norm"],
+        key_order=order,
+        value_order=order if row["shared"] != "no" or order is None else order[::-1],
+        positions=row["positions"],
+        starts=tuple((3, 40, 0, 7, 1)[: len(lens)]) if row["starts"] else None,
+        sinks=row["sinks"],
+        strided=row["strided"],
+        call=call,
+    )
+
+
+ROWS = covering_rows(COLUMNS, allowed)
+MATRIX = [case_of(i, row) for i, row in enumerate(ROWS)]

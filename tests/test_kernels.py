@@ -1,0 +1,257 @@
+"""The kernels against the reference in float64, no worse than PyTorch in their own dtype; on the CPU interpreted."""
+
+import dense
+import pytest
+import torch
+from cases import CASES, Case, make, make_layer
+from closeness import assert_no_worse
+from matrix import COLUMNS, MATRIX, ROWS
+from pairwise import uncovered
+
+import lrattn
+from lrattn.cache import inverse_rms
+
+RAGGED = Case("ragged", M=2, S=2, lens=(70, 33, 1, 0), key_ranks=(32, 16), value_ranks=(64, 16), bias=True, sinks=True)
+SHARED_COLUMNS = {"value_rank", "value_groups"}
+
+
+def on(device, layer, q, k_cache, v_cache, kwargs):
+    """A problem of cases.make, moved."""
+    kwargs = {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in kwargs.items()}
+    return layer.to(device), q.to(device), k_cache.to(device), None if v_cache is None else v_cache.to(device), kwargs
+
+
+def attend(problem, **changes):
+    layer, q, k_cache, v_cache, kwargs = problem
+    kwargs = {"return_lse": True, "backend": "triton", **kwargs, **changes}
+    return lrattn.decode_attention(q, k_cache, v_cache, layer, **kwargs)
+
+
+def exact(problem):
+    """The reference in float64, whose truth is tests/test_reference.py."""
+    layer, q, k_cache, v_cache, kwargs = on("cpu", *problem)
+    v_cache = None if v_cache is None else v_cache.double()
+    layer = layer.to(dtype=torch.float64)
+    return lrattn.decode_attention(
+        q.double(), k_cache.double(), v_cache, layer, return_lse=True, backend="reference", **kwargs
+    )
+
+
+def check(case, dtype, device):
+    problem = on(device, *make(case, dtype))
+    out, lse = (x.cpu() for x in attend(problem))
+    true, true_lse = exact(problem)
+    layer, *tensors, kwargs = problem
+    plain, plain_lse = (x.cpu() for x in dense.attend(*tensors, layer, **kwargs))
+    some = true_lse.isfinite()
+    assert torch.equal(lse == -torch.inf, ~some)
+    assert_no_worse(out, plain, true)
+    assert_no_worse(lse[some], plain_lse[some], true_lse[some], dtype)
+
+
+@pytest.mark.parametrize("case", MATRIX, ids=str)
+def test_every_shape_an_engine_brings(case, kernel_dtype, device):
+    check(case, kernel_dtype, device)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_cases_of_the_reference(case, kernel_dtype, device):
+    check(case, kernel_dtype, device)
+
+
+def test_every_two_values_meet():
+    """All but those that exclude each other (matrix.allowed)."""
+    for a, x, b, y in uncovered(ROWS, COLUMNS):
+        assert (
+            {a, b} == {"causal", "window"}
+            or ("shared" in (a, b) and {a, b} & SHARED_COLUMNS)
+            or {(a, x), (b, y)} >= {("groups", 1), ("key_rank", "ragged")}
+            or {a, b} <= {"C", "groups", "M", "workspace_limit", "value_groups", "value_rank"}
+        ), (a, x, b, y)
+
+
+LONG = {
+    "rebuilt": Case("rebuilt", Hkv=2, M=2, lens=(1100, 1029), key_ranks=(48,), rope={"max_position": 2048}),
+    "absorbed": Case("absorbed", Hkv=2, M=2, lens=(1100, 1029), key_ranks=(48,), rope=None),
+    "joint": Case("joint", Hkv=2, lens=(1100,), key_ranks=(160,), value_ranks=(160,), shared=True),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_thousand_tokens(name, kernel_dtype, device):
+    check(LONG[name], kernel_dtype, device)
+
+
+@pytest.mark.parametrize("rope", ["default", None], ids=["rebuilt", "absorbed"])
+def test_peaked_softmax_by_rms(rope, kernel_dtype, device):
+    """Queries along a key: scores are large, and the rounding of one of them decides."""
+    case = Case("aligned", M=2, Hkv=2, lens=(200,) * 12, key_ranks=(32,), rope=rope)
+    layer, q, k_cache, v_cache, kwargs = make(case, kernel_dtype)
+    k, _ = lrattn.rebuild(k_cache, v_cache, layer, kwargs["block_table"], kwargs["seq_lens"])
+    q = k[torch.arange(12) * 200 + 61].repeat_interleave(2, 1)[:, None] * 2
+    problem = on(device, layer, q, k_cache, v_cache, kwargs)
+    true, _ = exact(problem)
+    plain, _ = dense.attend(*problem[1:4], problem[0], **problem[4])
+    rms, own = ((x.double().cpu() - true).square().mean().sqrt() for x in (attend(problem)[0], plain))
+    assert rms <= 2 * own + torch.finfo(kernel_dtype).eps * true.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("positions", [False, True])
+@pytest.mark.parametrize("t0", [2000, 130_000])
+def test_far_positions(t0, positions, kernel_dtype, device):
+    """A head of the sequence is attended to elsewhere, so the tokens here are far out; or their positions say so."""
+    case = Case("far", M=2, Hkv=2, D=128, lens=(90,), rope={"max_position": t0 + 128, "fp32_angles": True})
+    layer, q, k_cache, v_cache, kwargs = make(case, kernel_dtype)
+    if positions:
+        kwargs["positions"] = torch.full(k_cache.shape[:2], -1, dtype=torch.int32)
+        t = torch.arange(90)
+        kwargs["positions"][kwargs["block_table"][0, t // case.P].long(), t % case.P] = (t + t0).int()
+    else:
+        table, shift = kwargs["block_table"], t0 // case.P
+        kwargs["block_table"] = torch.cat((table.new_full((1, shift), 2_000_000_000), table), 1)
+        kwargs["seq_lens"] += t0
+        kwargs["seq_starts"] = torch.tensor([t0], dtype=torch.int32)
+    problem = on(device, layer, q, k_cache, v_cache, kwargs)
+    out, lse = (x.cpu() for x in attend(problem))
+    true, true_lse = exact(problem)
+    close = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[kernel_dtype]
+    torch.testing.assert_close(out.double(), true, rtol=0, atol=close)
+    torch.testing.assert_close(lse.double(), true_lse, rtol=0, atol=close)
+
+
+@pytest.mark.parametrize("rope", ["default", None], ids=["rebuilt", "absorbed"])
+def test_results_do_not_depend_on_splits_or_workspace(rope, device):
+    case = Case("cut", M=2, S=2, Hkv=2, lens=(500, 130, 0, 1), key_ranks=(32,), rope=rope)
+    problem = on(device, *make(case, torch.float32))
+    whole = attend(problem, num_splits=1)
+    for changes in ({"num_splits": 2}, {"num_splits": 9}, {"workspace_limit": 1}, {"workspace_limit": 200_000}):
+        torch.testing.assert_close(attend(problem, **changes), whole, rtol=0, atol=2e-6)
+
+
+def test_a_row_does_not_depend_on_its_batch(device):
+    """With a fixed number of splits, bit for bit; also run after run."""
+    case = Case("batch", M=2, Hkv=2, lens=(150, 33, 70), key_ranks=(32,))
+    layer, q, k_cache, v_cache, kwargs = on(device, *make(case, torch.float16))
+    whole = attend((layer, q, k_cache, v_cache, kwargs), num_splits=3)
+    again = attend((layer, q, k_cache, v_cache, kwargs), num_splits=3)
+    assert torch.equal(whole[0], again[0]) and torch.equal(whole[1], again[1])
+    for b in range(3):
+        one = {n: x[b : b + 1] if n in ("block_table", "seq_lens") else x for n, x in kwargs.items()}
+        alone = attend((layer, q[b : b + 1], k_cache, v_cache, one), num_splits=3)
+        assert torch.equal(alone[0][0], whole[0][b]) and torch.equal(alone[1][0], whole[1][b])
+
+
+def test_out_is_written_whatever_its_strides(kernel_dtype, device):
+    problem = on(device, *make(RAGGED, kernel_dtype))
+    for project, last in (("heads", (8, 64)), ("latent", (8, 64)), ("hidden", (24,))):
+        expected, lse = attend(problem, project=project)
+        out = torch.full((4, 3, 2, *last), torch.nan, dtype=kernel_dtype, device=device).transpose(1, 2)[:, :, 1]
+        got, got_lse = attend(problem, project=project, out=out)
+        assert got is out and torch.equal(out, expected) and torch.equal(lse, got_lse)
+
+
+def test_a_query_without_the_axis_of_queries(device):
+    case = Case("flat", M=2, lens=(20, 3))
+    layer, q, k_cache, v_cache, kwargs = on(device, *make(case, torch.float32))
+    out, lse = attend((layer, q, k_cache, v_cache, kwargs))
+    flat = torch.full_like(out[:, 0], torch.nan)
+    got, got_lse = attend((layer, q[:, 0], k_cache, v_cache, kwargs), out=flat)
+    assert got is flat and torch.equal(flat, out[:, 0]) and torch.equal(got_lse, lse[:, 0])
+
+
+@pytest.mark.parametrize("shape", ["no sequences", "no queries", "no pages", "empty table"])
+def test_nothing_to_do(shape, device):
+    layer, q, k_cache, v_cache, kwargs = on(device, *make(Case("none", lens=(0, 0)), torch.float32))
+    if shape == "no sequences":
+        q, kwargs = q[:0], kwargs | {n: kwargs[n][:0] for n in ("block_table", "seq_lens")}
+    elif shape == "no queries":
+        q = q[:, :0]
+    elif shape == "no pages":
+        k_cache, v_cache = k_cache[:0], v_cache[:0]
+    else:
+        kwargs["block_table"] = kwargs["block_table"][:, :0]
+    out, lse = attend((layer, q, k_cache, v_cache, kwargs))
+    assert out.shape == q.shape and (out == 0).all() and (lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize("case", MATRIX[::3], ids=str)
+def test_rebuild(case, kernel_dtype, device):
+    layer, _, k_cache, v_cache, kwargs = on(device, *make(_whole(case), kernel_dtype))
+    arguments = (k_cache, v_cache, layer, kwargs["block_table"], kwargs["seq_lens"], kwargs["positions"])
+    got = lrattn.rebuild(*arguments, backend="triton")
+    known = lrattn.rebuild(*arguments, num_tokens=sum(case.lens), backend="triton")
+    plain = lrattn.rebuild(*arguments, backend="reference")
+    wide = (None if x is None else x.double() for x in (k_cache, v_cache))
+    true = lrattn.rebuild(*wide, layer.to(dtype=torch.float64), *arguments[3:], backend="reference")
+    for side in range(2):
+        assert torch.equal(got[side], known[side])
+        assert_no_worse(got[side].cpu(), plain[side].cpu(), true[side].cpu())
+    few = lrattn.rebuild(*arguments, num_tokens=5, backend="triton")
+    assert torch.equal(few[0], got[0][:5]) and torch.equal(few[1], got[1][:5])
+
+
+def _whole(case):
+    """The same shape with every token in reach, so that none is poisoned."""
+    call = {n: x for n, x in case.call.items() if n not in ("window_size", "max_seq_len")}
+    return Case(**{**vars(case), "starts": None, "call": call})
+
+
+@pytest.mark.parametrize("slots", [torch.int32, torch.int64])
+@pytest.mark.parametrize("case", MATRIX[::4] + [c for c in CASES if c.key_norm], ids=str)
+def test_write_latents(case, slots, kernel_dtype, device):
+    """Latents bit for bit, the norm as precise as two numbers are, everything else untouched."""
+    layer = make_layer(case, kernel_dtype).to(device)
+    caches = lrattn.allocate_cache(layer, 3, case.P)
+    pool = torch.full((3, 2, case.P, layer.k_width + layer.v_width), torch.nan, dtype=kernel_dtype, device=device)[:, 1]
+    k_cache, v_cache = pool[..., : layer.k_width], pool[..., layer.k_width :]
+    v_cache = None if caches[1] is None else v_cache
+    g = torch.Generator().manual_seed(0)
+    zk = torch.randn(4, 9, layer.row_width, generator=g).to(device, kernel_dtype)
+    zv = None if case.shared else torch.randn(4, 9, layer.v_width, generator=g).to(device, kernel_dtype)
+    chosen = torch.randperm(3 * case.P, generator=g)[:36].to(slots)
+    last = 3 * case.P - 1
+    chosen[(chosen == last).int().argmax()], chosen[5], chosen[7] = last, -1, last + 1
+    chosen = torch.stack((chosen, chosen), 1)[:, 0].view(4, 9).to(device)  # not contiguous
+    for cache in caches:
+        if cache is not None:
+            cache.fill_(torch.nan)
+    lrattn.write_latents(layer, zk, zv, *caches, chosen, backend="reference")
+    lrattn.write_latents(layer, zk, zv, k_cache, v_cache, chosen, backend="triton")
+    width = layer.row_width
+    assert torch.equal(k_cache[..., :width].nan_to_num(9.0), caches[0][..., :width].nan_to_num(9.0))
+    assert v_cache is None or torch.equal(v_cache.nan_to_num(9.0), caches[1].nan_to_num(9.0))
+    if layer.key_norm is not None:
+        held, expected = (inverse_rms(layer, x.flatten(0, 1)).double() for x in (k_cache, caches[0]))
+        bound = 4 * torch.finfo(kernel_dtype).eps ** 2 + 1e-6
+        torch.testing.assert_close(held, expected, rtol=bound, atol=0, equal_nan=True)
+        tail = width + 2 * layer.num_kv_heads
+        assert torch.equal(k_cache[..., tail:].nan_to_num(9.0), caches[0][..., tail:].nan_to_num(9.0))
+
+
+def test_nothing_is_written_for_no_tokens(device):
+    layer = make_layer(Case("none"), torch.float32).to(device)
+    k_cache, v_cache = (x.fill_(7.0) for x in lrattn.allocate_cache(layer, 1, 16))
+    empty = torch.empty(0, dtype=torch.int64, device=device)
+    lrattn.write_latents(layer, k_cache[0, :0], v_cache[0, :0], k_cache, v_cache, empty, backend="triton")
+    assert (k_cache == 7.0).all() and (v_cache == 7.0).all()
+
+
+def test_offsets_beyond_32_bits(device):
+    """Pages two billion elements apart: most of the memory is never touched."""
+    case = Case("far pages", Hkv=2, key_ranks=(16,), value_ranks=(16,), lens=(40,), rope={"max_position": 64})
+    layer, q, k_cache, v_cache, kwargs = make(case, torch.float16)
+    step = 2**30 + 16
+    pools = [torch.empty(step * (len(k_cache) - 1) + 16 * 16, dtype=torch.float16, device=device) for _ in range(2)]
+    far = [p.as_strided(k_cache.shape, (step, 16, 1)) for p in pools]
+    layer, q, k_cache, v_cache, kwargs = on(device, layer, q, k_cache, v_cache, kwargs)
+    used = kwargs["block_table"][0, :3].tolist()
+    assert max(used) * step > 2**31
+    for page in used:
+        for pool, near in zip(far, (k_cache, v_cache)):
+            pool[page] = near[page]
+    expected = attend((layer, q, k_cache, v_cache, kwargs))
+    got = attend((layer, q, *far, kwargs))
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+    slots = torch.tensor([used[0] * 16, max(used) * 16 + 3], device=device)
+    lrattn.write_latents(layer, k_cache[0, :2] * 0, v_cache[0, :2] * 0, *far, slots, backend="triton")
+    assert all((pool[page, i] == 0).all() for pool in far for page, i in ((used[0], 0), (max(used), 3)))

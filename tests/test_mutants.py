@@ -1,0 +1,186 @@
+"""Kernels with one fault each: some test must see it. A test that no fault can fail proves nothing."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import test_kernels
+import torch
+from cases import Case
+
+import lrattn.kernels
+
+KERNELS = Path(lrattn.kernels.__file__).parent
+CPU = torch.device("cpu")
+
+KILLERS = {
+    "groups": Case("groups", M=2, key_ranks=(32, 48), value_ranks=(64, 16), lens=(70, 3), key_order=(2, 0, 3, 1)),
+    "batch": Case("batch", Hkv=2, key_ranks=(32,), value_ranks=(32,), lens=(100, 20, 40), call={"num_splits": 2}),
+    "pages": Case("pages", Hkv=2, P=48, key_ranks=(32,), lens=(100, 97), strided=True),
+    "padded": Case("padded", Hkv=2, key_ranks=(112,), value_ranks=(112,), shared=True, lens=(20,), strided=True),
+    "streamed": Case("streamed", Hkv=1, key_ranks=(528,), value_ranks=(32,), lens=(20,)),
+    "wide": Case("wide", Hkv=2, D=256, key_ranks=(32,), lens=(20,), bias=True),
+    "queries": Case("queries", M=3, S=4, Hkv=2, lens=(40, 9), call={"project": "hidden"}),
+    "window": Case("window", S=3, Hkv=2, lens=(150, 40), starts=(0, 25), call={"window_size": 20}),
+    "interleaved": Case("interleaved", Hkv=2, rope={"interleaved": True}),
+    "partial": Case("partial", Hkv=2, rope={"partial_rotary_factor": 0.5}, lens=(70,)),
+    "positions": Case("positions", Hkv=2, positions=True),
+    "norm": Case("norm", Hkv=2, key_norm=True, bias=True, key_ranks=(32,), lens=(30,)),
+    "absorbed": Case("absorbed", M=2, rope=None, bias=True, key_norm=True, key_ranks=(32, 48), key_order=(2, 0, 3, 1)),
+    "long absorbed": Case("long absorbed", Hkv=2, rope=None, key_ranks=(272,), lens=(70, 3)),
+    "softcap": Case("softcap", Hkv=2, call={"softcap": 2.0}),
+    "sinks": Case("sinks", M=2, sinks=True, bias=True, value_ranks=(16, 32), value_order=(3, 1, 0, 2)),
+    "chunks": Case("chunks", Hkv=2, lens=(300,), call={"workspace_limit": 1, "num_splits": 2}),
+}
+
+
+class Mutant(NamedTuple):
+    """A fault: in `file`, `old` becomes `new`. killer: a case of KILLERS, or a test and its arguments."""
+
+    file: str
+    old: str
+    new: str
+    killer: str
+
+    def __str__(self):
+        return f"{self.file}: {self.old} -> {self.new}"
+
+
+MUTANTS = [
+    Mutant("scores.py", "k_low * cos - k_high * sin", "k_low * cos + k_high * sin", "groups"),
+    Mutant("scores.py", "q_high * cos - q_low * sin", "q_high * cos + q_low * sin", "groups"),
+    Mutant("scores.py", "(t0 - origin) // BLOCK_T", "(t0 - t_begin) // BLOCK_T", "long parts"),
+    Mutant("scores.py", "c = place % C * D", "c = 0", "groups"),
+    Mutant("scores.py", "load_run(runs, place // C)", "load_run(runs, 0)", "groups"),
+    Mutant("scores.py", "page * ck_strides[0]", "page * ck_strides[1] * P", "pages"),
+    Mutant("scores.py", "range(0, rank, R1)", "range(0, rank - R1, R1)", "streamed"),
+    Mutant("scores.py", "p_x + d0 // 2", "p_x", "wide"),
+    Mutant("scores.py", "bias + place * D + d0 + d", "bias + place * D + d", "wide"),
+    Mutant("scores.py", "weight + d0 + d, mask", "weight + d0 + d + 1, mask", "norm"),
+    Mutant("scores.py", "tl.where(in_q, i % S, -1)", "tl.where(in_q, i // S, -1)", "queries"),
+    Mutant("scores.py", "at = tl.load(positions + page", "at = tl.load(positions + 0 * page", "positions"),
+    Mutant("tiles.py", "(t % P).to", "(t % 16).to", "pages"),
+    Mutant("tiles.py", "begin = tl.maximum(begin, end - S - window + 1)", "begin = tl.maximum(begin, end - window)",
+           "window"),
+    Mutant("tiles.py", "t[:, None] <= own[None, :]", "t[:, None] < own[None, :]", "queries"),
+    Mutant("tiles.py", "(own - window)", "(own - window + 1)", "window"),
+    Mutant("tiles.py", "held * i // n", "held * (i + 1) // n", "batch"),
+    Mutant("tiles.py", "mask=live[:, None] & (r < rank)[None, :]", "mask=live[:, None] & (r >= 0)[None, :]", "padded"),
+    Mutant("tiles.py", "mask=(r < rank)[:, None] & (d < D)[None, :]", "mask=(r >= 16)[:, None] & (d < D)[None, :]",
+           "groups"),
+    Mutant("tiles.py", "return 2 * j, 2 * j + 1", "return j, j + ROTARY // 2", "interleaved"),
+    Mutant("tiles.py", "(pair < ROTARY)", "(pair < 2 * ROTARY)", "partial"),
+    Mutant("tiles.py", "column + Hkv + head", "column + head", "norm"),
+    Mutant("tiles.py", "-1.0 / 3", "1.0 / 3", "softcap"),
+    Mutant("absorb.py", "load_run(runs, g)", "load_run(runs, 0)", "absorbed"),
+    Mutant("absorb.py", "i % (M * S)).to", "i // C).to", "absorbed"),
+    Mutant("absorb.py", "score += shift[None, :]", "score -= shift[None, :]", "absorbed"),
+    Mutant("absorb.py", "tl.program_id(1) * BLOCK_R", "0 * BLOCK_R", "long absorbed"),
+    Mutant("absorb.py", "x.to(tl.float32) * tl.load(weight", "x.to(tl.float32) + tl.load(weight", "absorbed"),
+    Mutant("values.py", "acc * fade[:, None]", "acc", "pages"),
+    Mutant("values.py", "range(t_begin, t_end, BLOCK_T)", "range(t_begin, t_end - BLOCK_T, BLOCK_T)", "batch"),
+    Mutant("values.py", "load_run(runs, g)", "load_run(runs, 0)", "groups"),
+    Mutant("values.py", "page * cv_strides[0]", "page * cv_strides[1] * P", "pages"),
+    Mutant("values.py", "total * fade + tl.sum(p, 1)", "total + tl.sum(p, 1)", "pages"),
+    Mutant("combine.py", "place // C", "head // C", "sinks"),
+    Mutant("combine.py", "bias + place * D", "bias + head * D", "sinks"),
+    Mutant("combine.py", "result += mass[:, None] *", "result +=", "sinks"),
+    Mutant("combine.py", "j * y_step", "0 * y_step", "batch"),
+    Mutant("decode.py", "slice(0, splits + 1) if after == 0 else", "slice(1, splits + 1) if after == 0 else", "chunks"),
+    Mutant("project.py", "+ k % D)[None, :]", "+ 0 * k)[None, :]", "queries"),
+    Mutant("write.py", "slot % P * cv_strides[1]", "slot % 16 * cv_strides[1]", "write"),
+    Mutant("write.py", "(slot >= 0) & (slot < num_slots)", "(slot >= 0) & (slot < num_slots - 1)", "write"),
+    Mutant("write.py", "(r >= pad_column) & (r < k_width)", "(r > pad_column) & (r < k_width)", "write norm"),
+    Mutant("write.py", "lo = (inverse - hi.to(tl.float32))", "lo = (inverse - inverse)", "write norm"),
+    Mutant("write.py", "p_ck + Hkv, lo", "p_ck + Hkv + 1, lo", "write norm"),
+    Mutant("rebuild.py", "tl.load(ends + i_b) - length + t", "t", "rebuild"),
+    Mutant("rebuild.py", "k_low * sin + k_high * cos", "k_low * sin - k_high * cos", "rebuild"),
+    Mutant("rebuild.py", "head * x_strides[1]", "place * x_strides[1]", "rebuild"),
+    Mutant("rebuild.py", "(at < rows)", "(at < rows - 1)", "rebuild"),
+]  # fmt: skip
+# These reach for memory that is not theirs: a process of its own sees what happens.
+WILD = [
+    Mutant("tiles.py", "other=0).to(tl.int64)\n", "other=0)\n", "test_offsets_beyond_32_bits"),
+    Mutant("write.py", "mask=i < n, other=-1).to(tl.int64)", "mask=i < n, other=-1).to(tl.int32)",
+           "test_offsets_beyond_32_bits"),
+]  # fmt: skip
+
+
+def run(killer):
+    """Raises AssertionError where the kernels in use are wrong."""
+    norm = KILLERS["norm"]
+    if killer == "write":
+        wide = Case("write", P=32, Hkv=2, key_ranks=(32,), value_ranks=(48,))
+        test_kernels.test_write_latents(wide, torch.int64, torch.float32, CPU)
+    elif killer == "write norm":
+        test_kernels.test_write_latents(norm, torch.int32, torch.float16, CPU)
+    elif killer == "rebuild":
+        test_kernels.test_rebuild(KILLERS["groups"], torch.float32, CPU)
+    elif killer == "long parts":
+        long = Case("long parts", Hkv=1, lens=(300,), key_ranks=(16,), value_ranks=(16,))
+        test_kernels.check(long, torch.float32, CPU)
+    else:
+        test_kernels.check(KILLERS[killer], torch.float32, CPU)
+
+
+def copy_with(mutant, folder):
+    """The kernels with the fault in, as files of their own."""
+    shutil.copytree(KERNELS, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    if mutant is not None:
+        path = folder / mutant.file
+        text = path.read_text()
+        assert mutant.old in text, f"{mutant.file} no longer holds {mutant.old!r}"
+        path.write_text(text.replace(mutant.old, mutant.new))
+
+
+@pytest.fixture
+def swap(monkeypatch, tmp_path, request):
+    """Makes `lrattn.kernels` a copy with a fault, for one test."""
+    if request.config.getoption("--gpu"):
+        pytest.skip("faults are shown in the interpreter")
+
+    def use(mutant):
+        copy_with(mutant, tmp_path / "kernels")
+        for name in [n for n in sys.modules if n.startswith("lrattn.kernels.")]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setattr(lrattn.kernels, "__path__", [str(tmp_path / "kernels")])
+
+    yield use
+    for name in [n for n in sys.modules if n.startswith("lrattn.kernels.")]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_a_fault_is_seen(mutant, swap):
+    swap(mutant)
+    with pytest.raises(AssertionError):
+        run(mutant.killer)
+
+
+@pytest.mark.parametrize("killer", sorted({m.killer for m in MUTANTS}))
+def test_without_a_fault_nothing_is_seen(killer, swap):
+    swap(None)
+    run(killer)
+
+
+@pytest.mark.parametrize("mutant", WILD, ids=str)
+def test_a_wild_fault_is_seen(mutant, tmp_path, request):
+    if request.config.getoption("--gpu"):
+        pytest.skip("faults are shown in the interpreter")
+    copy_with(mutant, tmp_path / "kernels")
+    code = (
+        f"import lrattn.kernels, sys; lrattn.kernels.__path__ = [{str(tmp_path / 'kernels')!r}]\n"
+        "import test_kernels, torch\n"
+        f"test_kernels.{mutant.killer}(torch.device('cpu'))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=_environment(), check=False)
+    assert run.returncode < 0 or "Error" in run.stderr.splitlines()[-1], run.stderr
+
+
+def _environment():
+    here = Path(__file__).parent
+    return {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{here.parent}:{here}"}
