@@ -1,5 +1,6 @@
 # make demo   a small real model compressed, evaluated and generating from latents
 # make test   the whole suite, linters and types included
+# make resources   compiles every launch of the kernels for GPUs that need not be here
 # make bench-cpu | bench-quality | bench-memory   what bench/results holds; quality takes hours, cell by cell
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 TORCH := torch==2.13.0
 
-.PHONY: demo test bench-cpu bench-quality bench-memory clean
+.PHONY: demo test resources bench-cpu bench-quality bench-memory clean
 
 demo: $(VENV)/.demo
 	$(RUN) -m bench.demo
@@ -17,6 +18,9 @@ test: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(RUN) -m pytest
+
+resources: $(VENV)/.demo
+	$(RUN) -m bench.resources
 
 bench-cpu: $(VENV)/.demo
 	$(RUN) -m bench.cpu_decode

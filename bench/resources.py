@@ -328,6 +328,25 @@ def faults(c: Compilation, row: dict[str, Any]) -> list[str]:
     return found
 
 
+def table(results: dict[str, Any]) -> str:
+    """Kernel by device, the most that any of its launches uses; registers and spills of 16-bit launches."""
+    lines = [
+        "| kernel | device | launches | registers | spilled | shared KiB | products |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for kernel in dict.fromkeys(row["kernel"] for row in results["rows"]):
+        for device in DEVICES:
+            rows = [row for row in results["rows"] if (row["kernel"], row["device"]) == (kernel, device)]
+            half = [row for row in rows if row["dtype"] != "float32"]
+            products = sorted({p.split(".")[0] if "mma.m" in p else re.sub(r"\.m\d.*", "", p).replace("_f32", "")
+                               for row in half for p in row["products"]})  # fmt: skip
+            shared = -(-max(row["shared"] for row in rows) // 1024)
+            most = {n: max(row[n] for row in half) for n in ("registers", "spilled")}
+            cells = (kernel.removesuffix("_kernel"), device, len(rows), *most.values(), shared, ", ".join(products))
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a few launches, nothing written")

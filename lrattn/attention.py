@@ -46,7 +46,7 @@ def write_latents(
     lead = zk.shape[:-1]
     if not zk.dim():
         raise ValueError(f"zk: expected [.., {layer.row_width}], got a number")
-    kind: dict[str, Any] = {"dtype": k_cache.dtype, "device": k_cache.device}
+    kind: dict[str, Any] = {"dtype": k_cache.dtype, "device": k_cache.device, "contiguous": True}
     check("zk", zk.reshape(-1, zk.shape[-1]), f"n {layer.row_width}", {}, **kind)
     layer.check_presence("zv", zv)
     if zv is not None:
@@ -164,7 +164,7 @@ def decode_attention(
     if not dims["Hq"] or dims["Hq"] % dims["Hkv"]:
         raise ValueError(f"q: expected a multiple of Hkv={dims['Hkv']} query heads, got {dims['Hq']}")
     if sinks is not None:
-        check("sinks", sinks, "Hq", dims, dtype=accumulator_types(q.dtype), device=q.device)
+        check("sinks", sinks, "Hq", dims, dtype=accumulator_types(q.dtype), device=q.device, contiguous=True)
     if project not in PROJECTIONS:
         raise ValueError(f"project: expected one of {PROJECTIONS}, got {project!r}")
     if project == "hidden":

@@ -90,7 +90,7 @@ MUTANTS = [
     Mutant("combine.py", "bias + place * D", "bias + head * D", "sinks"),
     Mutant("combine.py", "result += mass[:, None] *", "result +=", "sinks"),
     Mutant("combine.py", "j * y_step", "0 * y_step", "batch"),
-    Mutant("decode.py", "slice(0, splits + 1) if after == 0 else", "slice(1, splits + 1) if after == 0 else", "chunks"),
+    Mutant("decode.py", "slice(0, size.splits + 1) if after", "slice(1, size.splits + 1) if after", "chunks"),
     Mutant("project.py", "+ k % D)[None, :]", "+ 0 * k)[None, :]", "queries"),
     Mutant("write.py", "slot % P * cv_strides[1]", "slot % 16 * cv_strides[1]", "write"),
     Mutant("write.py", "(slot >= 0) & (slot < num_slots)", "(slot >= 0) & (slot < num_slots - 1)", "write"),

@@ -173,7 +173,8 @@ def latent_scores_kernel(
 
 def relative(keys: Keys, tokens: Tokens, dtype: torch.dtype) -> bool:
     """Whether keys are turned relative to their tile: not where each token must have its own row of the table."""
-    return tokens.positions is None and not (keys.exact_turns and dtype == torch.float32)
+    free = tokens.positions is None and not (keys.exact_turns and dtype == torch.float32)
+    return free and keys.turns is not None
 
 
 def turn_queries(q: Tensor, keys: Keys, tokens: Tokens, rule: Rule, x: Tensor, first_tile: int, turned: bool) -> None:
