@@ -33,6 +33,7 @@ from lrattn import ops
 from lrattn.kernels import absorb, combine, decode, launch, project, rebuild, scores, values, write
 from lrattn.kernels.arguments import Keys, Rule, Tokens, Values
 
+PATH = report.RESULTS / "resources.json"
 SOURCES = sorted((Path(lrattn.__file__).parent / "kernels").glob("*.py"))
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 META = torch.device("meta")
@@ -329,21 +330,18 @@ def faults(c: Compilation, row: dict[str, Any]) -> list[str]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Kernel by device, the most that any of its launches uses; registers and spills of 16-bit launches."""
-    lines = [
-        "| kernel | device | launches | registers | spilled | shared KiB | products |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    """Kernel by device: the most that any of its launches uses, 16-bit ones for registers and spills."""
+    line = "{:24} {:6} {:>8} {:>9} {:>7} {:>10}  {}"
+    lines = [line.format("kernel", "device", "launches", "registers", "spilled", "shared KiB", "products")]
     for kernel in dict.fromkeys(row["kernel"] for row in results["rows"]):
         for device in DEVICES:
             rows = [row for row in results["rows"] if (row["kernel"], row["device"]) == (kernel, device)]
             half = [row for row in rows if row["dtype"] != "float32"]
-            products = sorted({p.split(".")[0] if "mma.m" in p else re.sub(r"\.m\d.*", "", p).replace("_f32", "")
-                               for row in half for p in row["products"]})  # fmt: skip
+            kinds = sorted({p.split(".")[0] if "." in p else "mfma" for row in half for p in row["products"]})
+            most = [max(row[n] for row in half) for n in ("registers", "spilled")]
             shared = -(-max(row["shared"] for row in rows) // 1024)
-            most = {n: max(row[n] for row in half) for n in ("registers", "spilled")}
-            cells = (kernel.removesuffix("_kernel"), device, len(rows), *most.values(), shared, ", ".join(products))
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
+            cells = (kernel.removesuffix("_kernel"), device, len(rows), *most, shared, ", ".join(kinds))
+            lines.append(line.format(*cells).rstrip())
     return "\n".join(lines)
 
 
@@ -361,9 +359,7 @@ def main() -> int:
     print(*bad, sep="\n")
     print(f"{len(rows)} kernels compiled, {len(bad)} unfit")
     if not quick:
-        report.save(
-            report.RESULTS / "resources.json", {"sources": sources_hash(), "triton": triton.__version__, "rows": rows}
-        )
+        report.save(PATH, {"sources": sources_hash(), "triton": triton.__version__, "rows": rows})
     return 1 if bad else 0
 
 

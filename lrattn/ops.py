@@ -81,7 +81,8 @@ def _write_latents(
 ) -> None:
     from lrattn.kernels.write import write_latents
 
-    write_latents(zk, zv, k_cache, v_cache, slots, keys_of(key_tensors, key_numbers), eps)
+    with torch.cuda.device_of(k_cache):  # Triton launches on the current device
+        write_latents(zk, zv, k_cache, v_cache, slots, keys_of(key_tensors, key_numbers), eps)
 
 
 def _rebuild(
@@ -105,8 +106,9 @@ def _rebuild(
         num_tokens = int(ends[-1]) if len(ends) else 0
     tokens = Tokens(block_table, seq_lens, None, positions, bound)
     k, v = (k_cache.new_empty(num_tokens, keys.num_heads, keys.head_dim) for _ in range(2))
-    rebuild_keys(k_cache, keys, tokens, ends, k)
-    rebuild_values(k_cache if v_cache is None else v_cache, values, tokens, ends, v)
+    with torch.cuda.device_of(k_cache):
+        rebuild_keys(k_cache, keys, tokens, ends, k)
+        rebuild_values(k_cache if v_cache is None else v_cache, values, tokens, ends, v)
     return k, v
 
 
@@ -144,22 +146,23 @@ def _decode_attention_out(
     from lrattn.kernels.decode import decode_attention
 
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    decode_attention(
-        q,
-        k_cache,
-        v_cache,
-        keys_of(key_tensors, key_numbers),
-        Values(*value_tensors, *value_numbers),
-        Tokens(block_table, seq_lens, seq_starts, positions, max_seq_len),
-        Rule(softmax_scale, softcap, causal, window_size),
-        sinks,
-        wo,
-        project,
-        num_splits,
-        workspace_limit,
-        out,
-        lse,
-    )
+    with torch.cuda.device_of(q):
+        decode_attention(
+            q,
+            k_cache,
+            v_cache,
+            keys_of(key_tensors, key_numbers),
+            Values(*value_tensors, *value_numbers),
+            Tokens(block_table, seq_lens, seq_starts, positions, max_seq_len),
+            Rule(softmax_scale, softcap, causal, window_size),
+            sinks,
+            wo,
+            project,
+            num_splits,
+            workspace_limit,
+            out,
+            lse,
+        )
     return lse
 
 

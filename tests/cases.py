@@ -38,6 +38,7 @@ class Case:
     starts: tuple[int, ...] | None = None
     sinks: bool = False
     strided: bool = False
+    dtype: torch.dtype = torch.float32  # the interpreter's; a GPU gets all
     call: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self):

@@ -1,5 +1,6 @@
 """The shapes a serving engine brings, as columns of values; every two values meet in some case."""
 
+import torch
 from cases import Case
 from pairwise import covering_rows
 
@@ -30,6 +31,7 @@ COLUMNS = {
     "max_seq_len": [None, 33],
     "workspace_limit": [256 << 20, 1],
     "strided": [False, True],
+    "dtype": [torch.float32, torch.float16],
 }
 KEY_RANKS = {"one chunk": (32, 32), "two chunks": (96, 96), "ragged": (16, 80), "streamed": (528, 528)}
 VALUE_RANKS = {"one tile": (32, 32), "odd": (48, 48), "ragged": (80, 16), "tiles": (272, 272)}
@@ -46,8 +48,10 @@ ROPES = {
 
 
 def allowed(row):
-    heads = row["C"] * row["groups"] * row["M"]
-    if heads > 24 or (row["workspace_limit"] == 1 and heads * row["S"] > 12) or (row["window"] and not row["causal"]):
+    heads, queries = row["C"] * row["groups"] * row["M"], row["S"]
+    if heads > 16 or heads * queries > (12 if row["workspace_limit"] == 1 else 32):
+        return False
+    if row["window"] and not row["causal"]:
         return False
     if row["key_rank"] == "ragged" and row["groups"] == 1:
         return False
@@ -88,6 +92,7 @@ def case_of(i, row):
         starts=tuple((3, 40, 0, 7, 1)[: len(lens)]) if row["starts"] else None,
         sinks=row["sinks"],
         strided=row["strided"],
+        dtype=row["dtype"],
         call=call,
     )
 

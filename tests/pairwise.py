@@ -4,7 +4,7 @@ import itertools
 import random
 
 
-def covering_rows(columns, allowed=lambda row: True, seed=0, tries=40):
+def covering_rows(columns, allowed=lambda row: True, seed=0, tries=200):
     """Rows {column: value} that cover all pairs which some allowed row holds; greedy, seeded, so always the same.
 
     columns: {name: list of values}. allowed: of a full row. A pair that no allowed row could hold in many tries is

@@ -100,7 +100,7 @@ MUTANTS = [
     Mutant("rebuild.py", "tl.load(ends + i_b) - length + t", "t", "rebuild"),
     Mutant("rebuild.py", "k_low * sin + k_high * cos", "k_low * sin - k_high * cos", "rebuild"),
     Mutant("rebuild.py", "head * x_strides[1]", "place * x_strides[1]", "rebuild"),
-    Mutant("rebuild.py", "(at < rows)", "(at < rows - 1)", "rebuild"),
+    Mutant("rebuild.py", "(at < rows)", "(at < rows - 1)", "known rows"),
 ]  # fmt: skip
 # These reach for memory that is not theirs: a process of its own sees what happens.
 WILD = [
@@ -115,11 +115,13 @@ def run(killer):
     norm = KILLERS["norm"]
     if killer == "write":
         wide = Case("write", P=32, Hkv=2, key_ranks=(32,), value_ranks=(48,))
-        test_kernels.test_write_latents(wide, torch.int64, torch.float32, CPU)
+        test_kernels.check_write(wide, torch.int64, torch.float32, CPU)
     elif killer == "write norm":
-        test_kernels.test_write_latents(norm, torch.int32, torch.float16, CPU)
+        test_kernels.check_write(norm, torch.int32, torch.float16, CPU)
     elif killer == "rebuild":
-        test_kernels.test_rebuild(KILLERS["groups"], torch.float32, CPU)
+        test_kernels.check_rebuild(KILLERS["groups"], torch.float32, CPU)
+    elif killer == "known rows":
+        test_kernels.test_rebuild_of_a_known_number_of_tokens("triton", CPU)
     elif killer == "long parts":
         long = Case("long parts", Hkv=1, lens=(300,), key_ranks=(16,), value_ranks=(16,))
         test_kernels.check(long, torch.float32, CPU)

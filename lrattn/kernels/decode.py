@@ -18,16 +18,16 @@ from lrattn.kernels.values import latent_values
 class Workspace(NamedTuple):
     """Temporaries of the sequences taken at a time, B of them."""
 
-    x: Tensor  # [B, tiles, Hq S, 2, D / 2] queries turned back for each tile, in q's dtype; one tile where none is
+    x: Tensor  # [B, tiles, Hq S, 2, D / 2] queries by tile, in q's dtype; one tile where none are turned back
     s: Tensor  # [B, Hq S, tokens] float32 scores
     y: Tensor  # [B, splits + 2, Hq S, Rv] float32 partial results
     lse: Tensor  # [B, splits + 2, Hq S] float32
 
     @classmethod
-    def allocate(cls, q: Tensor, size: Cut, rank: int, turned: bool) -> "Workspace":
+    def allocate(cls, q: Tensor, size: Cut, rank: int, query_tiles: int) -> "Workspace":
         rows, head_dim = q.shape[1] * q.shape[2], launch.block_d(q.shape[3])
         return cls(
-            q.new_empty(size.batch, size.tiles if turned else 1, rows, 2, head_dim // 2),
+            q.new_empty(size.batch, query_tiles, rows, 2, head_dim // 2),
             q.new_empty(size.batch, rows, size.tiles * launch.BLOCK_T, dtype=torch.float32),
             q.new_empty(size.batch, size.splits + 2, rows, rank, dtype=torch.float32),
             q.new_empty(size.batch, size.splits + 2, rows, dtype=torch.float32),
@@ -51,7 +51,7 @@ def decode_attention(
         workspace_limit,
     )  # fmt: skip
     turned = relative(keys, tokens, q.dtype)
-    work = Workspace.allocate(q, size, values.rank, turned)
+    work = Workspace.allocate(q, size, values.rank, 0 if keys.turns is None else size.tiles if turned else 1)
     heads = torch.empty_like(q[: size.batch], memory_format=torch.contiguous_format) if form == "hidden" else out
     cv = k_cache if v_cache is None else v_cache
     for b in range(0, batch, size.batch):
