@@ -66,8 +66,9 @@ class Problem(NamedTuple):
 
     rank: int = 128
     head: int = 128
-    queries: int = 1  # query rows of a kv head
-    group: int = 1  # kv heads per group
+    heads: int = 1  # M, query heads per kv head
+    steps: int = 1  # S, query tokens
+    group: int = 1  # C, kv heads per group
     dtype: torch.dtype = torch.bfloat16
     options: bool = False
     table: bool = False
@@ -88,6 +89,13 @@ class Problem(NamedTuple):
             key_norm=lrattn.KeyNorm(torch.ones(self.head, dtype=self.dtype)) if self.options else None,
         ).to(META)
         return ops.keys_of(*ops.key_side(layer)), Values(*ops.value_side(layer)[0], *ops.value_side(layer)[1])
+
+    def rows(self) -> int:
+        """Hq S, query rows of a sequence."""
+        return 2 * self.group * self.heads * self.steps
+
+    def query(self) -> torch.Tensor:
+        return empty(BATCH, self.steps, 2 * self.group * self.heads, self.head, dtype=self.dtype)
 
     def cache(self, keys: Keys) -> torch.Tensor:
         return empty(8, PAGE, 2 * self.rank + (0 if keys.norm_column < 0 else 16), dtype=self.dtype)
@@ -113,50 +121,50 @@ def fp32(*shape: int) -> torch.Tensor:
 
 def latent_scores(p: Problem) -> None:
     keys, _ = p.sides()
-    rows = keys.num_heads * p.queries
-    x = empty(BATCH, 2, rows, 2, launch.block_d(p.head) // 2, dtype=p.dtype)
-    s = fp32(BATCH, rows, 2 * launch.BLOCK_T)
-    scores.latent_scores(x, 1, p.cache(keys), keys, p.tokens(), p.rule(), s, 0, 2, 2, not p.table)
+    x = empty(BATCH, 2, p.rows(), 2, launch.block_d(p.head) // 2, dtype=p.dtype)
+    s = fp32(BATCH, p.rows(), 2 * launch.BLOCK_T)
+    scores.latent_scores(x, p.steps, p.cache(keys), keys, p.tokens(), p.rule(), s, 0, 2, 2, not p.table)
 
 
 def turn_queries(p: Problem) -> None:
     keys, _ = p.sides()
-    q = empty(BATCH, 1, keys.num_heads * p.queries, p.head, dtype=p.dtype)
-    x = empty(BATCH, 2, keys.num_heads * p.queries, 2, launch.block_d(p.head) // 2, dtype=p.dtype)
-    scores.turn_queries(q, keys, p.tokens(), p.rule(), x, 0, not p.table)
+    x = empty(BATCH, 2, p.rows(), 2, launch.block_d(p.head) // 2, dtype=p.dtype)
+    scores.turn_queries(p.query(), keys, p.tokens(), p.rule(), x, 0, not p.table)
 
 
 def absorb_queries(p: Problem) -> None:
     keys, _ = p.sides()
-    absorb.absorb_queries(empty(BATCH, 1, keys.num_heads * p.queries, p.head, dtype=p.dtype), keys)
+    absorb.absorb_queries(p.query(), keys)
 
 
 def absorbed_scores(p: Problem) -> None:
     keys, _ = p.sides()
-    rows = keys.num_heads * p.queries
-    a, constant = empty(BATCH, rows, p.rank, dtype=p.dtype), fp32(BATCH, rows) if p.options else None
-    s = fp32(BATCH, rows, 2 * launch.BLOCK_T)
-    absorb.absorbed_scores(a, constant, 1, p.cache(keys), keys, p.tokens(), p.rule(), s, 0, 2, 2)
+    a, constant = empty(BATCH, p.rows(), p.rank, dtype=p.dtype), fp32(BATCH, p.rows()) if p.options else None
+    s = fp32(BATCH, p.rows(), 2 * launch.BLOCK_T)
+    absorb.absorbed_scores(a, constant, p.steps, p.cache(keys), keys, p.tokens(), p.rule(), s, 0, 2, 2)
 
 
 def latent_values(p: Problem) -> None:
     keys, side = p.sides()
-    rows = keys.num_heads * p.queries
-    s, y, lse = fp32(BATCH, rows, 2 * launch.BLOCK_T), fp32(BATCH, 2, rows, p.rank), fp32(BATCH, 2, rows)
-    values.latent_values(s, 1, p.cache(keys), side, p.tokens(), p.rule(), y, lse, 0, 2)
+    s, y, lse = fp32(BATCH, p.rows(), 2 * launch.BLOCK_T), fp32(BATCH, 2, p.rows(), p.rank), fp32(BATCH, 2, p.rows())
+    values.latent_values(s, p.steps, p.cache(keys), side, p.tokens(), p.rule(), y, lse, 0, 2)
 
 
-def combine_splits(p: Problem) -> None:
+def combine_heads(p: Problem) -> None:
     _, side = p.sides()
-    rows = side.num_heads * p.queries
-    out = empty(BATCH, 1, rows, p.head, dtype=p.dtype)
-    sinks = fp32(rows) if p.options else None
-    combine.combine(fp32(BATCH, 2, rows, p.rank), fp32(BATCH, 2, rows), side, out, fp32(BATCH, 1, rows), sinks, up=True)
+    y, part, lse = fp32(BATCH, 2, p.rows(), p.rank), fp32(BATCH, 2, p.rows()), fp32(BATCH, *p.query().shape[1:3])
+    combine.combine(y, part, side, p.query(), lse, fp32(p.query().shape[2]) if p.options else None, up=True)
+
+
+def combine_latents(p: Problem) -> None:
+    _, side = p.sides()
+    y, part, lse = fp32(BATCH, 2, p.rows(), p.rank), fp32(BATCH, 2, p.rows()), fp32(BATCH, *p.query().shape[1:3])
+    combine.combine(y, part, side, fp32(*lse.shape, p.rank), lse)
 
 
 def project_heads(p: Problem) -> None:
-    x, wo = empty(BATCH, 1, 4, p.head, dtype=p.dtype), empty(4, p.head, 64, dtype=p.dtype)
-    project.project(x, wo, empty(BATCH, 1, 64, dtype=p.dtype))
+    wo = empty(p.query().shape[2], p.head, 64, dtype=p.dtype)
+    project.project(p.query(), wo, empty(BATCH, p.steps, 64, dtype=p.dtype))
 
 
 def write_latents(p: Problem) -> None:
@@ -171,6 +179,12 @@ def rebuild_keys(p: Problem) -> None:
     rebuild.rebuild_keys(p.cache(keys), keys, p.tokens(), empty(BATCH, dtype=torch.int64), x)
 
 
+def rebuild_values(p: Problem) -> None:
+    keys, side = p.sides()
+    x = empty(4, keys.num_heads, p.head, dtype=p.dtype)
+    rebuild.rebuild_values(p.cache(keys), side, p.tokens(), empty(BATCH, dtype=torch.int64), x)
+
+
 class Compilation(NamedTuple):
     """One launch to compile. product: the large product must run as the device's asynchronous instruction."""
 
@@ -181,35 +195,38 @@ class Compilation(NamedTuple):
 
 
 def compilations() -> Iterator[Compilation]:
-    """Every row of the table, on each of its devices, at its largest shapes."""
+    """Every row of the table, on each of its devices, at its largest shapes; 16, 32 and 64 query rows a program."""
+    few, many = ((1, 1), (7, 2)), ((7, 3), (16, 4))  # M, S
     for device in DEVICES:
         for row in rows_for(launch.LATENT_SCORES, device):
             rank, head = (528 if row.rank == launch.ANY else row.rank), (256 if row.head == launch.ANY else row.head)
-            for queries in {16: (1,)}.get(row.queries, (1, 64)):
+            for heads, steps in few if row.queries == 16 else few[:1] + many:
                 for options, table in ((False, False), (True, False), (True, row.table))[: 3 if row.table else 2]:
-                    problem = Problem(rank, head, queries, 1, dtype_of(row), options, table)
+                    problem = Problem(rank, head, heads, steps, 1, dtype_of(row), options, table)
                     yield Compilation(latent_scores, device, problem, row.itemsize == 2)
         for row in rows_for(launch.ABSORBED_SCORES, device):
             rank = 528 if row.rank == launch.ANY else row.rank
-            for queries in (1, 64):
+            for heads, steps in few if row.queries == 16 else few[:1] + many:
                 for options in (False, True):
-                    problem = Problem(rank, 128, queries, 1, dtype_of(row), options, rope=False)
+                    problem = Problem(rank, 128, heads, steps, 1, dtype_of(row), options, rope=False)
                     yield Compilation(absorbed_scores, device, problem, row.itemsize == 2)
         for row in rows_for(launch.LATENT_VALUES, device):
             rank = 528 if row.rank == launch.ANY else row.rank
-            for queries in {16: (1,)}.get(row.queries, (1, 64)):
-                problem = Problem(rank, 128, queries, 1, dtype_of(row))
-                yield Compilation(latent_values, device, problem, row.itemsize == 2 and queries == 64)
+            for heads, steps in few if row.queries == 16 else few[:1] + many:
+                problem = Problem(rank, 128, heads, steps, 1, dtype_of(row))
+                yield Compilation(latent_values, device, problem, row.itemsize == 2 and heads * steps == 64)
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             for options in (False, True):
-                small = Problem(96, 256, 64, 1, dtype, options)
-                yield Compilation(turn_queries, device, small)
-                yield Compilation(absorb_queries, device, small._replace(rope=False))
-                yield Compilation(combine_splits, device, small)
-                yield Compilation(project_heads, device, small)
-                yield Compilation(write_latents, device, small)
-                yield Compilation(rebuild_keys, device, small)
-                yield Compilation(rebuild_keys, device, small._replace(head=128))
+                large = Problem(96, 256, 16, 3, 1, dtype, options, table=options)
+                yield Compilation(turn_queries, device, large._replace(table=False))
+                yield Compilation(absorb_queries, device, large._replace(rope=False))
+                yield Compilation(combine_heads, device, large)
+                yield Compilation(project_heads, device, large)
+                yield Compilation(write_latents, device, large)
+                for head in (128, 256):
+                    yield Compilation(rebuild_keys, device, large._replace(head=head))
+                    yield Compilation(rebuild_values, device, large._replace(head=head))
+            yield Compilation(combine_latents, device, Problem(96, 256, 16, 3, 1, dtype))
 
 
 def rows_for(table: tuple[launch.Row, ...], device: str) -> list[launch.Row]:
@@ -221,14 +238,14 @@ def dtype_of(row: launch.Row) -> torch.dtype:
 
 
 QUICK = [
-    Compilation(latent_scores, "sm90", Problem(256, 128, 1), True),
-    Compilation(latent_scores, "sm90", Problem(160, 128, 64, options=True, table=True), True),
-    Compilation(latent_scores, "sm80", Problem(528, 128, 1, options=True), True),
-    Compilation(latent_scores, "sm100", Problem(128, 64, 1), True),
-    Compilation(latent_scores, "gfx9", Problem(128, 128, 1), True),
-    Compilation(absorbed_scores, "sm90", Problem(256, 128, 1, group=4, rope=False), True),
-    Compilation(latent_values, "sm90", Problem(256, 128, 1, group=4)),
-    Compilation(combine_splits, "sm90", Problem(256, 128, 1)),
+    Compilation(latent_scores, "sm90", Problem(256, 128), True),
+    Compilation(latent_scores, "sm90", Problem(160, 128, 16, 4, options=True, table=True), True),
+    Compilation(latent_scores, "sm80", Problem(528, 128, 7, 2, options=True), True),
+    Compilation(latent_scores, "sm100", Problem(128, 64), True),
+    Compilation(latent_scores, "gfx9", Problem(128, 128), True),
+    Compilation(absorbed_scores, "sm90", Problem(256, 128, group=4, rope=False), True),
+    Compilation(latent_values, "sm90", Problem(256, 128, group=4)),
+    Compilation(combine_heads, "sm90", Problem(256, 128)),
     Compilation(project_heads, "sm90", Problem()),
     Compilation(write_latents, "sm90", Problem(options=True)),
     Compilation(rebuild_keys, "sm90", Problem(), True),
@@ -281,7 +298,7 @@ def recompiled() -> list[str]:
     keys, side = Problem().sides()
     cache, q = Problem().cache(keys), empty(BATCH, 1, 2, 128, dtype=torch.bfloat16)
     with compiling("sm90") as compiled:
-        for pages, bound, splits in ((8, 128, 1), (1, 1, 3), (7, 100, 4), (64, 1024, 16)):
+        for pages, bound, splits in ((8, 128, 1), (1, 1, 3), (7, 100, 4), (9, 100, 6), (64, 1024, 16)):
             tokens = Tokens(empty(BATCH, pages), empty(BATCH), None, None, bound)
             step = (q, cache, cache, keys, side, tokens, Rule(1.0, 0.0, True, 0), None, None, "heads", splits, 1 << 28)
             decode.decode_attention(*step, torch.empty_like(q), fp32(BATCH, 1, 2))
@@ -293,7 +310,7 @@ def describe(c: Compilation) -> dict[str, Any]:
     p = c.problem
     options = "all" if p.options and p.table else "all but positions" if p.options else "none"
     dtype = str(p.dtype).split(".")[-1]
-    return {"rank": p.rank, "head": p.head, "queries": p.queries * p.group, "dtype": dtype, "options": options}
+    return {"rank": p.rank, "head": p.head, "M": p.heads, "S": p.steps, "dtype": dtype, "options": options}
 
 
 def resources(binary: Any) -> dict[str, Any]:

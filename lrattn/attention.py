@@ -6,6 +6,7 @@ cache are for inference: no gradient flows through them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,12 +14,15 @@ import torch
 from torch import Tensor
 
 from lrattn import ops, reference
+from lrattn.checks import accumulator_types, check_caches, check_integers, check_tables
 from lrattn.factors import LayerFactors
-from lrattn.shapes import FLOATS, RANK_STEP, accumulator, check
+from lrattn.shapes import accumulator, check
 
 PROJECTIONS = ("latent", "heads", "hidden")
 BACKENDS = ("reference", "triton")
 MAX_HEAD_DIM = 256  # of the kernels
+MAX_SPLITS = 1024
+ANY = math.inf
 
 
 @torch.no_grad()
@@ -37,28 +41,28 @@ def write_latents(
     Args:
         zk: [.., row_width], zv: [.., sum Rv] (None when shared), in the caches' dtype.
         k_cache: [N, P, k_width]; v_cache: [N, P, v_width] (None when shared).
-        slot_mapping: [..] int32 or int64, page * P + offset; slots outside [0, N * P) are skipped.
+        slot_mapping: [..] int32 or int64, page * P + offset; slots outside [0, N * P) are skipped. What a slot
+            holds after it was given twice is undefined.
 
     Raises: ValueError naming the tensor, what was expected and what came; the caches are then untouched.
     """
     backend = _backend(backend, layer)
-    _check_caches(layer, k_cache, v_cache, writable=True)
-    lead = zk.shape[:-1]
-    if not zk.dim():
-        raise ValueError(f"zk: expected [.., {layer.row_width}], got a number")
-    kind: dict[str, Any] = {"dtype": k_cache.dtype, "device": k_cache.device, "contiguous": True}
-    check("zk", zk.reshape(-1, zk.shape[-1]), f"n {layer.row_width}", {}, **kind)
+    check_caches(layer, k_cache, v_cache, writable=True)
     layer.check_presence("zv", zv)
-    if zv is not None:
-        if zv.shape[:-1] != lead:
-            raise ValueError(f"zv: expected leading axes {list(lead)} as in zk, got {list(zv.shape[:-1])}")
-        check("zv", zv.reshape(-1, zv.shape[-1]), f"n {layer.v_width}", {}, **kind)
-        zv = zv.reshape(-1, zv.shape[-1])
+    lead = zk.shape[:-1]
+    kind: dict[str, Any] = {"dtype": k_cache.dtype, "device": k_cache.device, "contiguous": True}
+    for name, x, width in (("zk", zk, layer.row_width), ("zv", zv, layer.v_width)):
+        if x is None:
+            continue
+        if not x.dim() or x.shape[-1] != width or x.shape[:-1] != lead:
+            raise ValueError(f"{name}: expected shape {[*lead, width]}, got {list(x.shape)}")
+        check(name, x.reshape(-1, width), f"n {width}", {}, **kind)
     if slot_mapping.shape != lead or slot_mapping.dtype not in (torch.int32, torch.int64):
         got = f"{list(slot_mapping.shape)} {slot_mapping.dtype}"
         raise ValueError(f"slot_mapping: expected shape {list(lead)}, int32 or int64, got {got}")
     check("slot_mapping", slot_mapping.reshape(-1), "n", {}, device=k_cache.device)
-    zk, slots = zk.reshape(-1, zk.shape[-1]), slot_mapping.reshape(-1)
+    zk, slots = zk.reshape(-1, layer.row_width), slot_mapping.reshape(-1)
+    zv = None if zv is None else zv.reshape(-1, layer.v_width)
     if backend == "reference":
         reference.write_latents(layer, zk, zv, k_cache, v_cache, slots)
     else:
@@ -89,10 +93,9 @@ def rebuild(
     Raises: ValueError naming the tensor, what was expected and what came.
     """
     backend = _backend(backend, layer)
-    _check_caches(layer, k_cache, v_cache)
-    _check_tables(k_cache, block_table, seq_lens, None, positions)
-    if num_tokens is not None and num_tokens < 0:
-        raise ValueError(f"num_tokens: expected at least 0, got {num_tokens}")
+    check_caches(layer, k_cache, v_cache)
+    check_tables(k_cache, block_table, seq_lens, None, positions)
+    check_integers(num_tokens=(num_tokens, 0, ANY))
     if backend == "reference":
         k, v = reference.rebuild(k_cache, v_cache, layer, block_table, seq_lens, positions)
         return k[:num_tokens], v[:num_tokens]
@@ -143,7 +146,8 @@ def decode_attention(
         softcap: scores become softcap * tanh(score / softcap), before masking; 0 is off.
         sinks: [Hq] float32 logits that join the denominator and lse.
         project: "latent" [B, S, Hq, max Rv] | "heads" [B, S, Hq, D] | "hidden" [B, S, E] through layer.wo.
-        num_splits: token ranges merged by lse; 0 is planned. A fixed number makes rows independent of the batch.
+        num_splits: token ranges merged by lse, at most 1024; 0 is planned. A fixed number makes rows independent of
+            the batch; its partial results are held whatever the workspace_limit.
         workspace_limit: bytes of temporaries; beyond it tokens go in chunks.
         out: buffer of the result's shape and q's dtype to write to and return.
         return_lse: also return lse [B, S, Hq], natural log, float32 (float64 for float64).
@@ -155,8 +159,8 @@ def decode_attention(
     Source: ReCalKV (arXiv 2505.24357) for the factors; online softmax and the merge by lse as in FlashAttention.
     """
     backend = _backend(backend, layer)
-    _check_caches(layer, k_cache, v_cache)
-    _check_tables(k_cache, block_table, seq_lens, seq_starts, positions)
+    check_caches(layer, k_cache, v_cache)
+    check_tables(k_cache, block_table, seq_lens, seq_starts, positions)
     flat = q.dim() == 3
     q4 = q[:, None] if flat else q
     dims = {"B": block_table.shape[0], "D": layer.head_dim, "Hkv": layer.num_kv_heads}
@@ -176,21 +180,20 @@ def decode_attention(
         axes = {"latent": "Hq Rv", "heads": "Hq D", "hidden": "E"}[project]
         kind: dict[str, Any] = {"dtype": q.dtype, "device": q.device, "contiguous": True, "writable": True}
         check("out", out, f"B {'' if flat else 'S '}{axes}", dims, **kind)
-    for name, value, least in (
-        ("window_size", window_size, 1),
-        ("max_seq_len", max_seq_len, 0),
-        ("num_splits", num_splits, 0),
-        ("softcap", softcap, 0),
-        ("workspace_limit", workspace_limit, 1),
-    ):
-        if value is not None and not value >= least:
-            raise ValueError(f"{name}: expected at least {least}, got {value}")
+    check_integers(
+        window_size=(window_size, 1, ANY),
+        max_seq_len=(max_seq_len, 0, ANY),
+        num_splits=(num_splits, 0, MAX_SPLITS),
+        workspace_limit=(workspace_limit, 1, ANY),
+    )
+    scale = layer.head_dim**-0.5 if softmax_scale is None else softmax_scale
+    if not (-ANY < scale < ANY and 0 <= softcap < ANY):
+        raise ValueError(f"softmax_scale, softcap: expected finite, softcap at least 0, got {scale}, {softcap}")
     if window_size is not None and not causal:
         raise ValueError(f"window_size: expected None with causal=False, got {window_size}")
 
     bound = block_table.shape[1] * k_cache.shape[1]
     bound = bound if max_seq_len is None else min(bound, max_seq_len)
-    scale = layer.head_dim**-0.5 if softmax_scale is None else softmax_scale
     if backend == "triton":
         arguments = (
             q4,
@@ -209,7 +212,7 @@ def decode_attention(
             softcap,
             causal,
             bound,
-            window_size or 0,
+            min(window_size or 0, bound + q4.shape[1]),
             num_splits,
             workspace_limit,
         )
@@ -300,10 +303,6 @@ def workspace_bytes(
     return ops.workspace_bytes(layer, q_shape, bound, window_size or 0, num_splits, workspace_limit)
 
 
-def accumulator_types(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
-    return (torch.float32, torch.float64) if dtype == torch.float64 else (torch.float32,)
-
-
 def _backend(backend: str | None, layer: LayerFactors) -> str:
     """The backend of a call: what was asked for, or what fits the layer."""
     check_backend(backend)
@@ -320,33 +319,3 @@ def _backend(backend: str | None, layer: LayerFactors) -> str:
 def check_backend(backend: str | None) -> None:
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend: expected None or one of {BACKENDS}, got {backend!r}")
-
-
-def _check_caches(layer: LayerFactors, k_cache: Tensor, v_cache: Tensor | None, *, writable: bool = False) -> None:
-    dims: dict[str, int] = {}
-    kind: dict[str, Any] = {"device": layer.device, "contiguous": True, "writable": writable}
-    check("k_cache", k_cache, f"N P {layer.k_width}", dims, dtype=FLOATS, **kind)
-    if k_cache.dtype != layer.dtype:
-        raise ValueError(f"k_cache: expected the layer's dtype {layer.dtype}, got {k_cache.dtype}")
-    if dims["P"] % RANK_STEP or not dims["P"]:
-        raise ValueError(f"k_cache: expected a page size that is a multiple of {RANK_STEP}, got {dims['P']}")
-    layer.check_presence("v_cache", v_cache)
-    if v_cache is not None:
-        check("v_cache", v_cache, f"N P {layer.v_width}", dims, dtype=k_cache.dtype, **kind)
-
-
-def _check_tables(
-    k_cache: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    seq_starts: Tensor | None,
-    positions: Tensor | None,
-) -> None:
-    dims = {"N": k_cache.shape[0], "P": k_cache.shape[1]}
-    kind: dict[str, Any] = {"dtype": torch.int32, "device": k_cache.device}
-    check("block_table", block_table, "B pages", dims, contiguous=True, **kind)
-    check("seq_lens", seq_lens, "B", dims, **kind)
-    if seq_starts is not None:
-        check("seq_starts", seq_starts, "B", dims, **kind)
-    if positions is not None:
-        check("positions", positions, "N P", dims, **kind)

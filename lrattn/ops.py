@@ -21,12 +21,12 @@ KEYS = "Tensor?[] key_tensors, int[] key_numbers"
 VALUES = "Tensor?[] value_tensors, int[] value_numbers"
 DECODE = f"""Tensor q, Tensor k_cache, Tensor? v_cache, Tensor block_table, Tensor seq_lens, Tensor? seq_starts,
     Tensor? positions, Tensor? sinks, {KEYS}, {VALUES}, Tensor? wo, str project, float softmax_scale, float softcap,
-    bool causal, int max_seq_len, int window_size, int num_splits, int workspace_limit"""
+    bool causal, SymInt max_seq_len, int window_size, int num_splits, int workspace_limit"""
 SCHEMAS = (
     f"""write_latents(Tensor zk, Tensor? zv, Tensor(a!) k_cache, Tensor(b!)? v_cache, Tensor slots, {KEYS}, float eps)
     -> ()""",
     f"""rebuild(Tensor k_cache, Tensor? v_cache, Tensor block_table, Tensor seq_lens, Tensor? positions, {KEYS},
-    {VALUES}, int num_tokens) -> (Tensor, Tensor)""",
+    {VALUES}, SymInt num_tokens) -> (Tensor, Tensor)""",
     f"decode_attention({DECODE}) -> (Tensor, Tensor)",
     f"decode_attention_out({DECODE}, Tensor(a!) out) -> Tensor",
 )

@@ -19,7 +19,8 @@ LINES = 350
 # A module may import modules that stand before it: the order of the data.
 ORDER = [
     "shapes", "rope", "safefile", "projection", "basis", "factors", "parts", "calibrate", "clusters", "ranks",
-    "methods", "propagate", "compress", "summary", "cache", "reference", "kernels", "ops", "attention",
+    "methods", "propagate", "compress", "summary", "cache", "reference", "kernels", "ops", "checks",
+    "attention",
     "integrations", "__main__",
 ]  # fmt: skip
 DUMPING_GROUNDS = {"utils", "helpers", "common", "misc", "base", "tools", "core"}

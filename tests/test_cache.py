@@ -101,10 +101,10 @@ def test_rebuild_reads_back_what_was_written(name):
 
 def bad_writes(layer, zk, zv, k_cache, v_cache, slots):
     return {
-        r"zk: expected shape \[n, 32\]": (zk[:, :-1], zv, k_cache, v_cache, slots),
+        r"zk: expected shape \[3, 32\]": (zk[:, :-1], zv, k_cache, v_cache, slots),
         "zk: expected dtype": (zk.float(), zv, k_cache, v_cache, slots),
-        r"zv: expected shape \[n, 48\]": (zk, zv[:, 1:], k_cache, v_cache, slots),
-        "zv: expected leading axes": (zk, zv[1:], k_cache, v_cache, slots),
+        r"zv: expected shape \[3, 48\]": (zk, zv[:, 1:], k_cache, v_cache, slots),
+        r"zv: expected shape \[3, 48\], got \[2, 48\]": (zk, zv[1:], k_cache, v_cache, slots),
         "zv: expected a tensor": (zk, None, k_cache, v_cache, slots),
         r"slot_mapping: expected shape \[3\], int32 or int64, got \[2\]": (zk, zv, k_cache, v_cache, slots[:2]),
         r"slot_mapping: expected .* got \[3\] torch.float32": (zk, zv, k_cache, v_cache, slots.float()),
@@ -114,7 +114,7 @@ def bad_writes(layer, zk, zv, k_cache, v_cache, slots):
         "k_cache: expected a contiguous last axis": (zk, zv, k_cache.mT.contiguous().mT, v_cache, slots),
         r"v_cache: expected shape \[N=2": (zk, zv, k_cache, v_cache[:1], slots),
         "v_cache: expected memory of its own": (zk, zv, k_cache, v_cache[:1].expand(2, -1, -1), slots),
-        r"zk: expected \[\.\., 32\], got a number": (zk[0, 0], zv, k_cache, v_cache, slots),
+        r"zk: expected shape \[32\], got \[\]": (zk[0, 0], zv, k_cache, v_cache, slots),
         "v_cache: expected a tensor": (zk, zv, k_cache, None, slots),
     }
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from cases import Case, make, make_layer
-from test_kernels import attend, on
+from test_kernels import attend, exact, on
 
 import lrattn
+from lrattn.cache import norm_columns
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -13,9 +14,11 @@ DTYPES = [torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("limit", [256 << 20, 300_000], ids=["whole", "in chunks"])
 @pytest.mark.parametrize("rope", ["default", None], ids=["rebuilt", "absorbed"])
-def test_a_captured_step_is_right_for_the_next(rope, dtype):
-    case = Case("graph", M=4, D=128, key_ranks=(64, 96), value_ranks=(128,), lens=(200, 90, 1), rope=rope)
+def test_a_captured_step_is_right_for_the_next(rope, limit, dtype):
+    case = Case("graph", M=4, D=128, key_ranks=(64, 96), value_ranks=(128,), lens=(200, 90, 1), rope=rope,
+                call={"workspace_limit": limit})  # fmt: skip
     layer, q, k_cache, v_cache, kwargs = on(CUDA, *make(case, dtype))
     problem = (layer, q, k_cache, v_cache, kwargs)
     out = torch.empty_like(q)
@@ -29,6 +32,9 @@ def test_a_captured_step_is_right_for_the_next(rope, dtype):
         graph.replay()
         expected, expected_lse = attend(problem)
         assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
+        true, true_lse = exact((layer, q, k_cache, v_cache, kwargs))
+        assert (out.cpu().double() - true).abs().max() <= 8 * torch.finfo(dtype).eps * true.abs().max()
+        assert torch.equal(lse.cpu() == -torch.inf, true_lse == -torch.inf)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -45,6 +51,17 @@ def test_writing_is_captured_too(dtype):
     graph.replay()
     rows = k_cache.flatten(0, 1)
     assert torch.equal(rows[1, : layer.row_width], zk[0]) and torch.equal(rows[63, : layer.row_width], zk[1])
+    own = norm_columns(layer, zk)
+    torch.testing.assert_close(rows[[1, 63], layer.row_width :], own[:2], rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_on_a_device_that_is_not_current():
+    problem = make(Case("second", lens=(40, 3)), torch.float16)
+    expected = attend(on(CUDA, *problem))
+    with torch.cuda.device(0):
+        got = attend(on(torch.device("cuda:1"), *problem))
+    assert torch.equal(got[0].cpu(), expected[0].cpu())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,5 +1,6 @@
 """The kernels against the reference in float64, no worse than PyTorch in their own dtype; on the CPU interpreted."""
 
+import random
 from dataclasses import replace
 
 import dense
@@ -7,14 +8,13 @@ import pytest
 import torch
 from cases import CASES, Case, make, make_layer
 from closeness import assert_no_worse
-from matrix import COLUMNS, MATRIX, ROWS
+from matrix import COLUMNS, MATRIX, ROWS, allowed
 from pairwise import uncovered
 
 import lrattn
 from lrattn.cache import inverse_rms
 
 RAGGED = Case("ragged", M=2, S=2, lens=(70, 33, 1, 0), key_ranks=(32, 16), value_ranks=(64, 16), bias=True, sinks=True)
-SHARED_COLUMNS = {"value_rank", "value_groups"}
 
 
 def on(device, layer, q, k_cache, v_cache, kwargs):
@@ -67,14 +67,11 @@ def test_the_cases_of_the_reference(case, kernel_dtype, device):
 
 
 def test_every_two_values_meet():
-    """All but those that exclude each other (matrix.allowed)."""
+    """All but those that no allowed row holds: none is found among thousands drawn with the pair in."""
+    draw = random.Random(0)
     for a, x, b, y in uncovered(ROWS, COLUMNS):
-        assert (
-            {a, b} == {"causal", "window"}
-            or ("shared" in (a, b) and {a, b} & SHARED_COLUMNS)
-            or {(a, x), (b, y)} >= {("groups", 1), ("key_rank", "ragged")}
-            or {a, b} <= {"C", "groups", "M", "S", "workspace_limit", "value_groups", "value_rank"}
-        ), (a, x, b, y)
+        tries = ({n: draw.choice(values) for n, values in COLUMNS.items()} | {a: x, b: y} for _ in range(4000))
+        assert not any(map(allowed, tries)), f"{a}={x} and {b}={y} meet nowhere"
 
 
 LONG = {
@@ -124,6 +121,60 @@ def test_far_positions(t0, positions, kernel_dtype, device):
     close = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[kernel_dtype]
     torch.testing.assert_close(out.double(), true, rtol=0, atol=close)
     torch.testing.assert_close(lse.double(), true_lse, rtol=0, atol=close)
+
+
+@pytest.mark.parametrize("num_splits", [1, 4])
+@pytest.mark.parametrize("cause", ["past the table", "a position", "the query", "a value"])
+def test_what_is_no_number_stays_none(cause, num_splits, device):
+    """A GPU does not know the lengths before it runs: where it cannot be right it must not look right."""
+    rope = {"max_position": 64} if cause == "past the table" else "default"
+    case = Case("nan", Hkv=2, lens=(200,), rope=rope, positions=cause == "a position")
+    layer, q, k_cache, v_cache, kwargs = on(device, *make(replace(case, lens=(60,)), torch.float32))
+    if cause == "past the table":
+        kwargs["seq_lens"] += 10
+    elif cause == "a position":
+        kwargs["positions"][kwargs["block_table"][0, 1].item(), 3] = 5000
+    elif cause == "the query":
+        q[..., 5] = torch.nan
+    else:
+        v_cache[kwargs["block_table"][0, 1].item(), 3] = torch.nan
+    if cause == "past the table":
+        used = kwargs["block_table"][0, :4].tolist()
+        kwargs["block_table"][0, 4] = next(page for page in range(len(k_cache)) if page not in used)
+        k_cache.nan_to_num_(0.0), v_cache.nan_to_num_(0.0)
+    out, lse = attend((layer, q, k_cache, v_cache, kwargs), num_splits=num_splits)
+    assert out.isnan().all() and (lse.isnan().all() or cause == "a value")
+
+
+@pytest.mark.parametrize("rope", ["default", None], ids=["rebuilt", "absorbed"])
+def test_large_keys_before_their_norm(rope, device):
+    """A raw key may be too large for float16; its norm is not."""
+    case = Case("large", Hkv=2, key_norm=True, key_ranks=(32,), lens=(40,), rope=rope)
+    layer = make_layer(case, torch.float32)
+    keys = replace(layer.keys, up=layer.keys.up * 1000)
+    layer = replace(layer, keys=keys).to(dtype=torch.float16)
+    k_cache, v_cache = lrattn.allocate_cache(layer, 3, 16)
+    g = torch.Generator().manual_seed(0)
+    zk, zv = (torch.randn(40, n, generator=g).half() for n in (layer.row_width, layer.v_width))
+    lrattn.write_latents(layer, zk * 100, zv, k_cache, v_cache, torch.arange(40))
+    q = torch.randn(1, 1, 2, 64, generator=g).half()
+    kwargs = {
+        "block_table": torch.arange(3, dtype=torch.int32)[None],
+        "seq_lens": torch.tensor([40], dtype=torch.int32),
+    }
+    problem = on(device, layer, q, k_cache, v_cache, kwargs)
+    out, lse = (x.cpu() for x in attend(problem))
+    expected, expected_lse = exact(problem)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-2)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("window", [2**31 - 1, 2**40])
+def test_a_window_wider_than_everything(window, device):
+    problem = on(device, *make(Case("wide window", Hkv=2, S=3, lens=(40, 2)), torch.float32))
+    expected = attend(problem)
+    for got, want in zip(attend(problem, window_size=window), expected):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("rope", ["default", None], ids=["rebuilt", "absorbed"])
@@ -261,7 +312,9 @@ def test_nothing_is_written_for_no_tokens(device):
 
 
 def test_offsets_beyond_32_bits(device):
-    """Pages two billion elements apart: most of the memory is never touched."""
+    """Pages and queries two billion elements apart: most of the memory is never touched."""
+    if device.type == "cuda" and torch.cuda.mem_get_info()[0] < 36 << 30:
+        pytest.skip("needs 36 GiB of GPU memory")
     case = Case("far pages", Hkv=2, key_ranks=(16,), value_ranks=(16,), lens=(40,), rope={"max_position": 64})
     layer, q, k_cache, v_cache, kwargs = make(case, torch.float16)
     step = 2**30 + 16
@@ -276,6 +329,13 @@ def test_offsets_beyond_32_bits(device):
     expected = attend((layer, q, k_cache, v_cache, kwargs))
     got = attend((layer, q, *far, kwargs))
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+    pool = torch.empty(2 * step + 128, dtype=torch.float16, device=device)
+    queries = pool.as_strided((1, 3, 2, 64), (1, step, 64, 1))
+    for i in range(3):
+        queries[:, i] = q[:, 0] * (i + 1)
+    for way in (layer, replace(layer, rope=None)):
+        near, apart = (attend((way, x, k_cache, v_cache, kwargs)) for x in (queries.contiguous(), queries))
+        assert torch.equal(near[0], apart[0])
     slots = torch.tensor([used[0] * 16, max(used) * 16 + 3], device=device)
     lrattn.write_latents(layer, k_cache[0, :2] * 0, v_cache[0, :2] * 0, *far, slots, backend="triton")
     assert all((pool[page, i] == 0).all() for pool in far for page, i in ((used[0], 0), (max(used), 3)))

@@ -74,6 +74,24 @@ def test_compile_traces_the_whole_call(name, device):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+def test_one_compilation_serves_every_length(device):
+    layer, q, k_cache, v_cache, kwargs = on(device, *make(Case("grow", Hkv=2, lens=(20, 3)), torch.float32))
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def step(q, table, lens, rows):
+        out = lrattn.decode_attention(q, k_cache, v_cache, layer, block_table=table, seq_lens=lens, backend="triton")
+        k, _ = lrattn.rebuild(k_cache, v_cache, layer, table, lens, num_tokens=rows, backend="triton")
+        return out, k
+
+    compiled = torch.compile(step, fullgraph=True, backend=counter, dynamic=True)
+    table, lens = kwargs["block_table"], kwargs["seq_lens"]
+    for width in range(21, 26):  # no size of the layer's, which torch would take for the same number
+        wider = torch.cat((table, table.new_full((2, width - table.shape[1]), -1)), 1)
+        got, k = compiled(q, wider, lens, 44 - width)
+        assert torch.equal(got, step(q, wider, lens, 23)[0]) and len(k) == 44 - width
+    assert counter.frame_count == 1
+
+
 @pytest.fixture
 def launches(monkeypatch, request):
     """Grids of the kernels a call would launch; none runs, so tensors may be without numbers."""
@@ -101,6 +119,26 @@ def test_a_call_reads_no_number_from_the_device(name, launches, monkeypatch):
     ops._rebuild(k_cache, v_cache, *tables, *ops.key_side(layer), *ops.value_side(layer), 23)
     assert {n for n, _ in launches} >= {"latent_values_kernel", "combine_kernel", "project_kernel", "rebuild_kernel"}
     assert all(0 < size < 65536 for _, grid in launches for size in grid[1:])
+
+
+@pytest.mark.parametrize("shape", [(2048, 128), (1, 70_000), (70_000, 1)], ids=str)
+def test_large_calls_fit_a_grid(shape, launches, monkeypatch):
+    """All axes of a CUDA grid but the first hold 65535."""
+    monkeypatch.setattr("lrattn.kernels.launch.name", lambda device: "sm90")
+    layer, _, k_cache, v_cache, _ = on("meta", *make(Case("large", Hkv=1, M=8, lens=(5,)), torch.float16))
+    batch, queries = shape
+    q = torch.empty(batch, queries, 8, 64, dtype=torch.float16, device="meta")
+    tables = {n: torch.empty(batch, *rest, dtype=torch.int32, device="meta") for n, rest in
+              (("block_table", (300,)), ("seq_lens", ()))}  # fmt: skip
+    given = list(
+        arguments((layer, q, k_cache, v_cache, {**tables, "seq_starts": None, "positions": None, "sinks": None}))
+    )
+    given[-1] = 4 << 30
+    given[-8] = "hidden"
+    ops._decode_attention(*given)
+    ops._rebuild(k_cache, v_cache, *tables.values(), None, *ops.key_side(layer), *ops.value_side(layer), 23)
+    assert launches and all(0 < n < 65536 for _, grid in launches for n in grid[1:])
+    assert all(grid[0] < 2**31 for _, grid in launches)
 
 
 def test_the_launches_follow_from_shapes_alone(launches, device):
@@ -140,7 +178,7 @@ def test_what_a_backend_refuses():
     with pytest.raises(ValueError, match="layer: expected at most 256 dimensions a head"):
         lrattn.workspace_bytes(layer, query_heads=1, backend="triton")
     layer, _, k_cache, v_cache, kwargs = make(Case("rows", lens=(5,)), torch.float32)
-    with pytest.raises(ValueError, match="num_tokens: expected at least 0, got -2"):
+    with pytest.raises(ValueError, match="num_tokens: expected an integer from 0 to inf, got -2"):
         lrattn.rebuild(k_cache, v_cache, layer, kwargs["block_table"], kwargs["seq_lens"], num_tokens=-2)
 
 

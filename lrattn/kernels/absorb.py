@@ -10,6 +10,7 @@ from lrattn.kernels import launch
 from lrattn.kernels.arguments import Keys, Rule, Tokens
 from lrattn.kernels.tiles import (
     LENGTHS,
+    SLICED,
     load_inverse_rms,
     load_latents,
     load_rows,
@@ -23,7 +24,7 @@ from lrattn.kernels.tiles import (
 
 
 # fmt: off
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=SLICED)
 def absorb_queries_kernel(
     q, q_strides,            # [B, S, Hq, D]    query, model order
     uk,                      # [sum Rk, C * D]  key basis
@@ -49,7 +50,8 @@ def absorb_queries_kernel(
     d = tl.arange(0, BLOCK_D)
     i = tl.program_id(0) // Hkv * BLOCK_Q + tl.arange(0, BLOCK_Q)
     in_q = i < M * S
-    p_q = q + i_b * q_strides[0] + (i % S) * q_strides[1] + (head * M + i // S) * q_strides[2]
+    s, h = (i % S).to(tl.int64), (head * M + i // S).to(tl.int64)
+    p_q = q + i_b * q_strides[0] + s * q_strides[1] + h * q_strides[2]
     x = tl.load(p_q[:, None] + d[None, :], mask=in_q[:, None] & (d < D)[None, :], other=0.0)
     if weight is not None:
         x = x.to(tl.float32) * tl.load(weight + d, mask=d < D, other=0.0)[None, :]
@@ -64,7 +66,7 @@ def absorb_queries_kernel(
     tl.store(p_a, got.to(a.dtype.element_ty), mask=in_q[:, None] & (r < rank)[None, :])
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=SLICED)
 def absorbed_scores_kernel(
     a, a_strides,            # [B, Hq * S, Rk]  absorbed queries
     constant,                # [B, Hq * S]      float32, or None without a key bias

@@ -7,11 +7,11 @@ from triton import cdiv
 
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Values
-from lrattn.kernels.tiles import LENGTHS, load_run
+from lrattn.kernels.tiles import LENGTHS, SLICED, load_run
 
 
 # fmt: off
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=SLICED)
 def combine_kernel(
     y, y_strides,            # [B, splits, Hq * S, Rv]  float32 partial results; not read where lse is -inf
     part_lse, lse_strides,   # [B, splits, Hq * S]      float32, natural log
@@ -22,48 +22,49 @@ def combine_kernel(
     out, out_strides,        # [B, S, Hq, D | Rv]  out; latents past a head's own rank are zero
     lse, out_lse_strides,    # [B, S, Hq]       out, float32
     B, S, splits, width,
-    C: tl.constexpr, M: tl.constexpr, Hkv: tl.constexpr, D: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    C: tl.constexpr, M: tl.constexpr, Hkv: tl.constexpr, D: tl.constexpr, BLOCKS_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """out[b, i, h] = (sum_j w_j y[b, j, h S + i]) @ uv[k] + mass * bias[k],   w_j = exp(lse_j - lse),  k = h // M
 
     lse = log(sum_j exp(lse_j) + exp(sink)) and mass = sum_j w_j, which is 1 without sinks.
 
-    Grid: (column blocks, Hkv, row blocks of B M S). A program owns BLOCK_Q rows that share a kv head, and with it
+    Grid: (BLOCKS_D * Hkv * row blocks of B M S). A program owns BLOCK_Q rows that share a kv head, and with it
     BLOCK_D columns of its basis (of the result when there is none): the basis is read once per row block.
-    Needs: nothing of the sizes. Sums are float32, in the order of the splits.
+    Needs: nothing of the sizes. Sums are float32, over BLOCK_S splits at a time.
     Reference: lrattn.reference.merge_attention, _join_sinks, _project. Derivation: docs/kernels.md#combine.
     """
-    i_d = tl.program_id(0)
-    head = tl.program_id(1)
-    n = tl.program_id(2).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)  # (b M + m) S + s
+    i_d = tl.program_id(0) % BLOCKS_D
+    head = tl.program_id(0) // BLOCKS_D % Hkv
+    n = tl.program_id(0) // (BLOCKS_D * Hkv) * BLOCK_Q + tl.arange(0, BLOCK_Q)  # (b M + m) S + s
     in_n = n < B * M * S
-    b, i = n // (M * S), n % (M * S)
+    b, i = (n // (M * S)).to(tl.int64), n % (M * S)
     place = tl.load(places + head)
     _, rank, _ = load_run(runs, place // C)
-    row = head * M * S + i
+    row = (head * M * S + i).to(tl.int64)
     p_lse = part_lse + b * lse_strides[0] + row
     p_y = y + b * y_strides[0] + row * y_strides[2]
     h = head * M + i // S
-    lse_step = tl.full([1], 1, tl.int64) * lse_strides[1]
-    y_step = tl.full([1], 1, tl.int64) * y_strides[1]
+    j = tl.arange(0, BLOCK_S).to(tl.int64)
 
     peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-    for j in range(splits):
-        peak = tl.maximum(peak, tl.load(p_lse + j * lse_step, mask=in_n, other=float("-inf")))
-    base = tl.where(peak == float("-inf"), 0.0, peak)
+    for j0 in range(0, splits, BLOCK_S):
+        part = load_parts(p_lse, lse_strides[1], j0 + j, splits, in_n)
+        peak = tl.maximum(peak, tl.max(part, 1))
     if sinks is not None:
         sink = tl.load(sinks + h, mask=in_n, other=float("-inf"))
         peak = tl.maximum(peak, sink)
-        base = tl.where(peak == float("-inf"), 0.0, peak)
+    base = tl.where(peak == float("-inf"), 0.0, peak)
     mass = tl.zeros([BLOCK_Q], tl.float32)
-    for j in range(splits):
-        mass += tl.exp(tl.load(p_lse + j * lse_step, mask=in_n, other=float("-inf")) - base)
+    for j0 in range(0, splits, BLOCK_S):
+        part = load_parts(p_lse, lse_strides[1], j0 + j, splits, in_n)
+        mass += tl.sum(tl.exp(part - base[:, None]), 1)
     total = mass
     if sinks is not None:
         total += tl.exp(sink - base)
-    joined = tl.where(total > 0, base + tl.log(total), float("-inf"))
-    mass = mass / tl.where(total > 0, total, 1.0)
+    some = total != 0  # a NaN stays one
+    joined = tl.where(some, base + tl.log(total), float("-inf"))
+    mass = mass / tl.where(some, total, 1.0)
     if i_d == 0:
         p_out = lse + b * out_lse_strides[0] + (i % S) * out_lse_strides[1] + h * out_lse_strides[2]
         tl.store(p_out, joined, mask=in_n)
@@ -71,20 +72,16 @@ def combine_kernel(
     c = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
     result = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     if uv is None:
-        for j in range(splits):
-            part = tl.load(p_lse + j * lse_step, mask=in_n, other=float("-inf"))
-            some = (part > float("-inf"))[:, None] & (c < rank)[None, :]
-            x = tl.load((p_y + j * y_step)[:, None] + c[None, :], mask=some, other=0.0)
-            result += tl.where(part == float("-inf"), 0.0, tl.exp(part - joined))[:, None] * x
+        for j0 in range(0, splits, BLOCK_S):
+            part = load_parts(p_lse, lse_strides[1], j0 + j, splits, in_n)
+            result += merged(p_y, y_strides[1], j0 + j, part, joined, c, rank)
     else:
         for r0 in range(0, rank, BLOCK_R):
             r = r0 + tl.arange(0, BLOCK_R)
             latent = tl.zeros([BLOCK_Q, BLOCK_R], tl.float32)
-            for j in range(splits):
-                part = tl.load(p_lse + j * lse_step, mask=in_n, other=float("-inf"))
-                some = (part > float("-inf"))[:, None] & (r < rank)[None, :]
-                x = tl.load((p_y + j * y_step)[:, None] + r[None, :], mask=some, other=0.0)
-                latent += tl.where(part == float("-inf"), 0.0, tl.exp(part - joined))[:, None] * x
+            for j0 in range(0, splits, BLOCK_S):
+                part = load_parts(p_lse, lse_strides[1], j0 + j, splits, in_n)
+                latent += merged(p_y, y_strides[1], j0 + j, part, joined, r, rank)
             u = tl.load(
                 uv + head * uv_strides[0] + r[:, None] * uv_strides[1] + c[None, :] * uv_strides[2],
                 mask=(r < rank)[:, None] & (c < D)[None, :],
@@ -95,6 +92,29 @@ def combine_kernel(
             result += mass[:, None] * tl.load(bias + place * D + c, mask=c < D, other=0.0)[None, :]
     p_out = out + b * out_strides[0] + (i % S) * out_strides[1] + h * out_strides[2]
     tl.store(p_out[:, None] + c[None, :], result.to(out.dtype.element_ty), mask=in_n[:, None] & (c < width)[None, :])
+
+
+@triton.jit
+def load_parts(p_lse, stride, j, splits, in_n):
+    """lse of splits j: [BLOCK_Q, BLOCK_S]; -inf past the last."""
+    return tl.load(
+        p_lse[:, None] + j[None, :] * stride,
+        mask=in_n[:, None] & (j < splits)[None, :],
+        other=float("-inf"),
+    )
+
+
+@triton.jit
+def merged(p_y, stride, j, part, joined, r, rank):
+    """sum_j exp(part_j - joined) y_j over splits j, latents r: [BLOCK_Q, len(r)]. What has no part is not read."""
+    some = part != float("-inf")
+    weight = tl.where(some, tl.exp(part - joined[:, None]), 0.0)
+    x = tl.load(
+        (p_y[:, None] + j[None, :] * stride)[:, :, None] + r[None, None, :],
+        mask=some[:, :, None] & (r < rank)[None, None, :],
+        other=0.0,
+    )
+    return tl.sum(weight[:, :, None] * x, 1)
 # fmt: on
 
 
@@ -109,11 +129,12 @@ def combine(
     heads = values.num_heads
     rows = batch * num_queries * (query_heads // heads)
     choice = launch.pick(launch.COMBINE, launch.name(out.device), out.itemsize)
-    combine_kernel[cdiv(width, choice.block_d), heads, cdiv(rows, choice.block_q)](
+    blocks_d = cdiv(width, choice.block_d)
+    combine_kernel[(blocks_d * heads * cdiv(rows, choice.block_q),)](
         y, y.stride(), part_lse, part_lse.stride(), values.up if up else None, values.up.stride(),
         values.bias if up else None, sinks, values.runs, values.places, out, out.stride(), lse, lse.stride(),
         batch, num_queries, y.shape[1], width,
-        C=values.group_size, M=query_heads // heads, Hkv=heads, D=values.up.shape[2],
-        BLOCK_Q=choice.block_q, BLOCK_R=choice.block_r, BLOCK_D=choice.block_d,
+        C=values.group_size, M=query_heads // heads, Hkv=heads, D=values.up.shape[2], BLOCKS_D=blocks_d,
+        BLOCK_Q=choice.block_q, BLOCK_S=choice.block_s, BLOCK_R=choice.block_r, BLOCK_D=choice.block_d,
         num_warps=choice.warps, num_stages=choice.stages,
     )  # fmt: skip

@@ -13,6 +13,7 @@ from lrattn.kernels.plan import Cut, cut
 from lrattn.kernels.project import project
 from lrattn.kernels.scores import latent_scores, relative, turn_queries
 from lrattn.kernels.values import latent_values
+from lrattn.shapes import round_up
 
 
 class Workspace(NamedTuple):
@@ -30,7 +31,8 @@ class Workspace(NamedTuple):
             q.new_empty(size.batch, query_tiles, rows, 2, head_dim // 2),
             q.new_empty(size.batch, rows, size.tiles * launch.BLOCK_T, dtype=torch.float32),
             q.new_empty(size.batch, size.splits + 2, rows, rank, dtype=torch.float32),
-            q.new_empty(size.batch, size.splits + 2, rows, dtype=torch.float32),
+            # every row of splits at a multiple of 16, whatever the number of splits: one compilation
+            q.new_empty(size.batch, size.splits + 2, round_up(rows, 16), dtype=torch.float32)[:, :, :rows],
         )
 
     def of(self, n: int) -> "Workspace":

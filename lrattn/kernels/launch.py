@@ -25,6 +25,7 @@ class Launch(NamedTuple):
     block_r: int = 0  # latents
     block_d: int = 0  # dimensions of a head
     block_n: int = 0  # tokens to write
+    block_s: int = 0  # splits to merge
     resident: bool = False  # a program reads its basis, or its absorbed queries, once
 
 
@@ -44,11 +45,12 @@ HOPPER = ("sm90", "sm100")
 BIG = ("sm80", "sm90", "sm100")  # more than 160 KiB of shared memory; gfx9 has 64
 
 LATENT_SCORES = (
-    Row(Launch(4, 2, block_d=64, resident=True), HOPPER, head=64, rank=384),
+    Row(Launch(4, 2, block_d=64, resident=True), HOPPER, head=64, rank=384, queries=16),
+    Row(Launch(8, 2, block_d=64, resident=True), HOPPER, head=64, rank=384),
     Row(Launch(4, 2, block_d=64, resident=True), ("sm80",), head=64, rank=256),
-    Row(Launch(4, 2, block_d=128, resident=True), ("sm90",), head=128, rank=128),  # two programs a multiprocessor
+    Row(Launch(4, 2, block_d=128, resident=True), ("sm90",), head=128, rank=128, queries=16),  # two to a multiprocessor
+    Row(Launch(8, 2, block_d=128, resident=True), ("sm90",), head=128, rank=128),
     Row(Launch(4, 1, block_d=128, resident=True), ("sm90",), head=128, rank=256, queries=16, table=False),  # also two
-    Row(Launch(4, 2, block_d=128, resident=True), ("sm90",), head=128, rank=256),
     Row(Launch(4, 2, block_d=128, resident=True), ("sm90",), head=128, rank=320, queries=16),
     Row(Launch(8, 3, block_r=64, block_d=128), HOPPER),
     Row(Launch(8, 2, block_r=64, block_d=128), ("sm80",), head=128),
@@ -81,8 +83,8 @@ ABSORB_QUERIES = (
 )
 TURN_QUERIES = (Row(Launch(4, 1, block_q=16), (), itemsize=4),)
 COMBINE = (
-    Row(Launch(4, 2, block_q=16, block_r=64, block_d=64), ()),
-    Row(Launch(4, 1, block_q=16, block_r=32, block_d=32), (), itemsize=4),
+    Row(Launch(4, 2, block_q=16, block_s=8, block_r=64, block_d=64), ()),
+    Row(Launch(4, 1, block_q=16, block_s=8, block_r=32, block_d=32), (), itemsize=4),
 )
 PROJECT = (
     Row(Launch(4, 4, block_q=16, block_r=128, block_d=32), BIG),
@@ -169,6 +171,10 @@ def name(device: torch.device) -> str:
     target = triton.runtime.driver.active.get_current_target()
     if target.backend == "hip":
         return "gfx9"
+    if target.arch < 80:
+        raise ValueError(f"backend: expected compute capability 8.0 or newer for 'triton', got {target.arch / 10}")
+    if target.arch >= 120:  # 99 KiB of shared memory and mma.sync, as sm86
+        return "sm80"
     return "sm100" if target.arch >= 100 else "sm90" if target.arch >= 90 else "sm80"
 
 

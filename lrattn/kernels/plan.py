@@ -7,11 +7,13 @@ from triton import cdiv
 
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Keys, Rule, Values
+from lrattn.shapes import round_up
 
 WAVES = 2  # programs a multiprocessor should get at least
 PART_TILES = 32  # most tiles of one program of the scores, so that ragged batches balance
 SPLIT_TILES = 4  # fewest tiles of a planned split, so that partial results stay small beside the latents
 LARGEST_AXIS = 65535  # of a CUDA grid, but for the first
+MOST_TILES = 32767  # at a time: times a number of parts they stay below 2^31
 
 
 class Cut(NamedTuple):
@@ -49,16 +51,16 @@ def cut(
     if rule.window:  # a window may begin and end inside a tile
         total = min(total, cdiv(rule.window + num_queries - 2, launch.BLOCK_T) + 1)
     fill = WAVES * launch.processors(device)
-    per_split = rows * (values.rank + 1) * 4
+    per_split = (rows * values.rank + round_up(rows, 16)) * 4  # a partial result and its lse
     wanted = min(cdiv(fill, batch * value_programs), total // SPLIT_TILES, limit // (2 * per_split))
     splits = num_splits or max(1, wanted)
     fixed = rows * (keys.rank + 1) * 4 if keys.turns is None else 0  # absorbed queries
     fixed += rows * keys.head_dim * dtype.itemsize  # heads before the output projection
-    fixed += (splits + 2) * per_split  # partial results and their lse
+    fixed += (splits + 2) * per_split
     per_tile = rows * launch.BLOCK_T * 4
     if keys.turns is not None:  # queries, turned back for each tile
         per_tile += rows * launch.block_d(keys.head_dim) * dtype.itemsize
-    tiles = max(1, min(total, (limit - fixed) // per_tile, LARGEST_AXIS))
+    tiles = max(1, min(total, (limit - fixed) // per_tile, MOST_TILES))
     held = fixed + tiles * per_tile
     at_once = max(1, min(batch, limit // held, LARGEST_AXIS))
     parts = max(cdiv(tiles, PART_TILES), min(cdiv(fill, at_once * score_programs), tiles // 2), 1)

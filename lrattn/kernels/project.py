@@ -6,28 +6,30 @@ from torch import Tensor
 from triton import cdiv
 
 from lrattn.kernels import launch
-from lrattn.kernels.tiles import LENGTHS
+from lrattn.kernels.tiles import LENGTHS, SLICED
 
 
 # fmt: off
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=SLICED)
 def project_kernel(
     x, x_strides,            # [B, S, Hq, D]    heads
     wo, wo_strides,          # [Hq, D, E]       output projection, any strides
     out, out_strides,        # [B, S, E]        out
     B, S, E,
     Hq: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCKS_D: tl.constexpr,
 ):
     """out[b, i] = sum_h x[b, i, h] @ wo[h]
 
-    Grid: (column blocks, row blocks). A program owns BLOCK_Q of the B S rows and BLOCK_D of the E columns, and sums
+    Grid: (BLOCKS_D * row blocks). A program owns BLOCK_Q of the B S rows and BLOCK_D of the E columns, and sums
     over all heads in one order: a row's result does not depend on its batch.
     Needs: nothing of the sizes. Sums are float32.
     Reference: lrattn.reference._project. Derivation: docs/kernels.md#combine.
     """
-    n = tl.program_id(1).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    e = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    p_x = x + n // S * x_strides[0] + n % S * x_strides[1]
+    n = tl.program_id(0) // BLOCKS_D * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    e = tl.program_id(0) % BLOCKS_D * BLOCK_D + tl.arange(0, BLOCK_D)
+    b, i = (n // S).to(tl.int64), n % S
+    p_x = x + b * x_strides[0] + i * x_strides[1]
     result = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     for k0 in range(0, Hq * D, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
@@ -44,7 +46,7 @@ def project_kernel(
             other=0.0,
         )
         result = tl.dot(a, w, result, input_precision="ieee")
-    p_out = out + n // S * out_strides[0] + n % S * out_strides[1]
+    p_out = out + b * out_strides[0] + i * out_strides[1]
     tl.store(p_out[:, None] + e[None, :], result.to(out.dtype.element_ty), mask=(n < B * S)[:, None] & (e < E)[None, :])
 # fmt: on
 
@@ -54,8 +56,10 @@ def project(x: Tensor, wo: Tensor, out: Tensor) -> None:
     batch, num_queries, query_heads, head_dim = x.shape
     rows, width = batch * num_queries, wo.shape[2]
     choice = launch.pick(launch.PROJECT, launch.name(x.device), x.itemsize)
-    project_kernel[cdiv(width, choice.block_d), cdiv(rows, choice.block_q)](
+    blocks_d = cdiv(width, choice.block_d)
+    project_kernel[(blocks_d * cdiv(rows, choice.block_q),)](
         x, x.stride(), wo, wo.stride(), out, out.stride(), batch, num_queries, width,
         Hq=query_heads, D=head_dim, BLOCK_Q=choice.block_q, BLOCK_K=choice.block_r, BLOCK_D=choice.block_d,
+        BLOCKS_D=blocks_d,
         num_warps=choice.warps, num_stages=choice.stages,
     )  # fmt: skip

@@ -9,6 +9,7 @@ from lrattn.kernels import launch
 from lrattn.kernels.arguments import Keys, Tokens, Values
 from lrattn.kernels.tiles import (
     LENGTHS,
+    SLICED,
     load_inverse_rms,
     load_latents,
     load_rows,
@@ -20,7 +21,7 @@ from lrattn.kernels.tiles import (
 
 
 # fmt: off
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=SLICED)
 def rebuild_kernel(
     cache, cache_strides,    # [N, P, width]    key or value rows by page
     pages, pages_stride,     # [B, pages]       int32
@@ -32,21 +33,21 @@ def rebuild_kernel(
     turns,                   # [max_position, ROTARY]  float32, cos and sin of a pair adjacent; None: no rotation
     positions, pos_strides,  # [N, P]           int32, or None: the index in the sequence
     x, x_strides,            # [sum T, Hkv, D]  out, model order
-    bound, rows, max_position, norm_column,
+    bound, tiles, rows, max_position, norm_column,
     C: tl.constexpr, D: tl.constexpr, P: tl.constexpr, Hkv: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, NORMED: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
     """x[ends[b] - T_b + t, k] = Rot(t) norm(cache[b, t, g] @ basis[k] + bias[k])
 
-    Grid: (Hkv, token blocks, B). A program owns BLOCK_T tokens of one kv head.
+    Grid: (Hkv * tiles * B). A program owns BLOCK_T tokens of one kv head.
     Needs: BLOCK_D a power of two >= 32 and >= D, P a multiple of 16. Sums are float32.
     Reference: lrattn.reference.rebuild. Derivation: docs/kernels.md#rebuild.
     """
-    place = tl.program_id(0)
-    i_b = tl.program_id(2).to(tl.int64)
+    place = tl.program_id(0) % Hkv
+    i_b = (tl.program_id(0) // Hkv // tiles).to(tl.int64)
     length = tl.minimum(tl.maximum(tl.load(lens + i_b * lens_stride), 0), bound)
-    t0 = tl.program_id(1) * BLOCK_T
+    t0 = tl.program_id(0) // Hkv % tiles * BLOCK_T
     if t0 >= length:
         return
     t = t0 + tl.arange(0, BLOCK_T)
@@ -106,13 +107,14 @@ def rebuild_values(cv: Tensor, values: Values, tokens: Tokens, ends: Tensor, x: 
 def _rebuild(cache, rows, runs, heads, bias, weight, turns, tokens, ends, x, *, max_position, norm_column, **constants):
     page_size, head_dim = cache.shape[1], x.shape[2]
     choice = launch.pick(launch.REBUILD, launch.name(cache.device), cache.itemsize, head=launch.block_d(head_dim))
-    grid = (heads.shape[0], cdiv(tokens.bound, launch.BLOCK_T), tokens.lens.shape[0])
-    if not min(grid) or not x.shape[0]:
+    tiles = cdiv(tokens.bound, launch.BLOCK_T)
+    programs = heads.shape[0] * tiles * tokens.lens.shape[0]
+    if not programs or not x.shape[0]:
         return
-    rebuild_kernel[grid](
+    rebuild_kernel[(programs,)](
         cache, cache.stride(), tokens.pages, tokens.pages.stride(0), tokens.lens, tokens.lens.stride(0), ends,
         rows, runs, heads, bias, weight, turns, tokens.positions, tokens.positions_strides,
-        x, x.stride(), tokens.bound, x.shape[0], max_position, norm_column,
+        x, x.stride(), tokens.bound, tiles, x.shape[0], max_position, norm_column,
         D=head_dim, P=page_size, Hkv=heads.shape[0], **constants,
         BLOCK_D=launch.block_d(head_dim), BLOCK_T=launch.BLOCK_T, BLOCK_R=choice.block_r,
         num_warps=choice.warps, num_stages=choice.stages,

@@ -10,6 +10,7 @@ from lrattn.kernels import launch
 from lrattn.kernels.arguments import Keys, Rule, Tokens
 from lrattn.kernels.tiles import (
     LENGTHS,
+    SLICED,
     load_inverse_rms,
     load_latents,
     load_rows,
@@ -25,7 +26,7 @@ from lrattn.kernels.tiles import (
 
 
 # fmt: off
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=SLICED)
 def turn_queries_kernel(
     q, q_strides,            # [B, S, Hq, D]    query, rotated, model order
     lens, lens_stride,       # [B]              int32, tokens held
@@ -49,7 +50,8 @@ def turn_queries_kernel(
     i = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     j = tl.arange(0, BLOCK_D // 2)
     low, high = pair_columns(j, ROTARY, INTERLEAVED)
-    p_q = q + i_b * q_strides[0] + (i % S) * q_strides[1] + (i // S) * q_strides[2]
+    s, h = (i % S).to(tl.int64), (i // S).to(tl.int64)
+    p_q = q + i_b * q_strides[0] + s * q_strides[1] + h * q_strides[2]
     q_low = tl.load(p_q[:, None] + low[None, :], mask=(i < rows)[:, None] & (low < D)[None, :], other=0.0)
     q_high = tl.load(p_q[:, None] + high[None, :], mask=(i < rows)[:, None] & (high < D)[None, :], other=0.0)
     if not TABLE:
@@ -66,7 +68,7 @@ def turn_queries_kernel(
     tl.store(p_x + x_strides[3], q_high.to(x.dtype.element_ty), mask=(i < rows)[:, None])
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=SLICED)
 def latent_scores_kernel(
     x, x_strides,            # [B, tiles, Hq * S, 2, D / 2]  queries by tile, dims of pairs apart, padded with zeros
     ck, ck_strides,          # [N, P, width]    key rows by page
@@ -82,7 +84,7 @@ def latent_scores_kernel(
     scale, softcap, bound, S, window, max_position, norm_column, first_tile, tiles, parts,
     C: tl.constexpr, M: tl.constexpr, D: tl.constexpr, P: tl.constexpr, Hkv: tl.constexpr,
     ROTARY: tl.constexpr, TABLE: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, NORMED: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
     R1: tl.constexpr, R2: tl.constexpr, RESIDENT: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr,
 ):
@@ -116,7 +118,8 @@ def latent_scores_kernel(
         if not TABLE:
             cos, sin = load_turns(turns, tl.arange(0, BLOCK_T), BLOCK_T, d, ROTARY)
     i = tl.program_id(0) // Hkv * BLOCK_Q + tl.arange(0, BLOCK_Q)  # row m S + s of the kv head
-    row = (tl.load(heads + place) * M * S + i).to(tl.int64)
+    head = tl.load(heads + place)
+    row = (head * M * S + i).to(tl.int64)
     in_q = i < M * S
     query = tl.where(in_q, i % S, -1)
     p_s = s + i_b * s_strides[0] + row * s_strides[1]
@@ -134,6 +137,8 @@ def latent_scores_kernel(
         else:
             at = tl.arange(0, BLOCK_T)
             p_x += ((t0 - origin) // BLOCK_T).to(tl.int64) * x_strides[1]
+        if weight is not None:
+            inverse = load_inverse_rms(p_ck, norm_column, Hkv, head, live)
         score = tl.zeros([BLOCK_T, BLOCK_Q], tl.float32)
         for d0 in tl.static_range(0, D, BLOCK_D):
             if RESIDENT:
@@ -147,8 +152,8 @@ def latent_scores_kernel(
                     k = tl.dot(load_latents(p_ck, column, rank, live, r + r1), u, k, input_precision="ieee")
             if bias is not None:
                 k += tl.load(bias + place * D + d0 + d, mask=d0 + d < D, other=0.0)[None, :]
-            if weight is not None:
-                k *= tl.load(weight + d0 + d, mask=d0 + d < D, other=0.0)[None, :]
+            if weight is not None:  # the norm before rounding: a raw key may be too large for float16
+                k *= inverse[:, None] * tl.load(weight + d0 + d, mask=d0 + d < D, other=0.0)[None, :]
             if TABLE:
                 cos, sin = load_turns(turns, at, max_position, d0 + d, ROTARY)
             elif not RESIDENT:
@@ -160,8 +165,6 @@ def latent_scores_kernel(
             score = tl.dot(turned_low, tl.trans(q_low), score, input_precision="ieee")
             q_high = tl.load(p_x + x_strides[3] + d0 // 2, mask=in_q[:, None], other=0.0)
             score = tl.dot(turned_high, tl.trans(q_high), score, input_precision="ieee")
-        if NORMED:
-            score *= load_inverse_rms(p_ck, norm_column, Hkv, tl.load(heads + place), live)[:, None]
         score *= scale
         if CAPPED:
             score = soft_cap(score, softcap)
@@ -207,7 +210,7 @@ def latent_scores(
         num_queries, rule.window, keys.max_position, keys.norm_column, first_tile, tiles, parts,
         C=keys.group_size, M=rows // num_queries, D=keys.head_dim, P=ck.shape[1], Hkv=heads,
         ROTARY=keys.rotary_dim, TABLE=not turned,
-        CAUSAL=rule.causal, WINDOWED=rule.window > 0, CAPPED=rule.softcap > 0, NORMED=keys.norm_column >= 0,
+        CAUSAL=rule.causal, WINDOWED=rule.window > 0, CAPPED=rule.softcap > 0,
         R1=r1, R2=r2, RESIDENT=choice.resident,
         BLOCK_D=choice.block_d, BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T,
         num_warps=choice.warps, num_stages=choice.stages,

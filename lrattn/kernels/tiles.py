@@ -9,6 +9,9 @@ LENGTHS = (
     "lens_stride", "starts_stride", "slots_stride",
 )  # fmt: skip
 
+# Rows of these are taken a few sequences at a time: where such a slice begins may not matter either.
+SLICED = ("lens", "starts", "pages", "part_lse", "lse")
+
 
 @triton.jit
 def reach(lens, lens_stride, starts, starts_stride, i_b, bound, S, window, WINDOWED: tl.constexpr):

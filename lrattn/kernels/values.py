@@ -7,11 +7,11 @@ from triton import cdiv
 
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Rule, Tokens, Values
-from lrattn.kernels.tiles import LENGTHS, load_latents, load_run, part_of, reach, slots
+from lrattn.kernels.tiles import LENGTHS, SLICED, load_latents, load_run, part_of, reach, slots
 
 
 # fmt: off
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=SLICED)
 def latent_values_kernel(
     s, s_strides,            # [B, Hq * S, T]   float32 scores of the chunk; -inf where not seen
     cv, cv_strides,          # [N, P, width]    value rows by page
@@ -74,7 +74,7 @@ def latent_values_kernel(
         acc = tl.dot(p.to(z.dtype), z, acc * fade[:, None], input_precision="ieee")
         peak = above
 
-    some = total > 0
+    some = total != 0  # a NaN stays one
     if i_r == 0:
         tl.store(p_lse, tl.where(some, peak + tl.log(total), float("-inf")), mask=in_q)
     p_y = y + i_b * y_strides[0] + i_s.to(tl.int64) * y_strides[1] + row * y_strides[2]

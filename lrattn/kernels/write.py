@@ -8,11 +8,11 @@ from triton import cdiv
 
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Keys
-from lrattn.kernels.tiles import LENGTHS, load_latents, load_rows, load_run
+from lrattn.kernels.tiles import LENGTHS, SLICED, load_latents, load_rows, load_run
 
 
 # fmt: off
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=SLICED)
 def write_latents_kernel(
     zk, zk_stride,           # [n, row width]   key latents
     zv, zv_stride,           # [n, v width]     value latents, or None
@@ -47,7 +47,7 @@ def write_latents_kernel(
         tl.store(p_cv[:, None] + r[None, :], z, mask=live[:, None] & (r < v_width)[None, :])
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=SLICED)
 def norm_columns_kernel(
     zk, zk_stride,           # [n, row width]   key latents
     ck, ck_strides,          # [N, P, k width]  out: two columns of each token and kv head

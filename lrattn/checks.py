@@ -1,0 +1,52 @@
+"""What the public ops ask of their arguments, by metadata alone: shape, dtype, device, stride, and host numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrattn.factors import LayerFactors
+from lrattn.shapes import FLOATS, RANK_STEP, check
+
+
+def accumulator_types(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    return (torch.float32, torch.float64) if dtype == torch.float64 else (torch.float32,)
+
+
+def check_caches(layer: LayerFactors, k_cache: Tensor, v_cache: Tensor | None, *, writable: bool = False) -> None:
+    dims: dict[str, int] = {}
+    kind: dict[str, Any] = {"device": layer.device, "contiguous": True, "writable": writable}
+    check("k_cache", k_cache, f"N P {layer.k_width}", dims, dtype=FLOATS, **kind)
+    if k_cache.dtype != layer.dtype:
+        raise ValueError(f"k_cache: expected the layer's dtype {layer.dtype}, got {k_cache.dtype}")
+    if dims["P"] % RANK_STEP or not dims["P"]:
+        raise ValueError(f"k_cache: expected a page size that is a multiple of {RANK_STEP}, got {dims['P']}")
+    layer.check_presence("v_cache", v_cache)
+    if v_cache is not None:
+        check("v_cache", v_cache, f"N P {layer.v_width}", dims, dtype=k_cache.dtype, **kind)
+
+
+def check_tables(
+    k_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    seq_starts: Tensor | None,
+    positions: Tensor | None,
+) -> None:
+    dims = {"N": k_cache.shape[0], "P": k_cache.shape[1]}
+    kind: dict[str, Any] = {"dtype": torch.int32, "device": k_cache.device}
+    check("block_table", block_table, "B pages", dims, contiguous=True, **kind)
+    check("seq_lens", seq_lens, "B", dims, **kind)
+    if seq_starts is not None:
+        check("seq_starts", seq_starts, "B", dims, **kind)
+    if positions is not None:
+        check("positions", positions, "N P", dims, **kind)
+
+
+def check_integers(**numbers: tuple[Any, int, float]) -> None:
+    """Raises ValueError for a value that is no integer within its bounds and not None: name=(value, least, most)."""
+    for name, (value, least, most) in numbers.items():
+        if value is not None and not (isinstance(value, int) and least <= value <= most):
+            raise ValueError(f"{name}: expected an integer from {least} to {most}, got {value}")
