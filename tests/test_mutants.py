@@ -89,7 +89,7 @@ MUTANTS = [
     Mutant("combine.py", "place // C", "head // C", "sinks"),
     Mutant("combine.py", "bias + place * D", "bias + head * D", "sinks"),
     Mutant("combine.py", "result += mass[:, None] *", "result +=", "sinks"),
-    Mutant("combine.py", "j * y_step", "0 * y_step", "batch"),
+    Mutant("combine.py", "(p_y[:, None] + j[None, :] * stride)", "(p_y[:, None] + 0 * j[None, :])", "batch"),
     Mutant("decode.py", "slice(0, size.splits + 1) if after", "slice(1, size.splits + 1) if after", "chunks"),
     Mutant("project.py", "+ k % D)[None, :]", "+ 0 * k)[None, :]", "queries"),
     Mutant("write.py", "slot % P * cv_strides[1]", "slot % 16 * cv_strides[1]", "write"),

@@ -24,7 +24,7 @@ class Launch(NamedTuple):
     block_q: int = 0  # query rows
     block_r: int = 0  # latents
     block_d: int = 0  # dimensions of a head
-    block_n: int = 0  # tokens to write
+    block_n: int = 0  # tokens to write or to rebuild
     block_s: int = 0  # splits to merge
     resident: bool = False  # a program reads its basis, or its absorbed queries, once
 
@@ -52,10 +52,13 @@ LATENT_SCORES = (
     Row(Launch(8, 2, block_d=128, resident=True), ("sm90",), head=128, rank=128),
     Row(Launch(4, 1, block_d=128, resident=True), ("sm90",), head=128, rank=256, queries=16, table=False),  # also two
     Row(Launch(4, 2, block_d=128, resident=True), ("sm90",), head=128, rank=320, queries=16),
-    Row(Launch(8, 3, block_r=64, block_d=128), HOPPER),
-    Row(Launch(8, 2, block_r=64, block_d=128), ("sm80",), head=128),
-    Row(Launch(8, 1, block_r=64, block_d=128), ("sm80",)),
-    Row(Launch(4, 2, block_r=64, block_d=128), ()),
+    Row(Launch(8, 3, block_r=64, block_d=128), ("sm90",)),
+    Row(Launch(8, 3, block_r=64, block_d=128), ("sm100",), head=128),
+    Row(Launch(8, 3, block_r=64, block_d=128), ("sm100",), queries=16),
+    Row(Launch(8, 2, block_r=64, block_d=128), ("sm80",), head=128, queries=16),
+    Row(Launch(8, 1, block_r=64, block_d=128), ("sm80",), queries=16),
+    Row(Launch(4, 2, block_r=64, block_d=128), ("gfx9",), queries=16),
+    Row(Launch(8, 2, block_r=64, block_d=64), ()),
     Row(Launch(8, 1, block_r=32, block_d=64), (), itemsize=4),
 )
 ABSORBED_SCORES = (
@@ -64,17 +67,18 @@ ABSORBED_SCORES = (
     Row(Launch(8, 2, resident=True), BIG, rank=256),
     Row(Launch(8, 3, block_r=128), HOPPER),
     Row(Launch(8, 2, block_r=64), ("sm80",)),
-    Row(Launch(4, 2, block_r=64), ()),
+    Row(Launch(4, 2, block_r=64), (), queries=16),
+    Row(Launch(8, 1, block_r=64), ()),
     Row(Launch(4, 1, block_r=32), (), itemsize=4),
 )
 LATENT_VALUES = (
-    Row(Launch(4, 3, block_r=64), (), rank=64),
-    Row(Launch(4, 3, block_r=128), BIG, rank=128, queries=16),
+    Row(Launch(4, 3, block_r=64), (), rank=64, queries=16),
     Row(Launch(4, 3, block_r=256), BIG, rank=256, queries=16),
-    Row(Launch(4, 3, block_r=128), BIG, queries=16),
-    Row(Launch(4, 3, block_r=128), HOPPER),
+    Row(Launch(4, 3, block_r=128), ("sm80", "sm90"), queries=16),
+    Row(Launch(4, 2, block_r=128), ("sm100", "gfx9"), queries=16),
+    Row(Launch(4, 3, block_r=128), ("sm90",)),
     Row(Launch(8, 3, block_r=128), ("sm80",)),
-    Row(Launch(4, 2, block_r=128), ()),
+    Row(Launch(8, 2, block_r=64), ()),
     Row(Launch(4, 1, block_r=64), (), itemsize=4),
 )
 ABSORB_QUERIES = (
@@ -97,10 +101,10 @@ NORM_COLUMNS = (
     Row(Launch(4, 1, block_n=16, block_r=32), (), itemsize=4),
 )
 REBUILD = (
-    Row(Launch(8, 3, block_r=64), BIG, head=128),
-    Row(Launch(8, 1, block_r=64), ("sm80", "sm90")),
-    Row(Launch(8, 2, block_r=64), ()),
-    Row(Launch(8, 1, block_r=32), (), itemsize=4),
+    Row(Launch(8, 3, block_n=64, block_r=64), BIG, head=128),
+    Row(Launch(8, 2, block_n=64, block_r=64), ("gfx9",), head=128),
+    Row(Launch(8, 2, block_n=32, block_r=64), ()),
+    Row(Launch(8, 1, block_n=32, block_r=32), (), itemsize=4),
 )
 
 

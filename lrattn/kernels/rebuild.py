@@ -107,7 +107,7 @@ def rebuild_values(cv: Tensor, values: Values, tokens: Tokens, ends: Tensor, x: 
 def _rebuild(cache, rows, runs, heads, bias, weight, turns, tokens, ends, x, *, max_position, norm_column, **constants):
     page_size, head_dim = cache.shape[1], x.shape[2]
     choice = launch.pick(launch.REBUILD, launch.name(cache.device), cache.itemsize, head=launch.block_d(head_dim))
-    tiles = cdiv(tokens.bound, launch.BLOCK_T)
+    tiles = cdiv(tokens.bound, choice.block_n)
     programs = heads.shape[0] * tiles * tokens.lens.shape[0]
     if not programs or not x.shape[0]:
         return
@@ -116,6 +116,6 @@ def _rebuild(cache, rows, runs, heads, bias, weight, turns, tokens, ends, x, *, 
         rows, runs, heads, bias, weight, turns, tokens.positions, tokens.positions_strides,
         x, x.stride(), tokens.bound, tiles, x.shape[0], max_position, norm_column,
         D=head_dim, P=page_size, Hkv=heads.shape[0], **constants,
-        BLOCK_D=launch.block_d(head_dim), BLOCK_T=launch.BLOCK_T, BLOCK_R=choice.block_r,
+        BLOCK_D=launch.block_d(head_dim), BLOCK_T=choice.block_n, BLOCK_R=choice.block_r,
         num_warps=choice.warps, num_stages=choice.stages,
     )  # fmt: skip
