@@ -314,14 +314,14 @@ def describe(c: Compilation) -> dict[str, Any]:
 
 
 def resources(binary: Any) -> dict[str, Any]:
-    """Registers a thread, bytes (AMD: registers) spilled, bytes of shared memory, tensor-core instructions."""
+    """Registers a thread, bytes of its registers spilled to memory, bytes of shared memory, tensor-core instructions."""
     meta = binary.metadata
     found = {"warps": meta.num_warps, "stages": meta.num_stages, "shared": meta.shared}
     if "amdgcn" in binary.asm:
         text = binary.asm["amdgcn"]
-        count = {n: int(m[1]) for n in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
+        count = {n: int(m[1]) for n in ("vgpr_count", "private_segment_fixed_size")
                  if (m := re.search(rf"\.{n}:\s+(\d+)", text))}  # fmt: skip
-        found |= {"registers": count["vgpr_count"], "spilled": count["vgpr_spill_count"] + count["sgpr_spill_count"]}
+        found |= {"registers": count["vgpr_count"], "spilled": count["private_segment_fixed_size"]}
         return found | {"products": sorted(set(re.findall(r"v_mfma\w+", text)))}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])

@@ -53,12 +53,11 @@ LATENT_SCORES = (
     Row(Launch(4, 1, block_d=128, resident=True), ("sm90",), head=128, rank=256, queries=16, table=False),  # also two
     Row(Launch(4, 2, block_d=128, resident=True), ("sm90",), head=128, rank=320, queries=16),
     Row(Launch(8, 3, block_r=64, block_d=128), ("sm90",)),
-    Row(Launch(8, 3, block_r=64, block_d=128), ("sm100",), head=128),
     Row(Launch(8, 3, block_r=64, block_d=128), ("sm100",), queries=16),
     Row(Launch(8, 2, block_r=64, block_d=128), ("sm80",), head=128, queries=16),
     Row(Launch(8, 1, block_r=64, block_d=128), ("sm80",), queries=16),
     Row(Launch(4, 2, block_r=64, block_d=128), ("gfx9",), queries=16),
-    Row(Launch(8, 2, block_r=64, block_d=64), ()),
+    Row(Launch(8, 1, block_r=64, block_d=64), ()),
     Row(Launch(8, 1, block_r=32, block_d=64), (), itemsize=4),
 )
 ABSORBED_SCORES = (
