@@ -314,7 +314,7 @@ def describe(c: Compilation) -> dict[str, Any]:
 
 
 def resources(binary: Any) -> dict[str, Any]:
-    """Registers a thread, bytes of its registers spilled to memory, bytes of shared memory, tensor-core instructions."""
+    """Registers a thread, bytes of them spilled to memory, bytes of shared memory, tensor-core instructions."""
     meta = binary.metadata
     found = {"warps": meta.num_warps, "stages": meta.num_stages, "shared": meta.shared}
     if "amdgcn" in binary.asm:

@@ -35,11 +35,8 @@ def test_every_launch_fits():
     for row in RESULTS["rows"]:
         assert row["shared"] <= resources.DEVICES[row["device"]].shared, row
         assert not row["spilled"] or row["dtype"] == "float32", row
-        assert (
-            row["products"]
-            or row["dtype"] == "float32"
-            or row["kernel"] in ("turn_queries_kernel", "write_latents_kernel")
-        )
+        plain = row["kernel"] in ("turn_queries_kernel", "write_latents_kernel", "combine_kernel")
+        assert row["products"] or row["dtype"] == "float32" or plain, row
 
 
 ROW = {"dtype": "bfloat16", "spilled": 0, "shared": 1024, "products": ["wgmma.mma_async.m64n16k16"]}
