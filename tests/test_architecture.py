@@ -123,3 +123,16 @@ def test_import_needs_neither_triton_nor_transformers():
         "loaded = set(sys.modules) & {'matplotlib', 'lrattn.integrations.transformers'}; sys.exit(bool(loaded))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "kernels").glob("*.py")), ids=lambda p: p.name)
+def test_kernels_say_what_they_compute_and_how_they_are_launched(path):
+    """A kernel's first line is its formula; then its grid and what it needs, and the derivation is where it says."""
+    text = (ROOT / "docs" / "kernels.md").read_text()
+    anchors = {line.lstrip("# ").lower().replace(" ", "-") for line in text.splitlines() if line.startswith("## ")}
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
+            doc = ast.get_docstring(node)
+            assert "=" in doc.splitlines()[0], f"{node.name} begins without a formula"
+            assert "Grid: (" in doc and "Needs: " in doc, node.name
+            assert re.search(r"docs/kernels\.md#([\w-]+)", doc)[1] in anchors, node.name
