@@ -58,7 +58,8 @@ def workspace_bytes(
     """Bytes of temporaries of decode_attention for q of B, S, Hq."""
     from lrattn.kernels.plan import cut
 
-    keys, values = keys_of(*key_side(layer)), Values(*value_side(layer)[0], *value_side(layer)[1])  # type: ignore[arg-type]
+    tensors, numbers = value_side(layer)
+    keys, values = keys_of(*key_side(layer)), Values(*tensors, *numbers)  # type: ignore[arg-type]
     rule = Rule(1.0, 0.0, True, window)
     return cut(*q_shape, layer.dtype, layer.device, keys, values, bound, rule, num_splits, limit).nbytes
 
