@@ -30,7 +30,9 @@ from triton.runtime.jit import JITFunction
 import lrattn
 from bench import report
 from lrattn import ops
-from lrattn.kernels import absorb, combine, decode, launch, project, rebuild, scores, values, write
+from lrattn.kernels import absorb, combine, decode, launch, plan, project, rebuild, scores, values, write
+from lrattn.kernels import fused_absorbed as fused_absorbed_py
+from lrattn.kernels import fused_rebuilt as fused_rebuilt_py
 from lrattn.kernels.arguments import Keys, Rule, Tokens, Values
 
 PATH = report.RESULTS / "resources.json"
@@ -38,6 +40,8 @@ SOURCES = sorted((Path(lrattn.__file__).parent / "kernels").glob("*.py"))
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 META = torch.device("meta")
 PAGE, BATCH = 16, 2
+ALL = "bias norm rule"
+EXTRAS = ["rule"], ["rule bias", "rule norm"], [ALL]  # the most options there can be, by a row's extras
 
 
 class Device(NamedTuple):
@@ -62,7 +66,7 @@ def sources_hash() -> str:
 
 
 class Problem(NamedTuple):
-    """Shapes of a compilation. options: every feature of the kernel on."""
+    """Shapes of a compilation. options: words of ALL, and "positions"; rule is a softcap, a window and starts."""
 
     rank: int = 128
     head: int = 128
@@ -70,25 +74,33 @@ class Problem(NamedTuple):
     steps: int = 1  # S, query tokens
     group: int = 1  # C, kv heads per group
     dtype: torch.dtype = torch.bfloat16
-    options: bool = False
-    table: bool = False
+    options: str = ""
     rope: bool = True
+    shared: bool = False  # one row serves keys and values
+    values: int = 0  # the rank of values, where it is not the keys'
+
+    def has(self, word: str) -> bool:
+        return word in self.options.split()
 
     def sides(self) -> tuple[Keys, Values]:
         """The records the kernels take, of a layer with two groups; no numbers, only shapes."""
         heads = 2 * self.group
-        side = {
-            "up": torch.zeros(heads, self.rank, self.head, dtype=self.dtype),
-            "ranks": (self.rank,) * 2,
-            "bias": torch.zeros(heads, self.head, dtype=self.dtype) if self.options else None,
-        }
+        bias = torch.zeros(heads, self.head, dtype=self.dtype) if self.has("bias") else None
+        keys, values = (
+            lrattn.Projection(torch.zeros(heads, rank, self.head, dtype=self.dtype), (rank,) * 2, bias=bias)
+            for rank in (self.rank, self.value_rank())
+        )
         layer = lrattn.LayerFactors(
-            keys=lrattn.Projection(**side),
-            values=lrattn.Projection(**side),
+            keys=keys,
+            values=values,
             rope=lrattn.Rope(1e4, self.head, 256) if self.rope else None,
-            key_norm=lrattn.KeyNorm(torch.ones(self.head, dtype=self.dtype)) if self.options else None,
+            shared=self.shared,
+            key_norm=lrattn.KeyNorm(torch.ones(self.head, dtype=self.dtype)) if self.has("norm") else None,
         ).to(META)
-        return ops.keys_of(*ops.key_side(layer)), Values(*ops.value_side(layer)[0], *ops.value_side(layer)[1])
+        return ops.sides(*layer.operands)
+
+    def value_rank(self) -> int:
+        return self.values or self.rank
 
     def rows(self) -> int:
         """Hq S, query rows of a sequence."""
@@ -98,14 +110,19 @@ class Problem(NamedTuple):
         return empty(BATCH, self.steps, 2 * self.group * self.heads, self.head, dtype=self.dtype)
 
     def cache(self, keys: Keys) -> torch.Tensor:
-        return empty(8, PAGE, 2 * self.rank + (0 if keys.norm_column < 0 else 16), dtype=self.dtype)
+        width = 2 * max(self.rank, self.value_rank()) + (0 if keys.norm_column < 0 else 16)
+        return empty(8, PAGE, width, dtype=self.dtype)
+
+    def partial(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return fp32(BATCH, 2, self.rows(), self.value_rank()), fp32(BATCH, 2, self.rows())
 
     def tokens(self) -> Tokens:
-        starts, positions = (empty(BATCH) if self.options else None, empty(8, PAGE) if self.table else None)
+        starts = empty(BATCH) if self.has("rule") else None
+        positions = empty(8, PAGE) if self.has("positions") else None
         return Tokens(empty(BATCH, 8), empty(BATCH), starts, positions, 8 * PAGE)
 
     def rule(self) -> Rule:
-        return Rule(1.0, 30.0 if self.options else 0.0, True, 64 if self.options else 0)
+        return Rule(1.0, 30.0, True, 64) if self.has("rule") else Rule(1.0, 0.0, True, 0)
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -123,13 +140,13 @@ def latent_scores(p: Problem) -> None:
     keys, _ = p.sides()
     x = empty(BATCH, 2, p.rows(), 2, launch.block_d(p.head) // 2, dtype=p.dtype)
     s = fp32(BATCH, p.rows(), 2 * launch.BLOCK_T)
-    scores.latent_scores(x, p.steps, p.cache(keys), keys, p.tokens(), p.rule(), s, 0, 2, 2, not p.table)
+    scores.latent_scores(x, p.steps, p.cache(keys), keys, p.tokens(), p.rule(), s, 0, 2, 2, not p.has("positions"))
 
 
 def turn_queries(p: Problem) -> None:
     keys, _ = p.sides()
     x = empty(BATCH, 2, p.rows(), 2, launch.block_d(p.head) // 2, dtype=p.dtype)
-    scores.turn_queries(p.query(), keys, p.tokens(), p.rule(), x, 0, not p.table)
+    scores.turn_queries(p.query(), keys, p.tokens(), p.rule(), x, 0, not p.has("positions"))
 
 
 def absorb_queries(p: Problem) -> None:
@@ -139,7 +156,7 @@ def absorb_queries(p: Problem) -> None:
 
 def absorbed_scores(p: Problem) -> None:
     keys, _ = p.sides()
-    a, constant = empty(BATCH, p.rows(), p.rank, dtype=p.dtype), fp32(BATCH, p.rows()) if p.options else None
+    a, constant = empty(BATCH, p.rows(), p.rank, dtype=p.dtype), fp32(BATCH, p.rows()) if p.has("bias") else None
     s = fp32(BATCH, p.rows(), 2 * launch.BLOCK_T)
     absorb.absorbed_scores(a, constant, p.steps, p.cache(keys), keys, p.tokens(), p.rule(), s, 0, 2, 2)
 
@@ -150,10 +167,34 @@ def latent_values(p: Problem) -> None:
     values.latent_values(s, p.steps, p.cache(keys), side, p.tokens(), p.rule(), y, lse, 0, 2)
 
 
+def fused_absorbed(p: Problem) -> None:
+    keys, side = p.sides()
+    a, constant = empty(BATCH, p.rows(), p.rank, dtype=p.dtype), fp32(BATCH, p.rows()) if p.has("bias") else None
+    choice = plan.fused(p.rows(), p.dtype, launch.name(META), keys, side, False)
+    assert choice is not None, "the launch table has a row for it"
+    cache, (y, lse) = p.cache(keys), p.partial()
+    cv = None if p.shared else cache
+    fused_absorbed_py.fused_absorbed(
+        a, constant, p.steps, cache, cv, keys, side, p.tokens(), p.rule(), y, lse, 0, 2, choice
+    )
+
+
+def fused_rebuilt(p: Problem) -> None:
+    keys, side = p.sides()
+    x, turned = empty(BATCH, 2, p.rows(), 2, launch.block_d(p.head) // 2, dtype=p.dtype), not p.has("positions")
+    choice = plan.fused(p.rows(), p.dtype, launch.name(META), keys, side, turned)
+    assert choice is not None, "the launch table has a row for it"
+    cache, (y, lse) = p.cache(keys), p.partial()
+    cv = None if p.shared else cache
+    fused_rebuilt_py.fused_rebuilt(
+        x, p.steps, cache, cv, keys, side, p.tokens(), p.rule(), y, lse, 0, 2, turned, choice
+    )
+
+
 def combine_heads(p: Problem) -> None:
     _, side = p.sides()
     y, part, lse = fp32(BATCH, 2, p.rows(), p.rank), fp32(BATCH, 2, p.rows()), fp32(BATCH, *p.query().shape[1:3])
-    combine.combine(y, part, side, p.query(), lse, fp32(p.query().shape[2]) if p.options else None, up=True)
+    combine.combine(y, part, side, p.query(), lse, fp32(p.query().shape[2]) if p.has("rule") else None, up=True)
 
 
 def combine_latents(p: Problem) -> None:
@@ -201,13 +242,13 @@ def compilations() -> Iterator[Compilation]:
         for row in rows_for(launch.LATENT_SCORES, device):
             rank, head = (528 if row.rank == launch.ANY else row.rank), (256 if row.head == launch.ANY else row.head)
             for heads, steps in few if row.queries == 16 else few[:1] + many:
-                for options, table in ((False, False), (True, False), (True, row.table))[: 3 if row.table else 2]:
-                    problem = Problem(rank, head, heads, steps, 1, dtype_of(row), options, table)
+                for options in ("", ALL, f"{ALL} positions")[: 3 if row.table else 2]:
+                    problem = Problem(rank, head, heads, steps, 1, dtype_of(row), options)
                     yield Compilation(latent_scores, device, problem, row.itemsize == 2)
         for row in rows_for(launch.ABSORBED_SCORES, device):
             rank = 528 if row.rank == launch.ANY else row.rank
             for heads, steps in few if row.queries == 16 else few[:1] + many:
-                for options in (False, True):
+                for options in ("", ALL):
                     problem = Problem(rank, 128, heads, steps, 1, dtype_of(row), options, rope=False)
                     yield Compilation(absorbed_scores, device, problem, row.itemsize == 2)
         for row in rows_for(launch.LATENT_VALUES, device):
@@ -215,10 +256,20 @@ def compilations() -> Iterator[Compilation]:
             for heads, steps in few if row.queries == 16 else few[:1] + many:
                 problem = Problem(rank, 128, heads, steps, 1, dtype_of(row))
                 yield Compilation(latent_values, device, problem, row.itemsize == 2 and heads * steps == 64)
+        for row in rows_for(launch.FUSED_ABSORBED, device):
+            for problem in fused_problems(row):
+                for options in ("", *EXTRAS[row.extras]):
+                    whole = problem._replace(options=options, rope=False)
+                    yield Compilation(fused_absorbed, device, whole, row.itemsize == 2)
+        for row in rows_for(launch.FUSED_REBUILT, device):
+            for problem in fused_problems(row):
+                for extra in EXTRAS[row.extras]:
+                    for options in ("", extra, f"{extra} positions")[: 3 if row.table else 2]:
+                        yield Compilation(fused_rebuilt, device, problem._replace(options=options), row.itemsize == 2)
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            for options in (False, True):
-                large = Problem(96, 256, 16, 3, 1, dtype, options, table=options)
-                yield Compilation(turn_queries, device, large._replace(table=False))
+            for options in ("", f"{ALL} positions"):
+                large = Problem(96, 256, 16, 3, 1, dtype, options)
+                yield Compilation(turn_queries, device, large._replace(options=options.removesuffix(" positions")))
                 yield Compilation(absorb_queries, device, large._replace(rope=False))
                 yield Compilation(combine_heads, device, large)
                 yield Compilation(project_heads, device, large)
@@ -227,6 +278,16 @@ def compilations() -> Iterator[Compilation]:
                     yield Compilation(rebuild_keys, device, large._replace(head=head))
                     yield Compilation(rebuild_values, device, large._replace(head=head))
             yield Compilation(combine_latents, device, Problem(96, 256, 16, 3, 1, dtype))
+
+
+def fused_problems(row: launch.Row) -> Iterator[Problem]:
+    """The largest shapes of a row of a fused table, with rows apart (unless it has none) and with one row for both."""
+    heads = row.queries if row.queries < launch.ANY else 64
+    head = 128 if row.head == launch.ANY else row.head
+    if row.rank:  # else it is for shared rows alone
+        yield Problem(row.rank, head, heads, dtype=dtype_of(row), values=row.values)
+    if row.shared:
+        yield Problem(row.values, head, heads, dtype=dtype_of(row), shared=True)
 
 
 def rows_for(table: tuple[launch.Row, ...], device: str) -> list[launch.Row]:
@@ -239,15 +300,18 @@ def dtype_of(row: launch.Row) -> torch.dtype:
 
 QUICK = [
     Compilation(latent_scores, "sm90", Problem(256, 128), True),
-    Compilation(latent_scores, "sm90", Problem(160, 128, 16, 4, options=True, table=True), True),
-    Compilation(latent_scores, "sm80", Problem(528, 128, 7, 2, options=True), True),
+    Compilation(latent_scores, "sm90", Problem(160, 128, 16, 4, options=f"{ALL} positions"), True),
+    Compilation(latent_scores, "sm80", Problem(528, 128, 7, 2, options=ALL), True),
     Compilation(latent_scores, "sm100", Problem(128, 64), True),
     Compilation(latent_scores, "gfx9", Problem(128, 128), True),
     Compilation(absorbed_scores, "sm90", Problem(256, 128, group=4, rope=False), True),
     Compilation(latent_values, "sm90", Problem(256, 128, group=4)),
+    Compilation(fused_absorbed, "sm90", Problem(256, 128, group=4, rope=False), True),
+    Compilation(fused_absorbed, "sm90", Problem(256, 128, group=4, rope=False, shared=True), True),
+    Compilation(fused_rebuilt, "sm90", Problem(128, 128), True),
     Compilation(combine_heads, "sm90", Problem(256, 128)),
     Compilation(project_heads, "sm90", Problem()),
-    Compilation(write_latents, "sm90", Problem(options=True)),
+    Compilation(write_latents, "sm90", Problem(options=ALL)),
     Compilation(rebuild_keys, "sm90", Problem(), True),
 ]
 
@@ -300,17 +364,17 @@ def recompiled() -> list[str]:
     with compiling("sm90") as compiled:
         for pages, bound, splits in ((8, 128, 1), (1, 1, 3), (7, 100, 4), (9, 100, 6), (64, 1024, 16)):
             tokens = Tokens(empty(BATCH, pages), empty(BATCH), None, None, bound)
-            step = (q, cache, cache, keys, side, tokens, Rule(1.0, 0.0, True, 0), None, None, "heads", splits, 1 << 28)
-            decode.decode_attention(*step, torch.empty_like(q), fp32(BATCH, 1, 2))
+            call = decode.Call(q, cache, cache, keys, side, tokens, Rule(1.0, 0.0, True, 0))
+            decode.decode_attention(call, None, None, "heads", splits, 1 << 28, torch.empty_like(q), fp32(BATCH, 1, 2))
     binaries = {kernel: {b.hash for k, b in compiled if k == kernel} for kernel, _ in compiled}
     return [f"{kernel}: {len(found)} compilations" for kernel, found in binaries.items() if len(found) > 1]
 
 
 def describe(c: Compilation) -> dict[str, Any]:
     p = c.problem
-    options = "all" if p.options and p.table else "all but positions" if p.options else "none"
     dtype = str(p.dtype).split(".")[-1]
-    return {"rank": p.rank, "head": p.head, "M": p.heads, "S": p.steps, "dtype": dtype, "options": options}
+    names = {"rank": p.rank, "values": p.value_rank(), "shared": p.shared, "head": p.head, "M": p.heads, "S": p.steps}
+    return {**names, "dtype": dtype, "options": p.options or "none"}
 
 
 def resources(binary: Any) -> dict[str, Any]:

@@ -22,6 +22,7 @@ PROJECTIONS = ("latent", "heads", "hidden")
 BACKENDS = ("reference", "triton")
 MAX_HEAD_DIM = 256  # of the kernels
 MAX_SPLITS = 1024
+MOST_CHECKED = 4096  # kinds of calls a layer remembers to have checked
 ANY = math.inf
 
 
@@ -67,7 +68,7 @@ def write_latents(
         reference.write_latents(layer, zk, zv, k_cache, v_cache, slots)
     else:
         eps = 0.0 if layer.key_norm is None else layer.key_norm.eps
-        torch.ops.lrattn.write_latents(zk, zv, k_cache, v_cache, slots, *ops.key_side(layer), eps)
+        torch.ops.lrattn.write_latents(zk, zv, k_cache, v_cache, slots, *layer.operands[:2], eps)
 
 
 @torch.no_grad()
@@ -99,9 +100,8 @@ def rebuild(
     if backend == "reference":
         k, v = reference.rebuild(k_cache, v_cache, layer, block_table, seq_lens, positions)
         return k[:num_tokens], v[:num_tokens]
-    sides = *ops.key_side(layer), *ops.value_side(layer)
     rows = -1 if num_tokens is None else num_tokens
-    return torch.ops.lrattn.rebuild(k_cache, v_cache, block_table, seq_lens, positions, *sides, rows)
+    return torch.ops.lrattn.rebuild(k_cache, v_cache, block_table, seq_lens, positions, *layer.operands, rows)
 
 
 @torch.no_grad()
@@ -158,28 +158,18 @@ def decode_attention(
     Raises: ValueError naming the argument, what was expected and what came.
     Source: ReCalKV (arXiv 2505.24357) for the factors; online softmax and the merge by lse as in FlashAttention.
     """
-    backend = _backend(backend, layer)
-    check_caches(layer, k_cache, v_cache)
-    check_tables(k_cache, block_table, seq_lens, seq_starts, positions)
-    flat = q.dim() == 3
-    q4 = q[:, None] if flat else q
-    dims = {"B": block_table.shape[0], "D": layer.head_dim, "Hkv": layer.num_kv_heads}
-    check("q", q4, "B S Hq D", dims, dtype=k_cache.dtype, device=k_cache.device, contiguous=True)
-    if not dims["Hq"] or dims["Hq"] % dims["Hkv"]:
-        raise ValueError(f"q: expected a multiple of Hkv={dims['Hkv']} query heads, got {dims['Hq']}")
-    if sinks is not None:
-        check("sinks", sinks, "Hq", dims, dtype=accumulator_types(q.dtype), device=q.device, contiguous=True)
-    if project not in PROJECTIONS:
-        raise ValueError(f"project: expected one of {PROJECTIONS}, got {project!r}")
-    if project == "hidden":
-        if layer.wo is None:
-            raise ValueError("layer.wo: expected [Hq, D, E] for project='hidden', got None")
-        check("layer.wo", layer.wo, "Hq D E", dims)
-    dims["Rv"] = max(layer.values.ranks)
-    if out is not None:
-        axes = {"latent": "Hq Rv", "heads": "Hq D", "hidden": "E"}[project]
-        kind: dict[str, Any] = {"dtype": q.dtype, "device": q.device, "contiguous": True, "writable": True}
-        check("out", out, f"B {'' if flat else 'S '}{axes}", dims, **kind)
+    tensors = q, k_cache, v_cache, block_table, seq_lens, positions, seq_starts, sinks, out
+    call = None
+    if not torch.compiler.is_compiling():
+        call = (*[None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors], project, backend)
+    checked = layer.checked.get(call)
+    if checked is None:
+        checked = _check_decode(layer, *tensors, project, backend)
+        if call is not None:
+            if len(layer.checked) >= MOST_CHECKED:
+                layer.checked.clear()
+            layer.checked[call] = checked
+    backend = checked
     check_integers(
         window_size=(window_size, 1, ANY),
         max_seq_len=(max_seq_len, 0, ANY),
@@ -191,6 +181,8 @@ def decode_attention(
         raise ValueError(f"softmax_scale, softcap: expected finite, softcap at least 0, got {scale}, {softcap}")
     if window_size is not None and not causal:
         raise ValueError(f"window_size: expected None with causal=False, got {window_size}")
+    flat = q.dim() == 3
+    q4 = q[:, None] if flat else q
 
     bound = block_table.shape[1] * k_cache.shape[1]
     bound = bound if max_seq_len is None else min(bound, max_seq_len)
@@ -204,8 +196,7 @@ def decode_attention(
             seq_starts,
             positions,
             sinks,
-            *ops.key_side(layer),
-            *ops.value_side(layer),
+            *layer.operands,
             layer.wo,
             project,
             scale,
@@ -301,6 +292,37 @@ def workspace_bytes(
     q_shape = batch_size, num_queries, query_heads
     bound = 1 << 24 if max_seq_len is None else max_seq_len
     return ops.workspace_bytes(layer, q_shape, bound, window_size or 0, num_splits, workspace_limit)
+
+
+def _check_decode(
+    layer: LayerFactors, q: Tensor, k_cache: Tensor, v_cache: Tensor | None, block_table: Tensor, seq_lens: Tensor,
+    positions: Tensor | None, seq_starts: Tensor | None, sinks: Tensor | None, out: Tensor | None, project: str,
+    backend: str | None,
+) -> str:  # fmt: skip
+    """Holds the tensors of decode_attention against each other, by metadata alone. Returns the backend."""
+    backend = _backend(backend, layer)
+    check_caches(layer, k_cache, v_cache)
+    check_tables(k_cache, block_table, seq_lens, seq_starts, positions)
+    flat = q.dim() == 3
+    q4 = q[:, None] if flat else q
+    dims = {"B": block_table.shape[0], "D": layer.head_dim, "Hkv": layer.num_kv_heads}
+    check("q", q4, "B S Hq D", dims, dtype=k_cache.dtype, device=k_cache.device, contiguous=True)
+    if not dims["Hq"] or dims["Hq"] % dims["Hkv"]:
+        raise ValueError(f"q: expected a multiple of Hkv={dims['Hkv']} query heads, got {dims['Hq']}")
+    if sinks is not None:
+        check("sinks", sinks, "Hq", dims, dtype=accumulator_types(q.dtype), device=q.device, contiguous=True)
+    if project not in PROJECTIONS:
+        raise ValueError(f"project: expected one of {PROJECTIONS}, got {project!r}")
+    if project == "hidden":
+        if layer.wo is None:
+            raise ValueError("layer.wo: expected [Hq, D, E] for project='hidden', got None")
+        check("layer.wo", layer.wo, "Hq D E", dims)
+    dims["Rv"] = max(layer.values.ranks)
+    if out is not None:
+        axes = {"latent": "Hq Rv", "heads": "Hq D", "hidden": "E"}[project]
+        kind: dict[str, Any] = {"dtype": q.dtype, "device": q.device, "contiguous": True, "writable": True}
+        check("out", out, f"B {'' if flat else 'S '}{axes}", dims, **kind)
+    return backend
 
 
 def _backend(backend: str | None, layer: LayerFactors) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lrattn import safefile
 from lrattn.basis import Basis
+from lrattn.operands import Operands
 from lrattn.projection import KeyNorm, Projection
 from lrattn.rope import Rope
 from lrattn.shapes import accumulator, check, norm_width, product_dtype
@@ -43,6 +44,8 @@ class LayerFactors:
     pairs: Tensor = field(init=False, repr=False)  # [D], pair order -> model order
     turns: Tensor | None = field(init=False, repr=False)  # [max_position, rotary_dim / 2] complex
     offset_turns: Tensor | None = field(init=False, repr=False)  # [MAX_BLOCK, rotary_dim / 2] complex, factor 1
+    operands: Operands = field(init=False, repr=False)
+    checked: dict[Any, str] = field(init=False, repr=False, default_factory=dict)  # see attention.decode_attention
 
     def __post_init__(self) -> None:
         self._check()
@@ -58,6 +61,7 @@ class LayerFactors:
         object.__setattr__(self, "turns", turns)
         offsets = None if self.rope is None else self.rope.offset_turns(device)
         object.__setattr__(self, "offset_turns", offsets)
+        object.__setattr__(self, "operands", Operands.of(self))
 
     def _check(self) -> None:
         up, dims = self.keys.up, {"Hkv": self.keys.num_heads, "D": self.keys.head_dim}

@@ -1,7 +1,6 @@
 """torch.ops.lrattn: the kernels as operators, which torch.compile traces as one node and CUDA graphs capture.
 
-Operators take tensors and numbers; a layer comes as a list of each for either side, the fields of `Keys` and `Values`
-in kernels/arguments.py. The caller has checked the arguments. Triton is imported by the first call.
+Operators take tensors and numbers; a layer comes as its `operands`, a list of each for either side. The caller has checked the arguments. Triton is imported by the first call.
 """
 
 from __future__ import annotations
@@ -14,8 +13,6 @@ from torch import Tensor
 
 from lrattn.factors import LayerFactors
 from lrattn.kernels.arguments import Keys, Rule, Tokens, Values
-
-Side = tuple[list[Tensor | None], list[int]]
 
 KEYS = "Tensor?[] key_tensors, int[] key_numbers"
 VALUES = "Tensor?[] value_tensors, int[] value_numbers"
@@ -32,42 +29,20 @@ SCHEMAS = (
 )
 
 
-def key_side(layer: LayerFactors) -> Side:
-    """The fields of `Keys`, the tables of turns still complex."""
-    basis, rope = layer.key_basis, layer.rope
-    rotation = (0, 0, 0) if rope is None else (rope.rotary_dim, int(rope.interleaved), int(rope.fp32_angles))
-    norm_column = -1 if layer.key_norm is None else layer.row_width
-    return (
-        [basis.rows, basis.runs, basis.heads, basis.bias, layer.norm_weight, layer.turns, layer.offset_turns],
-        [layer.head_dim, max(layer.keys.ranks), *rotation, norm_column],
-    )
-
-
-def value_side(layer: LayerFactors) -> Side:
-    """The fields of `Values`."""
-    basis = layer.value_basis
-    return (
-        [basis.rows, basis.runs, basis.heads, basis.places, basis.bias, layer.values.up],
-        [max(layer.values.ranks)],
-    )
-
-
 def workspace_bytes(
     layer: LayerFactors, q_shape: tuple[int, int, int], bound: int, window: int, num_splits: int, limit: int
 ) -> int:
     """Bytes of temporaries of decode_attention for q of B, S, Hq."""
     from lrattn.kernels.plan import cut
 
-    tensors, numbers = value_side(layer)
-    keys, values = keys_of(*key_side(layer)), Values(*tensors, *numbers)  # type: ignore[arg-type]
+    keys, values = sides(*layer.operands)
     rule = Rule(1.0, 0.0, True, window)
-    return cut(*q_shape, layer.dtype, layer.device, keys, values, bound, rule, num_splits, limit).nbytes
+    size = (*q_shape, layer.dtype, layer.device, keys, values, bound, rule, num_splits, limit)
+    return max(cut(*size, turned).nbytes for turned in (False, keys.turns is not None))
 
 
-def keys_of(tensors: Any, numbers: Any) -> Keys:
-    *rest, turns, offset_turns = tensors
-    tables = (None if x is None else torch.view_as_real(x).flatten(1) for x in (turns, offset_turns))
-    return Keys(*rest, *tables, *numbers)
+def sides(key_tensors: Any, key_numbers: Any, value_tensors: Any, value_numbers: Any) -> tuple[Keys, Values]:
+    return Keys(*key_tensors, *key_numbers), Values(*value_tensors, *value_numbers)
 
 
 def _write_latents(
@@ -83,7 +58,7 @@ def _write_latents(
     from lrattn.kernels.write import write_latents
 
     with torch.cuda.device_of(k_cache):  # Triton launches on the current device
-        write_latents(zk, zv, k_cache, v_cache, slots, keys_of(key_tensors, key_numbers), eps)
+        write_latents(zk, zv, k_cache, v_cache, slots, Keys(*key_tensors, *key_numbers), eps)
 
 
 def _rebuild(
@@ -100,7 +75,7 @@ def _rebuild(
 ) -> tuple[Tensor, Tensor]:
     from lrattn.kernels.rebuild import rebuild_keys, rebuild_values
 
-    keys, values = keys_of(key_tensors, key_numbers), Values(*value_tensors, *value_numbers)
+    keys, values = sides(key_tensors, key_numbers, value_tensors, value_numbers)
     bound = block_table.shape[1] * k_cache.shape[1]
     ends = seq_lens.clamp(0, bound).cumsum(0)
     if num_tokens < 0:
@@ -144,18 +119,19 @@ def _decode_attention_out(
     workspace_limit: int,
     out: Tensor,
 ) -> Tensor:
-    from lrattn.kernels.decode import decode_attention
+    from lrattn.kernels.decode import Call, decode_attention
 
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     with torch.cuda.device_of(q):
         decode_attention(
-            q,
-            k_cache,
-            v_cache,
-            keys_of(key_tensors, key_numbers),
-            Values(*value_tensors, *value_numbers),
-            Tokens(block_table, seq_lens, seq_starts, positions, max_seq_len),
-            Rule(softmax_scale, softcap, causal, window_size),
+            Call(
+                q,
+                k_cache,
+                v_cache,
+                *sides(key_tensors, key_numbers, value_tensors, value_numbers),
+                Tokens(block_table, seq_lens, seq_starts, positions, max_seq_len),
+                Rule(softmax_scale, softcap, causal, window_size),
+            ),
             sinks,
             wo,
             project,

@@ -24,8 +24,12 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 RANK_STEP = 16  # ranks are multiples of this: one tensor-core step, one 32-byte sector of 16-bit latents
 
 
+def cdiv(n: int, step: int) -> int:
+    return -(-n // step)
+
+
 def round_up(n: int, step: int) -> int:
-    return -(-n // step) * step
+    return cdiv(n, step) * step
 
 
 def norm_width(heads: int) -> int:

@@ -4,13 +4,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import cdiv
 
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Keys, Rule, Tokens
 from lrattn.kernels.tiles import (
     LENGTHS,
     SLICED,
+    finish,
     load_inverse_rms,
     load_latents,
     load_rows,
@@ -19,8 +19,8 @@ from lrattn.kernels.tiles import (
     reach,
     seen,
     slots,
-    soft_cap,
 )
+from lrattn.shapes import cdiv
 
 
 # fmt: off
@@ -135,11 +135,8 @@ def absorbed_scores_kernel(
         if NORMED:
             inverse = load_inverse_rms(p_ck[:, None], norm_column, Hkv, head[None, :], live[:, None] & in_q[None, :])
             score *= inverse
-        score *= scale
-        if CAPPED:
-            score = soft_cap(score, softcap)
         mask = seen(t, live, query, begin, end, S, window, CAUSAL, WINDOWED)
-        score = tl.where(mask, score, float("-inf"))
+        score = finish(score, scale, softcap, CAPPED, mask)
         tl.store(p_s[None, :] + (t - origin)[:, None], score, mask=in_q[None, :])
 # fmt: on
 

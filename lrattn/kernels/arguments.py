@@ -23,22 +23,10 @@ class Keys(NamedTuple):
     interleaved: int  # 1: pairs are dimensions (2j, 2j + 1)
     exact_turns: int  # 1: float32 results must use every token's own row of turns
     norm_column: int  # where 1 / rms begins in a key row; -1: no key norm
-
-    @property
-    def max_position(self) -> int:
-        return 0 if self.turns is None else self.turns.shape[0]
-
-    @property
-    def groups(self) -> int:
-        return self.runs.shape[0]
-
-    @property
-    def num_heads(self) -> int:
-        return self.heads.shape[0]
-
-    @property
-    def group_size(self) -> int:
-        return self.num_heads // self.groups
+    max_position: int  # rows of `turns`; 0 without
+    num_heads: int  # Hkv
+    groups: int  # G
+    group_size: int  # C
 
 
 class Values(NamedTuple):
@@ -51,18 +39,12 @@ class Values(NamedTuple):
     bias: Tensor | None  # [Hkv, D] float32, by place
     up: Tensor  # [Hkv, Rv, D], model order
     rank: int  # the largest
-
-    @property
-    def groups(self) -> int:
-        return self.runs.shape[0]
-
-    @property
-    def num_heads(self) -> int:
-        return self.heads.shape[0]
-
-    @property
-    def group_size(self) -> int:
-        return self.num_heads // self.groups
+    paired: int  # 1: group g holds the heads of key group g
+    shared: int  # 1: its row serves the keys too
+    head_dim: int
+    num_heads: int  # Hkv
+    groups: int  # G
+    group_size: int  # C
 
 
 class Tokens(NamedTuple):

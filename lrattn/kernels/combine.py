@@ -3,11 +3,11 @@
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import cdiv
 
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Values
 from lrattn.kernels.tiles import LENGTHS, SLICED, load_run
+from lrattn.shapes import cdiv
 
 
 # fmt: off
@@ -134,7 +134,7 @@ def combine(
         y, y.stride(), part_lse, part_lse.stride(), values.up if up else None, values.up.stride(),
         values.bias if up else None, sinks, values.runs, values.places, out, out.stride(), lse, lse.stride(),
         batch, num_queries, y.shape[1], width,
-        C=values.group_size, M=query_heads // heads, Hkv=heads, D=values.up.shape[2], BLOCKS_D=blocks_d,
+        C=values.group_size, M=query_heads // heads, Hkv=heads, D=values.head_dim, BLOCKS_D=blocks_d,
         BLOCK_Q=choice.block_q, BLOCK_S=choice.block_s, BLOCK_R=choice.block_r, BLOCK_D=choice.block_d,
         num_warps=choice.warps, num_stages=choice.stages,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Decode in three steps, scores, values, combine, for as many sequences and tokens at a time as the workspace holds."""
+"""Decode: scores and values in one pass or in two, then combine; as many sequences and tokens at a time as fit."""
 
 from typing import NamedTuple
 
@@ -9,6 +9,8 @@ from lrattn.kernels import launch
 from lrattn.kernels.absorb import absorb_queries, absorbed_scores
 from lrattn.kernels.arguments import Keys, Rule, Tokens, Values
 from lrattn.kernels.combine import combine
+from lrattn.kernels.fused_absorbed import fused_absorbed
+from lrattn.kernels.fused_rebuilt import fused_rebuilt
 from lrattn.kernels.plan import Cut, cut
 from lrattn.kernels.project import project
 from lrattn.kernels.scores import latent_scores, relative, turn_queries
@@ -16,83 +18,126 @@ from lrattn.kernels.values import latent_values
 from lrattn.shapes import round_up
 
 
+class Call(NamedTuple):
+    """What is attended with, and to."""
+
+    q: Tensor  # [B, S, Hq, D]
+    ck: Tensor  # [N, P, width]
+    cv: Tensor | None  # [N, P, width]; None: a row serves both
+    keys: Keys
+    values: Values
+    tokens: Tokens
+    rule: Rule
+
+    def of(self, some: slice) -> "Call":
+        """The same for some of the sequences."""
+        return self._replace(q=self.q[some], tokens=self.tokens.of(some))
+
+
 class Workspace(NamedTuple):
     """Temporaries of the sequences taken at a time, B of them."""
 
-    x: Tensor  # [B, tiles, Hq S, 2, D / 2] queries by tile, in q's dtype; one tile where none are turned back
-    s: Tensor  # [B, Hq S, tokens] float32 scores
-    y: Tensor  # [B, splits + 2, Hq S, Rv] float32 partial results
-    lse: Tensor  # [B, splits + 2, Hq S] float32
+    x: Tensor | None  # [B, tiles, Hq S, 2, D / 2] queries by tile, in q's dtype; one tile where none are turned back
+    s: Tensor | None  # [B, Hq S, tokens] float32 scores; None in one pass
+    y: Tensor  # [B, slots, Hq S, Rv] float32 partial results, a slot each; two more where tokens go in chunks
+    lse: Tensor  # [B, slots, Hq S padded] float32
 
     @classmethod
     def allocate(cls, q: Tensor, size: Cut, rank: int, query_tiles: int) -> "Workspace":
-        rows, head_dim = q.shape[1] * q.shape[2], launch.block_d(q.shape[3])
+        rows, half = q.shape[1] * q.shape[2], launch.block_d(q.shape[3]) // 2
+        slots = size.splits if size.tiles >= size.total else size.splits + 2
         return cls(
-            q.new_empty(size.batch, query_tiles, rows, 2, head_dim // 2),
-            q.new_empty(size.batch, rows, size.tiles * launch.BLOCK_T, dtype=torch.float32),
-            q.new_empty(size.batch, size.splits + 2, rows, rank, dtype=torch.float32),
+            q.new_empty(size.batch, query_tiles, rows, 2, half) if query_tiles else None,
+            None if size.fused else q.new_empty(size.batch, rows, size.tiles * launch.BLOCK_T, dtype=torch.float32),
+            q.new_empty(size.batch, slots, rows, rank, dtype=torch.float32),
             # every row of splits at a multiple of 16, whatever the number of splits: one compilation
-            q.new_empty(size.batch, size.splits + 2, round_up(rows, 16), dtype=torch.float32)[:, :, :rows],
+            q.new_empty(size.batch, slots, round_up(rows, 16), dtype=torch.float32),
         )
 
     def of(self, n: int) -> "Workspace":
-        return Workspace(*(x[:n] for x in self))
+        return Workspace(*(None if x is None else x[:n] for x in self))
 
 
 def decode_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor | None, keys: Keys, values: Values, tokens: Tokens, rule: Rule,
-    sinks: Tensor | None, wo: Tensor | None, form: str, num_splits: int, workspace_limit: int, out: Tensor,
+    call: Call, sinks: Tensor | None, wo: Tensor | None, form: str, num_splits: int, workspace_limit: int, out: Tensor,
     lse: Tensor,
 ) -> None:  # fmt: skip
     """q [B, S, Hq, D] -> out [B, S, Hq, Rv], [B, S, Hq, D] or [B, S, E] by `form`, lse [B, S, Hq]."""
-    batch, num_queries, query_heads, _ = q.shape
+    q, keys, values = call.q, call.keys, call.values
     if not q.numel():
         return
+    batch = q.shape[0]
+    turned = relative(keys, call.tokens, q.dtype)
     size = cut(
-        batch, num_queries, query_heads, q.dtype, q.device, keys, values, tokens.bound, rule, num_splits,
-        workspace_limit,
+        *q.shape[:3], q.dtype, q.device, keys, values, call.tokens.bound, call.rule, num_splits, workspace_limit, turned
     )  # fmt: skip
-    turned = relative(keys, tokens, q.dtype)
     work = Workspace.allocate(q, size, values.rank, 0 if keys.turns is None else size.tiles if turned else 1)
-    heads = torch.empty_like(q[: size.batch], memory_format=torch.contiguous_format) if form == "hidden" else out
-    cv = k_cache if v_cache is None else v_cache
+    heads = torch.empty_like(q[: size.batch], memory_format=torch.contiguous_format) if form == "hidden" else None
     for b in range(0, batch, size.batch):
-        some = slice(b, min(b + size.batch, batch))
-        n = some.stop - b
-        parts = _attend(q[some], k_cache, cv, keys, values, tokens.of(some), rule, size, turned, work.of(n))
-        if wo is None or form != "hidden":
-            combine(*parts, values, out[some], lse[some], sinks, up=form == "heads")
+        results = out, lse
+        if size.batch < batch:
+            some = slice(b, min(b + size.batch, batch))
+            n = some.stop - b
+            results = out[some], lse[some]
+            parts = _attend(call.of(some), size, turned, work.of(n))
         else:
-            combine(*parts, values, heads[:n], lse[some], sinks, up=True)
-            project(heads[:n], wo, out[some])
+            parts = _attend(call, size, turned, work)
+        if heads is None or wo is None:
+            combine(*parts, values, *results, sinks, up=form == "heads")
+        else:
+            found = heads[: len(results[0])]
+            combine(*parts, values, found, results[1], sinks, up=True)
+            project(found, wo, results[0])
 
 
-def _attend(
-    q: Tensor, ck: Tensor, cv: Tensor, keys: Keys, values: Values, tokens: Tokens, rule: Rule, size: Cut,
-    turned: bool, work: Workspace,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _attend(call: Call, size: Cut, turned: bool, work: Workspace) -> tuple[Tensor, Tensor]:
     """Partial results [B, ., Hq S, Rv] and their lse [B, ., Hq S], to be merged.
 
-    Splits are written to slots 1 .. n of n + 2. Where tokens go in several chunks, what is merged so far moves
-    between the slots at the two ends, so that what is to be merged is always one run of slots.
+    Where tokens go in several chunks, their splits are written to slots 1 .. n of n + 2, and what is merged so far
+    moves between the slots at the two ends, so that what is to be merged is always one run of slots.
     """
-    x, s, y, lse = work
-    heads = (q.shape[2], q.shape[1])
-    new = slice(1, size.splits + 1)
-    live = new if size.total else slice(0, 0)
-    if keys.turns is None:
-        a, constant = absorb_queries(q, keys)
+    absorbed = absorb_queries(call.q, call.keys) if call.keys.turns is None and size.total else None
+    y, lse = work.y, work.lse
+    if size.tiles >= size.total:
+        if not size.total:
+            return y[:, :0], lse[:, :0]
+        _attend_tiles(call, size, turned, work, absorbed, y, lse, 0)
+        return y, lse
+    rows, heads = y.shape[2], (call.q.shape[2], call.q.shape[1])
+    new = live = slice(1, size.splits + 1)
     for first in range(0, size.total, size.tiles):
-        if keys.turns is None:
-            absorbed_scores(a, constant, q.shape[1], ck, keys, tokens, rule, s, first, size.tiles, size.parts)
-        else:
-            if turned or not first:
-                turn_queries(q, keys, tokens, rule, x, first, turned)
-            latent_scores(x, q.shape[1], ck, keys, tokens, rule, s, first, size.tiles, size.parts, turned)
-        latent_values(s, q.shape[1], cv, values, tokens, rule, y[:, new], lse[:, new], first, size.tiles)
+        _attend_tiles(call, size, turned, work, absorbed, y[:, new], lse[:, new], first)
         if first + size.tiles < size.total:
             after = size.splits + 1 if live.start == 0 or first == 0 else 0
-            so_far, so_far_lse = (part[:, after].unflatten(1, heads).transpose(1, 2) for part in (y, lse))
-            combine(y[:, live], lse[:, live], values, so_far, so_far_lse)
+            so_far, so_far_lse = (x[:, after, :rows].unflatten(1, heads).transpose(1, 2) for x in (y, lse))
+            combine(y[:, live], lse[:, live], call.values, so_far, so_far_lse)
             live = slice(0, size.splits + 1) if after == 0 else slice(1, size.splits + 2)
     return y[:, live], lse[:, live]
+
+
+def _attend_tiles(
+    call: Call, size: Cut, turned: bool, work: Workspace, absorbed: tuple[Tensor, Tensor | None] | None, y: Tensor,
+    lse: Tensor, first: int,
+) -> None:  # fmt: skip
+    """Tiles first .. first + size.tiles of every sequence, to y [B, splits, Hq S, Rv] and lse [B, splits, Hq S]."""
+    q, ck, cv, keys, values, tokens, rule = call
+    num_queries = q.shape[1]
+    if absorbed is None and (turned or not first):
+        turn_queries(q, keys, tokens, rule, work.x, first, turned)
+    if size.fused and absorbed is not None:
+        fused_absorbed(
+            *absorbed, num_queries, ck, cv, keys, values, tokens, rule, y, lse, first, size.tiles, size.fused
+        )  # fmt: skip
+    elif size.fused:
+        fused_rebuilt(
+            work.x, num_queries, ck, cv, keys, values, tokens, rule, y, lse, first, size.tiles, turned, size.fused
+        )  # fmt: skip
+    else:
+        span = work.s, first, size.tiles, size.parts
+        if absorbed is not None:
+            absorbed_scores(*absorbed, num_queries, ck, keys, tokens, rule, *span)
+        else:
+            latent_scores(work.x, num_queries, ck, keys, tokens, rule, *span, turned)
+        latent_values(
+            work.s, num_queries, ck if cv is None else cv, values, tokens, rule, y, lse, first, size.tiles
+        )  # fmt: skip

@@ -39,6 +39,9 @@ class Row(NamedTuple):
     queries: int = ANY  # padded query rows of a program
     itemsize: int = 2  # of the numbers; 4 runs without tensor cores and may spill
     table: bool = True  # also where every token's own row of turns is read
+    values: int = ANY  # columns of a value rank's pieces
+    extras: int = 2  # of key bias and key norm, how many at once
+    shared: bool = True  # also where one row serves keys and values
 
 
 HOPPER = ("sm90", "sm100")
@@ -80,6 +83,29 @@ LATENT_VALUES = (
     Row(Launch(8, 2, block_r=64), ()),
     Row(Launch(4, 1, block_r=64), (), itemsize=4),
 )
+# One pass over keys and values; where no row fits there are two. rank 0: one row serves both.
+FUSED_ABSORBED = (
+    Row(Launch(4, 2), ("sm90",), rank=256, values=256, queries=16),
+    Row(Launch(4, 2), ("sm90",), rank=0, values=384, queries=16),
+    Row(Launch(4, 2), ("sm90",), rank=0, values=512, queries=16, extras=1),
+    Row(Launch(8, 2), ("sm90",), rank=256, values=512, queries=16, shared=False),
+    Row(Launch(8, 2), ("sm90",), rank=256, values=256, queries=32),
+    Row(Launch(8, 2), ("sm90",), rank=128, values=128, queries=64),
+    Row(Launch(8, 2), ("sm80", "sm100"), rank=256, values=256, queries=16),
+    Row(Launch(8, 1), ("sm80", "sm100"), rank=256, values=256, queries=32),
+    Row(Launch(4, 1), ("gfx9",), rank=256, values=256, queries=16),
+    Row(Launch(4, 1), (), rank=128, values=128, itemsize=4),
+)
+FUSED_REBUILT = (
+    Row(Launch(4, 1), ("sm90",), head=64, rank=256, values=256, queries=16, extras=1),
+    Row(Launch(4, 1), ("sm90",), head=64, rank=128, values=128, queries=32, extras=1),
+    Row(Launch(4, 2), ("sm90",), head=128, rank=128, values=128, queries=16, extras=0),
+    Row(Launch(4, 2), ("sm90",), head=128, rank=0, values=128, queries=16, extras=1),
+    Row(Launch(8, 1), ("sm100",), head=64, rank=256, values=256, queries=16),
+    Row(Launch(8, 1), ("sm100",), head=128, rank=128, values=128, queries=16),
+    Row(Launch(8, 1), ("sm100",), head=128, rank=0, values=256, queries=16, extras=1),
+    Row(Launch(4, 1), HOPPER, head=128, rank=128, values=128, queries=16, itemsize=4),
+)
 ABSORB_QUERIES = (
     Row(Launch(4, 1, block_q=16, block_r=64), ()),
     Row(Launch(4, 1, block_q=16, block_r=32), (), itemsize=4),
@@ -107,20 +133,29 @@ REBUILD = (
 )
 
 
-def pick(
+def find(
     table: tuple[Row, ...], device: str, itemsize: int, *, head: int = 0, rank: int = 0, queries: int = 0,
-    turned: bool = True,
-) -> Launch:  # fmt: skip
-    """The first launch of a table whose row fits."""
+    turned: bool = True, values: int = 0, extras: int = 0,
+) -> Launch | None:  # fmt: skip
+    """The first launch of a table whose row fits, or None."""
     for row in table:
         if (
             itemsize <= row.itemsize
             and (not row.devices or device in row.devices)
             and (head <= row.head and rank <= row.rank and queries <= row.queries)
-            and (turned or row.table)
+            and (values <= row.values and extras <= row.extras and (turned or row.table))
+            and (row.shared or rank)
         ):
             return row.launch
-    raise ValueError(f"no launch for head {head}, rank {rank}, {queries} query rows, {itemsize} bytes on {device}")
+    return None
+
+
+def pick(table: tuple[Row, ...], device: str, itemsize: int, **shape: int) -> Launch:
+    """The first launch of a table that has one for every shape."""
+    launch = find(table, device, itemsize, **shape)
+    if launch is None:
+        raise ValueError(f"no launch for {shape}, {itemsize} bytes on {device}")
+    return launch
 
 
 @cache
@@ -145,20 +180,50 @@ def latent_values(rank: int, rows: int, itemsize: int, device: str) -> Launch:
     return found._replace(block_q=queries, block_r=min(found.block_r, next_power_of_2(rank)))
 
 
+@cache
+def fused_absorbed(key_rank: int, value_rank: int, rows: int, itemsize: int, device: str, extras: int) -> Launch | None:
+    """key_rank 0: one row serves both. extras: how many of key bias and key norm there are."""
+    columns = {"rank": sum(pieces(key_rank)), "values": sum(pieces(value_rank))}
+    found = find(FUSED_ABSORBED, device, itemsize, queries=block_q(rows), extras=extras, **columns)
+    return found and found._replace(block_q=block_q(rows))
+
+
+@cache
+def fused_rebuilt(
+    key_rank: int, value_rank: int, head_dim: int, rows: int, itemsize: int, device: str, turned: bool, extras: int
+) -> Launch | None:
+    """As fused_absorbed."""
+    columns = {"head": block_d(head_dim), "rank": sum(pieces(key_rank)), "values": sum(pieces(value_rank))}
+    found = find(
+        FUSED_REBUILT, device, itemsize, queries=block_q(rows), turned=turned, extras=extras, **columns
+    )  # fmt: skip
+    return found and found._replace(block_q=block_q(rows))
+
+
+@cache
 def block_d(head_dim: int) -> int:
     """A head dim padded to what a product takes."""
     return max(32, next_power_of_2(head_dim))
 
 
+@cache
 def block_q(rows: int) -> int:
     """Query rows of a program: all of them up to 64, padded to what a product takes."""
     return min(64, max(16, next_power_of_2(rows)))
 
 
+@cache
 def chunks(rank: int) -> tuple[int, int]:
     """A rank as one or two powers of two, (R1, R2) with R1 + R2 >= rank; R2 is 0 where R1 is enough."""
     first = 1 << (rank.bit_length() - 1)
     return first, 0 if rank == first else max(16, next_power_of_2(rank - first))
+
+
+@cache
+def pieces(rank: int) -> tuple[int, ...]:
+    """A rank in powers of two of at most 128, the largest first; together they are at least the rank."""
+    rest = chunks(rank % 128) if rank % 128 else ()
+    return (128,) * (rank // 128) + tuple(n for n in rest if n)
 
 
 @cache

@@ -1,17 +1,15 @@
-"""How a decode call is cut: sequences and tiles at a time, parts of the tiles to a program; from shapes alone."""
+"""How a decode call is run: in one pass or two, and cut into what sequences, tiles and splits; from shapes alone."""
 
 from typing import NamedTuple
 
 import torch
-from triton import cdiv
 
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Keys, Rule, Values
-from lrattn.shapes import round_up
+from lrattn.shapes import cdiv, round_up
 
 WAVES = 2  # programs a multiprocessor should get at least
-PART_TILES = 32  # most tiles of one program of the scores, so that ragged batches balance
-SPLIT_TILES = 4  # fewest tiles of a planned split, so that partial results stay small beside the latents
+PART_TILES = 32  # most tiles of one program where the workspace allows, so that ragged batches balance
 LARGEST_AXIS = 65535  # of a CUDA grid, but for the first
 MOST_TILES = 32767  # at a time: times a number of parts they stay below 2^31
 
@@ -23,13 +21,33 @@ class Cut(NamedTuple):
     total: int  # tiles that a sequence can have
     tiles: int  # tiles at a time
     parts: int  # of those tiles: one to a program of the scores
-    splits: int  # of those tiles: one to a program of the values
+    splits: int  # of those tiles: one to a program of the values, or of the one pass
+    fused: launch.Launch | None  # of the one pass
     nbytes: int  # of temporaries
+
+
+def fused(rows: int, dtype: torch.dtype, device: str, keys: Keys, values: Values, turned: bool) -> launch.Launch | None:
+    """The launch of the one pass over keys and values, or None: scores and values then take a pass each.
+
+    It takes groups of keys and of values that hold the same heads, and a kernel that fits (the launch tables). Rebuilt
+    keys have a program for each head: unless rows are shared, each would read its group's value latents again.
+
+    Args: rows: Hq S, query rows of a sequence. turned: queries are turned back by tile.
+    """
+    if not values.paired:
+        return None
+    ranks = (0 if values.shared else keys.rank), values.rank
+    extras = (keys.bias is not None) + (keys.weight is not None)
+    if keys.turns is None:
+        return launch.fused_absorbed(*ranks, rows // keys.groups, dtype.itemsize, device, extras)
+    if keys.group_size > 1 and not values.shared:
+        return None
+    return launch.fused_rebuilt(*ranks, keys.head_dim, rows // keys.num_heads, dtype.itemsize, device, turned, extras)
 
 
 def cut(
     batch: int, num_queries: int, query_heads: int, dtype: torch.dtype, device: torch.device, keys: Keys,
-    values: Values, bound: int, rule: Rule, num_splits: int, limit: int,
+    values: Values, bound: int, rule: Rule, num_splits: int, limit: int, turned: bool,
 ) -> Cut:  # fmt: skip
     """The cut of a call with tokens up to `bound`, within `limit` bytes if one tile of one sequence is.
 
@@ -38,30 +56,38 @@ def cut(
     device_name, rows = launch.name(device), query_heads * num_queries
     per_group = rows // keys.groups
     per_head = rows // keys.num_heads
+    one_pass = fused(rows, dtype, device_name, keys, values, turned)
     if keys.turns is None:
         block_q = launch.absorbed_scores(keys.rank, per_group, dtype.itemsize, device_name).block_q
         score_programs = cdiv(per_group, block_q) * keys.groups
     else:
         score_programs = cdiv(per_head, launch.block_q(per_head)) * keys.num_heads
-    per_group = rows // values.groups
-    choice = launch.latent_values(values.rank, per_group, dtype.itemsize, device_name)
-    value_programs = cdiv(values.rank, choice.block_r) * cdiv(per_group, choice.block_q) * values.groups
+    if one_pass is not None:
+        value_programs = score_programs
+    else:
+        per_group = rows // values.groups
+        choice = launch.latent_values(values.rank, per_group, dtype.itemsize, device_name)
+        value_programs = cdiv(values.rank, choice.block_r) * cdiv(per_group, choice.block_q) * values.groups
 
     total = cdiv(bound, launch.BLOCK_T)
     if rule.window:  # a window may begin and end inside a tile
         total = min(total, cdiv(rule.window + num_queries - 2, launch.BLOCK_T) + 1)
     fill = WAVES * launch.processors(device)
     per_split = (rows * values.rank + round_up(rows, 16)) * 4  # a partial result and its lse
-    wanted = min(cdiv(fill, batch * value_programs), total // SPLIT_TILES, limit // (2 * per_split))
-    splits = num_splits or max(1, wanted)
+    room = limit // (2 * per_split)
+    balanced = min(cdiv(total, PART_TILES), room // max(batch, 1))
+    wanted = max(cdiv(fill, max(batch, 1) * value_programs), balanced)
+    splits = num_splits or max(1, min(wanted, total, room))
     fixed = rows * (keys.rank + 1) * 4 if keys.turns is None else 0  # absorbed queries
     fixed += rows * keys.head_dim * dtype.itemsize  # heads before the output projection
     fixed += (splits + 2) * per_split
-    per_tile = rows * launch.BLOCK_T * 4
-    if keys.turns is not None:  # queries, turned back for each tile
-        per_tile += rows * launch.block_d(keys.head_dim) * dtype.itemsize
-    tiles = max(1, min(total, (limit - fixed) // per_tile, MOST_TILES))
+    query = 0 if keys.turns is None else rows * launch.block_d(keys.head_dim) * dtype.itemsize
+    fixed += query
+    per_tile = 0 if one_pass is not None else rows * launch.BLOCK_T * 4
+    if turned:  # queries, turned back for each tile
+        per_tile += query
+    tiles = max(1, min(total, (limit - fixed) // per_tile if per_tile else total, MOST_TILES))
     held = fixed + tiles * per_tile
     at_once = max(1, min(batch, limit // held, LARGEST_AXIS))
-    parts = max(cdiv(tiles, PART_TILES), min(cdiv(fill, at_once * score_programs), tiles // 2), 1)
-    return Cut(at_once, total, tiles, parts, splits, at_once * held)
+    parts = min(tiles, max(cdiv(fill, at_once * score_programs), cdiv(tiles, PART_TILES)))
+    return Cut(at_once, total, tiles, parts, splits, one_pass, at_once * held)

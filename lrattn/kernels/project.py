@@ -3,10 +3,10 @@
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import cdiv
 
 from lrattn.kernels import launch
 from lrattn.kernels.tiles import LENGTHS, SLICED
+from lrattn.shapes import cdiv
 
 
 # fmt: off

@@ -3,7 +3,6 @@
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import cdiv
 
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Keys, Tokens, Values
@@ -18,6 +17,7 @@ from lrattn.kernels.tiles import (
     pair_columns,
     slots,
 )
+from lrattn.shapes import cdiv
 
 
 # fmt: off

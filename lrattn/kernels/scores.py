@@ -4,13 +4,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import cdiv
 
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Keys, Rule, Tokens
 from lrattn.kernels.tiles import (
     LENGTHS,
     SLICED,
+    finish,
     load_inverse_rms,
     load_latents,
     load_rows,
@@ -21,8 +21,8 @@ from lrattn.kernels.tiles import (
     reach,
     seen,
     slots,
-    soft_cap,
 )
+from lrattn.shapes import cdiv
 
 
 # fmt: off
@@ -165,11 +165,8 @@ def latent_scores_kernel(
             score = tl.dot(turned_low, tl.trans(q_low), score, input_precision="ieee")
             q_high = tl.load(p_x + x_strides[3] + d0 // 2, mask=in_q[:, None], other=0.0)
             score = tl.dot(turned_high, tl.trans(q_high), score, input_precision="ieee")
-        score *= scale
-        if CAPPED:
-            score = soft_cap(score, softcap)
         mask = seen(t, live, query, begin, end, S, window, CAUSAL, WINDOWED)
-        score = tl.where(mask, score, float("-inf"))
+        score = finish(score, scale, softcap, CAPPED, mask)
         tl.store(p_s[None, :] + (t - origin)[:, None], score, mask=in_q[None, :])
 # fmt: on
 

@@ -121,6 +121,34 @@ def soft_cap(x, cap):
 
 
 @triton.jit
+def finish(score, scale, softcap, CAPPED: tl.constexpr, mask):
+    """softcap(scale * score); -inf outside the mask."""
+    score *= scale
+    if CAPPED:
+        score = soft_cap(score, softcap)
+    return tl.where(mask, score, float("-inf"))
+
+
+@triton.jit
+def softmax_step(score, peak, total, AXIS: tl.constexpr):
+    """A tile of the online softmax, tokens on AXIS: its weights, and how the sums before it fade.
+
+    peak, total [BLOCK_Q]: the largest score so far and the sum of exp(score - peak).
+    """
+    above = tl.maximum(peak, tl.max(score, AXIS))
+    base = tl.where(above == float("-inf"), 0.0, above)
+    p = tl.exp(score - tl.expand_dims(base, AXIS))
+    fade = tl.exp(peak - base)
+    return p, fade, above, total * fade + tl.sum(p, AXIS)
+
+
+@triton.jit
+def store_lse(p_lse, peak, total, in_q):
+    """log(sum_t exp(score)) of each row; -inf where no token was seen."""
+    tl.store(p_lse, tl.where(total != 0, peak + tl.log(total), float("-inf")), mask=in_q)  # a NaN stays one
+
+
+@triton.jit
 def seen(t, live, s, begin, end, S, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
     """Which tokens t [BLOCK_T] the queries s [BLOCK_Q] see: [BLOCK_T, BLOCK_Q]."""
     own = end - S + s

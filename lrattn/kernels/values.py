@@ -3,11 +3,21 @@
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import cdiv
 
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Rule, Tokens, Values
-from lrattn.kernels.tiles import LENGTHS, SLICED, load_latents, load_run, part_of, reach, slots
+from lrattn.kernels.tiles import (
+    LENGTHS,
+    SLICED,
+    load_latents,
+    load_run,
+    part_of,
+    reach,
+    slots,
+    softmax_step,
+    store_lse,
+)
+from lrattn.shapes import cdiv
 
 
 # fmt: off
@@ -65,18 +75,13 @@ def latent_values_kernel(
             mask=in_q[:, None] & live[None, :],
             other=float("-inf"),
         )
-        above = tl.maximum(peak, tl.max(score, 1))
-        base = tl.where(above == float("-inf"), 0.0, above)
-        p = tl.exp(score - base[:, None])
-        fade = tl.exp(peak - base)
-        total = total * fade + tl.sum(p, 1)
+        p, fade, peak, total = softmax_step(score, peak, total, 1)
         z = load_latents(cv + page * cv_strides[0] + offset * cv_strides[1], column, rank, live, r)
         acc = tl.dot(p.to(z.dtype), z, acc * fade[:, None], input_precision="ieee")
-        peak = above
 
-    some = total != 0  # a NaN stays one
+    some = total != 0
     if i_r == 0:
-        tl.store(p_lse, tl.where(some, peak + tl.log(total), float("-inf")), mask=in_q)
+        store_lse(p_lse, peak, total, in_q)
     p_y = y + i_b * y_strides[0] + i_s.to(tl.int64) * y_strides[1] + row * y_strides[2]
     tl.store(
         p_y[:, None] + r[None, :],

@@ -4,11 +4,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import cdiv
 
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Keys
 from lrattn.kernels.tiles import LENGTHS, SLICED, load_latents, load_rows, load_run
+from lrattn.shapes import cdiv
 
 
 # fmt: off

@@ -1,0 +1,124 @@
+"""One pass over the latents where keys need no rotation: scores, softmax and the sum of value latents."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lrattn.kernels import launch
+from lrattn.kernels.arguments import Keys, Rule, Tokens, Values
+from lrattn.kernels.pieces import add_weighted, load_pieces, product, store_pieces, transposed, zeros
+from lrattn.kernels.tiles import (
+    LENGTHS,
+    SLICED,
+    finish,
+    load_inverse_rms,
+    load_run,
+    part_of,
+    reach,
+    seen,
+    slots,
+    softmax_step,
+    store_lse,
+)
+from lrattn.shapes import cdiv
+
+
+# fmt: off
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=SLICED)
+def fused_absorbed_kernel(
+    a, a_strides,            # [B, Hq * S, Rk]  absorbed queries
+    constant,                # [B, Hq * S]      float32, or None without a key bias
+    ck, ck_strides,          # [N, P, width]    key rows by page
+    cv, cv_strides,          # [N, P, width]    value rows by page; None: a row serves both
+    pages, pages_stride,     # [B, pages]       int32
+    lens, lens_stride,       # [B]              int32, tokens held
+    starts, starts_stride,   # [B]              int32, first token attended to, or None
+    key_runs, value_runs,    # [G, 3]           int32: column, rank, first row of the basis
+    heads,                   # [Hkv]            int32, place -> kv head
+    y, y_strides,            # [B, splits, Hq * S, Rv]  out, float32; rows whose lse is -inf are not written
+    lse, lse_strides,        # [B, splits, Hq * S]      out, float32, natural log
+    scale, softcap, bound, S, window, norm_column, first_tile, tiles, splits,
+    C: tl.constexpr, M: tl.constexpr, P: tl.constexpr, Hkv: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, NORMED: tl.constexpr,
+    KEYS: tl.constexpr, VALUES: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr,
+):
+    """y[b, i, h S + j] = softmax_t(softcap(scale * norm(ck[b, t, g] . a[b, h S + j] + constant))) @ cv[b, t, g]
+
+    over t in split i. KEYS and VALUES are the pieces of a rank. Without cv they are the same columns of one row, which
+    is loaded once; absorbed queries are zero past the key rank.
+
+    Grid: (row blocks * G, splits, B). A program owns BLOCK_Q of the C M S query rows of one group and one split:
+    with one row block each latent is read once.
+    Needs: P a multiple of 16; groups of keys and of values hold the same heads. Online softmax, sums are float32.
+    Reference: lrattn.reference._attend_span. Derivation: docs/kernels.md#fused.
+    """
+    G: tl.constexpr = Hkv // C
+    g = tl.program_id(0) % G
+    i_s = tl.program_id(1).to(tl.int64)
+    i_b = tl.program_id(2).to(tl.int64)
+    i = tl.program_id(0) // G * BLOCK_Q + tl.arange(0, BLOCK_Q)  # row of the group: c (M S) + m S + s
+    in_q = i < C * M * S
+    head = tl.load(heads + g * C + i // (M * S), mask=in_q, other=0)
+    row = (head * M * S + i % (M * S)).to(tl.int64)
+    p_lse = lse + i_b * lse_strides[0] + i_s * lse_strides[1] + row
+    begin, end = reach(lens, lens_stride, starts, starts_stride, i_b, bound, S, window, WINDOWED)
+    _, t_begin, t_end = part_of(begin, end, first_tile, tiles, tl.program_id(1), splits, BLOCK_T)
+    if t_begin >= t_end:
+        tl.store(p_lse, tl.full([BLOCK_Q], float("-inf"), tl.float32), mask=in_q)
+        return
+
+    key_column, key_rank, _ = load_run(key_runs, g)
+    value_column, value_rank, _ = load_run(value_runs, g)
+    x = transposed(load_pieces(a + i_b * a_strides[0] + row * a_strides[1], 0, key_rank, in_q, KEYS))
+    if constant is not None:
+        shift = tl.load(constant + i_b * Hkv * M * S + row, mask=in_q, other=0.0)
+    query = tl.where(in_q, i % S, -1)
+    peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    acc = zeros(BLOCK_Q, VALUES)
+    for t0 in range(t_begin, t_end, BLOCK_T):
+        t = t0 + tl.arange(0, BLOCK_T)
+        live = (t >= begin) & (t < t_end)
+        page, offset = slots(pages + i_b * pages_stride, t, live, P)
+        p_ck = ck + page * ck_strides[0] + offset * ck_strides[1]
+        z = load_pieces(p_ck, key_column, key_rank if cv is not None else value_rank, live, KEYS)
+        score = product(z, x)
+        if constant is not None:
+            score += shift[None, :]
+        if NORMED:
+            score *= load_inverse_rms(p_ck[:, None], norm_column, Hkv, head[None, :], live[:, None] & in_q[None, :])
+        mask = seen(t, live, query, begin, end, S, window, CAUSAL, WINDOWED)
+        score = finish(score, scale, softcap, CAPPED, mask)
+        p, fade, peak, total = softmax_step(score, peak, total, 0)
+        p = tl.trans(p).to(ck.dtype.element_ty)
+        if cv is not None:
+            p_cv = cv + page * cv_strides[0] + offset * cv_strides[1]
+            z = load_pieces(p_cv, value_column, value_rank, live, VALUES)
+        acc = add_weighted(acc, fade, p, z)
+
+    store_lse(p_lse, peak, total, in_q)
+    some = total != 0
+    p_y = y + i_b * y_strides[0] + i_s * y_strides[1] + row * y_strides[2]
+    store_pieces(p_y, acc, 1.0 / tl.where(some, total, 1.0), value_rank, in_q & some, VALUES)
+# fmt: on
+
+
+def fused_absorbed(
+    a: Tensor, constant: Tensor | None, num_queries: int, ck: Tensor, cv: Tensor | None, keys: Keys, values: Values,
+    tokens: Tokens, rule: Rule, y: Tensor, lse: Tensor, first_tile: int, tiles: int, choice: launch.Launch,
+) -> None:  # fmt: skip
+    """Absorbed queries a [B, Hq S, Rk] over the tiles of each split: y [B, splits, Hq S, Rv], lse [B, splits, Hq S]."""
+    batch, splits, all_rows, _ = y.shape
+    heads = keys.num_heads
+    fused_absorbed_kernel[cdiv(all_rows // keys.groups, choice.block_q) * keys.groups, splits, batch](
+        a, a.stride(), constant, ck, ck.stride(), cv, (0, 0) if cv is None else cv.stride(),
+        tokens.pages, tokens.pages.stride(0), tokens.lens, tokens.lens.stride(0), tokens.starts, tokens.starts_stride,
+        keys.runs, values.runs, keys.heads, y, y.stride(), lse, lse.stride(),
+        rule.scale, rule.softcap, tokens.bound, num_queries, rule.window, keys.norm_column, first_tile, tiles, splits,
+        C=keys.group_size, M=all_rows // (heads * num_queries), P=ck.shape[1], Hkv=heads,
+        CAUSAL=rule.causal, WINDOWED=rule.window > 0, CAPPED=rule.softcap > 0, NORMED=keys.norm_column >= 0,
+        KEYS=launch.pieces(keys.rank if cv is not None else values.rank), VALUES=launch.pieces(values.rank),
+        BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T,
+        num_warps=choice.warps, num_stages=choice.stages,
+    )  # fmt: skip

@@ -1,0 +1,152 @@
+"""One pass over the latents with keys rebuilt on chip: rotate, score, softmax and the sum of value latents."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lrattn.kernels import launch
+from lrattn.kernels.arguments import Keys, Rule, Tokens, Values
+from lrattn.kernels.pieces import add_weighted, load_basis, load_pieces, product, store_pieces, zeros
+from lrattn.kernels.tiles import (
+    LENGTHS,
+    SLICED,
+    finish,
+    load_inverse_rms,
+    load_run,
+    load_turns,
+    part_of,
+    reach,
+    seen,
+    slots,
+    softmax_step,
+    store_lse,
+)
+from lrattn.shapes import cdiv
+
+
+# fmt: off
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=SLICED)
+def fused_rebuilt_kernel(
+    x, x_strides,            # [B, tiles, Hq * S, 2, D / 2]  queries by tile, dims of pairs apart, padded with zeros
+    ck, ck_strides,          # [N, P, width]    key rows by page
+    cv, cv_strides,          # [N, P, width]    value rows by page; None: a row serves both
+    pages, pages_stride,     # [B, pages]       int32
+    lens, lens_stride,       # [B]              int32, tokens held
+    starts, starts_stride,   # [B]              int32, first token attended to, or None
+    uk,                      # [sum Rk, C * D]  key basis, pairs adjacent
+    key_runs, value_runs,    # [G, 3]           int32: column, rank, first row of the basis
+    heads,                   # [Hkv]            int32, place -> kv head
+    bias, weight,            # [Hkv, D], [D]    float32 by place, pairs adjacent; None without
+    turns,                   # [max_position, ROTARY]  float32, cos and sin of a pair adjacent; offsets' if not TABLE
+    positions, pos_strides,  # [N, P]           int32, or None: the index in the sequence
+    y, y_strides,            # [B, splits, Hq * S, Rv]  out, float32; rows whose lse is -inf are not written
+    lse, lse_strides,        # [B, splits, Hq * S]      out, float32, natural log
+    scale, softcap, bound, S, window, max_position, norm_column, first_tile, tiles, splits,
+    C: tl.constexpr, M: tl.constexpr, D: tl.constexpr, P: tl.constexpr, Hkv: tl.constexpr,
+    ROTARY: tl.constexpr, TABLE: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
+    KEYS: tl.constexpr, VALUES: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr,
+):
+    """y[b, i, h S + j] = softmax_t(softcap(scale * q[b, j, h] . Rot(t) norm(ck[b, t, g] @ uk[k] + bias[k]))) @ cv[b, t, g]
+
+    over t in split i, k = h // M in group g. As in the scores, queries come turned back by each tile's first token and
+    keys are turned by the offset only; with TABLE every token's own row is read instead. KEYS and VALUES are the pieces
+    of a rank. Without cv they are the same columns of one row, which is loaded once; the basis is zero
+    past the key rank.
+
+    Grid: (row blocks * Hkv, splits, B). A program owns BLOCK_Q of the M S query rows of one kv head and one split; the
+    heads of a group run side by side and meet its latents in L2. With one head a group each latent is read once.
+    Needs: BLOCK_D a power of two >= 32 and >= D, P a multiple of 16; groups of keys and of values hold the same heads.
+    Online softmax, sums are float32.
+    Reference: lrattn.reference._attend_span. Derivation: docs/kernels.md#fused.
+    """
+    place = tl.program_id(0) % Hkv
+    i_s = tl.program_id(1).to(tl.int64)
+    i_b = tl.program_id(2).to(tl.int64)
+    i = tl.program_id(0) // Hkv * BLOCK_Q + tl.arange(0, BLOCK_Q)  # row m S + s of the kv head
+    in_q = i < M * S
+    head = tl.load(heads + place)
+    row = (head * M * S + i).to(tl.int64)
+    p_lse = lse + i_b * lse_strides[0] + i_s * lse_strides[1] + row
+    begin, end = reach(lens, lens_stride, starts, starts_stride, i_b, bound, S, window, WINDOWED)
+    origin, t_begin, t_end = part_of(begin, end, first_tile, tiles, tl.program_id(1), splits, BLOCK_T)
+    if t_begin >= t_end:
+        tl.store(p_lse, tl.full([BLOCK_Q], float("-inf"), tl.float32), mask=in_q)
+        return
+
+    key_column, key_rank, r0 = load_run(key_runs, place // C)
+    value_column, value_rank, _ = load_run(value_runs, place // C)
+    d, j = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_D // 2)
+    u = load_basis(uk, C * D, r0, key_rank, place % C * D, d, D, KEYS, ck)
+    if not TABLE:
+        cos, sin = load_turns(turns, tl.arange(0, BLOCK_T), BLOCK_T, d, ROTARY)
+    query = tl.where(in_q, i % S, -1)
+    peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    acc = zeros(BLOCK_Q, VALUES)
+
+    for t0 in range(t_begin, t_end, BLOCK_T):
+        t = t0 + tl.arange(0, BLOCK_T)
+        live = (t >= begin) & (t < t_end)
+        page, offset = slots(pages + i_b * pages_stride, t, live, P)
+        p_ck = ck + page * ck_strides[0] + offset * ck_strides[1]
+        z = load_pieces(p_ck, key_column, key_rank if cv is not None else value_rank, live, KEYS)
+        k = product(z, u)
+        if bias is not None:
+            k += tl.load(bias + place * D + d, mask=d < D, other=0.0)[None, :]
+        if weight is not None:  # the norm before rounding: a raw key may be too large for float16
+            inverse = load_inverse_rms(p_ck, norm_column, Hkv, head, live)
+            k *= inverse[:, None] * tl.load(weight + d, mask=d < D, other=0.0)[None, :]
+        p_x = x + i_b * x_strides[0] + row[:, None] * x_strides[2] + j[None, :]
+        if TABLE:
+            at = t
+            if positions is not None:
+                at = tl.load(positions + page * pos_strides[0] + offset * pos_strides[1], mask=live, other=0)
+            cos, sin = load_turns(turns, at, max_position, d, ROTARY)
+        else:
+            p_x += ((t0 - origin) // BLOCK_T).to(tl.int64) * x_strides[1]
+        x_low = tl.load(p_x, mask=in_q[:, None], other=0.0)
+        x_high = tl.load(p_x + x_strides[3], mask=in_q[:, None], other=0.0)
+        k_low, k_high = tl.split(tl.reshape(k, [BLOCK_T, BLOCK_D // 2, 2]))
+        turned = (k_low * cos - k_high * sin).to(ck.dtype.element_ty)
+        score = tl.dot(turned, tl.trans(x_low), input_precision="ieee")
+        turned = (k_low * sin + k_high * cos).to(ck.dtype.element_ty)
+        score = tl.dot(turned, tl.trans(x_high), score, input_precision="ieee")
+        mask = seen(t, live, query, begin, end, S, window, CAUSAL, WINDOWED)
+        score = finish(score, scale, softcap, CAPPED, mask)
+        p, fade, peak, total = softmax_step(score, peak, total, 0)
+        p = tl.trans(p).to(ck.dtype.element_ty)
+        if cv is not None:
+            p_cv = cv + page * cv_strides[0] + offset * cv_strides[1]
+            z = load_pieces(p_cv, value_column, value_rank, live, VALUES)
+        acc = add_weighted(acc, fade, p, z)
+
+    store_lse(p_lse, peak, total, in_q)
+    some = total != 0
+    p_y = y + i_b * y_strides[0] + i_s * y_strides[1] + row * y_strides[2]
+    store_pieces(p_y, acc, 1.0 / tl.where(some, total, 1.0), value_rank, in_q & some, VALUES)
+# fmt: on
+
+
+def fused_rebuilt(
+    x: Tensor, num_queries: int, ck: Tensor, cv: Tensor | None, keys: Keys, values: Values, tokens: Tokens, rule: Rule,
+    y: Tensor, lse: Tensor, first_tile: int, tiles: int, turned: bool, choice: launch.Launch,
+) -> None:  # fmt: skip
+    """Turned queries x over the tiles of each split: y [B, splits, Hq S, Rv], lse [B, splits, Hq S]."""
+    batch, splits, all_rows, _ = y.shape
+    heads, rows = keys.num_heads, all_rows // keys.num_heads
+    fused_rebuilt_kernel[cdiv(rows, choice.block_q) * heads, splits, batch](
+        x, x.stride(), ck, ck.stride(), cv, (0, 0) if cv is None else cv.stride(),
+        tokens.pages, tokens.pages.stride(0), tokens.lens, tokens.lens.stride(0), tokens.starts, tokens.starts_stride,
+        keys.rows, keys.runs, values.runs, keys.heads, keys.bias, keys.weight,
+        keys.offset_turns if turned else keys.turns, tokens.positions, tokens.positions_strides,
+        y, y.stride(), lse, lse.stride(), rule.scale, rule.softcap, tokens.bound, num_queries, rule.window,
+        keys.max_position, keys.norm_column, first_tile, tiles, splits,
+        C=keys.group_size, M=rows // num_queries, D=keys.head_dim, P=ck.shape[1], Hkv=heads,
+        ROTARY=keys.rotary_dim, TABLE=not turned,
+        CAUSAL=rule.causal, WINDOWED=rule.window > 0, CAPPED=rule.softcap > 0,
+        KEYS=launch.pieces(keys.rank if cv is not None else values.rank), VALUES=launch.pieces(values.rank),
+        BLOCK_D=launch.block_d(keys.head_dim), BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T,
+        num_warps=choice.warps, num_stages=choice.stages,
+    )  # fmt: skip
