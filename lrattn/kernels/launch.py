@@ -87,7 +87,7 @@ LATENT_VALUES = (
 FUSED_ABSORBED = (
     Row(Launch(4, 2), ("sm90",), rank=256, values=256, queries=16),
     Row(Launch(4, 2), ("sm90",), rank=0, values=384, queries=16),
-    Row(Launch(4, 2), ("sm90",), rank=0, values=512, queries=16, extras=1),
+    Row(Launch(4, 2), ("sm90",), rank=0, values=512, queries=16, extras=0),
     Row(Launch(8, 2), ("sm90",), rank=256, values=512, queries=16, shared=False),
     Row(Launch(8, 2), ("sm90",), rank=256, values=256, queries=32),
     Row(Launch(8, 2), ("sm90",), rank=128, values=128, queries=64),
