@@ -110,6 +110,15 @@ class Traffic:
     def writes(self, x: Tensor, kernel: str | None = None) -> NDArray[np.int64]:
         return self._elements(x, "writes", kernel)
 
+    def sectors(self, x: Tensor) -> int:
+        """How many sectors hold an element of x that was read."""
+        region = self.regions.get(x.untyped_storage().data_ptr())
+        if region is None:
+            return 0
+        read = np.zeros(region.size, np.int64)
+        each(x, read)[...] = self.reads(x)
+        return sectors(read)
+
     def rows(self) -> list[dict[str, Any]]:
         """By kernel, argument and kind: bytes that its lanes asked for, and bytes of the sectors they lie in."""
         found: dict[tuple[str, str, str], NDArray[np.int64]] = {}
@@ -134,8 +143,8 @@ class Traffic:
 
     def launch(self, executor: GridExecutor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = dict(zip(executor.arg_names, args, strict=False)) | kwargs
-        tensors = {n: getattr(x, "base", x) for n, x in given.items() if n in executor.arg_names}
-        tensors = {n: x for n, x in tensors.items() if isinstance(x, Tensor)}
+        named = ((n, getattr(given[n], "base", given[n])) for n in executor.arg_names if n in given)
+        tensors = {n: x for n, x in named if isinstance(x, Tensor)}  # base: of a tensor descriptor
         for name, x in tensors.items():
             if x.device.type != "cpu":
                 raise ValueError(f"{name}: expected a tensor on the CPU, got one on {x.device}, which would be copied")
