@@ -1,6 +1,7 @@
 # make demo   a small real model compressed, evaluated and generating from latents
 # make test   the whole suite, linters and types included
 # make resources   compiles every launch of the kernels for GPUs that need not be here
+# make traffic   counts the bytes that each way of a decode step asks for, in Triton's interpreter
 # make bench-cpu | bench-quality | bench-memory   what bench/results holds; quality takes hours, cell by cell
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 TORCH := torch==2.13.0
 
-.PHONY: demo test resources bench-cpu bench-quality bench-memory clean
+.PHONY: demo test resources traffic bench-cpu bench-quality bench-memory clean
 
 demo: $(VENV)/.demo
 	$(RUN) -m bench.demo
@@ -21,6 +22,9 @@ test: $(VENV)/.dev
 
 resources: $(VENV)/.demo
 	$(RUN) -m bench.resources
+
+traffic: $(VENV)/.demo
+	$(RUN) -m bench.traffic
 
 bench-cpu: $(VENV)/.demo
 	$(RUN) -m bench.cpu_decode

@@ -84,16 +84,20 @@ class Launch:
     def region_of(self, address: int) -> Region | None:
         return next((r for r in self.owners if r.begin <= address < r.begin + r.size), None)
 
-    def nearest(self, address: int) -> str:
-        """Says which argument lies next to an address."""
+    def outside(self, address: int, what: str, program: tuple[int, ...]) -> IndexError:
+        """The error of an access that belongs to no argument; names the argument that lies next to it."""
 
         def distance(x: Tensor) -> int:
             first = x.data_ptr()
             last = first + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) * x.element_size()
             return max(first - address, address - last, 0)
 
-        name, x = min(((n, x) for n, x in self.tensors.items() if x.numel()), key=lambda item: distance(item[1]))
-        return f"nearest is {name} {list(x.shape)}, {distance(x)} bytes away"
+        name = min((n for n, x in self.tensors.items() if x.numel()), key=lambda n: distance(self.tensors[n]))
+        x = self.tensors[name]
+        return IndexError(
+            f"{self.kernel}, program {program}: {what} of no argument, "
+            f"nearest is {name} {list(x.shape)}, {distance(x)} bytes away"
+        )
 
 
 class Traffic:
@@ -159,18 +163,17 @@ class Traffic:
         at = at.reshape(-1)
         while at.size:
             region = launch.region_of(int(at[0]))
-            inside = at == at[0] if region is None else at - np.uint64(region.begin) < region.size
-            offsets = (at[inside] - np.uint64(0 if region is None else region.begin)).astype(np.int64)
-            owner = np.zeros(1, np.uint8) if region is None else launch.owners[region][offsets]
+            if region is None:
+                raise launch.outside(int(at[0]), f"{kind} {itemsize} bytes", program)
+            offsets = at - np.uint64(region.begin)  # below the beginning it wraps to a large number
+            inside = offsets < region.size
+            offsets = offsets[inside].astype(np.int64)
+            owner = launch.owners[region][offsets]
             for index in np.flatnonzero(np.bincount(owner)):
-                if region is None or index == NOBODY:
-                    address = int(at[inside][owner == NOBODY][0])
-                    raise IndexError(
-                        f"{launch.kernel}, program {program}: {kind} {itemsize} bytes of no argument, "
-                        f"{launch.nearest(address)}"
-                    )
-                access = Access(launch.kernel, launch.names[index], kind, itemsize)
-                region.count(access, offsets[owner == index])
+                some = offsets[owner == index]
+                if index == NOBODY:
+                    raise launch.outside(region.begin + int(some[0]), f"{kind} {itemsize} bytes", program)
+                region.count(Access(launch.kernel, launch.names[index], kind, itemsize), some)
             at = at[~inside]
 
 

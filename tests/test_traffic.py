@@ -1,9 +1,10 @@
 """What the kernels read and write, element by element: every live latent as often as meant, nothing else at all.
 
-Counted in Triton's interpreter (bench/counting.py). The numbers below are lanes that ask. Where several programs ask for
-the same latent, heads of a group or blocks of 64 query rows, a GPU can serve all but the first from L2.
+Counted in Triton's interpreter (bench/counting.py). The numbers below are lanes that ask. Where several programs ask
+for the same latent, heads of a group or blocks of 64 query rows, a GPU can serve all but the first from L2.
 """
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from test_mutants import Mutant
 from triton.runtime.errors import InterpreterError
 
 import lrattn
+from bench import traffic
 from bench.counting import SECTOR, counting
 
 swap = test_mutants.swap
@@ -233,8 +235,8 @@ def test_a_live_slot_is_written_once_and_nothing_else(name, request):
 
 
 REBUILDS = [way("keys and values", 2, 2), way("key norm", 2, 2, 1, key_norm=True, positions=True),
-            way("joint values", 2, 4, value_ranks=(528,), lens=(70, 0)), way("riding row", 2, 2, **RIDING),
-            way("no rope", 2, 2, rope=None, P=48)]  # fmt: skip
+            way("joint values", 2, 4, value_ranks=(528,), lens=(70, 0)),
+            way("riding row", 2, 2, lens=(70, 0), **RIDING), way("no rope", 2, 2, rope=None, P=48, **ONE)]  # fmt: skip
 
 
 @pytest.mark.parametrize("way", REBUILDS, ids=str)
@@ -251,7 +253,7 @@ def test_rebuild_reads_its_tokens_once_a_head_and_writes_each_row_once(way, requ
     assert (seen.writes(k) == 1).all() and (seen.writes(v) == 1).all() and not seen.early()
 
 
-SHORT = {n: way(n, 1, Hkv=2, M=1, key_ranks=(128,) * 2, value_ranks=(128,) * 2, key_order=None, **changes)
+SHORT = {n: way(n, 2, **ONE | {"M": 1}, **changes)
          for n, changes in {
              "splits": {"lens": (150,), "call": {"num_splits": 2}},
              "page": {"lens": (70,), "P": 48},
@@ -294,3 +296,19 @@ def test_a_fault_in_writing_is_seen(swap):
     swap(Mutant("write.py", "(slot >= 0) & (slot < num_slots)", "(slot >= -1) & (slot < num_slots)", "write"))
     with pytest.raises((AssertionError, InterpreterError), match=SEEN):
         check_write(PLAIN)
+
+
+RESULTS = json.loads(traffic.PATH.read_text())
+
+
+def test_the_committed_traffic_is_of_these_sources_and_ways():
+    assert RESULTS["sources"] == traffic.sources_hash(), "the kernels changed: run make traffic"
+    found = [(row["shape"], row["way"], row["ranks"]) for row in RESULTS["rows"]]
+    assert found == [(w.shape.name, w.name, [w.key_rank, max(w.value_ranks)]) for w in traffic.WAYS]
+
+
+@pytest.mark.parametrize("row", RESULTS["rows"], ids=lambda r: "{shape}, {way}, {ranks}".format(**r))
+def test_every_way_moves_fewer_bytes_than_a_dense_cache_holds(row):
+    moved = traffic.shares(row, "unique")
+    assert moved["latents"] <= 1.02 * (2 if "row" in row["way"] else 1)  # a shared row once a kernel
+    assert moved["all"] < row["dense_bytes"] / row["latent_bytes"]
