@@ -27,7 +27,7 @@ traffic: $(VENV)/.demo
 	$(RUN) -m bench.traffic
 
 bench-cpu: $(VENV)/.demo
-	$(RUN) -m bench.cpu_decode
+	$(RUN) -m bench.decode_latency --cpu
 
 bench-quality: $(VENV)/.quality
 	$(RUN) -m bench.quality

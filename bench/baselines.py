@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,6 +28,30 @@ def rebuild_tuned(layer: lrattn.LayerFactors, q: Tensor, zk: Tensor, zv: Tensor)
     return dense(q, _rotate(layer, k), v)
 
 
+def rebuild_all(layer: lrattn.LayerFactors, tokens: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The same for batches on a GPU: q [B, Hq, D], zk [B, T, sum Rk], zv [B, T, sum Rv] -> [B, Hq, D].
+
+    For heads in the order of their groups. Bases and tables are laid out once, before.
+    """
+    bases = {side: [side.block(g) for g in range(len(side.ranks))] for side in (layer.keys, layer.values)}
+    cos, sin = _tables(layer, tokens, layer.device, layer.dtype)
+
+    def heads(side: lrattn.Projection, z: Tensor) -> Tensor:
+        """[B, Hkv, T, D]"""
+        parts = [z[..., columns] @ basis for columns, basis in zip(side.columns, bases[side], strict=True)]
+        found = torch.cat(parts, -1).unflatten(-1, (-1, side.head_dim))
+        return (found if side.bias is None else found + side.bias).transpose(1, 2)
+
+    def attend(q: Tensor, zk: Tensor, zv: Tensor) -> Tensor:
+        k = heads(layer.keys, zk)
+        if layer.key_norm is not None:
+            k = F.rms_norm(k, k.shape[-1:], layer.key_norm.weight, layer.key_norm.eps)
+        rows = q.unflatten(1, (k.shape[1], -1))  # [B, Hkv, M, D]
+        return F.scaled_dot_product_attention(rows, _turn(k, cos, sin), heads(layer.values, zv)).flatten(1, 2)
+
+    return attend
+
+
 def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Dense decode attention over contiguous k, v [Hkv, T, D]: q [Hq, D] -> [Hq, D].
 
@@ -47,7 +73,16 @@ def _rebuild(side: lrattn.Projection, z: Tensor) -> Tensor:
 
 def _rotate(layer: lrattn.LayerFactors, k: Tensor) -> Tensor:
     """Rotated keys [Hkv, T, D], pairs (j, j + D / 2)."""
-    turns = layer.rope.turns(k.device, k.dtype)[: k.shape[1]]  # [T, D / 2]
-    cos, sin = (torch.cat((x, x), -1).to(k.dtype) for x in (turns.real, turns.imag))
+    return _turn(k, *_tables(layer, k.shape[1], k.device, k.dtype))
+
+
+def _tables(layer: lrattn.LayerFactors, tokens: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin, [T, D] each."""
+    turns = layer.rope.turns(device, dtype)[:tokens]  # [T, D / 2]
+    cos, sin = (torch.cat((x, x), -1).to(dtype) for x in (turns.real, turns.imag))
+    return cos, sin
+
+
+def _turn(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = k.shape[-1] // 2
     return k * cos + torch.cat((-k[..., half:], k[..., :half]), -1) * sin

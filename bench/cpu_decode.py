@@ -1,6 +1,4 @@
-"""The CPU path against the way of the released code: one layer's decode step, rotated q in, heads out.
-
-    python -m bench.cpu_decode [--tokens 8192] [--repeats 9] [--out bench/results] [--plot-only]
+"""The CPU half of bench.decode_latency: our path against dense attention and against the released code's way.
 
 The released ReCalKV and Palu code rebuilds all keys and values, then attends; "tuned" is the fastest form of that we
 found. Ours rebuilds keys block by block in cache and keeps values in latent space. Same latents, same run, interleaved;
@@ -10,8 +8,6 @@ CPU times say nothing about a kernel on a GPU.
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,120 +16,99 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+from tqdm import tqdm
 
 import lrattn
 from bench import baselines, report, timing
+from bench.decode_problem import make
+from bench.decode_shapes import GROUPINGS, LLAMA_2, LLAMA_31, Shape
 
-# name: query heads, kv heads, head dim, key groups, rank of each, value groups, rank of each
-SHAPES = {
-    "Llama-2-7B, Palu groups": (32, 32, 128, 8, 256, 8, 256),
-    "Llama-3.1-8B, Palu groups": (32, 8, 128, 2, 256, 2, 256),
-    "Llama-2-7B, ReCalKV groups": (32, 32, 128, 8, 256, 1, 2048),
-    "Llama-3.1-8B, ReCalKV groups": (32, 8, 128, 2, 256, 1, 512),
-}
+KEEP = 0.5
+SHAPES = [Shape(model, grouping, KEEP) for grouping in reversed(GROUPINGS) for model in (LLAMA_2, LLAMA_31)]
+TOKENS = (1024, 2048, 4096, 8192, 16384, 32768)
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 OURS, RELEASED, TUNED, DENSE = "lrattn", "released way", "rebuild all, tuned", "dense cache, not compressed"
 
 
-def problem(shape: tuple[int, ...], tokens: int, dtype: torch.dtype) -> dict[str, Any]:
-    """A seeded layer at keep 0.5, its filled cache, and the dense cache it stands for."""
-    query_heads, heads, head_dim, key_groups, key_rank, value_groups, value_rank = shape
-    g = torch.Generator().manual_seed(0)
-
-    def normal(*size: int, scale: float = 1.0) -> torch.Tensor:
-        return (torch.randn(*size, generator=g) * scale).to(dtype)
-
-    layer = lrattn.LayerFactors(
-        keys=lrattn.Projection(normal(heads, key_rank, head_dim, scale=key_rank**-0.5), (key_rank,) * key_groups),
-        values=lrattn.Projection(
-            normal(heads, value_rank, head_dim, scale=value_rank**-0.5), (value_rank,) * value_groups
-        ),
-        rope=lrattn.Rope(1e4, head_dim, tokens),
-    )
-    zk, zv = normal(tokens, layer.k_width), normal(tokens, layer.v_width)
-    pages = tokens // 16
-    table = torch.randperm(pages, generator=g).int()
-    k_cache, v_cache = lrattn.allocate_cache(layer, pages, 16)
-    t = torch.arange(tokens)
-    lrattn.write_latents(layer, zk, zv, k_cache, v_cache, table[t // 16].long() * 16 + t % 16)
-    k, v = layer.rebuild(zk, zv, t)
-    return {
-        "layer": layer,
-        "q": normal(query_heads, head_dim),
-        "zk": zk,
-        "zv": zv,
-        "k": k.transpose(0, 1).contiguous(),
-        "v": v.transpose(0, 1).contiguous(),
-        "caches": (k_cache, v_cache),
-        "table": table[None],
-        "lens": torch.tensor([tokens], dtype=torch.int32),
-    }
+def run(path: Path, tokens: list[int], repeats: int) -> dict[str, Any]:
+    """Every shape, dtype and length, saved after each."""
+    rows: list[dict[str, Any]] = []
+    results = {"machine": report.machine(), "rows": rows}
+    todo = [(shape, n, dtype) for shape in SHAPES for dtype in TOLERANCE for n in tokens]
+    for shape, n, dtype in tqdm(todo, desc="cases", unit="case", disable=None):
+        rows.append(measure(shape, n, dtype, repeats))
+        report.write(path, results)
+    return results
 
 
-def measure(name: str, tokens: int, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
-    x = problem(SHAPES[name], tokens, dtype)
-    arguments = {"block_table": x["table"], "seq_lens": x["lens"]}
+def measure(shape: Shape, tokens: int, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
+    x = make(shape, tokens, 1, dtype, page=16)
+    assert x.zv is not None
+    q, zk, zv = x.q[0], x.zk[0], x.zv[0]
+    k, v = (side[0].transpose(0, 1).contiguous() for side in x.dense())
     runs = {
-        OURS: lambda: lrattn.decode_attention(x["q"][None], *x["caches"], x["layer"], **arguments)[0],
-        RELEASED: lambda: baselines.released_way(x["layer"], x["q"], x["zk"], x["zv"]),
-        TUNED: lambda: baselines.rebuild_tuned(x["layer"], x["q"], x["zk"], x["zv"]),
-        DENSE: lambda: baselines.dense(x["q"], x["k"], x["v"]),
+        OURS: lambda: lrattn.decode_attention(x.q, x.k_cache, x.v_cache, x.layer, block_table=x.table, seq_lens=x.lens)[
+            0
+        ],
+        RELEASED: lambda: baselines.released_way(x.layer, q, zk, zv),
+        TUNED: lambda: baselines.rebuild_tuned(x.layer, q, zk, zv),
+        DENSE: lambda: baselines.dense(q, k, v),
     }
-    for run in runs.values():
-        timing.gate(run(), runs[RELEASED](), TOLERANCE[dtype])
+    expected = runs[RELEASED]()
+    for provider in runs.values():
+        timing.gate(provider(), expected, TOLERANCE[dtype])
     times = timing.milliseconds(runs, repeats)
     return {
-        "shape": name,
+        "shape": shape.name,
         "dtype": str(dtype).removeprefix("torch."),
         "tokens": tokens,
         "times": times,
         "speedup": times[RELEASED]["median_ms"] / times[OURS]["median_ms"],
         "speedup_over_tuned": times[TUNED]["median_ms"] / times[OURS]["median_ms"],
-        "workspace_bytes": lrattn.workspace_bytes(x["layer"], query_heads=len(x["q"])),
+        "workspace_bytes": lrattn.workspace_bytes(x.layer, query_heads=len(q)),
     }
 
 
+def lines(results: dict[str, Any]) -> str:
+    return "\n".join(
+        f"{row['shape']}, {row['dtype']}, {row['tokens']} tokens: "
+        + ", ".join(f"{name} {t['median_ms']:.1f} ms" for name, t in row["times"].items())
+        + f": {row['speedup']:.1f} times faster"
+        for row in results["rows"]
+    )
+
+
 def plot(results: dict[str, Any], path: Path) -> None:
-    figure, axis = plt.subplots(figsize=(12.0, 4.4), layout="constrained")
+    """Milliseconds against context, a panel for each shape and dtype."""
     rows = results["rows"]
-    for i, name in enumerate((OURS, RELEASED, TUNED, DENSE)):
-        found = [row["times"][name] for row in rows]
-        medians = [t["median_ms"] for t in found]
-        spread = [[t["median_ms"] - t["p10_ms"] for t in found], [t["p90_ms"] - t["median_ms"] for t in found]]
-        places = [r + 0.22 * (i - 1.5) for r in range(len(rows))]
-        bars = axis.bar(places, medians, 0.2, yerr=spread, label=name, capsize=2)
-        axis.bar_label(bars, [f"{m:.0f}" for m in medians], padding=2, fontsize="x-small")
-    names = ["\n".join([*r["shape"].split(", "), r["dtype"]]) for r in rows]
-    axis.set_xticks(range(len(rows)), names, fontsize="small")
-    highest = max(t["p90_ms"] for row in rows for t in row["times"].values())
-    axis.set(ylabel="ms, median with p10-p90", yscale="log", ylim=(1, 10 * highest))
+    shapes, dtypes = (list(dict.fromkeys(row[name] for row in rows)) for name in ("shape", "dtype"))
+    figure, axes = plt.subplots(
+        len(dtypes), len(shapes), figsize=(3.4 * len(shapes), 3.1 * len(dtypes) + 0.8), layout="constrained",
+        squeeze=False, sharex=True, sharey=True,
+    )  # fmt: skip
+    for dtype, line in zip(dtypes, axes, strict=True):
+        for shape, axis in zip(shapes, line, strict=True):
+            own = [row for row in rows if (row["shape"], row["dtype"]) == (shape, dtype)]
+            for name in (OURS, RELEASED, TUNED, DENSE):
+                found = [row["times"][name] for row in own]
+                medians = [t["median_ms"] for t in found]
+                spread = [[t["median_ms"] - t["p10_ms"] for t in found], [t["p90_ms"] - t["median_ms"] for t in found]]
+                axis.errorbar([r["tokens"] for r in own], medians, spread, label=name, marker="o", markersize=3,
+                              capsize=2)  # fmt: skip
+            lengths = sorted({row["tokens"] for row in rows})
+            axis.set(xscale="log", yscale="log")
+            axis.set_xticks(lengths, [f"{n // 1024}K" if n >= 1024 else str(n) for n in lengths])
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+            axis.set_title(f"{shape}\n{dtype}", fontsize="small")
+    figure.supylabel("ms, median with p10-p90", fontsize="medium")
+    figure.supxlabel("context, tokens", fontsize="medium")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     machine = results["machine"]
-    axis.set_title(
-        f"One layer, one decode step at {rows[0]['tokens']} tokens, {machine['threads']} threads of {machine['cpu']}",
+    figure.suptitle(
+        f"One layer, one decode step on a CPU, keep {KEEP}: {machine['threads']} threads of {machine['cpu']}",
         fontsize="medium",
     )
-    axis.legend(fontsize="small", ncols=4, loc="upper center")
     figure.savefig(path, dpi=150)
+    plt.close(figure)
     print(f"wrote {path}")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--out", type=Path, default=report.RESULTS)
-    parser.add_argument("--plot-only", action="store_true")
-    args = parser.parse_args()
-    path = args.out / "cpu_decode.json"
-    if not args.plot_only:
-        rows = [measure(name, args.tokens, dtype, args.repeats) for name in SHAPES for dtype in TOLERANCE]
-        report.save(path, {"rows": rows})
-    results = json.loads(path.read_text())
-    for row in results["rows"]:
-        medians = ", ".join(f"{name} {t['median_ms']:.1f} ms" for name, t in row["times"].items())
-        print(f"{row['shape']}, {row['dtype']}, {row['tokens']} tokens: {medians}: {row['speedup']:.1f} times faster")
-    plot(results, args.out / "cpu_decode.png")
-
-
-if __name__ == "__main__":
-    main()

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +31,55 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "driver": driver(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": version("triton"),
         "lrattn": lrattn.__version__,
         "commit": commit(),
     }
 
 
+def driver() -> str | None:
+    """Version of the NVIDIA driver, or None."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.split("\n")[0].strip() or None
+
+
+def version(package: str) -> str | None:
+    """Of an installed package, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def save(path: Path, results: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine(), **results}, indent=1) + "\n")
+    write(path, {"machine": machine(), **results})
     print(f"wrote {path}")
 
 
+def write(path: Path, results: dict[str, Any]) -> None:
+    """The same for results that grow: they come with their machine."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def load(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
 def commit() -> str:
-    """The commit, with a + if the tree differs from it (results apart); empty without git or outside a checkout."""
-    if shutil.which("git") is None:
-        return ""
+    """The commit, with a + if the tree differs from it (results apart).
+
+    Without git or outside a checkout it is what LRATTN_COMMIT says, for a copy of a tree; else empty.
+    """
+    given = os.environ.get("LRATTN_COMMIT", "")
+    if given or shutil.which("git") is None:
+        return given
 
     def git(*words: str) -> str:
         found = subprocess.run(["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)

@@ -1,0 +1,12 @@
+"""The ways decode_attention can run a call, for benchmarks that compare them; it picks one itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def two_passes() -> Iterator[None]:
+    """Inside, scores go to memory and a second kernel sums the values, also where one pass could do both."""
+    yield
