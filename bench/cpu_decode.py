@@ -73,7 +73,7 @@ def lines(results: dict[str, Any]) -> str:
     return "\n".join(
         f"{row['shape']}, {row['dtype']}, {row['tokens']} tokens: "
         + ", ".join(f"{name} {t['median_ms']:.1f} ms" for name, t in row["times"].items())
-        + f": {row['speedup']:.1f} times faster"
+        + f": {row['speedup']:.1f} x the released way"
         for row in results["rows"]
     )
 
@@ -102,7 +102,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
             axis.grid(alpha=0.3)
             axis.set_title(f"{shape}\n{dtype}", fontsize="small")
     figure.supylabel("ms, median with p10-p90", fontsize="medium")
-    figure.supxlabel("context, tokens", fontsize="medium")
+    for axis in axes[-1]:
+        axis.set_xlabel("context, tokens")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     machine = results["machine"]
     figure.suptitle(

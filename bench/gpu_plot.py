@@ -12,28 +12,29 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from bench.decode_providers import DENSE, NAMES, SHARED
+from bench.decode_providers import DENSE, NAMES
 
 Row = dict[str, Any]
 DRY_TITLE = "DRY RUN in Triton's interpreter on a CPU: these times say nothing about any kernel"
-COLOURS = dict(zip(NAMES, plt.get_cmap("tab20").colors[::2], strict=False)) | {"lrattn": "black", SHARED: "tab:brown"}
+COLOURS = dict(zip(NAMES, (*plt.get_cmap("tab10").colors, "gold"), strict=True)) | {"lrattn": "black"}
 STYLES = {("ReCalKV", 0): "-", ("ReCalKV", 1): "--", ("Palu", 0): "-.", ("Palu", 1): ":"}
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """A column for each model at its smallest batch, and one for the shape measured at the most batches."""
+    """A column for each model with several lengths, at its smallest batch; one for the shape at the most batches."""
     rows = [row for row in results["rows"] if row["times"]]
     columns = []
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
         least = min(row["batch"] for row in own)
         columns.append(("tokens", [row for row in own if row["batch"] == least]))
+    columns = [c for c in columns if len({row["tokens"] for row in c[1]}) > 1] or columns
     (name, keep, tokens), most = Counter((r["shape"], r["keep"], r["tokens"]) for r in rows).most_common(1)[0]
     if most > 1:
         same = (name, keep, tokens)
         columns.append(("batch", [row for row in rows if (row["shape"], row["keep"], row["tokens"]) == same]))
     figure, axes = plt.subplots(
-        2, len(columns), figsize=(4.6 * len(columns) + 0.6, 8.6), layout="constrained", squeeze=False
+        2, len(columns), figsize=(4.4 * len(columns) + 0.6, 8.2), layout="constrained", squeeze=False
     )
     for (against, chosen), upper, lower in zip(columns, *axes, strict=True):
         latencies(upper, chosen, against)
@@ -75,6 +76,7 @@ def speedups(axis: Axes, rows: list[Row], against: str) -> None:
     """Ours, for every grouping and share kept; the limit of each as a thin grey line of its kind."""
     kinds = list(dict.fromkeys((row["shape"], row["keep"]) for row in rows))
     keeps = sorted({row["keep"] for row in rows}, reverse=True)
+    named: list[float] = []  # limits with a label: near ones share it
     for shape, keep in kinds:
         own = sorted((r for r in rows if (r["shape"], r["keep"]) == (shape, keep)), key=lambda row: row[against])
         found = [(row[against], row["speedup"]["lrattn"]) for row in own if "lrattn" in row["speedup"]]
@@ -84,10 +86,12 @@ def speedups(axis: Axes, rows: list[Row], against: str) -> None:
             axis.plot(*zip(*found, strict=True), style, color="black", marker="o", markersize=3,
                       label=f"lrattn, {grouping} groups, keep {keep}")  # fmt: skip
             axis.axhline(own[0]["limit"], color="grey", linewidth=0.8, linestyle=style)
-            axis.annotate("limit, 1 / kept", (0.01, own[0]["limit"]), xycoords=("axes fraction", "data"), fontsize=6,
-                          color="grey", va="bottom")  # fmt: skip
+            if all(abs(own[0]["limit"] - other) > 0.2 for other in named):
+                named.append(own[0]["limit"])
+                axis.annotate("limit, 1 / kept", (0.01, named[-1]), xycoords=("axes fraction", "data"), fontsize=6,
+                              color="grey", va="bottom")  # fmt: skip
     axis.axhline(1.0, color="tab:red", linewidth=0.8)
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.06 * axis.get_ylim()[1])
     scale(axis, against, {row[against] for row in rows})
 
 

@@ -142,7 +142,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     rows = results["rows"]
     ranks = list(dict.fromkeys(row["key_rank"] for row in rows))
     figure, axes = plt.subplots(
-        2, len(ranks), figsize=(4.8 * len(ranks) + 0.8, 7.6), layout="constrained", squeeze=False
+        2, len(ranks), figsize=(4.4 * len(ranks) + 1.6, 7.6), layout="constrained", squeeze=False
     )
     for rank, column in zip(ranks, axes.T, strict=True):
         own = sorted((row for row in rows if row["key_rank"] == rank), key=lambda row: row["tokens"])
@@ -169,7 +169,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
             )
     axes[0][0].legend(fontsize="small")
     title = f"Llama-2-7B's attention, one sequence, on {results['machine']['gpu']}"
-    figure.suptitle(DRY_TITLE if results["dry"] else title, fontsize="medium")
+    figure.suptitle(DRY_TITLE if results["dry"] else title, fontsize="small")
     figure.savefig(path, dpi=150)
     plt.close(figure)
     print(f"wrote {path}")
