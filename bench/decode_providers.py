@@ -189,11 +189,13 @@ DENSE: dict[str, Callable[[Tensor, Tensor, Tensor], Run]] = {
     "SDPA, cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION),
     "FlexAttention": flex,
 }
-LATENT: dict[str, Callable[[Problem], Run]] = {
-    "rebuild all, then SDPA": rebuild_all,
-    "Palu's scores, then PyTorch": palu,
+OURS: dict[str, Callable[[Problem], Run]] = {
     "lrattn": ours,
     "lrattn, two passes": ours_in_two_passes,
 }
 UNROTATED, SHARED = "lrattn, position-free", "lrattn, shared row"
-NAMES = (*DENSE, *LATENT, UNROTATED, SHARED)
+REBUILDING: dict[str, Callable[[Problem], Run]] = {
+    "Palu's scores, then PyTorch": palu,
+    "rebuild all, then SDPA": rebuild_all,
+}
+NAMES = (*DENSE, *OURS, UNROTATED, SHARED, *REBUILDING)

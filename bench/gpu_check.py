@@ -1,6 +1,6 @@
 """Everything worth running on a GPU, in one command that keeps its time: the most valuable steps first.
 
-    python -m bench.gpu_check --minutes 9 --out FOLDER [--commit HASH] [--steps NAME ...] [--dry]
+    python -m bench.gpu_check --minutes 9 --out FOLDER [--commit HASH] [--steps NAME ...] [--without PROVIDER] [--dry]
 
 FOLDER gets gpu_check.json (what ran, for how long, and how it ended), tests.txt, and each benchmark's JSON and plot: at
 most 8 files of 16 MiB. A step that fails is reported and the next one begins; a step is begun only if there is time
@@ -43,8 +43,8 @@ class Step(NamedTuple):
     text: str = ""  # file of its output; else only the end is kept, in the report
 
 
-def steps(out: Path, dry: bool) -> list[Step]:
-    """By value. What time a step leaves goes to those after it."""
+def steps(out: Path, dry: bool, without: Sequence[str] = ()) -> list[Step]:
+    """By value. What time a step leaves goes to those after it. without: providers of the decode latency."""
     extra = ["--dry"] if dry else []
 
     def module(name: str, *words: str) -> list[str]:
@@ -52,18 +52,19 @@ def steps(out: Path, dry: bool) -> list[Step]:
 
     def latency(share: float, *words: str) -> Callable[[float], list[str]]:
         """Within its time, as the benchmark keeps it itself: so that it draws its plot too."""
+        words += tuple(f"--without={name}" for name in without)
         return lambda seconds: module(
             "decode_latency", "--out", str(out), "--minutes", f"{share * seconds / 60:.3f}", *words
         )
 
     return [
-        Step("smoke test", lambda _: module("gpu_smoke"), 0.2, 10),
-        Step("tests", lambda _: tests(dry), 0.35, 30, "tests.txt"),
-        Step("compile", lambda _: module("decode_latency", "--compile", "--out", str(out)), 0.2, 20),
+        Step("smoke test", lambda _: module("gpu_smoke"), 0.1, 10),
+        Step("tests", lambda _: tests(dry), 0.3, 30, "tests.txt"),
+        Step("compile", lambda _: module("decode_latency", "--compile", "--out", str(out)), 0.15, 20),
         Step("decode latency, first cases", latency(0.001 if dry else 0.8), 0.25, 20),
         Step("Palu's kernel", lambda s: module("palu_decode", "--out", str(out), "--minutes", f"{0.7 * s / 60:.3f}"),
              0.12, 20),
-        Step("host microseconds", lambda _: module("host_cost", "--out", str(out)), 0.1, 15),
+        Step("host microseconds", lambda _: module("host_cost", "--out", str(out)), 0.08, 15),
         Step("decode latency, more cases", latency(0.8, "--resume"), 1.0, 15),
     ]  # fmt: skip
 
@@ -87,6 +88,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--commit", default="", help="of this tree, where git cannot tell")
     parser.add_argument("--steps", nargs="+", help="only these, by the beginning of their names")
+    parser.add_argument("--without", action="append", default=[], metavar="PROVIDER", help="of the decode latency")
     parser.add_argument("--dry", action="store_true")
     args = parser.parse_args()
     if not args.dry and not torch.cuda.is_available():
@@ -96,7 +98,9 @@ def main() -> int:
     if args.commit:
         os.environ["LRATTN_COMMIT"] = args.commit
     args.out.mkdir(parents=True, exist_ok=True)
-    chosen = [s for s in steps(args.out, args.dry) if not args.steps or s.name.startswith(tuple(args.steps))]
+    chosen = [
+        s for s in steps(args.out, args.dry, args.without) if not args.steps or s.name.startswith(tuple(args.steps))
+    ]
     return run(chosen, 60 * args.minutes, args.out, args.dry)
 
 

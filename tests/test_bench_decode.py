@@ -128,7 +128,7 @@ def test_a_wrong_or_failing_provider_is_a_fault_and_the_others_are_timed(fault, 
 
         return run
 
-    monkeypatch.setitem(decode_providers.LATENT, "lrattn, two passes", broken)
+    monkeypatch.setitem(decode_providers.OURS, "lrattn, two passes", broken)
     row = gpu_decode.measure(gpu_decode.Case(TINY[0], 64, 1), dry("FlexAttention"))
     assert set(row["faults"]) == {"lrattn, two passes"} and "lrattn, two passes" not in row["times"]
     assert {"wrong": "results differ", "raises": "no kernel image"}[fault] in row["faults"]["lrattn, two passes"]

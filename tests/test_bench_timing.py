@@ -56,6 +56,9 @@ class Cuda:
     def synchronize(self):
         self.log.append("synchronize")
 
+    def empty_cache(self):
+        assert self.capturing is None
+
 
 class Graph:
     def __init__(self, cuda):
