@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 KILLERS = {
     "groups": Case("groups", M=2, key_ranks=(32, 48), value_ranks=(64, 16), lens=(70, 3), key_order=(2, 0, 3, 1)),
     "batch": Case("batch", Hkv=2, key_ranks=(32,), value_ranks=(32,), lens=(100, 20, 40), call={"num_splits": 2}),
-    "pages": Case("pages", Hkv=2, P=48, key_ranks=(32,), lens=(100, 97), strided=True),
+    "pages": Case("pages", Hkv=2, P=48, key_ranks=(32,), lens=(100, 97), strided=True, call={"num_splits": 1}),
     "padded": Case("padded", Hkv=2, key_ranks=(112,), value_ranks=(112,), shared=True, lens=(20,), strided=True),
     "streamed": Case("streamed", Hkv=1, key_ranks=(528,), value_ranks=(32,), lens=(20,)),
     "wide": Case("wide", Hkv=2, D=256, key_ranks=(32,), lens=(20,), bias=True),
@@ -34,6 +34,43 @@ KILLERS = {
     "long absorbed": Case("long absorbed", Hkv=2, rope=None, key_ranks=(272,), lens=(70, 3)),
     "softcap": Case("softcap", Hkv=2, call={"softcap": 2.0}),
     "sinks": Case("sinks", M=2, sinks=True, bias=True, value_ranks=(16, 32), value_order=(3, 1, 0, 2)),
+    "one pass": Case(
+        "one pass",
+        M=2,
+        rope=None,
+        bias=True,
+        key_norm=True,
+        key_ranks=(32, 112),
+        value_ranks=(112, 16),
+        lens=(200, 3),
+        key_order=(2, 0, 3, 1),
+        value_order=(0, 2, 1, 3),
+        call={"num_splits": 2},
+    ),
+    "one pass, rebuilt": Case(
+        "one pass, rebuilt",
+        M=2,
+        bias=True,
+        key_norm=True,
+        key_ranks=(32, 112),
+        lens=(150, 3),
+        value_ranks=(48, 112),
+        key_order=(2, 0, 3, 1),
+        value_order=(2, 0, 3, 1),
+        shared=True,
+        call={"num_splits": 2},
+    ),
+    "one pass, alone": Case(
+        "one pass, alone",
+        M=2,
+        S=3,
+        key_ranks=(32, 96, 16, 48),
+        value_ranks=(16, 48, 96, 32),
+        key_order=(2, 0, 3, 1),
+        value_order=(2, 0, 3, 1),
+        lens=(70, 40, 0),
+    ),
+    "one pass, positions": Case("one pass, positions", Hkv=2, positions=True, key_ranks=(32, 32), value_ranks=(16, 16)),
     "chunks": Case("chunks", Hkv=2, lens=(300,), call={"workspace_limit": 1, "num_splits": 2}),
 }
 
@@ -85,7 +122,21 @@ MUTANTS = [
     Mutant("values.py", "range(t_begin, t_end, BLOCK_T)", "range(t_begin, t_end - BLOCK_T, BLOCK_T)", "batch"),
     Mutant("values.py", "load_run(runs, g)", "load_run(runs, 0)", "groups"),
     Mutant("values.py", "page * cv_strides[0]", "page * cv_strides[1] * P", "pages"),
-    Mutant("values.py", "total * fade + tl.sum(p, 1)", "total + tl.sum(p, 1)", "pages"),
+    Mutant("tiles.py", "total * fade + tl.sum(p, AXIS)", "total + tl.sum(p, AXIS)", "one pass"),
+    Mutant("pieces.py", "acc[n] * fade[:, None]", "acc[n]", "one pass"),
+    Mutant("pieces.py", "tl.static_range(1, len(z))", "tl.static_range(1, 1)", "one pass"),
+    Mutant("pieces.py", "(at < rank)", "(at < rank - 16)", "one pass"),
+    Mutant("fused_absorbed.py", "load_run(value_runs, g)", "load_run(key_runs, g)", "one pass"),
+    Mutant("fused_absorbed.py", "score += shift[None, :]", "score -= shift[None, :]", "one pass"),
+    Mutant("fused_absorbed.py", "i_s * y_strides[1]", "0 * y_strides[1]", "one pass"),
+    Mutant("fused_rebuilt.py", "k_low * cos - k_high * sin", "k_low * cos + k_high * sin", "one pass, alone"),
+    Mutant("fused_rebuilt.py", "(t0 - origin) // BLOCK_T", "(t0 - t_begin) // BLOCK_T", "one pass, rebuilt"),
+    Mutant("fused_rebuilt.py", "place % C * D, d, D, KEYS", "0, d, D, KEYS", "one pass, rebuilt"),
+    Mutant("fused_rebuilt.py", "load_run(value_runs, place // C)", "load_run(value_runs, 0)", "one pass, alone"),
+    Mutant("fused_rebuilt.py", "bias + place * D + d", "bias + head * D + d", "one pass, rebuilt"),
+    Mutant("fused_rebuilt.py", "inverse[:, None] *", "1.0 *", "one pass, rebuilt"),
+    Mutant("fused_rebuilt.py", "tl.where(in_q, i % S, -1)", "tl.where(in_q, i // S, -1)", "one pass, alone"),
+    Mutant("fused_rebuilt.py", "positions + page * pos", "positions + 0 * page * pos", "one pass, positions"),
     Mutant("combine.py", "place // C", "head // C", "sinks"),
     Mutant("combine.py", "bias + place * D", "bias + head * D", "sinks"),
     Mutant("combine.py", "result += mass[:, None] *", "result +=", "sinks"),
@@ -123,7 +174,7 @@ def run(killer):
     elif killer == "known rows":
         test_kernels.test_rebuild_of_a_known_number_of_tokens("triton", CPU)
     elif killer == "long parts":
-        long = Case("long parts", Hkv=1, lens=(300,), key_ranks=(16,), value_ranks=(16,))
+        long = Case("long parts", Hkv=2, lens=(300,), key_ranks=(16,), value_ranks=(16,))
         test_kernels.check(long, torch.float32, CPU)
     else:
         test_kernels.check(KILLERS[killer], torch.float32, CPU)
@@ -147,13 +198,23 @@ def swap(monkeypatch, tmp_path, request):
 
     def use(mutant):
         copy_with(mutant, tmp_path / "kernels")
-        for name in [n for n in sys.modules if n.startswith("lrattn.kernels.")]:
-            monkeypatch.delitem(sys.modules, name)
+        forget()
         monkeypatch.setattr(lrattn.kernels, "__path__", [str(tmp_path / "kernels")])
 
+    def forget():
+        for name in modules():
+            del sys.modules[name]
+            delattr(lrattn.kernels, name.rpartition(".")[2])
+
+    def modules():
+        return [n for n in sys.modules if n.startswith("lrattn.kernels.")]
+
+    before = {name: sys.modules[name] for name in modules()}
     yield use
-    for name in [n for n in sys.modules if n.startswith("lrattn.kernels.")]:
-        del sys.modules[name]
+    forget()
+    for name, module in before.items():
+        sys.modules[name] = module
+        setattr(lrattn.kernels, name.rpartition(".")[2], module)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)

@@ -72,7 +72,18 @@ WAYS = [
     # Shared rows, read for the keys and for the values.
     way("joint row", 2, **JOINT),
     way("riding row", 2, **RIDING),
-    way("riding row, absorbed", 1, rope=None, **RIDING),
+    # One pass: a row that serves both is read once; where a head is a program, once by each of its group.
+    way("one pass, absorbed", 1, rope=None, value_order=PLAIN.key_order),
+    way("one pass, absorbed, joint row", 0, rope=None, **JOINT),
+    way("one pass, absorbed, riding row, norm", 0, norms=2, rope=None, key_norm=True, **RIDING),
+    way("one pass, rebuilt, one head a group", 1, key_ranks=(128, 96, 128, 80), value_ranks=(128, 96, 64, 128),
+        value_order=PLAIN.key_order),
+    way("one pass, rebuilt, joint row", 0, 2, shared=True, key_ranks=(128, 96), value_ranks=(128, 96),
+        value_order=PLAIN.key_order),
+    way("one pass, rebuilt, positions", 0, 2, positions=True, shared=True, key_ranks=(128, 96), value_ranks=(128, 96),
+        value_order=PLAIN.key_order),
+    way("one pass, window, starts, queries", 0, rope=None, S=3, starts=(90, 0, 0, 0),
+        call={"window_size": 40, "project": "latent", "num_splits": 3}, **JOINT),
     # Parts of the tokens, in space and in time.
     way("window", 2, **ONE | {"lens": (150, 40), "call": {"window_size": 70}}),
     way("starts", 2, **ONE | {"lens": (150, 64, 1, 0), "starts": (70, 1, 1, 0)}),
@@ -261,6 +272,10 @@ SHORT = {n: way(n, 2, **ONE | {"M": 1}, **changes)
              "empty split": {"lens": (40,), "call": {"num_splits": 2}},
          }.items()}  # fmt: skip
 
+SHORT["one pass"] = way("one pass", 0, rope=None, lens=(70,), starts=(20,), shared=True, **ONE)
+SHORT["one pass, rebuilt"] = way("one pass, rebuilt", 1, lens=(70,), P=48, key_ranks=(128,) * 4, value_ranks=(128,) * 4,
+                                 key_order=None)  # fmt: skip
+
 # Most of these leave the results as they are.
 MUTANTS = [
     Mutant("tiles.py", "tl.minimum(origin + held * (i + 1) // n * BLOCK_T, end)",
@@ -275,6 +290,12 @@ MUTANTS = [
            "tl.load(pages + t // P, mask=live | (t % P == P - 1), other=0)", "empty split"),
     Mutant("values.py", 'tl.store(p_lse, tl.full([BLOCK_Q], float("-inf")', "tl.store(p_lse, tl.full([BLOCK_Q], -1e30",
            "empty split"),
+    Mutant("fused_absorbed.py", "live = (t >= begin) & (t < t_end)", "live = t < t_end", "one pass"),
+    Mutant("fused_absorbed.py", "if cv is not None:\n            p_cv = cv", "if True:\n            p_cv = ck",
+           "one pass"),
+    Mutant("fused_rebuilt.py", "live = (t >= begin) & (t < t_end)", "live = (t >= begin) & (t < tl.cdiv(t_end, P) * P)",
+           "one pass, rebuilt"),
+    Mutant("pieces.py", "r += SIZES[n]\n    return z", "r += SIZES[n] // 2\n    return z", "one pass"),
 ]  # fmt: skip
 SEEN = "Arrays are not equal|of no argument|read before it was written"
 

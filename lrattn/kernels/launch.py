@@ -248,5 +248,5 @@ def name(device: torch.device) -> str:
 
 @cache
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a device; 132 for a CPU, as an H100 has."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    """Multiprocessors of a device; 4 for a CPU, where small problems then show programs of one tile and of several."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
