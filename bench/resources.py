@@ -110,7 +110,7 @@ class Problem(NamedTuple):
         return empty(BATCH, self.steps, 2 * self.group * self.heads, self.head, dtype=self.dtype)
 
     def cache(self, keys: Keys) -> torch.Tensor:
-        width = 2 * max(self.rank, self.value_rank()) + (0 if keys.norm_column < 0 else 16)
+        width = 2 * max(self.rank, self.value_rank()) + (0 if keys.sizes.norm_column < 0 else 16)
         return empty(8, PAGE, width, dtype=self.dtype)
 
     def partial(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -170,7 +170,7 @@ def latent_values(p: Problem) -> None:
 def fused_absorbed(p: Problem) -> None:
     keys, side = p.sides()
     a, constant = empty(BATCH, p.rows(), p.rank, dtype=p.dtype), fp32(BATCH, p.rows()) if p.has("bias") else None
-    choice = plan.fused(p.rows(), p.dtype, launch.name(META), keys, side, False)
+    choice = plan.fused(p.rows(), p.dtype, launch.name(META), keys.sizes, side.sizes, False)
     assert choice is not None, "the launch table has a row for it"
     cache, (y, lse) = p.cache(keys), p.partial()
     cv = None if p.shared else cache
@@ -182,7 +182,7 @@ def fused_absorbed(p: Problem) -> None:
 def fused_rebuilt(p: Problem) -> None:
     keys, side = p.sides()
     x, turned = empty(BATCH, 2, p.rows(), 2, launch.block_d(p.head) // 2, dtype=p.dtype), not p.has("positions")
-    choice = plan.fused(p.rows(), p.dtype, launch.name(META), keys, side, turned)
+    choice = plan.fused(p.rows(), p.dtype, launch.name(META), keys.sizes, side.sizes, turned)
     assert choice is not None, "the launch table has a row for it"
     cache, (y, lse) = p.cache(keys), p.partial()
     cv = None if p.shared else cache
@@ -216,13 +216,13 @@ def write_latents(p: Problem) -> None:
 
 def rebuild_keys(p: Problem) -> None:
     keys, _ = p.sides()
-    x = empty(4, keys.num_heads, p.head, dtype=p.dtype)
+    x = empty(4, keys.sizes.num_heads, p.head, dtype=p.dtype)
     rebuild.rebuild_keys(p.cache(keys), keys, p.tokens(), empty(BATCH, dtype=torch.int64), x)
 
 
 def rebuild_values(p: Problem) -> None:
     keys, side = p.sides()
-    x = empty(4, keys.num_heads, p.head, dtype=p.dtype)
+    x = empty(4, keys.sizes.num_heads, p.head, dtype=p.dtype)
     rebuild.rebuild_values(p.cache(keys), side, p.tokens(), empty(BATCH, dtype=torch.int64), x)
 
 

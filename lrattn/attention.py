@@ -104,7 +104,6 @@ def rebuild(
     return torch.ops.lrattn.rebuild(k_cache, v_cache, block_table, seq_lens, positions, *layer.operands, rows)
 
 
-@torch.no_grad()
 def decode_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -159,17 +158,17 @@ def decode_attention(
     Source: ReCalKV (arXiv 2505.24357) for the factors; online softmax and the merge by lse as in FlashAttention.
     """
     tensors = q, k_cache, v_cache, block_table, seq_lens, positions, seq_starts, sinks, out
-    call = None
+    kind = None
     if not torch.compiler.is_compiling():
-        call = (*[None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors], project, backend)
-    checked = layer.checked.get(call)
-    if checked is None:
-        checked = _check_decode(layer, *tensors, project, backend)
-        if call is not None:
+        metadata = [None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors]
+        kind = (*metadata, project, backend)
+    chosen = layer.checked.get(kind)
+    if chosen is None:
+        chosen = _check_decode(layer, *tensors, project, backend)
+        if kind is not None:
             if len(layer.checked) >= MOST_CHECKED:
                 layer.checked.clear()
-            layer.checked[call] = checked
-    backend = checked
+            layer.checked[kind] = chosen
     check_integers(
         window_size=(window_size, 1, ANY),
         max_seq_len=(max_seq_len, 0, ANY),
@@ -181,12 +180,12 @@ def decode_attention(
         raise ValueError(f"softmax_scale, softcap: expected finite, softcap at least 0, got {scale}, {softcap}")
     if window_size is not None and not causal:
         raise ValueError(f"window_size: expected None with causal=False, got {window_size}")
-    flat = q.dim() == 3
-    q4 = q[:, None] if flat else q
 
     bound = block_table.shape[1] * k_cache.shape[1]
     bound = bound if max_seq_len is None else min(bound, max_seq_len)
-    if backend == "triton":
+    flat = q.dim() == 3
+    q4 = q[:, None] if flat else q
+    if chosen == "triton":
         arguments = (
             q4,
             k_cache,
@@ -208,36 +207,35 @@ def decode_attention(
             workspace_limit,
         )
         if out is None:
-            result, lse = torch.ops.lrattn.decode_attention(*arguments)
+            result, lse = ops.run("decode_attention", *arguments)
+            result = result[:, 0] if flat else result
         else:
-            result = out[:, None] if flat else out
-            lse = torch.ops.lrattn.decode_attention_out(*arguments, result)
-        if flat:
-            result, lse = result[:, 0], lse[:, 0]
-        result = result if out is None else out
-        return (result, lse) if return_lse else result
-    lengths = seq_lens.clamp(0, bound).tolist()
-    starts = [0] * len(lengths) if seq_starts is None else seq_starts.tolist()
-    result, lse = reference.decode_attention(
-        q4,
-        k_cache,
-        v_cache,
-        layer,
-        block_table,
-        reference.Mask(starts, lengths, causal, window_size),
-        positions,
-        scale,
-        softcap,
-        sinks,
-        project,
-        num_splits,
-        workspace_limit,
-    )
-    if flat:
-        result, lse = result[:, 0], lse[:, 0]
-    if out is not None:
-        result = out.copy_(result)
-    return (result, lse) if return_lse else result
+            lse = ops.run("decode_attention_out", *arguments, out[:, None] if flat else out)
+            result = out
+    else:
+        with torch.no_grad():
+            lengths = seq_lens.clamp(0, bound).tolist()
+            starts = [0] * len(lengths) if seq_starts is None else seq_starts.tolist()
+            result, lse = reference.decode_attention(
+                q4,
+                k_cache,
+                v_cache,
+                layer,
+                block_table,
+                reference.Mask(starts, lengths, causal, window_size),
+                positions,
+                scale,
+                softcap,
+                sinks,
+                project,
+                num_splits,
+                workspace_limit,
+            )
+            result = result[:, 0] if flat else result
+            result = result if out is None else out.copy_(result)
+    if not return_lse:
+        return result
+    return result, lse[:, 0] if flat else lse
 
 
 def merge_attention(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tensor) -> tuple[Tensor, Tensor]:

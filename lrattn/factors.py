@@ -61,7 +61,9 @@ class LayerFactors:
         object.__setattr__(self, "turns", turns)
         offsets = None if self.rope is None else self.rope.offset_turns(device)
         object.__setattr__(self, "offset_turns", offsets)
-        object.__setattr__(self, "operands", Operands.of(self))
+        given = self.keys, self.values, (self.key_basis, self.value_basis), self.rope, self.shared, weight
+        norm_column = -1 if weight is None else self.row_width
+        object.__setattr__(self, "operands", Operands.of(*given, norm_column, (turns, offsets)))
 
     def _check(self) -> None:
         up, dims = self.keys.up, {"Hkv": self.keys.num_heads, "D": self.keys.head_dim}

@@ -5,15 +5,14 @@ They are the fields of `Keys` and `Values` in kernels/arguments.py, in order.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lrattn.basis import Basis
 from lrattn.projection import Projection
-
-if TYPE_CHECKING:
-    from lrattn.factors import LayerFactors
+from lrattn.rope import Rope
 
 
 class Operands(NamedTuple):
@@ -23,21 +22,23 @@ class Operands(NamedTuple):
     value_numbers: list[int]
 
     @classmethod
-    def of(cls, layer: LayerFactors) -> Operands:
-        keys, values, rope = layer.key_basis, layer.value_basis, layer.rope
-        turns, offsets = (
-            None if x is None else torch.view_as_real(x).flatten(1) for x in (layer.turns, layer.offset_turns)
-        )
+    def of(
+        cls, keys: Projection, values: Projection, bases: tuple[Basis, Basis], rope: Rope | None, shared: bool,
+        norm_weight: Tensor | None, norm_column: int, tables: tuple[Tensor | None, Tensor | None],
+    ) -> Operands:  # fmt: skip
+        """bases: of keys and of values. tables: complex turns by position and by offset in a tile."""
+        key, value = bases
+        turns, offsets = (None if x is None else torch.view_as_real(x).flatten(1) for x in tables)
+        positions = 0 if turns is None else len(turns)
         rotation = (0, 0, 0) if rope is None else (rope.rotary_dim, int(rope.interleaved), int(rope.fp32_angles))
-        norm_column = -1 if layer.key_norm is None else layer.row_width
-        rows = 0 if turns is None else len(turns)
-        groups = layer.keys.groups, layer.values.groups
+        extras = (key.bias is not None) + (norm_weight is not None)
+        groups = keys.groups, values.groups
         paired = len(groups[0]) == len(groups[1]) and all(set(k) == set(v) for k, v in zip(*groups, strict=True))
         return cls(
-            [keys.rows, keys.runs, keys.heads, keys.bias, layer.norm_weight, turns, offsets],
-            [layer.head_dim, max(layer.keys.ranks), *rotation, norm_column, rows, *_heads(layer.keys)],
-            [values.rows, values.runs, values.heads, values.places, values.bias, layer.values.up],
-            [max(layer.values.ranks), int(paired), int(layer.shared), layer.head_dim, *_heads(layer.values)],
+            [key.rows, key.runs, key.heads, key.bias, norm_weight, turns, offsets],
+            [keys.head_dim, max(keys.ranks), *rotation, extras, norm_column, positions, *_heads(keys)],
+            [value.rows, value.runs, value.heads, value.places, value.bias, values.up],
+            [max(values.ranks), int(paired), int(shared), values.head_dim, *_heads(values)],
         )
 
 

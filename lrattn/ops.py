@@ -1,6 +1,7 @@
 """torch.ops.lrattn: the kernels as operators, which torch.compile traces as one node and CUDA graphs capture.
 
-Operators take tensors and numbers; a layer comes as its `operands`, a list of each for either side. The caller has checked the arguments. Triton is imported by the first call.
+Operators take tensors and numbers; a layer comes as its `operands`, a list of each for either side. The caller has
+checked the arguments. Triton is imported by the first call.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from lrattn.factors import LayerFactors
-from lrattn.kernels.arguments import Keys, Rule, Tokens, Values
+from lrattn.kernels.arguments import Keys, KeySizes, Rule, Tokens, Values, ValueSizes
 
 KEYS = "Tensor?[] key_tensors, int[] key_numbers"
 VALUES = "Tensor?[] value_tensors, int[] value_numbers"
@@ -33,16 +35,22 @@ def workspace_bytes(
     layer: LayerFactors, q_shape: tuple[int, int, int], bound: int, window: int, num_splits: int, limit: int
 ) -> int:
     """Bytes of temporaries of decode_attention for q of B, S, Hq."""
-    from lrattn.kernels.plan import cut
+    from lrattn.kernels import launch, plan
 
-    keys, values = sides(*layer.operands)
-    rule = Rule(1.0, 0.0, True, window)
-    size = (*q_shape, layer.dtype, layer.device, keys, values, bound, rule, num_splits, limit)
-    return max(cut(*size, turned).nbytes for turned in (False, keys.turns is not None))
+    keys, values = KeySizes(*layer.operands.key_numbers), ValueSizes(*layer.operands.value_numbers)
+    device, processors = launch.name(layer.device), launch.processors(layer.device)
+    found = []
+    for turned in (False, layer.rope is not None):
+        one_pass = plan.fused(q_shape[1] * q_shape[2], layer.dtype, device, keys, values, turned)
+        where = (layer.dtype, device, processors, keys, values, one_pass)
+        found.append(plan.cut(*q_shape, *where, bound, window, num_splits, limit, turned).nbytes)
+    return max(found)
 
 
 def sides(key_tensors: Any, key_numbers: Any, value_tensors: Any, value_numbers: Any) -> tuple[Keys, Values]:
-    return Keys(*key_tensors, *key_numbers), Values(*value_tensors, *value_numbers)
+    return Keys._make((*key_tensors, KeySizes(*key_numbers))), Values._make(
+        (*value_tensors, ValueSizes(*value_numbers))
+    )
 
 
 def _write_latents(
@@ -58,7 +66,7 @@ def _write_latents(
     from lrattn.kernels.write import write_latents
 
     with torch.cuda.device_of(k_cache):  # Triton launches on the current device
-        write_latents(zk, zv, k_cache, v_cache, slots, Keys(*key_tensors, *key_numbers), eps)
+        write_latents(zk, zv, k_cache, v_cache, slots, Keys._make((*key_tensors, KeySizes(*key_numbers))), eps)
 
 
 def _rebuild(
@@ -81,7 +89,7 @@ def _rebuild(
     if num_tokens < 0:
         num_tokens = int(ends[-1]) if len(ends) else 0
     tokens = Tokens(block_table, seq_lens, None, positions, bound)
-    k, v = (k_cache.new_empty(num_tokens, keys.num_heads, keys.head_dim) for _ in range(2))
+    k, v = (k_cache.new_empty(num_tokens, keys.sizes.num_heads, keys.sizes.head_dim) for _ in range(2))
     with torch.cuda.device_of(k_cache):
         rebuild_keys(k_cache, keys, tokens, ends, k)
         rebuild_values(k_cache if v_cache is None else v_cache, values, tokens, ends, v)
@@ -163,10 +171,25 @@ def _decode_attention_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     return _result(*arguments), _decode_attention_out_fake(*arguments)
 
 
+def run(operator: str, *arguments: Any) -> Any:
+    """An operator by name; directly where nobody looks on, since a dispatch costs half of what a call may.
+
+    Tracers, fake tensors and dispatch modes see the operator.
+    """
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or type(arguments[0]) is not Tensor:
+        with torch.no_grad():
+            return getattr(torch.ops.lrattn, operator)(*arguments)
+    return _DIRECT[operator](*arguments)
+
+
 def _write_latents_fake(*arguments: Any) -> None:
     return None
 
 
+_DIRECT: dict[str, Callable[..., Any]] = {
+    "decode_attention": _decode_attention,
+    "decode_attention_out": _decode_attention_out,
+}
 _LIBRARY = torch.library.Library("lrattn", "DEF")
 _OPERATORS: tuple[tuple[Callable[..., Any], Callable[..., Any]], ...] = (
     (_write_latents, _write_latents_fake),

@@ -10,8 +10,7 @@ from test_kernels import attend, check, on
 import lrattn
 from bench.ways import two_passes
 from lrattn import ops
-from lrattn.kernels import launch, plan
-from lrattn.kernels.arguments import Rule
+from lrattn.kernels import plan
 
 H100 = "sm90"
 
@@ -69,7 +68,7 @@ def taken(case, dtype, device=H100):
     layer = make(replace(case, lens=(1,), starts=None), dtype)[0]
     keys, values = ops.sides(*layer.operands)
     turned = keys.turns is not None and not case.positions
-    return plan.fused(case.S * case.M * case.Hkv, dtype, device, keys, values, turned)
+    return plan.fused(case.S * case.M * case.Hkv, dtype, device, keys.sizes, values.sizes, turned)
 
 
 @pytest.mark.parametrize("case", ABSORBED + REBUILT, ids=str)
@@ -122,26 +121,22 @@ def test_bits_do_not_depend_on_the_batch(case, device):
         assert torch.equal(got[0], whole[0][rows]) and torch.equal(got[1], whole[1][rows])
 
 
-@pytest.fixture
-def h100(monkeypatch):
-    monkeypatch.setattr(launch, "processors", lambda device: 132)
-
-
 def size_of(batch, bound, rope, heads=8, query_heads=32, values=(256, 256), **call):
     """How a call of a Llama-3.1-8B layer is cut on an H100."""
     case = Case("size", Hkv=heads, M=query_heads // heads, D=128, key_ranks=(256, 256), value_ranks=values, rope=rope)
     layer = make(replace(case, lens=(1,)), torch.float16)[0]
     keys, values = ops.sides(*layer.operands)
     wanted = {"num_splits": 0, "limit": 256 << 20, **call}
-    rule = Rule(1.0, 0.0, True, 0)
-    size = plan.cut(batch, 1, query_heads, torch.float16, torch.device("cpu"), keys, values, bound, rule,
-                    wanted["num_splits"], wanted["limit"], rope is not None)  # fmt: skip
+    keys, values, turned = keys.sizes, values.sizes, rope is not None
+    one_pass = plan.fused(query_heads, torch.float16, H100, keys, values, turned)
+    size = plan.cut(batch, 1, query_heads, torch.float16, H100, 132, keys, values, one_pass, bound, 0,
+                    wanted["num_splits"], wanted["limit"], turned)  # fmt: skip
     return size, keys, values
 
 
 @pytest.mark.parametrize("rope", ["default", None], ids=["two passes", "one pass"])
 @pytest.mark.parametrize("bound", [4096, 32_768, 131_072])
-def test_a_single_sequence_fills_the_device_twice(bound, rope, h100):
+def test_a_single_sequence_fills_the_device_twice(bound, rope):
     size, keys, values = size_of(1, bound, rope)
     assert bool(size.fused) == (rope is None)
     fill = 2 * 132
@@ -151,7 +146,7 @@ def test_a_single_sequence_fills_the_device_twice(bound, rope, h100):
 
 
 @pytest.mark.parametrize("rope", ["default", None], ids=["two passes", "one pass"])
-def test_a_large_batch_is_cut_for_balance_within_the_workspace(rope, h100):
+def test_a_large_batch_is_cut_for_balance_within_the_workspace(rope):
     size, _, _ = size_of(64, 131_072, rope)
     assert 1 < size.splits <= size.total and size.nbytes <= 256 << 20
     assert size_of(256, 1024, rope)[0].splits == 1

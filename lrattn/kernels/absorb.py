@@ -144,14 +144,14 @@ def absorbed_scores_kernel(
 def absorb_queries(q: Tensor, keys: Keys) -> tuple[Tensor, Tensor | None]:
     """Queries [B, S, Hq, D] -> [B, Hq S, Rk] in the latents' space, and the bias' share of their scores [B, Hq S]."""
     batch, num_queries, query_heads, head_dim = q.shape
-    heads = keys.num_heads
+    heads = keys.sizes.num_heads
     rows = query_heads // heads * num_queries
-    a = q.new_empty(batch, query_heads * num_queries, keys.rank)
+    a = q.new_empty(batch, query_heads * num_queries, keys.sizes.rank)
     constant = None if keys.bias is None else torch.empty(a.shape[:2], dtype=torch.float32, device=q.device)
     choice = launch.pick(launch.ABSORB_QUERIES, launch.name(q.device), q.itemsize)
-    absorb_queries_kernel[cdiv(rows, choice.block_q) * heads, cdiv(keys.rank, choice.block_r), batch](
+    absorb_queries_kernel[cdiv(rows, choice.block_q) * heads, cdiv(keys.sizes.rank, choice.block_r), batch](
         q, q.stride(), keys.rows, keys.runs, keys.heads, keys.bias, keys.weight, a, a.stride(), constant, num_queries,
-        C=keys.group_size, M=query_heads // heads, D=head_dim, Hkv=heads,
+        C=keys.sizes.group_size, M=query_heads // heads, D=head_dim, Hkv=heads,
         BLOCK_D=launch.block_d(head_dim), BLOCK_Q=choice.block_q, BLOCK_R=choice.block_r,
         num_warps=choice.warps, num_stages=choice.stages,
     )  # fmt: skip
@@ -163,17 +163,17 @@ def absorbed_scores(
     s: Tensor, first_tile: int, tiles: int, parts: int,
 ) -> None:  # fmt: skip
     """Scores of absorbed queries against tiles first_tile .. first_tile + tiles of each sequence, to s [B, Hq S, T]."""
-    heads = keys.num_heads
-    rows = a.shape[1] // keys.groups
-    choice = launch.absorbed_scores(keys.rank, rows, a.itemsize, launch.name(a.device))
-    r1, r2 = launch.chunks(keys.rank) if choice.resident else (choice.block_r, 0)
-    absorbed_scores_kernel[cdiv(rows, choice.block_q) * keys.groups, parts, a.shape[0]](
+    heads = keys.sizes.num_heads
+    rows = a.shape[1] // keys.sizes.groups
+    choice = launch.absorbed_scores(keys.sizes.rank, rows, a.itemsize, launch.name(a.device))
+    r1, r2 = launch.chunks(keys.sizes.rank) if choice.resident else (choice.block_r, 0)
+    absorbed_scores_kernel[cdiv(rows, choice.block_q) * keys.sizes.groups, parts, a.shape[0]](
         a, a.stride(), constant, ck, ck.stride(), tokens.pages, tokens.pages.stride(0),
         tokens.lens, tokens.lens.stride(0), tokens.starts, tokens.starts_stride,
         keys.runs, keys.heads, s, s.stride(), rule.scale, rule.softcap, tokens.bound, num_queries, rule.window,
-        keys.norm_column, first_tile, tiles, parts,
-        C=keys.group_size, M=a.shape[1] // (heads * num_queries), P=ck.shape[1], Hkv=heads,
-        CAUSAL=rule.causal, WINDOWED=rule.window > 0, CAPPED=rule.softcap > 0, NORMED=keys.norm_column >= 0,
+        keys.sizes.norm_column, first_tile, tiles, parts,
+        C=keys.sizes.group_size, M=a.shape[1] // (heads * num_queries), P=ck.shape[1], Hkv=heads,
+        CAUSAL=rule.causal, WINDOWED=rule.window > 0, CAPPED=rule.softcap > 0, NORMED=keys.sizes.norm_column >= 0,
         R1=r1, R2=r2, RESIDENT=choice.resident, BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T,
         num_warps=choice.warps, num_stages=choice.stages,
     )  # fmt: skip

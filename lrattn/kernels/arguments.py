@@ -7,6 +7,34 @@ from typing import NamedTuple
 from torch import Tensor
 
 
+class KeySizes(NamedTuple):
+    """The numbers of the key side."""
+
+    head_dim: int
+    rank: int  # the largest
+    rotary_dim: int
+    interleaved: int  # 1: pairs are dimensions (2j, 2j + 1)
+    exact_turns: int  # 1: float32 results must use every token's own row of turns
+    extras: int  # how many of bias and key norm there are
+    norm_column: int  # where 1 / rms begins in a key row; -1: no key norm
+    max_position: int  # rows of the turns; 0 without
+    num_heads: int  # Hkv
+    groups: int  # G
+    group_size: int  # C
+
+
+class ValueSizes(NamedTuple):
+    """The numbers of the value side."""
+
+    rank: int  # the largest
+    paired: int  # 1: group g holds the heads of key group g
+    shared: int  # 1: its row serves the keys too
+    head_dim: int
+    num_heads: int  # Hkv
+    groups: int  # G
+    group_size: int  # C
+
+
 class Keys(NamedTuple):
     """The key side of a layer, by place; the two dimensions of a rotated pair are adjacent."""
 
@@ -17,16 +45,7 @@ class Keys(NamedTuple):
     weight: Tensor | None  # [D] float32, of the key norm
     turns: Tensor | None  # [max_position, rotary_dim] float32, cos and sin of a pair adjacent; None: no rotation
     offset_turns: Tensor | None  # [MAX_BLOCK, rotary_dim] float32
-    head_dim: int
-    rank: int  # the largest
-    rotary_dim: int
-    interleaved: int  # 1: pairs are dimensions (2j, 2j + 1)
-    exact_turns: int  # 1: float32 results must use every token's own row of turns
-    norm_column: int  # where 1 / rms begins in a key row; -1: no key norm
-    max_position: int  # rows of `turns`; 0 without
-    num_heads: int  # Hkv
-    groups: int  # G
-    group_size: int  # C
+    sizes: KeySizes
 
 
 class Values(NamedTuple):
@@ -38,13 +57,7 @@ class Values(NamedTuple):
     places: Tensor  # [Hkv] int32, kv head -> place
     bias: Tensor | None  # [Hkv, D] float32, by place
     up: Tensor  # [Hkv, Rv, D], model order
-    rank: int  # the largest
-    paired: int  # 1: group g holds the heads of key group g
-    shared: int  # 1: its row serves the keys too
-    head_dim: int
-    num_heads: int  # Hkv
-    groups: int  # G
-    group_size: int  # C
+    sizes: ValueSizes
 
 
 class Tokens(NamedTuple):

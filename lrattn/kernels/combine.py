@@ -126,7 +126,7 @@ def combine(
     With `up` the value basis and bias are applied, and out is [B, S, Hq, D].
     """
     batch, num_queries, query_heads, width = out.shape
-    heads = values.num_heads
+    heads = values.sizes.num_heads
     rows = batch * num_queries * (query_heads // heads)
     choice = launch.pick(launch.COMBINE, launch.name(out.device), out.itemsize)
     blocks_d = cdiv(width, choice.block_d)
@@ -134,7 +134,7 @@ def combine(
         y, y.stride(), part_lse, part_lse.stride(), values.up if up else None, values.up.stride(),
         values.bias if up else None, sinks, values.runs, values.places, out, out.stride(), lse, lse.stride(),
         batch, num_queries, y.shape[1], width,
-        C=values.group_size, M=query_heads // heads, Hkv=heads, D=values.head_dim, BLOCKS_D=blocks_d,
+        C=values.sizes.group_size, M=query_heads // heads, Hkv=heads, D=values.sizes.head_dim, BLOCKS_D=blocks_d,
         BLOCK_Q=choice.block_q, BLOCK_S=choice.block_s, BLOCK_R=choice.block_r, BLOCK_D=choice.block_d,
         num_warps=choice.warps, num_stages=choice.stages,
     )  # fmt: skip

@@ -1,17 +1,17 @@
 """Decode: scores and values in one pass or in two, then combine; as many sequences and tokens at a time as fit."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lrattn.kernels import launch
+from lrattn.kernels import launch, plan
 from lrattn.kernels.absorb import absorb_queries, absorbed_scores
 from lrattn.kernels.arguments import Keys, Rule, Tokens, Values
 from lrattn.kernels.combine import combine
 from lrattn.kernels.fused_absorbed import fused_absorbed
 from lrattn.kernels.fused_rebuilt import fused_rebuilt
-from lrattn.kernels.plan import Cut, cut
+from lrattn.kernels.plan import Cut
 from lrattn.kernels.project import project
 from lrattn.kernels.scores import latent_scores, relative, turn_queries
 from lrattn.kernels.values import latent_values
@@ -37,8 +37,8 @@ class Call(NamedTuple):
 class Workspace(NamedTuple):
     """Temporaries of the sequences taken at a time, B of them."""
 
-    x: Tensor | None  # [B, tiles, Hq S, 2, D / 2] queries by tile, in q's dtype; one tile where none are turned back
-    s: Tensor | None  # [B, Hq S, tokens] float32 scores; None in one pass
+    x: Any  # [B, tiles, Hq S, 2, D / 2] queries by tile, in q's dtype; one tile where none are turned back, or None
+    s: Any  # [B, Hq S, tokens] float32 scores, or None
     y: Tensor  # [B, slots, Hq S, Rv] float32 partial results, a slot each; two more where tokens go in chunks
     lse: Tensor  # [B, slots, Hq S padded] float32
 
@@ -55,7 +55,7 @@ class Workspace(NamedTuple):
         )
 
     def of(self, n: int) -> "Workspace":
-        return Workspace(*(None if x is None else x[:n] for x in self))
+        return Workspace._make(None if x is None else x[:n] for x in self)
 
 
 def decode_attention(
@@ -68,10 +68,13 @@ def decode_attention(
         return
     batch = q.shape[0]
     turned = relative(keys, call.tokens, q.dtype)
-    size = cut(
-        *q.shape[:3], q.dtype, q.device, keys, values, call.tokens.bound, call.rule, num_splits, workspace_limit, turned
+    device = launch.name(q.device)
+    one_pass = plan.fused(q.shape[1] * q.shape[2], q.dtype, device, keys.sizes, values.sizes, turned)
+    size = plan.cut(
+        *q.shape[:3], q.dtype, device, launch.processors(q.device), keys.sizes, values.sizes, one_pass,
+        call.tokens.bound, call.rule.window, num_splits, workspace_limit, turned,
     )  # fmt: skip
-    work = Workspace.allocate(q, size, values.rank, 0 if keys.turns is None else size.tiles if turned else 1)
+    work = Workspace.allocate(q, size, values.sizes.rank, 0 if keys.turns is None else size.tiles if turned else 1)
     heads = torch.empty_like(q[: size.batch], memory_format=torch.contiguous_format) if form == "hidden" else None
     for b in range(0, batch, size.batch):
         results = out, lse
@@ -133,11 +136,14 @@ def _attend_tiles(
             work.x, num_queries, ck, cv, keys, values, tokens, rule, y, lse, first, size.tiles, turned, size.fused
         )  # fmt: skip
     else:
-        span = work.s, first, size.tiles, size.parts
         if absorbed is not None:
-            absorbed_scores(*absorbed, num_queries, ck, keys, tokens, rule, *span)
+            absorbed_scores(
+                *absorbed, num_queries, ck, keys, tokens, rule, work.s, first, size.tiles, size.parts
+            )  # fmt: skip
         else:
-            latent_scores(work.x, num_queries, ck, keys, tokens, rule, *span, turned)
+            latent_scores(
+                work.x, num_queries, ck, keys, tokens, rule, work.s, first, size.tiles, size.parts, turned
+            )  # fmt: skip
         latent_values(
             work.s, num_queries, ck if cv is None else cv, values, tokens, rule, y, lse, first, size.tiles
         )  # fmt: skip

@@ -45,7 +45,7 @@ def fused_absorbed_kernel(
 ):
     """y[b, i, h S + j] = softmax_t(softcap(scale * norm(ck[b, t, g] . a[b, h S + j] + constant))) @ cv[b, t, g]
 
-    over t in split i. KEYS and VALUES are the pieces of a rank. Without cv they are the same columns of one row, which
+    with t in split i. KEYS and VALUES are the pieces of a rank. Without cv they are the same columns of one row, which
     is loaded once; absorbed queries are zero past the key rank.
 
     Grid: (row blocks * G, splits, B). A program owns BLOCK_Q of the C M S query rows of one group and one split:
@@ -110,15 +110,14 @@ def fused_absorbed(
 ) -> None:  # fmt: skip
     """Absorbed queries a [B, Hq S, Rk] over the tiles of each split: y [B, splits, Hq S, Rv], lse [B, splits, Hq S]."""
     batch, splits, all_rows, _ = y.shape
-    heads = keys.num_heads
-    fused_absorbed_kernel[cdiv(all_rows // keys.groups, choice.block_q) * keys.groups, splits, batch](
+    key, value = keys.sizes, values.sizes
+    fused_absorbed_kernel[cdiv(all_rows // key.groups, choice.block_q) * key.groups, splits, batch](
         a, a.stride(), constant, ck, ck.stride(), cv, (0, 0) if cv is None else cv.stride(),
         tokens.pages, tokens.pages.stride(0), tokens.lens, tokens.lens.stride(0), tokens.starts, tokens.starts_stride,
         keys.runs, values.runs, keys.heads, y, y.stride(), lse, lse.stride(),
-        rule.scale, rule.softcap, tokens.bound, num_queries, rule.window, keys.norm_column, first_tile, tiles, splits,
-        C=keys.group_size, M=all_rows // (heads * num_queries), P=ck.shape[1], Hkv=heads,
-        CAUSAL=rule.causal, WINDOWED=rule.window > 0, CAPPED=rule.softcap > 0, NORMED=keys.norm_column >= 0,
-        KEYS=launch.pieces(keys.rank if cv is not None else values.rank), VALUES=launch.pieces(values.rank),
-        BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T,
-        num_warps=choice.warps, num_stages=choice.stages,
+        rule.scale, rule.softcap, tokens.bound, num_queries, rule.window, key.norm_column, first_tile, tiles, splits,
+        C=key.group_size, M=all_rows // (key.num_heads * num_queries), P=ck.shape[1], Hkv=key.num_heads,
+        CAUSAL=rule.causal, WINDOWED=rule.window > 0, CAPPED=rule.softcap > 0, NORMED=key.norm_column >= 0,
+        KEYS=launch.pieces(value.rank if cv is None else key.rank), VALUES=launch.pieces(value.rank),
+        BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T, num_warps=choice.warps, num_stages=choice.stages,
     )  # fmt: skip

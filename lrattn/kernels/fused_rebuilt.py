@@ -48,12 +48,11 @@ def fused_rebuilt_kernel(
     KEYS: tl.constexpr, VALUES: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr,
 ):
-    """y[b, i, h S + j] = softmax_t(softcap(scale * q[b, j, h] . Rot(t) norm(ck[b, t, g] @ uk[k] + bias[k]))) @ cv[b, t, g]
+    """y[b, i, h S + j] = softmax_t(softcap(scale * q[b, j, h] . Rot(t) norm(ck[b, t] @ uk[k] + bias[k]))) @ cv[b, t]
 
-    over t in split i, k = h // M in group g. As in the scores, queries come turned back by each tile's first token and
-    keys are turned by the offset only; with TABLE every token's own row is read instead. KEYS and VALUES are the pieces
-    of a rank. Without cv they are the same columns of one row, which is loaded once; the basis is zero
-    past the key rank.
+    with t in split i, k = h // M. As in the scores, queries come turned back by each tile's first token and keys are
+    turned by the offset only; with TABLE every token's own row is read instead. KEYS and VALUES are the pieces of a
+    rank. Without cv they are the same columns of one row, which is loaded once; the basis is zero past the key rank.
 
     Grid: (row blocks * Hkv, splits, B). A program owns BLOCK_Q of the M S query rows of one kv head and one split; the
     heads of a group run side by side and meet its latents in L2. With one head a group each latent is read once.
@@ -135,18 +134,19 @@ def fused_rebuilt(
 ) -> None:  # fmt: skip
     """Turned queries x over the tiles of each split: y [B, splits, Hq S, Rv], lse [B, splits, Hq S]."""
     batch, splits, all_rows, _ = y.shape
-    heads, rows = keys.num_heads, all_rows // keys.num_heads
-    fused_rebuilt_kernel[cdiv(rows, choice.block_q) * heads, splits, batch](
+    key, value = keys.sizes, values.sizes
+    rows = all_rows // key.num_heads
+    fused_rebuilt_kernel[cdiv(rows, choice.block_q) * key.num_heads, splits, batch](
         x, x.stride(), ck, ck.stride(), cv, (0, 0) if cv is None else cv.stride(),
         tokens.pages, tokens.pages.stride(0), tokens.lens, tokens.lens.stride(0), tokens.starts, tokens.starts_stride,
         keys.rows, keys.runs, values.runs, keys.heads, keys.bias, keys.weight,
         keys.offset_turns if turned else keys.turns, tokens.positions, tokens.positions_strides,
         y, y.stride(), lse, lse.stride(), rule.scale, rule.softcap, tokens.bound, num_queries, rule.window,
-        keys.max_position, keys.norm_column, first_tile, tiles, splits,
-        C=keys.group_size, M=rows // num_queries, D=keys.head_dim, P=ck.shape[1], Hkv=heads,
-        ROTARY=keys.rotary_dim, TABLE=not turned,
+        key.max_position, key.norm_column, first_tile, tiles, splits,
+        C=key.group_size, M=rows // num_queries, D=key.head_dim, P=ck.shape[1], Hkv=key.num_heads,
+        ROTARY=key.rotary_dim, TABLE=not turned,
         CAUSAL=rule.causal, WINDOWED=rule.window > 0, CAPPED=rule.softcap > 0,
-        KEYS=launch.pieces(keys.rank if cv is not None else values.rank), VALUES=launch.pieces(values.rank),
-        BLOCK_D=launch.block_d(keys.head_dim), BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T,
+        KEYS=launch.pieces(value.rank if cv is None else key.rank), VALUES=launch.pieces(value.rank),
+        BLOCK_D=launch.block_d(key.head_dim), BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T,
         num_warps=choice.warps, num_stages=choice.stages,
     )  # fmt: skip

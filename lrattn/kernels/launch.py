@@ -6,7 +6,7 @@ table that fits is taken; docs/kernels.md#launch says what each is for.
 """
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -150,7 +150,7 @@ def find(
     return None
 
 
-def pick(table: tuple[Row, ...], device: str, itemsize: int, **shape: int) -> Launch:
+def pick(table: tuple[Row, ...], device: str, itemsize: int, **shape: Any) -> Launch:
     """The first launch of a table that has one for every shape."""
     launch = find(table, device, itemsize, **shape)
     if launch is None:
@@ -183,8 +183,10 @@ def latent_values(rank: int, rows: int, itemsize: int, device: str) -> Launch:
 @cache
 def fused_absorbed(key_rank: int, value_rank: int, rows: int, itemsize: int, device: str, extras: int) -> Launch | None:
     """key_rank 0: one row serves both. extras: how many of key bias and key norm there are."""
-    columns = {"rank": sum(pieces(key_rank)), "values": sum(pieces(value_rank))}
-    found = find(FUSED_ABSORBED, device, itemsize, queries=block_q(rows), extras=extras, **columns)
+    found = find(
+        FUSED_ABSORBED, device, itemsize, rank=sum(pieces(key_rank)), values=sum(pieces(value_rank)),
+        queries=block_q(rows), extras=extras,
+    )  # fmt: skip
     return found and found._replace(block_q=block_q(rows))
 
 
@@ -193,9 +195,9 @@ def fused_rebuilt(
     key_rank: int, value_rank: int, head_dim: int, rows: int, itemsize: int, device: str, turned: bool, extras: int
 ) -> Launch | None:
     """As fused_absorbed."""
-    columns = {"head": block_d(head_dim), "rank": sum(pieces(key_rank)), "values": sum(pieces(value_rank))}
     found = find(
-        FUSED_REBUILT, device, itemsize, queries=block_q(rows), turned=turned, extras=extras, **columns
+        FUSED_REBUILT, device, itemsize, head=block_d(head_dim), rank=sum(pieces(key_rank)),
+        values=sum(pieces(value_rank)), queries=block_q(rows), turned=turned, extras=extras,
     )  # fmt: skip
     return found and found._replace(block_q=block_q(rows))
 

@@ -1,11 +1,12 @@
 """How a decode call is run: in one pass or two, and cut into what sequences, tiles and splits; from shapes alone."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
 from lrattn.kernels import launch
-from lrattn.kernels.arguments import Keys, Rule, Values
+from lrattn.kernels.arguments import KeySizes, ValueSizes
 from lrattn.shapes import cdiv, round_up
 
 WAVES = 2  # programs a multiprocessor should get at least
@@ -26,7 +27,9 @@ class Cut(NamedTuple):
     nbytes: int  # of temporaries
 
 
-def fused(rows: int, dtype: torch.dtype, device: str, keys: Keys, values: Values, turned: bool) -> launch.Launch | None:
+def fused(
+    rows: int, dtype: torch.dtype, device: str, keys: KeySizes, values: ValueSizes, turned: bool
+) -> launch.Launch | None:
     """The launch of the one pass over keys and values, or None: scores and values then take a pass each.
 
     It takes groups of keys and of values that hold the same heads, and a kernel that fits (the launch tables). Rebuilt
@@ -37,28 +40,32 @@ def fused(rows: int, dtype: torch.dtype, device: str, keys: Keys, values: Values
     if not values.paired:
         return None
     ranks = (0 if values.shared else keys.rank), values.rank
-    extras = (keys.bias is not None) + (keys.weight is not None)
-    if keys.turns is None:
-        return launch.fused_absorbed(*ranks, rows // keys.groups, dtype.itemsize, device, extras)
+    if not keys.rotary_dim:
+        return launch.fused_absorbed(*ranks, rows // keys.groups, dtype.itemsize, device, keys.extras)
     if keys.group_size > 1 and not values.shared:
         return None
-    return launch.fused_rebuilt(*ranks, keys.head_dim, rows // keys.num_heads, dtype.itemsize, device, turned, extras)
+    return launch.fused_rebuilt(
+        *ranks, keys.head_dim, rows // keys.num_heads, dtype.itemsize, device, turned, keys.extras
+    )
 
 
+@lru_cache(maxsize=4096)
 def cut(
-    batch: int, num_queries: int, query_heads: int, dtype: torch.dtype, device: torch.device, keys: Keys,
-    values: Values, bound: int, rule: Rule, num_splits: int, limit: int, turned: bool,
+    batch: int, num_queries: int, query_heads: int, dtype: torch.dtype, device: str, processors: int, keys: KeySizes,
+    values: ValueSizes, one_pass: launch.Launch | None, bound: int, window: int, num_splits: int, limit: int,
+    turned: bool,
 ) -> Cut:  # fmt: skip
     """The cut of a call with tokens up to `bound`, within `limit` bytes if one tile of one sequence is.
 
+    processors: multiprocessors of the device. one_pass: what `fused` found. turned: queries are turned back by tile.
+
     How the tiles of a sequence are cut into splits depends on the batch only where num_splits is 0.
     """
-    device_name, rows = launch.name(device), query_heads * num_queries
+    rows = query_heads * num_queries
     per_group = rows // keys.groups
     per_head = rows // keys.num_heads
-    one_pass = fused(rows, dtype, device_name, keys, values, turned)
-    if keys.turns is None:
-        block_q = launch.absorbed_scores(keys.rank, per_group, dtype.itemsize, device_name).block_q
+    if not keys.rotary_dim:
+        block_q = launch.absorbed_scores(keys.rank, per_group, dtype.itemsize, device).block_q
         score_programs = cdiv(per_group, block_q) * keys.groups
     else:
         score_programs = cdiv(per_head, launch.block_q(per_head)) * keys.num_heads
@@ -66,22 +73,22 @@ def cut(
         value_programs = score_programs
     else:
         per_group = rows // values.groups
-        choice = launch.latent_values(values.rank, per_group, dtype.itemsize, device_name)
+        choice = launch.latent_values(values.rank, per_group, dtype.itemsize, device)
         value_programs = cdiv(values.rank, choice.block_r) * cdiv(per_group, choice.block_q) * values.groups
 
     total = cdiv(bound, launch.BLOCK_T)
-    if rule.window:  # a window may begin and end inside a tile
-        total = min(total, cdiv(rule.window + num_queries - 2, launch.BLOCK_T) + 1)
-    fill = WAVES * launch.processors(device)
+    if window:  # a window may begin and end inside a tile
+        total = min(total, cdiv(window + num_queries - 2, launch.BLOCK_T) + 1)
+    fill = WAVES * processors
     per_split = (rows * values.rank + round_up(rows, 16)) * 4  # a partial result and its lse
     room = limit // (2 * per_split)
     balanced = min(cdiv(total, PART_TILES), room // max(batch, 1))
     wanted = max(cdiv(fill, max(batch, 1) * value_programs), balanced)
     splits = num_splits or max(1, min(wanted, total, room))
-    fixed = rows * (keys.rank + 1) * 4 if keys.turns is None else 0  # absorbed queries
+    fixed = rows * (keys.rank + 1) * 4 if not keys.rotary_dim else 0  # absorbed queries
     fixed += rows * keys.head_dim * dtype.itemsize  # heads before the output projection
     fixed += (splits + 2) * per_split
-    query = 0 if keys.turns is None else rows * launch.block_d(keys.head_dim) * dtype.itemsize
+    query = 0 if not keys.rotary_dim else rows * launch.block_d(keys.head_dim) * dtype.itemsize
     fixed += query
     per_tile = 0 if one_pass is not None else rows * launch.BLOCK_T * 4
     if turned:  # queries, turned back for each tile

@@ -89,10 +89,11 @@ def rebuild_kernel(
 
 def rebuild_keys(ck: Tensor, keys: Keys, tokens: Tokens, ends: Tensor, x: Tensor) -> None:
     """Keys of all tokens, normed and rotated, to x [sum T, Hkv, D]."""
+    size = keys.sizes
     _rebuild(
         ck, keys.rows, keys.runs, keys.heads, keys.bias, keys.weight, keys.turns, tokens, ends, x,
-        max_position=keys.max_position, norm_column=keys.norm_column,
-        C=keys.group_size, ROTARY=keys.rotary_dim, INTERLEAVED=bool(keys.interleaved), NORMED=keys.norm_column >= 0,
+        max_position=size.max_position, norm_column=size.norm_column,
+        C=size.group_size, ROTARY=size.rotary_dim, INTERLEAVED=bool(size.interleaved), NORMED=size.norm_column >= 0,
     )  # fmt: skip
 
 
@@ -100,7 +101,7 @@ def rebuild_values(cv: Tensor, values: Values, tokens: Tokens, ends: Tensor, x: 
     """Values of all tokens to x [sum T, Hkv, D]."""
     _rebuild(
         cv, values.rows, values.runs, values.heads, values.bias, None, None, tokens, ends, x,
-        max_position=0, norm_column=-1, C=values.group_size, ROTARY=0, INTERLEAVED=False, NORMED=False,
+        max_position=0, norm_column=-1, C=values.sizes.group_size, ROTARY=0, INTERLEAVED=False, NORMED=False,
     )  # fmt: skip
 
 

@@ -173,7 +173,7 @@ def latent_scores_kernel(
 
 def relative(keys: Keys, tokens: Tokens, dtype: torch.dtype) -> bool:
     """Whether keys are turned relative to their tile: not where each token must have its own row of the table."""
-    free = tokens.positions is None and not (keys.exact_turns and dtype == torch.float32)
+    free = tokens.positions is None and not (keys.sizes.exact_turns and dtype == torch.float32)
     return free and keys.turns is not None
 
 
@@ -183,8 +183,8 @@ def turn_queries(q: Tensor, keys: Keys, tokens: Tokens, rule: Rule, x: Tensor, f
     rows, choice = query_heads * num_queries, launch.pick(launch.TURN_QUERIES, launch.name(q.device), q.itemsize)
     turn_queries_kernel[cdiv(rows, choice.block_q), x.shape[1] if turned else 1, batch](
         q, q.stride(), tokens.lens, tokens.lens.stride(0), tokens.starts, tokens.starts_stride, keys.turns,
-        x, x.stride(), tokens.bound, num_queries, rule.window, keys.max_position, first_tile, x.shape[1], rows,
-        D=head_dim, ROTARY=keys.rotary_dim, INTERLEAVED=bool(keys.interleaved), TABLE=not turned,
+        x, x.stride(), tokens.bound, num_queries, rule.window, keys.sizes.max_position, first_tile, x.shape[1], rows,
+        D=head_dim, ROTARY=keys.sizes.rotary_dim, INTERLEAVED=bool(keys.sizes.interleaved), TABLE=not turned,
         WINDOWED=rule.window > 0, BLOCK_D=2 * x.shape[4], BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T,
         num_warps=choice.warps, num_stages=choice.stages,
     )  # fmt: skip
@@ -196,17 +196,19 @@ def latent_scores(
 ) -> None:  # fmt: skip
     """Scores of turned queries against tiles first_tile .. first_tile + tiles of every sequence, to s [B, Hq S, T]."""
     batch, _, all_rows, _, _ = x.shape
-    heads, rows = keys.num_heads, all_rows // keys.num_heads
-    choice = launch.latent_scores(keys.rank, keys.head_dim, rows, ck.itemsize, launch.name(ck.device), turned)
-    r1, r2 = launch.chunks(keys.rank) if choice.resident else (choice.block_r, 0)
+    heads, rows = keys.sizes.num_heads, all_rows // keys.sizes.num_heads
+    choice = launch.latent_scores(
+        keys.sizes.rank, keys.sizes.head_dim, rows, ck.itemsize, launch.name(ck.device), turned
+    )
+    r1, r2 = launch.chunks(keys.sizes.rank) if choice.resident else (choice.block_r, 0)
     turns = keys.offset_turns if turned else keys.turns
     latent_scores_kernel[cdiv(rows, choice.block_q) * heads, parts, batch](
         x, x.stride(), ck, ck.stride(), tokens.pages, tokens.pages.stride(0), tokens.lens, tokens.lens.stride(0),
         tokens.starts, tokens.starts_stride, keys.rows, keys.runs, keys.heads, keys.bias, keys.weight, turns,
         tokens.positions, tokens.positions_strides, s, s.stride(), rule.scale, rule.softcap, tokens.bound,
-        num_queries, rule.window, keys.max_position, keys.norm_column, first_tile, tiles, parts,
-        C=keys.group_size, M=rows // num_queries, D=keys.head_dim, P=ck.shape[1], Hkv=heads,
-        ROTARY=keys.rotary_dim, TABLE=not turned,
+        num_queries, rule.window, keys.sizes.max_position, keys.sizes.norm_column, first_tile, tiles, parts,
+        C=keys.sizes.group_size, M=rows // num_queries, D=keys.sizes.head_dim, P=ck.shape[1], Hkv=heads,
+        ROTARY=keys.sizes.rotary_dim, TABLE=not turned,
         CAUSAL=rule.causal, WINDOWED=rule.window > 0, CAPPED=rule.softcap > 0,
         R1=r1, R2=r2, RESIDENT=choice.resident,
         BLOCK_D=choice.block_d, BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T,

@@ -97,15 +97,16 @@ def latent_values(
 ) -> None:  # fmt: skip
     """Softmax of s [B, Hq S, T] times the latents of each split: y [B, splits, Hq S, Rv], lse [B, splits, Hq S]."""
     batch, splits, all_rows, _ = y.shape
-    heads = values.num_heads
-    rows = all_rows // values.groups
-    choice = launch.latent_values(values.rank, rows, cv.itemsize, launch.name(cv.device))
-    tiles_r = cdiv(values.rank, choice.block_r)
-    latent_values_kernel[tiles_r * cdiv(rows, choice.block_q) * values.groups, splits, batch](
+    heads = values.sizes.num_heads
+    rows = all_rows // values.sizes.groups
+    choice = launch.latent_values(values.sizes.rank, rows, cv.itemsize, launch.name(cv.device))
+    tiles_r = cdiv(values.sizes.rank, choice.block_r)
+    latent_values_kernel[tiles_r * cdiv(rows, choice.block_q) * values.sizes.groups, splits, batch](
         s, s.stride(), cv, cv.stride(), tokens.pages, tokens.pages.stride(0), tokens.lens, tokens.lens.stride(0),
         tokens.starts, tokens.starts_stride, values.runs, values.heads,
         y, y.stride(), lse, lse.stride(), tokens.bound, num_queries, rule.window, first_tile, tiles, splits,
-        C=values.group_size, M=all_rows // (heads * num_queries), P=cv.shape[1], Hkv=heads, WINDOWED=rule.window > 0,
-        TILES_R=tiles_r, BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T, BLOCK_R=choice.block_r,
+        C=values.sizes.group_size, M=all_rows // (heads * num_queries), P=cv.shape[1], Hkv=heads,
+        WINDOWED=rule.window > 0, TILES_R=tiles_r,
+        BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T, BLOCK_R=choice.block_r,
         num_warps=choice.warps, num_stages=choice.stages,
     )  # fmt: skip

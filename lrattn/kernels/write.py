@@ -95,23 +95,23 @@ def write_latents(
     num_pages, page_size, k_width = ck.shape
     if not n:
         return
-    normed = keys.norm_column >= 0
+    normed = keys.sizes.norm_column >= 0
     choice = launch.pick(launch.WRITE_LATENTS, launch.name(ck.device), ck.itemsize)
     v_width = 0 if zv is None else zv.shape[1]
     columns = cdiv(k_width, choice.block_r) + cdiv(v_width, choice.block_r)
     write_latents_kernel[cdiv(n, choice.block_n), columns](
         zk, zk.stride(0), zv, 0 if zv is None else zv.stride(0), ck, ck.stride(), cv,
         (0, 0) if cv is None else cv.stride(), slots, slots.stride(0), n, num_pages * page_size, row_width,
-        row_width + normed * 2 * keys.num_heads, k_width, v_width,
+        row_width + normed * 2 * keys.sizes.num_heads, k_width, v_width,
         P=page_size, BLOCK_N=choice.block_n, BLOCK_R=choice.block_r, num_warps=choice.warps, num_stages=choice.stages,
     )  # fmt: skip
     if not normed:
         return
     choice = launch.pick(launch.NORM_COLUMNS, launch.name(ck.device), ck.itemsize)
-    norm_columns_kernel[cdiv(n, choice.block_n), keys.num_heads](
+    norm_columns_kernel[cdiv(n, choice.block_n), keys.sizes.num_heads](
         zk, zk.stride(0), ck, ck.stride(), slots, slots.stride(0), keys.rows, keys.runs, keys.heads, keys.bias,
-        n, num_pages * page_size, keys.norm_column, eps, torch.finfo(ck.dtype).max,
-        C=keys.group_size, D=keys.head_dim, P=page_size, Hkv=keys.num_heads,
-        BLOCK_D=launch.block_d(keys.head_dim), BLOCK_N=choice.block_n, BLOCK_R=choice.block_r,
+        n, num_pages * page_size, keys.sizes.norm_column, eps, torch.finfo(ck.dtype).max,
+        C=keys.sizes.group_size, D=keys.sizes.head_dim, P=page_size, Hkv=keys.sizes.num_heads,
+        BLOCK_D=launch.block_d(keys.sizes.head_dim), BLOCK_N=choice.block_n, BLOCK_R=choice.block_r,
         num_warps=choice.warps, num_stages=choice.stages,
     )  # fmt: skip
