@@ -27,7 +27,7 @@ import torch
 from bench import report
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("tests/test_gpu.py", "tests/test_kernels.py", "tests/test_ops.py")
+TESTS = ("tests/test_gpu.py", "tests/test_ways.py", "tests/test_kernels.py", "tests/test_ops.py")
 FILES, FILE_BYTES, TEXT_BYTES = 8, 16 << 20, 4 << 20
 TAIL = 6000  # characters of a step's output in the report
 SPARE = 5.0  # seconds kept for the report

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lrattn import ops, reference
-from lrattn.checks import accumulator_types, check_caches, check_integers, check_tables
+from lrattn.checks import accumulator_types, check_caches, check_integer, check_tables
 from lrattn.factors import LayerFactors
 from lrattn.shapes import accumulator, check
 
@@ -96,7 +96,7 @@ def rebuild(
     backend = _backend(backend, layer)
     check_caches(layer, k_cache, v_cache)
     check_tables(k_cache, block_table, seq_lens, None, positions)
-    check_integers(num_tokens=(num_tokens, 0, ANY))
+    check_integer("num_tokens", num_tokens, 0)
     if backend == "reference":
         k, v = reference.rebuild(k_cache, v_cache, layer, block_table, seq_lens, positions)
         return k[:num_tokens], v[:num_tokens]
@@ -169,12 +169,10 @@ def decode_attention(
             if len(layer.checked) >= MOST_CHECKED:
                 layer.checked.clear()
             layer.checked[kind] = chosen
-    check_integers(
-        window_size=(window_size, 1, ANY),
-        max_seq_len=(max_seq_len, 0, ANY),
-        num_splits=(num_splits, 0, MAX_SPLITS),
-        workspace_limit=(workspace_limit, 1, ANY),
-    )
+    check_integer("window_size", window_size, 1)
+    check_integer("max_seq_len", max_seq_len, 0)
+    check_integer("num_splits", num_splits, 0, MAX_SPLITS)
+    check_integer("workspace_limit", workspace_limit, 1)
     scale = layer.head_dim**-0.5 if softmax_scale is None else softmax_scale
     if not (-ANY < scale < ANY and 0 <= softcap < ANY):
         raise ValueError(f"softmax_scale, softcap: expected finite, softcap at least 0, got {scale}, {softcap}")
@@ -184,7 +182,7 @@ def decode_attention(
     bound = block_table.shape[1] * k_cache.shape[1]
     bound = bound if max_seq_len is None else min(bound, max_seq_len)
     flat = q.dim() == 3
-    q4 = q[:, None] if flat else q
+    q4 = q.unsqueeze(1) if flat else q
     if chosen == "triton":
         arguments = (
             q4,
@@ -210,7 +208,7 @@ def decode_attention(
             result, lse = ops.run("decode_attention", *arguments)
             result = result[:, 0] if flat else result
         else:
-            lse = ops.run("decode_attention_out", *arguments, out[:, None] if flat else out)
+            lse = ops.run("decode_attention_out", *arguments, out.unsqueeze(1) if flat else out)
             result = out
     else:
         with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -45,8 +46,7 @@ def check_tables(
         check("positions", positions, "N P", dims, **kind)
 
 
-def check_integers(**numbers: tuple[Any, int, float]) -> None:
-    """Raises ValueError for a value that is no integer within its bounds and not None: name=(value, least, most)."""
-    for name, (value, least, most) in numbers.items():
-        if value is not None and not (isinstance(value, int) and least <= value <= most):
-            raise ValueError(f"{name}: expected an integer from {least} to {most}, got {value}")
+def check_integer(name: str, value: Any, least: int, most: float = math.inf) -> None:
+    """Raises ValueError for a value that is neither None nor an integer within its bounds."""
+    if value is not None and not (isinstance(value, int) and least <= value <= most):
+        raise ValueError(f"{name}: expected an integer from {least} to {most}, got {value}")

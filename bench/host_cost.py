@@ -1,0 +1,163 @@
+"""What a decode call costs the host: checks, plan, workspace and the arguments of each launch, without the kernels.
+
+    python -m bench.host_cost [--batch 16] [--rounds 40] [--out bench/results] [--dry]
+
+Launches are replaced by a function that does nothing: neither a kernel nor Triton's own launcher is in these times. On a
+GPU the call with its launches is timed too, as the host sees it. "first" is a call of a kind that the layer has not seen:
+other shapes, strides or dtypes. "operator" is the same call through torch.ops, as a compiled graph makes it. --dry: a few
+rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from tqdm import tqdm
+from triton.runtime.jit import KernelInterface
+
+import lrattn
+from bench import report, timing
+from lrattn.kernels import launch, plan
+
+QUERY_HEADS, KV_HEADS, HEAD_DIM, RANK, TOKENS, PAGE = 32, 8, 128, 128, 1024, 16  # of a Llama-3.1-8B layer at keep 0.25
+CALLS = 50  # in a row, timed together
+TARGET = 20.0  # microseconds
+
+
+class Way(NamedTuple):
+    """A layer and the kernels its calls launch. groups: of keys and of values."""
+
+    name: str
+    launches: int
+    groups: tuple[int, int] = (2, 2)
+    rope: bool = True
+    shared: bool = False
+
+
+WAYS = (
+    Way("one pass, absorbed keys", 3, rope=False),
+    Way("one pass, absorbed keys, one row for both", 3, rope=False, shared=True),
+    Way("one pass, rebuilt keys, one row for both", 3, shared=True),
+    Way("two passes, rebuilt keys", 4),
+    Way("two passes, rebuilt keys, joint values", 4, groups=(2, 1)),
+)
+
+
+def call_of(way: Way, batch: int, device: torch.device) -> tuple[lrattn.LayerFactors, Callable[[], Any]]:
+    """A layer of random numbers, and a decode call on it."""
+    dtype = torch.bfloat16
+    sides = [
+        lrattn.Projection(torch.randn(KV_HEADS, RANK, HEAD_DIM, dtype=dtype, device=device), (RANK,) * groups)
+        for groups in way.groups
+    ]
+    rope = lrattn.Rope(5e5, HEAD_DIM, TOKENS) if way.rope else None
+    layer = lrattn.LayerFactors(*sides, rope=rope, shared=way.shared)
+    pages = batch * TOKENS // PAGE
+    caches = lrattn.allocate_cache(layer, pages, PAGE)
+    for cache in caches:
+        if cache is not None:
+            cache.zero_()
+    q = torch.randn(batch, QUERY_HEADS, HEAD_DIM, dtype=dtype, device=device)
+    arguments = {
+        "block_table": torch.arange(pages, dtype=torch.int32, device=device).view(batch, -1),
+        "seq_lens": torch.full((batch,), TOKENS, dtype=torch.int32, device=device),
+        "out": torch.empty_like(q),
+        "backend": "triton",
+    }
+    return layer, lambda: lrattn.decode_attention(q, *caches, layer, **arguments)
+
+
+@contextmanager
+def without_kernels(device: torch.device) -> Iterator[list[str]]:
+    """Inside, kernels are named instead of launched; on a CPU as an H100 would be given them."""
+    named: list[str] = []
+
+    def launcher(kernel: Any, grid: Any) -> Callable[..., None]:
+        named.append(kernel.__name__)
+        return _nothing
+
+    stand_in = (patch.object(launch, "name", lambda _: "sm90"), patch.object(launch, "processors", lambda _: 132))
+    with patch.object(KernelInterface, "__getitem__", launcher), stand_in[0], stand_in[1]:
+        yield named
+
+
+def _nothing(*arguments: Any, **constants: Any) -> None:
+    pass
+
+
+def microseconds(call: Callable[[], Any], rounds: int, before: Callable[[], None] = lambda: None) -> dict[str, float]:
+    """Of one call: median and p10-p90 of rounds of CALLS; `before` is called before each and not timed."""
+    taken = []
+    for _ in range(3):
+        before()
+        call()
+    for _ in range(rounds):
+        total = 0.0
+        for _ in range(CALLS):
+            before()
+            begin = time.perf_counter()
+            call()
+            total += time.perf_counter() - begin
+        taken.append(total / CALLS * 1e6)
+    return timing.summary(taken, "us")
+
+
+def measure(way: Way, batch: int, rounds: int, device: torch.device) -> dict[str, Any]:
+    layer, call = call_of(way, batch, device)
+
+    def forget() -> None:
+        layer.checked.clear()
+        plan.cut.cache_clear()
+
+    row: dict[str, Any] = {"way": way.name, "launches": way.launches, "batch": batch}
+    with without_kernels(device) as named:
+        call()
+        if len(named) != way.launches:
+            raise RuntimeError(f"{way.name}: expected {way.launches} launches, got {named}")
+        row["call"] = microseconds(call, rounds)
+        row["first"] = microseconds(call, max(3, rounds // 4), forget)
+        with patch.object(lrattn.ops, "is_in_torch_dispatch_mode", lambda: True):
+            row["operator"] = microseconds(call, max(3, rounds // 4))
+    if device.type == "cuda":
+        row["with_launches"] = microseconds(call, rounds)
+        torch.cuda.synchronize()
+    return row
+
+
+def table(results: dict[str, Any]) -> str:
+    columns = ["call", "first", "operator", *(["with_launches"] if "with_launches" in results["rows"][0] else [])]
+    lines = [f"{'microseconds of the host, median':44}{'launches':>9}" + "".join(f"{c:>15}" for c in columns)]
+    for row in results["rows"]:
+        cells = "".join(f"{row[c]['median_us']:15.1f}" for c in columns)
+        lines.append(f"{row['way']:44}{row['launches']:9}{cells}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--out", type=Path, default=report.RESULTS)
+    parser.add_argument("--dry", action="store_true", help="a few rounds, never written to bench/results")
+    args = parser.parse_args()
+    if args.dry and args.out.resolve() == report.RESULTS.resolve():
+        parser.error("--dry needs another --out")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(1)
+    rounds = 3 if args.dry else args.rounds
+    rows = [measure(way, args.batch, rounds, device) for way in tqdm(WAYS, unit="way", leave=False, disable=None)]
+    path = args.out / "host_cost.json"
+    report.save(path, {"dry": args.dry, "target_us": TARGET, "rows": rows})
+    print(table(json.loads(path.read_text())))
+
+
+if __name__ == "__main__":
+    main()
