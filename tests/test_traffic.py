@@ -70,8 +70,8 @@ WAYS = [
     # Values: a tile of columns is a program, so each latent is read once however wide they are.
     way("joint values", 2, value_ranks=(528,), lens=(70, 0)),
     # Shared rows, read for the keys and for the values.
-    way("joint row", 2, **JOINT),
-    way("riding row", 2, **RIDING),
+    way("joint row, wider head", 2 * 2, **JOINT | {"D": 256, "lens": (70, 0)}),
+    way("riding row, norm", 2, norms=1, key_norm=True, **RIDING),
     # One pass: a row that serves both is read once; where a head is a program, once by each of its group.
     way("one pass, absorbed", 1, rope=None, value_order=PLAIN.key_order),
     way("one pass, absorbed, joint row", 0, rope=None, **JOINT),
@@ -80,7 +80,7 @@ WAYS = [
         value_order=PLAIN.key_order),
     way("one pass, rebuilt, joint row", 0, 2, shared=True, key_ranks=(128, 96), value_ranks=(128, 96),
         value_order=PLAIN.key_order),
-    way("one pass, rebuilt, positions", 0, 2, positions=True, shared=True, key_ranks=(128, 96), value_ranks=(128, 96),
+    way("one pass, rebuilt, positions", 0, 2, D=64, positions=True, shared=True, key_ranks=(128, 96), value_ranks=(128, 96),
         value_order=PLAIN.key_order),
     way("one pass, window, starts, queries", 0, rope=None, S=3, starts=(90, 0, 0, 0),
         call={"window_size": 40, "project": "latent", "num_splits": 3}, **JOINT),

@@ -38,7 +38,7 @@ ABSORBED = [
 REBUILT = [
     paired("rebuilt, one head a group", **ALONE),
     paired("rebuilt, interleaved", D=80, rope={"interleaved": True}, bias=True, **ALONE),
-    paired("rebuilt, partial", D=128, rope={"partial_rotary_factor": 0.25}, positions=True, **ALONE),
+    paired("rebuilt, partial", rope={"partial_rotary_factor": 0.25}, positions=True, **ALONE),
     paired("rebuilt, everything", P=48, **ALONE, **EVERYTHING),
     paired("rebuilt, joint row", **JOINT),
     paired("rebuilt, joint row, norm", D=128, key_norm=True, strided=True, **JOINT),
@@ -52,6 +52,8 @@ HALF_ONLY = [  # what fits 16-bit numbers alone
     paired("absorbed, 32 rows", rope=None, M=8, S=2, lens=(70, 2)),
     paired("absorbed, 64 rows", rope=None, M=8, S=4, lens=(70, 3)),
     paired("absorbed, two blocks of rows", rope=None, M=8, S=5, lens=(70, 3)),
+    paired("rebuilt, wide joint row", D=128, shared=True, key_ranks=(160, 256), value_ranks=(160, 256),
+           value_order=(2, 0, 3, 1), lens=(130, 3)),
     paired("rebuilt, wide", **ALONE | {"key_ranks": (160, 32, 240, 16), "value_ranks": (256, 32, 48, 16)}),
     paired("rebuilt, 32 rows", M=8, S=4, lens=(70, 3), **ALONE),
 ]  # fmt: skip

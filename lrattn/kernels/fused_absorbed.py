@@ -118,6 +118,7 @@ def fused_absorbed(
         rule.scale, rule.softcap, tokens.bound, num_queries, rule.window, key.norm_column, first_tile, tiles, splits,
         C=key.group_size, M=all_rows // (key.num_heads * num_queries), P=ck.shape[1], Hkv=key.num_heads,
         CAUSAL=rule.causal, WINDOWED=rule.window > 0, CAPPED=rule.softcap > 0, NORMED=key.norm_column >= 0,
-        KEYS=launch.pieces(value.rank if cv is None else key.rank), VALUES=launch.pieces(value.rank),
+        KEYS=launch.pieces(value.rank if cv is None else key.rank, choice.block_r),
+        VALUES=launch.pieces(value.rank, choice.block_r),
         BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T, num_warps=choice.warps, num_stages=choice.stages,
     )  # fmt: skip

@@ -146,7 +146,8 @@ def fused_rebuilt(
         C=key.group_size, M=rows // num_queries, D=key.head_dim, P=ck.shape[1], Hkv=key.num_heads,
         ROTARY=key.rotary_dim, TABLE=not turned,
         CAUSAL=rule.causal, WINDOWED=rule.window > 0, CAPPED=rule.softcap > 0,
-        KEYS=launch.pieces(value.rank if cv is None else key.rank), VALUES=launch.pieces(value.rank),
+        KEYS=launch.pieces(value.rank if cv is None else key.rank, choice.block_r),
+        VALUES=launch.pieces(value.rank, choice.block_r),
         BLOCK_D=launch.block_d(key.head_dim), BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T,
         num_warps=choice.warps, num_stages=choice.stages,
     )  # fmt: skip

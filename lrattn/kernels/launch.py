@@ -22,7 +22,7 @@ class Launch(NamedTuple):
     warps: int
     stages: int
     block_q: int = 0  # query rows
-    block_r: int = 0  # latents
+    block_r: int = 0  # latents, or the widest piece of a rank
     block_d: int = 0  # dimensions of a head
     block_n: int = 0  # tokens to write or to rebuild
     block_s: int = 0  # splits to merge
@@ -83,28 +83,30 @@ LATENT_VALUES = (
     Row(Launch(8, 2, block_r=64), ()),
     Row(Launch(4, 1, block_r=64), (), itemsize=4),
 )
-# One pass over keys and values; where no row fits there are two. rank 0: one row serves both.
+# One pass over keys and values; where no row fits there are two. rank: columns of keys, values: columns of values;
+# rank 0: one row serves both.
 FUSED_ABSORBED = (
-    Row(Launch(4, 2), ("sm90",), rank=256, values=256, queries=16),
-    Row(Launch(4, 2), ("sm90",), rank=0, values=384, queries=16),
-    Row(Launch(4, 2), ("sm90",), rank=0, values=512, queries=16, extras=0),
-    Row(Launch(8, 2), ("sm90",), rank=256, values=512, queries=16, shared=False),
-    Row(Launch(8, 2), ("sm90",), rank=256, values=256, queries=32),
-    Row(Launch(8, 2), ("sm90",), rank=128, values=128, queries=64),
-    Row(Launch(8, 2), ("sm80", "sm100"), rank=256, values=256, queries=16),
-    Row(Launch(8, 1), ("sm80", "sm100"), rank=256, values=256, queries=32),
-    Row(Launch(4, 1), ("gfx9",), rank=256, values=256, queries=16),
-    Row(Launch(4, 1), (), rank=128, values=128, itemsize=4),
+    Row(Launch(4, 2, block_r=128), ("sm90",), rank=256, values=256, queries=16),
+    Row(Launch(4, 2, block_r=128), ("sm90",), rank=0, values=384, queries=16),
+    Row(Launch(4, 2, block_r=128), ("sm90",), rank=0, values=512, queries=16, extras=0),
+    Row(Launch(8, 2, block_r=128), ("sm90",), rank=256, values=512, queries=16, shared=False),
+    Row(Launch(8, 2, block_r=128), ("sm90",), rank=256, values=256, queries=32),
+    Row(Launch(8, 2, block_r=128), ("sm90",), rank=128, values=128, queries=64),
+    Row(Launch(8, 2, block_r=128), ("sm80", "sm100"), rank=256, values=256, queries=16),
+    Row(Launch(8, 1, block_r=128), ("sm80", "sm100"), rank=256, values=256, queries=32),
+    Row(Launch(4, 1, block_r=128), ("gfx9",), rank=256, values=256, queries=16),
+    Row(Launch(4, 1, block_r=128), (), rank=128, values=128, itemsize=4),
 )
 FUSED_REBUILT = (
-    Row(Launch(4, 1), ("sm90",), head=64, rank=256, values=256, queries=16, extras=1),
-    Row(Launch(4, 1), ("sm90",), head=64, rank=128, values=128, queries=32, extras=1),
-    Row(Launch(4, 2), ("sm90",), head=128, rank=128, values=128, queries=16, extras=0),
-    Row(Launch(4, 2), ("sm90",), head=128, rank=0, values=128, queries=16, extras=1),
-    Row(Launch(8, 1), ("sm100",), head=64, rank=256, values=256, queries=16),
-    Row(Launch(8, 1), ("sm100",), head=128, rank=128, values=128, queries=16),
-    Row(Launch(8, 1), ("sm100",), head=128, rank=0, values=256, queries=16, extras=1),
-    Row(Launch(4, 1), HOPPER, head=128, rank=128, values=128, queries=16, itemsize=4),
+    Row(Launch(4, 1, block_r=128), ("sm90",), head=64, rank=256, values=256, queries=16, extras=1),
+    Row(Launch(4, 1, block_r=128), ("sm90",), head=64, rank=128, values=128, queries=32, extras=1),
+    Row(Launch(4, 2, block_r=128), ("sm90",), head=128, rank=128, values=128, queries=16, table=False, extras=0),
+    Row(Launch(4, 2, block_r=128), ("sm90",), head=128, rank=0, values=128, queries=16, table=False, extras=1),
+    Row(Launch(4, 2, block_r=64), ("sm90",), head=128, rank=0, values=256, queries=16, table=False, extras=0),
+    Row(Launch(8, 1, block_r=128), ("sm100",), head=64, rank=256, values=256, queries=16),
+    Row(Launch(8, 1, block_r=128), ("sm100",), head=128, rank=128, values=128, queries=16),
+    Row(Launch(8, 1, block_r=128), ("sm100",), head=128, rank=0, values=256, queries=16, extras=1),
+    Row(Launch(4, 1, block_r=128), HOPPER, head=128, rank=128, values=128, queries=16, itemsize=4),
 )
 ABSORB_QUERIES = (
     Row(Launch(4, 1, block_q=16, block_r=64), ()),
@@ -184,7 +186,7 @@ def latent_values(rank: int, rows: int, itemsize: int, device: str) -> Launch:
 def fused_absorbed(key_rank: int, value_rank: int, rows: int, itemsize: int, device: str, extras: int) -> Launch | None:
     """key_rank 0: one row serves both. extras: how many of key bias and key norm there are."""
     found = find(
-        FUSED_ABSORBED, device, itemsize, rank=sum(pieces(key_rank)), values=sum(pieces(value_rank)),
+        FUSED_ABSORBED, device, itemsize, rank=padded(key_rank), values=padded(value_rank),
         queries=block_q(rows), extras=extras,
     )  # fmt: skip
     return found and found._replace(block_q=block_q(rows))
@@ -196,8 +198,8 @@ def fused_rebuilt(
 ) -> Launch | None:
     """As fused_absorbed."""
     found = find(
-        FUSED_REBUILT, device, itemsize, head=block_d(head_dim), rank=sum(pieces(key_rank)),
-        values=sum(pieces(value_rank)), queries=block_q(rows), turned=turned, extras=extras,
+        FUSED_REBUILT, device, itemsize, head=block_d(head_dim), rank=padded(key_rank),
+        values=padded(value_rank), queries=block_q(rows), turned=turned, extras=extras,
     )  # fmt: skip
     return found and found._replace(block_q=block_q(rows))
 
@@ -222,10 +224,16 @@ def chunks(rank: int) -> tuple[int, int]:
 
 
 @cache
-def pieces(rank: int) -> tuple[int, ...]:
-    """A rank in powers of two of at most 128, the largest first; together they are at least the rank."""
-    rest = chunks(rank % 128) if rank % 128 else ()
-    return (128,) * (rank // 128) + tuple(n for n in rest if n)
+def padded(rank: int) -> int:
+    """Columns of a rank's pieces."""
+    return sum(pieces(rank, 128))
+
+
+@cache
+def pieces(rank: int, widest: int) -> tuple[int, ...]:
+    """A rank in powers of two of at most `widest`, the largest first; together they are at least the rank."""
+    rest = chunks(rank % widest) if rank % widest else ()
+    return (widest,) * (rank // widest) + tuple(n for n in rest if n)
 
 
 @cache
