@@ -2,10 +2,10 @@
 
     python -m bench.host_cost [--batch 16] [--rounds 40] [--out bench/results] [--dry]
 
-Launches are replaced by a function that does nothing: neither a kernel nor Triton's own launcher is in these times. On a
-GPU the call with its launches is timed too, as the host sees it. "first" is a call of a kind that the layer has not seen:
-other shapes, strides or dtypes. "operator" is the same call through torch.ops, as a compiled graph makes it. --dry: a few
-rounds.
+Launches are replaced by a function that does nothing: neither a kernel nor Triton's own launcher is in these times.
+On a GPU the call with its launches is timed too, as the host sees it. "first" is a call of a kind that the layer has
+not seen: other shapes, strides or dtypes. "operator" is the same call through torch.ops, as a compiled graph makes it.
+--dry: a few rounds.
 """
 
 from __future__ import annotations

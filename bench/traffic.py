@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -24,6 +25,7 @@ import lrattn
 from bench import report
 from bench.counting import counting
 from bench.resources import sources_hash
+from bench.ways import two_passes
 from lrattn.kernels import launch
 
 PATH = report.RESULTS / "traffic.json"
@@ -56,33 +58,45 @@ LLAMA_3 = Shape("Llama-3.1-8B", 4)
 
 
 class Way(NamedTuple):
-    """A way to run a call, and the ranks of its groups."""
+    """A way to run a call, the ranks of its groups, and the passes over tokens that it takes, as decode_attention picks.
+
+    forced: it would take one.
+    """
 
     shape: Shape
     name: str
     key_rank: int
     value_ranks: tuple[int, ...]
+    passes: int = 2
     rope: bool = True
     shared: bool = False
     key_norm: bool = False
     positions: bool = False
+    forced: bool = False
+    group: int = GROUP
 
 
 WAYS = [
     Way(LLAMA_2, "rebuilt", 256, (256, 256)),
     Way(LLAMA_2, "rebuilt", 128, (128, 128)),
     Way(LLAMA_2, "riding row", 256, (384, 384), shared=True),
-    Way(LLAMA_2, "absorbed", 256, (256, 256), rope=False),
-    Way(LLAMA_2, "absorbed", 128, (128, 128), rope=False),
+    Way(LLAMA_2, "joint row", 256, (256, 256), 1, shared=True),
+    Way(LLAMA_2, "absorbed", 256, (256, 256), 1, rope=False),
+    Way(LLAMA_2, "absorbed", 128, (128, 128), 1, rope=False),
     Way(LLAMA_3, "rebuilt", 256, (256, 256)),
     Way(LLAMA_3, "rebuilt", 128, (128, 128)),
     Way(LLAMA_3, "rebuilt, key norm", 256, (256, 256), key_norm=True),
     Way(LLAMA_3, "rebuilt, positions", 256, (256, 256), positions=True),
     Way(LLAMA_3, "rebuilt, joint values", 256, (512,)),
-    Way(LLAMA_3, "joint row", 256, (256, 256), shared=True),
-    Way(LLAMA_3, "absorbed", 256, (256, 256), rope=False),
-    Way(LLAMA_3, "absorbed", 128, (128, 128), rope=False),
-    Way(LLAMA_3, "joint row, absorbed", 256, (256, 256), rope=False, shared=True),
+    Way(LLAMA_3, "rebuilt, no groups", 64, (64,) * 8, 1, group=1),
+    Way(LLAMA_3, "rebuilt, no groups", 64, (64,) * 8, group=1, forced=True),
+    Way(LLAMA_3, "joint row", 256, (256, 256), 1, shared=True),
+    Way(LLAMA_3, "joint row", 256, (256, 256), shared=True, forced=True),
+    Way(LLAMA_3, "absorbed", 256, (256, 256), 1, rope=False),
+    Way(LLAMA_3, "absorbed", 256, (256, 256), rope=False, forced=True),
+    Way(LLAMA_3, "absorbed", 128, (128, 128), 1, rope=False),
+    Way(LLAMA_3, "joint row, absorbed", 256, (256, 256), 1, rope=False, shared=True),
+    Way(LLAMA_3, "joint row, absorbed", 512, (512, 512), 1, rope=False, shared=True),
 ]
 
 
@@ -91,7 +105,7 @@ def layer_of(way: Way) -> lrattn.LayerFactors:
         return lrattn.Projection(torch.zeros(HEADS, max(ranks), HEAD_DIM, dtype=DTYPE), ranks)
 
     return lrattn.LayerFactors(
-        keys=side((way.key_rank,) * (HEADS // GROUP)),
+        keys=side((way.key_rank,) * (HEADS // way.group)),
         values=side(way.value_ranks),
         rope=lrattn.Rope(1e4, HEAD_DIM, TOKENS) if way.rope else None,
         shared=way.shared,
@@ -106,7 +120,8 @@ def measure(way: Way) -> dict[str, Any]:
     assert k_cache is not None
     table = torch.randperm(pages, generator=torch.Generator().manual_seed(0)).int()
     positions = torch.arange(TOKENS, dtype=torch.int32).view(pages, PAGE)[table.argsort()] if way.positions else None
-    with counting() as seen, patch.object(launch, "processors", lambda _: PROCESSORS // way.shape.share):
+    forced = two_passes() if way.forced else nullcontext()
+    with counting() as seen, forced, patch.object(launch, "processors", lambda _: PROCESSORS // way.shape.share):
         lrattn.decode_attention(
             torch.zeros(1, HEADS * way.shape.query_heads, HEAD_DIM, dtype=DTYPE),
             k_cache,
@@ -117,9 +132,13 @@ def measure(way: Way) -> dict[str, Any]:
             positions=positions,
             backend="triton",
         )
+    passes = 1 if any(part["kernel"].startswith("fused") for part in seen.rows()) else 2
+    if passes != way.passes:
+        raise RuntimeError(f"{way.name}: expected {way.passes} passes, got {passes}")
     return {
         "shape": way.shape.name,
         "way": way.name,
+        "passes": passes,
         "ranks": [way.key_rank, max(way.value_ranks)],
         "tokens": TOKENS,
         "latent_bytes": sum(cache.nbytes for cache in (k_cache, v_cache) if cache is not None),
@@ -138,13 +157,13 @@ def shares(row: dict[str, Any], count: str) -> dict[str, float]:
 
 def table(results: dict[str, Any]) -> str:
     """Way by way: bytes over the latents' own, requested (u: unique, as sectors) and what a dense cache holds."""
-    line = "{:21} {:21} {:>7}  {:1}" + " {:>7}" * (len(CONTENTS) + 2) + " {:>5}"
-    lines = [line.format("shape", "way", "ranks", "", *CONTENTS, REST, ALL, "dense")]
+    line = "{:21} {:20} {:>6} {:>7}  {:1}" + " {:>7}" * (len(CONTENTS) + 2) + " {:>5}"
+    lines = [line.format("shape", "way", "passes", "ranks", "", *CONTENTS, REST, ALL, "dense")]
     for row in results["rows"]:
-        names = (row["shape"], row["way"], "{}/{}".format(*row["ranks"]))
+        names = (row["shape"], row["way"], row["passes"], "{}/{}".format(*row["ranks"]))
         dense = f"{row['dense_bytes'] / row['latent_bytes']:.2f}"
         cells = [[f"{share:.2f}" for share in shares(row, count).values()] for count in ("requested", "unique")]
-        lines += [line.format(*names, "r", *cells[0], dense), line.format("", "", "", "u", *cells[1], "").rstrip()]
+        lines += [line.format(*names, "r", *cells[0], dense), line.format("", "", "", "", "u", *cells[1], "").rstrip()]
     return "\n".join(lines)
 
 
