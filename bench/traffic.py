@@ -58,10 +58,7 @@ LLAMA_3 = Shape("Llama-3.1-8B", 4)
 
 
 class Way(NamedTuple):
-    """A way to run a call, the ranks of its groups, and the passes over tokens that it takes, as decode_attention picks.
-
-    forced: it would take one.
-    """
+    """A way to run a call, the ranks of its groups, and how many passes it takes. forced: two where one would do."""
 
     shape: Shape
     name: str
