@@ -30,10 +30,10 @@ from triton.runtime.jit import JITFunction
 import lrattn
 from bench import report
 from lrattn import ops
-from lrattn.kernels import absorb, combine, decode, launch, plan, project, rebuild, scores, values, write
-from lrattn.kernels import fused_absorbed as fused_absorbed_py
-from lrattn.kernels import fused_rebuilt as fused_rebuilt_py
+from lrattn.kernels import absorb, combine, decode, launch, merge, plan, project, rebuild, scores, values, write
 from lrattn.kernels.arguments import Keys, Rule, Tokens, Values
+from lrattn.kernels.fused_absorbed import fused_absorbed
+from lrattn.kernels.fused_rebuilt import fused_rebuilt
 
 PATH = report.RESULTS / "resources.json"
 SOURCES = sorted((Path(lrattn.__file__).parent / "kernels").glob("*.py"))
@@ -167,28 +167,24 @@ def latent_values(p: Problem) -> None:
     values.latent_values(s, p.steps, p.cache(keys), side, p.tokens(), p.rule(), y, lse, 0, 2)
 
 
-def fused_absorbed(p: Problem) -> None:
+def absorbed_pass(p: Problem) -> None:
     keys, side = p.sides()
     a, constant = empty(BATCH, p.rows(), p.rank, dtype=p.dtype), fp32(BATCH, p.rows()) if p.has("bias") else None
     choice = plan.fused(p.rows(), p.dtype, launch.name(META), keys.sizes, side.sizes, False)
     assert choice is not None, "the launch table has a row for it"
     cache, (y, lse) = p.cache(keys), p.partial()
     cv = None if p.shared else cache
-    fused_absorbed_py.fused_absorbed(
-        a, constant, p.steps, cache, cv, keys, side, p.tokens(), p.rule(), y, lse, 0, 2, choice
-    )
+    fused_absorbed(a, constant, p.steps, cache, cv, keys, side, p.tokens(), p.rule(), y, lse, 0, 2, choice)
 
 
-def fused_rebuilt(p: Problem) -> None:
+def rebuilt_pass(p: Problem) -> None:
     keys, side = p.sides()
     x, turned = empty(BATCH, 2, p.rows(), 2, launch.block_d(p.head) // 2, dtype=p.dtype), not p.has("positions")
     choice = plan.fused(p.rows(), p.dtype, launch.name(META), keys.sizes, side.sizes, turned)
     assert choice is not None, "the launch table has a row for it"
     cache, (y, lse) = p.cache(keys), p.partial()
     cv = None if p.shared else cache
-    fused_rebuilt_py.fused_rebuilt(
-        x, p.steps, cache, cv, keys, side, p.tokens(), p.rule(), y, lse, 0, 2, turned, choice
-    )
+    fused_rebuilt(x, p.steps, cache, cv, keys, side, p.tokens(), p.rule(), y, lse, 0, 2, turned, choice)
 
 
 def combine_heads(p: Problem) -> None:
@@ -201,6 +197,12 @@ def combine_latents(p: Problem) -> None:
     _, side = p.sides()
     y, part, lse = fp32(BATCH, 2, p.rows(), p.rank), fp32(BATCH, 2, p.rows()), fp32(BATCH, *p.query().shape[1:3])
     combine.combine(y, part, side, fp32(*lse.shape, p.rank), lse)
+
+
+def merge_splits(p: Problem) -> None:
+    _, side = p.sides()
+    y, lse = p.partial()
+    merge.merge(y, lse, side, p.rows())
 
 
 def project_heads(p: Problem) -> None:
@@ -260,12 +262,12 @@ def compilations() -> Iterator[Compilation]:
             for problem in fused_problems(row):
                 for options in ("", *EXTRAS[row.extras]):
                     whole = problem._replace(options=options, rope=False)
-                    yield Compilation(fused_absorbed, device, whole, row.itemsize == 2)
+                    yield Compilation(absorbed_pass, device, whole, row.itemsize == 2)
         for row in rows_for(launch.FUSED_REBUILT, device):
             for problem in fused_problems(row):
                 for extra in EXTRAS[row.extras]:
                     for options in ("", extra, f"{extra} positions")[: 3 if row.table else 2]:
-                        yield Compilation(fused_rebuilt, device, problem._replace(options=options), row.itemsize == 2)
+                        yield Compilation(rebuilt_pass, device, problem._replace(options=options), row.itemsize == 2)
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             for options in ("", f"{ALL} positions"):
                 large = Problem(96, 256, 16, 3, 1, dtype, options)
@@ -277,6 +279,7 @@ def compilations() -> Iterator[Compilation]:
                 for head in (128, 256):
                     yield Compilation(rebuild_keys, device, large._replace(head=head))
                     yield Compilation(rebuild_values, device, large._replace(head=head))
+            yield Compilation(merge_splits, device, Problem(96, 256, 16, 3, 1, dtype))
             yield Compilation(combine_latents, device, Problem(96, 256, 16, 3, 1, dtype))
 
 
@@ -306,9 +309,9 @@ QUICK = [
     Compilation(latent_scores, "gfx9", Problem(128, 128), True),
     Compilation(absorbed_scores, "sm90", Problem(256, 128, group=4, rope=False), True),
     Compilation(latent_values, "sm90", Problem(256, 128, group=4)),
-    Compilation(fused_absorbed, "sm90", Problem(256, 128, group=4, rope=False), True),
-    Compilation(fused_absorbed, "sm90", Problem(256, 128, group=4, rope=False, shared=True), True),
-    Compilation(fused_rebuilt, "sm90", Problem(128, 128), True),
+    Compilation(absorbed_pass, "sm90", Problem(256, 128, group=4, rope=False), True),
+    Compilation(absorbed_pass, "sm90", Problem(256, 128, group=4, rope=False, shared=True), True),
+    Compilation(rebuilt_pass, "sm90", Problem(128, 128), True),
     Compilation(combine_heads, "sm90", Problem(256, 128)),
     Compilation(project_heads, "sm90", Problem()),
     Compilation(write_latents, "sm90", Problem(options=ALL)),

@@ -22,7 +22,7 @@ PROJECTIONS = ("latent", "heads", "hidden")
 BACKENDS = ("reference", "triton")
 MAX_HEAD_DIM = 256  # of the kernels
 MAX_SPLITS = 1024
-MOST_CHECKED = 4096  # kinds of calls a layer remembers to have checked
+MOST_CHECKED = 128  # kinds of calls a layer remembers to have checked
 ANY = math.inf
 
 
@@ -276,7 +276,7 @@ def workspace_bytes(
     backend: str | None = None,
 ) -> int:
     """Bytes of temporaries that decode_attention may hold at once, beside q, caches, results and, on a CPU, float32
-    copies of 16-bit bases.
+    copies of 16-bit bases. It is for calls of exactly these sizes: fewer sequences are cut into more splits.
 
     Args:
         query_heads, num_queries, batch_size: of q. page_size: of the caches; only the reference's depend on it.

@@ -172,24 +172,23 @@ def _decode_attention_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def run(operator: str, *arguments: Any) -> Any:
-    """An operator by name; directly where nobody looks on, since a dispatch costs half of what a call may.
-
-    Tracers, fake tensors and dispatch modes see the operator.
-    """
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or type(arguments[0]) is not Tensor:
+    """An operator by name, or, where nobody looks on, what it does: a dispatch costs as much as a launch."""
+    if watched(arguments[0]):
         with torch.no_grad():
             return getattr(torch.ops.lrattn, operator)(*arguments)
-    return _DIRECT[operator](*arguments)
+    return _IMPLEMENTATIONS[operator](*arguments)
+
+
+def watched(x: Tensor) -> bool:
+    """Whether a tracer, a dispatch mode or a tensor's own class must see operators; x is the tensor that would tell."""
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or type(x) is not Tensor
 
 
 def _write_latents_fake(*arguments: Any) -> None:
     return None
 
 
-_DIRECT: dict[str, Callable[..., Any]] = {
-    "decode_attention": _decode_attention,
-    "decode_attention_out": _decode_attention_out,
-}
+_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 _LIBRARY = torch.library.Library("lrattn", "DEF")
 _OPERATORS: tuple[tuple[Callable[..., Any], Callable[..., Any]], ...] = (
     (_write_latents, _write_latents_fake),
@@ -200,5 +199,6 @@ _OPERATORS: tuple[tuple[Callable[..., Any], Callable[..., Any]], ...] = (
 for _schema, (_kernel, _fake) in zip(SCHEMAS, _OPERATORS, strict=True):
     _LIBRARY.define(" ".join(_schema.split()), tags=torch.Tag.pt2_compliant_tag)
     _name = _schema.split("(")[0]
+    _IMPLEMENTATIONS[_name] = _kernel
     _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lrattn::{_name}", _fake, lib=_LIBRARY)

@@ -10,13 +10,13 @@ from lrattn.kernels.arguments import Keys, Rule, Tokens
 from lrattn.kernels.tiles import (
     LENGTHS,
     SLICED,
-    finish,
     load_inverse_rms,
     load_latents,
     load_rows,
     load_run,
     part_of,
     reach,
+    scaled,
     seen,
     slots,
 )
@@ -135,8 +135,9 @@ def absorbed_scores_kernel(
         if NORMED:
             inverse = load_inverse_rms(p_ck[:, None], norm_column, Hkv, head[None, :], live[:, None] & in_q[None, :])
             score *= inverse
+        score = scaled(score, scale, softcap, CAPPED)
         mask = seen(t, live, query, begin, end, S, window, CAUSAL, WINDOWED)
-        score = finish(score, scale, softcap, CAPPED, mask)
+        score = tl.where(mask, score, float("-inf"))
         tl.store(p_s[None, :] + (t - origin)[:, None], score, mask=in_q[None, :])
 # fmt: on
 

@@ -25,9 +25,9 @@ def combine_kernel(
     C: tl.constexpr, M: tl.constexpr, Hkv: tl.constexpr, D: tl.constexpr, BLOCKS_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
-    """out[b, i, h] = (sum_j w_j y[b, j, h S + i]) @ uv[k] + mass * bias[k],   w_j = exp(lse_j - lse),  k = h // M
+    """out[b, i, h] = mass * ((sum_j w_j y[b, j, h S + i]) @ uv[k] + bias[k]),   w_j = exp(lse_j - merged),  k = h // M
 
-    lse = log(sum_j exp(lse_j) + exp(sink)) and mass = sum_j w_j, which is 1 without sinks.
+    merged = log(sum_j exp(lse_j)), lse = log(exp(merged) + exp(sink)) and mass = exp(merged - lse): 1 without sinks.
 
     Grid: (BLOCKS_D * Hkv * row blocks of B M S). A program owns BLOCK_Q rows that share a kv head, and with it
     BLOCK_D columns of its basis (of the result when there is none): the basis is read once per row block.
@@ -51,20 +51,21 @@ def combine_kernel(
     for j0 in range(0, splits, BLOCK_S):
         part = load_parts(p_lse, lse_strides[1], j0 + j, splits, in_n)
         peak = tl.maximum(peak, tl.max(part, 1))
-    if sinks is not None:
-        sink = tl.load(sinks + h, mask=in_n, other=float("-inf"))
-        peak = tl.maximum(peak, sink)
     base = tl.where(peak == float("-inf"), 0.0, peak)
-    mass = tl.zeros([BLOCK_Q], tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
     for j0 in range(0, splits, BLOCK_S):
         part = load_parts(p_lse, lse_strides[1], j0 + j, splits, in_n)
-        mass += tl.sum(tl.exp(part - base[:, None]), 1)
-    total = mass
-    if sinks is not None:
-        total += tl.exp(sink - base)
+        total += tl.sum(tl.exp(part - base[:, None]), 1)
     some = total != 0  # a NaN stays one
-    joined = tl.where(some, base + tl.log(total), float("-inf"))
-    mass = mass / tl.where(some, total, 1.0)
+    merged_lse = tl.where(some, base + tl.log(total), float("-inf"))
+    joined = merged_lse
+    mass = tl.where(some, 1.0, 0.0)
+    if sinks is not None:  # after the merge, so that a row's bits do not depend on how its tokens were cut
+        sink = tl.load(sinks + h, mask=in_n, other=float("-inf"))
+        top = tl.maximum(joined, sink)
+        base = tl.where(top == float("-inf"), 0.0, top)
+        joined = base + tl.log(tl.exp(merged_lse - base) + tl.exp(sink - base))
+        mass = tl.where(some, tl.exp(merged_lse - joined), 0.0)
     if i_d == 0:
         p_out = lse + b * out_lse_strides[0] + (i % S) * out_lse_strides[1] + h * out_lse_strides[2]
         tl.store(p_out, joined, mask=in_n)
@@ -74,14 +75,14 @@ def combine_kernel(
     if uv is None:
         for j0 in range(0, splits, BLOCK_S):
             part = load_parts(p_lse, lse_strides[1], j0 + j, splits, in_n)
-            result += merged(p_y, y_strides[1], j0 + j, part, joined, c, rank)
+            result += merged(p_y, y_strides[1], j0 + j, part, merged_lse, c, rank)
     else:
         for r0 in range(0, rank, BLOCK_R):
             r = r0 + tl.arange(0, BLOCK_R)
             latent = tl.zeros([BLOCK_Q, BLOCK_R], tl.float32)
             for j0 in range(0, splits, BLOCK_S):
                 part = load_parts(p_lse, lse_strides[1], j0 + j, splits, in_n)
-                latent += merged(p_y, y_strides[1], j0 + j, part, joined, r, rank)
+                latent += merged(p_y, y_strides[1], j0 + j, part, merged_lse, r, rank)
             u = tl.load(
                 uv + head * uv_strides[0] + r[:, None] * uv_strides[1] + c[None, :] * uv_strides[2],
                 mask=(r < rank)[:, None] & (c < D)[None, :],
@@ -89,7 +90,8 @@ def combine_kernel(
             )
             result = tl.dot(latent.to(u.dtype), u, result, input_precision="ieee")
         if bias is not None:
-            result += mass[:, None] * tl.load(bias + place * D + c, mask=c < D, other=0.0)[None, :]
+            result += tl.load(bias + place * D + c, mask=c < D, other=0.0)[None, :]
+    result *= mass[:, None]
     p_out = out + b * out_strides[0] + (i % S) * out_strides[1] + h * out_strides[2]
     tl.store(p_out[:, None] + c[None, :], result.to(out.dtype.element_ty), mask=in_n[:, None] & (c < width)[None, :])
 
@@ -105,10 +107,10 @@ def load_parts(p_lse, stride, j, splits, in_n):
 
 
 @triton.jit
-def merged(p_y, stride, j, part, joined, r, rank):
-    """sum_j exp(part_j - joined) y_j over splits j, latents r: [BLOCK_Q, len(r)]. What has no part is not read."""
+def merged(p_y, stride, j, part, merged_lse, r, rank):
+    """sum_j exp(part_j - merged_lse) y_j over splits j, latents r: [BLOCK_Q, len(r)]. What has no part is not read."""
     some = part != float("-inf")
-    weight = tl.where(some, tl.exp(part - joined[:, None]), 0.0)
+    weight = tl.where(some, tl.exp(part - merged_lse[:, None]), 0.0)
     x = tl.load(
         (p_y[:, None] + j[None, :] * stride)[:, :, None] + r[None, None, :],
         mask=some[:, :, None] & (r < rank)[None, None, :],

@@ -11,6 +11,7 @@ from lrattn.kernels.arguments import Keys, Rule, Tokens, Values
 from lrattn.kernels.combine import combine
 from lrattn.kernels.fused_absorbed import fused_absorbed
 from lrattn.kernels.fused_rebuilt import fused_rebuilt
+from lrattn.kernels.merge import merge
 from lrattn.kernels.plan import Cut
 from lrattn.kernels.project import project
 from lrattn.kernels.scores import latent_scores, relative, turn_queries
@@ -39,13 +40,13 @@ class Workspace(NamedTuple):
 
     x: Any  # [B, tiles, Hq S, 2, D / 2] queries by tile, in q's dtype; one tile where none are turned back, or None
     s: Any  # [B, Hq S, tokens] float32 scores, or None
-    y: Tensor  # [B, slots, Hq S, Rv] float32 partial results, a slot each; two more where tokens go in chunks
+    y: Tensor  # [B, slots, Hq S, Rv] float32 partial results, a slot each; one more to merge, two for chunks of tokens
     lse: Tensor  # [B, slots, Hq S padded] float32
 
     @classmethod
     def allocate(cls, q: Tensor, size: Cut, rank: int, query_tiles: int) -> "Workspace":
         rows, half = q.shape[1] * q.shape[2], launch.block_d(q.shape[3]) // 2
-        slots = size.splits if size.tiles >= size.total else size.splits + 2
+        slots = size.splits + (size.splits > plan.COMBINED if size.tiles >= size.total else 2)
         return cls(
             q.new_empty(size.batch, query_tiles, rows, 2, half) if query_tiles else None,
             None if size.fused else q.new_empty(size.batch, rows, size.tiles * launch.BLOCK_T, dtype=torch.float32),
@@ -104,8 +105,11 @@ def _attend(call: Call, size: Cut, turned: bool, work: Workspace) -> tuple[Tenso
     if size.tiles >= size.total:
         if not size.total:
             return y[:, :0], lse[:, :0]
-        _attend_tiles(call, size, turned, work, absorbed, y, lse, 0)
-        return y, lse
+        if size.splits <= plan.COMBINED:
+            _attend_tiles(call, size, turned, work, absorbed, y, lse, 0)
+            return y, lse
+        _attend_tiles(call, size, turned, work, absorbed, y[:, :-1], lse[:, :-1], 0)
+        return merge(y, lse, call.values, y.shape[2])
     rows, heads = y.shape[2], (call.q.shape[2], call.q.shape[1])
     new = live = slice(1, size.splits + 1)
     for first in range(0, size.total, size.tiles):

@@ -10,11 +10,11 @@ from lrattn.kernels.pieces import add_weighted, load_pieces, product, store_piec
 from lrattn.kernels.tiles import (
     LENGTHS,
     SLICED,
-    finish,
     load_inverse_rms,
     load_run,
     part_of,
     reach,
+    scaled,
     seen,
     slots,
     softmax_step,
@@ -70,6 +70,7 @@ def fused_absorbed_kernel(
 
     key_column, key_rank, _ = load_run(key_runs, g)
     value_column, value_rank, _ = load_run(value_runs, g)
+    row_rank = key_rank if cv is not None else value_rank  # all of a shared row: its values begin as the keys do
     x = transposed(load_pieces(a + i_b * a_strides[0] + row * a_strides[1], 0, key_rank, in_q, KEYS))
     if constant is not None:
         shift = tl.load(constant + i_b * Hkv * M * S + row, mask=in_q, other=0.0)
@@ -82,14 +83,15 @@ def fused_absorbed_kernel(
         live = (t >= begin) & (t < t_end)
         page, offset = slots(pages + i_b * pages_stride, t, live, P)
         p_ck = ck + page * ck_strides[0] + offset * ck_strides[1]
-        z = load_pieces(p_ck, key_column, key_rank if cv is not None else value_rank, live, KEYS)
+        z = load_pieces(p_ck, key_column, row_rank, live, KEYS)
         score = product(z, x)
         if constant is not None:
             score += shift[None, :]
         if NORMED:
             score *= load_inverse_rms(p_ck[:, None], norm_column, Hkv, head[None, :], live[:, None] & in_q[None, :])
+        score = scaled(score, scale, softcap, CAPPED)
         mask = seen(t, live, query, begin, end, S, window, CAUSAL, WINDOWED)
-        score = finish(score, scale, softcap, CAPPED, mask)
+        score = tl.where(mask, score, float("-inf"))
         p, fade, peak, total = softmax_step(score, peak, total, 0)
         p = tl.trans(p).to(ck.dtype.element_ty)
         if cv is not None:

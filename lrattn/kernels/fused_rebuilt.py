@@ -10,12 +10,12 @@ from lrattn.kernels.pieces import add_weighted, load_basis, load_pieces, product
 from lrattn.kernels.tiles import (
     LENGTHS,
     SLICED,
-    finish,
     load_inverse_rms,
     load_run,
     load_turns,
     part_of,
     reach,
+    scaled,
     seen,
     slots,
     softmax_step,
@@ -56,8 +56,8 @@ def fused_rebuilt_kernel(
 
     Grid: (row blocks * Hkv, splits, B). A program owns BLOCK_Q of the M S query rows of one kv head and one split; the
     heads of a group run side by side and meet its latents in L2. With one head a group each latent is read once.
-    Needs: BLOCK_D a power of two >= 32 and >= D, P a multiple of 16; groups of keys and of values hold the same heads.
-    Online softmax, sums are float32.
+    Needs: BLOCK_D a power of two >= 32 and >= D, P a multiple of 16, rows of x that lie together; groups of keys and of
+    values hold the same heads. Online softmax, sums are float32.
     Reference: lrattn.reference._attend_span. Derivation: docs/kernels.md#fused.
     """
     place = tl.program_id(0) % Hkv
@@ -76,10 +76,12 @@ def fused_rebuilt_kernel(
 
     key_column, key_rank, r0 = load_run(key_runs, place // C)
     value_column, value_rank, _ = load_run(value_runs, place // C)
+    row_rank = key_rank if cv is not None else value_rank  # all of a shared row: its values begin as the keys do
     d, j = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_D // 2)
     u = load_basis(uk, C * D, r0, key_rank, place % C * D, d, D, KEYS, ck)
     if not TABLE:
         cos, sin = load_turns(turns, tl.arange(0, BLOCK_T), BLOCK_T, d, ROTARY)
+    first_x = x + i_b * x_strides[0] + (head * M * S).to(tl.int64) * BLOCK_D
     query = tl.where(in_q, i % S, -1)
     peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
@@ -90,14 +92,14 @@ def fused_rebuilt_kernel(
         live = (t >= begin) & (t < t_end)
         page, offset = slots(pages + i_b * pages_stride, t, live, P)
         p_ck = ck + page * ck_strides[0] + offset * ck_strides[1]
-        z = load_pieces(p_ck, key_column, key_rank if cv is not None else value_rank, live, KEYS)
+        z = load_pieces(p_ck, key_column, row_rank, live, KEYS)
         k = product(z, u)
         if bias is not None:
             k += tl.load(bias + place * D + d, mask=d < D, other=0.0)[None, :]
         if weight is not None:  # the norm before rounding: a raw key may be too large for float16
             inverse = load_inverse_rms(p_ck, norm_column, Hkv, head, live)
             k *= inverse[:, None] * tl.load(weight + d, mask=d < D, other=0.0)[None, :]
-        p_x = x + i_b * x_strides[0] + row[:, None] * x_strides[2] + j[None, :]
+        p_x = first_x + (i * BLOCK_D)[:, None] + j[None, :]
         if TABLE:
             at = t
             if positions is not None:
@@ -106,14 +108,15 @@ def fused_rebuilt_kernel(
         else:
             p_x += ((t0 - origin) // BLOCK_T).to(tl.int64) * x_strides[1]
         x_low = tl.load(p_x, mask=in_q[:, None], other=0.0)
-        x_high = tl.load(p_x + x_strides[3], mask=in_q[:, None], other=0.0)
+        x_high = tl.load(p_x + BLOCK_D // 2, mask=in_q[:, None], other=0.0)
         k_low, k_high = tl.split(tl.reshape(k, [BLOCK_T, BLOCK_D // 2, 2]))
         turned = (k_low * cos - k_high * sin).to(ck.dtype.element_ty)
         score = tl.dot(turned, tl.trans(x_low), input_precision="ieee")
         turned = (k_low * sin + k_high * cos).to(ck.dtype.element_ty)
         score = tl.dot(turned, tl.trans(x_high), score, input_precision="ieee")
+        score = scaled(score, scale, softcap, CAPPED)
         mask = seen(t, live, query, begin, end, S, window, CAUSAL, WINDOWED)
-        score = finish(score, scale, softcap, CAPPED, mask)
+        score = tl.where(mask, score, float("-inf"))
         p, fade, peak, total = softmax_step(score, peak, total, 0)
         p = tl.trans(p).to(ck.dtype.element_ty)
         if cv is not None:

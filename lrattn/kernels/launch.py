@@ -38,6 +38,7 @@ class Row(NamedTuple):
     rank: int = ANY  # columns of a rank's chunks
     queries: int = ANY  # padded query rows of a program
     itemsize: int = 2  # of the numbers; 4 runs without tensor cores and may spill
+    least_itemsize: int = 2
     table: bool = True  # also where every token's own row of turns is read
     values: int = ANY  # columns of a value rank's pieces
     extras: int = 2  # of key bias and key norm, how many at once
@@ -95,7 +96,7 @@ FUSED_ABSORBED = (
     Row(Launch(8, 2, block_r=128), ("sm80", "sm100"), rank=256, values=256, queries=16),
     Row(Launch(8, 1, block_r=128), ("sm80", "sm100"), rank=256, values=256, queries=32),
     Row(Launch(4, 1, block_r=128), ("gfx9",), rank=256, values=256, queries=16),
-    Row(Launch(4, 1, block_r=128), (), rank=128, values=128, itemsize=4),
+    Row(Launch(4, 1, block_r=128), (), rank=128, values=128, itemsize=4, least_itemsize=4),
 )
 FUSED_REBUILT = (
     Row(Launch(4, 1, block_r=128), ("sm90",), head=64, rank=256, values=256, queries=16, extras=1),
@@ -106,7 +107,7 @@ FUSED_REBUILT = (
     Row(Launch(8, 1, block_r=128), ("sm100",), head=64, rank=256, values=256, queries=16),
     Row(Launch(8, 1, block_r=128), ("sm100",), head=128, rank=128, values=128, queries=16),
     Row(Launch(8, 1, block_r=128), ("sm100",), head=128, rank=0, values=256, queries=16, extras=1),
-    Row(Launch(4, 1, block_r=128), HOPPER, head=128, rank=128, values=128, queries=16, itemsize=4),
+    Row(Launch(4, 1, block_r=128), HOPPER, head=128, rank=128, values=128, queries=16, itemsize=4, least_itemsize=4),
 )
 ABSORB_QUERIES = (
     Row(Launch(4, 1, block_q=16, block_r=64), ()),
@@ -117,6 +118,7 @@ COMBINE = (
     Row(Launch(4, 2, block_q=16, block_s=8, block_r=64, block_d=64), ()),
     Row(Launch(4, 1, block_q=16, block_s=8, block_r=32, block_d=32), (), itemsize=4),
 )
+MERGE = (Row(Launch(4, 2, block_s=32, block_r=64), (), itemsize=4),)
 PROJECT = (
     Row(Launch(4, 4, block_q=16, block_r=128, block_d=32), BIG),
     Row(Launch(4, 2, block_q=16, block_r=64, block_d=32), ()),
@@ -142,7 +144,7 @@ def find(
     """The first launch of a table whose row fits, or None."""
     for row in table:
         if (
-            itemsize <= row.itemsize
+            row.least_itemsize <= itemsize <= row.itemsize
             and (not row.devices or device in row.devices)
             and (head <= row.head and rank <= row.rank and queries <= row.queries)
             and (values <= row.values and extras <= row.extras and (turned or row.table))

@@ -11,6 +11,8 @@ from lrattn.shapes import cdiv, round_up
 
 WAVES = 2  # programs a multiprocessor should get at least
 PART_TILES = 32  # most tiles of one program where the workspace allows, so that ragged batches balance
+COMBINED = 8  # most splits that are combined as they are: more are merged first, by programs of their own
+MOST_SPLITS = 1024  # that are planned
 LARGEST_AXIS = 65535  # of a CUDA grid, but for the first
 MOST_TILES = 32767  # at a time: times a number of parts they stay below 2^31
 
@@ -81,7 +83,8 @@ def cut(
         total = min(total, cdiv(window + num_queries - 2, launch.BLOCK_T) + 1)
     fill = WAVES * processors
     per_split = (rows * values.rank + round_up(rows, 16)) * 4  # a partial result and its lse
-    room = limit // (2 * per_split)
+    held_anyway = rows * ((keys.rank + 1) * 4 + (keys.head_dim + launch.block_d(keys.head_dim)) * dtype.itemsize)
+    room = min((limit - held_anyway) // per_split - 2, limit // (2 * per_split), MOST_SPLITS)
     balanced = min(cdiv(total, PART_TILES), room // max(batch, 1))
     wanted = max(cdiv(fill, max(batch, 1) * value_programs), balanced)
     splits = num_splits or max(1, min(wanted, total, room))

@@ -10,7 +10,6 @@ from lrattn.kernels.arguments import Keys, Rule, Tokens
 from lrattn.kernels.tiles import (
     LENGTHS,
     SLICED,
-    finish,
     load_inverse_rms,
     load_latents,
     load_rows,
@@ -19,6 +18,7 @@ from lrattn.kernels.tiles import (
     pair_columns,
     part_of,
     reach,
+    scaled,
     seen,
     slots,
 )
@@ -165,8 +165,9 @@ def latent_scores_kernel(
             score = tl.dot(turned_low, tl.trans(q_low), score, input_precision="ieee")
             q_high = tl.load(p_x + x_strides[3] + d0 // 2, mask=in_q[:, None], other=0.0)
             score = tl.dot(turned_high, tl.trans(q_high), score, input_precision="ieee")
+        score = scaled(score, scale, softcap, CAPPED)
         mask = seen(t, live, query, begin, end, S, window, CAUSAL, WINDOWED)
-        score = finish(score, scale, softcap, CAPPED, mask)
+        score = tl.where(mask, score, float("-inf"))
         tl.store(p_s[None, :] + (t - origin)[:, None], score, mask=in_q[None, :])
 # fmt: on
 

@@ -121,12 +121,12 @@ def soft_cap(x, cap):
 
 
 @triton.jit
-def finish(score, scale, softcap, CAPPED: tl.constexpr, mask):
-    """softcap(scale * score); -inf outside the mask."""
+def scaled(score, scale, softcap, CAPPED: tl.constexpr):
+    """softcap(scale * score)."""
     score *= scale
     if CAPPED:
         score = soft_cap(score, softcap)
-    return tl.where(mask, score, float("-inf"))
+    return score
 
 
 @triton.jit
