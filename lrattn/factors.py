@@ -13,7 +13,7 @@ from lrattn import safefile
 from lrattn.basis import Basis
 from lrattn.operands import Operands
 from lrattn.projection import KeyNorm, Projection
-from lrattn.rope import Rope
+from lrattn.rope import Rope, rows_at
 from lrattn.shapes import accumulator, check, norm_width, product_dtype
 
 
@@ -193,7 +193,7 @@ class LayerFactors:
             if positions is None or positions.shape != lead or positions.is_floating_point():
                 got = None if positions is None else f"{list(positions.shape)} {positions.dtype}"
                 raise ValueError(f"positions: expected integers of shape {list(lead)}, got {got}")
-            turns = self.turns.index_select(0, positions.reshape(-1).to(rows.device, torch.int64))
+            turns = rows_at(self.turns, positions.reshape(-1).to(rows.device))
         k = rows.new_empty(len(rows), self.num_kv_heads, self.head_dim)
         for g, heads in enumerate(self.keys.groups):
             tile = self.raw_keys(rows, g)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lrattn.cache import WHOLE_PAGES, inverse_rms, norm_columns, read_rows, write_rows
 from lrattn.factors import LayerFactors
+from lrattn.rope import rows_at
 from lrattn.shapes import accumulator, product_dtype
 
 TILE_BYTES = 1 << 21  # of rebuilt keys per block: fastest of 2^19 .. 2^22 on a two-core EPYC
@@ -45,6 +46,7 @@ def rebuild(
     parts = []
     for pages, length in zip(block_table, seq_lens.clamp(0, limit).tolist(), strict=True):
         _check_positions(layer, length, positions)
+        _check_pages(k_cache, pages, 0, length)
         rows = read_rows(k_cache, pages, 0, length)
         at = torch.arange(length, device=rows.device)
         if positions is not None:
@@ -160,6 +162,7 @@ def _attend(row: _Row, mask: Mask, b: int, offset: int, step: int, num_splits: i
         if mask.window is not None:
             begin = max(begin, length + offset - mask.window + 1)
     begin = max(begin, 0)
+    _check_pages(row.k_cache, row.pages, begin, end)
     live = max(end - begin, 0)
     borders = [begin + live * i // num_splits for i in range(num_splits + 1)]
     queries = _absorb(row.layer, q)
@@ -223,7 +226,7 @@ def _scores(row: _Row, queries: list[Tensor], ck: Tensor, t0: int, t1: int) -> T
         turns = layer.turns[t0:t1]
         if row.positions is not None:
             at = read_rows(row.positions[..., None], row.pages, t0, t1)[:, 0]
-            turns = layer.turns.index_select(0, at)
+            turns = rows_at(layer.turns, at)
     s = q.new_empty(*q.shape[:2], t1 - t0)
     for g, members in enumerate(layer.keys.groups):
         if layer.rope is None:
@@ -290,3 +293,11 @@ def _project(latent: Tensor, mass: Tensor, layer: LayerFactors, project: str) ->
 def _check_positions(layer: LayerFactors, length: int, positions: Tensor | None) -> None:
     if layer.rope is not None and positions is None and length > layer.rope.max_position:
         raise ValueError(f"seq_lens: expected at most max_position={layer.rope.max_position} of the rope, got {length}")
+
+
+def _check_pages(cache: Tensor, pages: Tensor, begin: int, end: int) -> None:
+    size = cache.shape[1]
+    used = pages[begin // size : -(-end // size)] if begin < end else pages[:0]
+    if used.numel() and (used.min() < 0 or used.max() >= len(cache)):
+        got = f"{int(used.min())} .. {int(used.max())}"
+        raise ValueError(f"block_table: expected pages 0 .. {len(cache) - 1} where tokens are read, got {got}")

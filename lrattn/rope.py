@@ -150,8 +150,8 @@ class Rope:
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """x [.., H, D] rotated to positions [..]; sums in float32 (float64 for float64), result in x.dtype."""
-        at = positions.reshape(-1).to(x.device, torch.int64)
-        turns = self.turns(x.device, x.dtype).index_select(0, at).view(*positions.shape, 1, -1)
+        turns = rows_at(self.turns(x.device, x.dtype), positions.reshape(-1).to(x.device))
+        turns = turns.view(*positions.shape, 1, -1)
         n = self.rotary_dim
         pairs = x[..., self.pair_order(x.shape[-1])[:n].to(x.device)].to(accumulator(x.dtype)).unflatten(-1, (-1, 2))
         turned = torch.view_as_real(torch.view_as_complex(pairs) * turns).to(x.dtype)
@@ -219,3 +219,15 @@ class Rope:
         factor = p.get("factor", self.max_position / original)
         inferred = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
         return 1.0 / (stretch * periods), float(p.get("attention_factor", inferred))
+
+
+def rows_at(turns: Tensor, positions: Tensor) -> Tensor:
+    """Rows `positions` [n] of a table of turns: [n, rotary_dim / 2].
+
+    Raises: ValueError for a position outside the table (on a CPU; a GPU stops by itself).
+    """
+    try:
+        return turns.index_select(0, positions.long())
+    except IndexError:
+        got = f"{int(positions.min())} .. {int(positions.max())}"
+        raise ValueError(f"positions: expected 0 .. {len(turns) - 1} of the rope, got {got}") from None

@@ -73,7 +73,7 @@ def test_rebuild_refuses_what_does_not_fit():
     }.items():
         with pytest.raises(ValueError, match=message):
             layer.rebuild(*arguments)
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match=r"positions: expected 0 \.\. 4095 of the rope, got -1 \.\. -1"):
         layer.rope.rotate(torch.randn(1, 2, 64), torch.tensor([-1]))
 
 

@@ -282,3 +282,22 @@ def test_tokens_past_the_rope_table_are_refused():
     ):
         with pytest.raises(ValueError, match="seq_lens: expected at most max_position=32 of the rope, got 33"):
             run()
+
+
+@pytest.mark.parametrize("page_size", [16, 128])
+@pytest.mark.parametrize("wrong", [-1, 5000, 2_000_000_000])
+def test_pages_and_positions_that_do_not_exist_are_refused(wrong, page_size):
+    layer, q, k_cache, v_cache, kwargs = make(Case("wrong", P=page_size, lens=(37,), positions=True))
+    kwargs["block_table"][0, 0] = 0
+    for message, changes in {
+        rf"block_table: expected pages 0 \.\. {len(k_cache) - 1} where tokens are read": {
+            "block_table": kwargs["block_table"].index_fill(1, torch.tensor([0]), wrong),
+        },
+        r"positions: expected 0 \.\. 4095 of the rope": {"positions": torch.full_like(kwargs["positions"], wrong)},
+    }.items():
+        arguments = {**kwargs, **changes}
+        tables = arguments["block_table"], arguments["seq_lens"], arguments["positions"]
+        with pytest.raises(ValueError, match=message):
+            lrattn.decode_attention(q, k_cache, v_cache, layer, **arguments)
+        with pytest.raises(ValueError, match=message):
+            lrattn.rebuild(k_cache, v_cache, layer, *tables)
