@@ -71,8 +71,8 @@ class LayerFactors:
         check("values.up", self.values.up, "Hkv Rv D", dims, **kind)
         if self.keys.down is not None and self.values.down is not None:
             check("values.down", self.values.down, f"{self.keys.down.shape[0]} sumRv", dims)
-        if self.rope is not None and self.rope.rotary_dim > self.head_dim:
-            raise ValueError(f"rope: expected at most D={self.head_dim} rotated dims, got {self.rope.rotary_dim}")
+        if self.rope is not None and (self.rope.rotary_dim > self.head_dim or self.head_dim % 2):
+            raise ValueError(f"rope: expected an even D of at least {self.rope.rotary_dim}, got D={self.head_dim}")
         if self.key_norm is not None:
             check("key_norm.weight", self.key_norm.weight, "D", dims, **kind)
         if self.wo is not None:

@@ -147,7 +147,12 @@ def test_layer_errors_name_the_tensor():
     rope = lrattn.Rope(1e4, 8, 16)
     for message, arguments in {
         "values.up: expected shape": {"values": side(2)},
-        "rope: expected at most D=8": {"rope": lrattn.Rope(1e4, 16, 16)},
+        "rope: expected an even D of at least 16, got D=8": {"rope": lrattn.Rope(1e4, 16, 16)},
+        "rope: expected an even D of at least 8, got D=9": {
+            "keys": lrattn.Projection(torch.zeros(4, 32, 9), (32,)),
+            "values": lrattn.Projection(torch.zeros(4, 32, 9), (32,)),
+            "rope": rope,
+        },
         "key_norm.weight: expected": {"key_norm": lrattn.KeyNorm(torch.ones(7))},
         "wo: expected a multiple of Hkv=4": {"wo": torch.zeros(6, 8, 3)},
         "shared: expected key ranks within": {"keys": side(rank=48), "shared": True},
