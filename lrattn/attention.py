@@ -6,7 +6,6 @@ cache are for inference: no gradient flows through them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,16 +13,15 @@ import torch
 from torch import Tensor
 
 from lrattn import ops, reference
-from lrattn.checks import accumulator_types, check_caches, check_integer, check_tables
+from lrattn.checks import accumulator_types, check_caches, check_integer, check_number, check_tables
 from lrattn.factors import LayerFactors
-from lrattn.shapes import accumulator, check
+from lrattn.shapes import accumulator, check, check_tensors
 
 PROJECTIONS = ("latent", "heads", "hidden")
 BACKENDS = ("reference", "triton")
 MAX_HEAD_DIM = 256  # of the kernels
 MAX_SPLITS = 1024
 MOST_CHECKED = 128  # kinds of calls a layer remembers to have checked
-ANY = math.inf
 
 
 @torch.no_grad()
@@ -50,6 +48,7 @@ def write_latents(
     backend = _backend(backend, layer)
     check_caches(layer, k_cache, v_cache, writable=True)
     layer.check_presence("zv", zv)
+    check_tensors(zk=zk, zv=zk if zv is None else zv, slot_mapping=slot_mapping)
     lead = zk.shape[:-1]
     kind: dict[str, Any] = {"dtype": k_cache.dtype, "device": k_cache.device, "contiguous": True}
     for name, x, width in (("zk", zk, layer.row_width), ("zv", zv, layer.v_width)):
@@ -96,7 +95,7 @@ def rebuild(
     backend = _backend(backend, layer)
     check_caches(layer, k_cache, v_cache)
     check_tables(k_cache, block_table, seq_lens, None, positions)
-    check_integer("num_tokens", num_tokens, 0)
+    check_integer("num_tokens", num_tokens, 0, optional=True)
     if backend == "reference":
         k, v = reference.rebuild(k_cache, v_cache, layer, block_table, seq_lens, positions)
         return k[:num_tokens], v[:num_tokens]
@@ -158,24 +157,30 @@ def decode_attention(
     Source: ReCalKV (arXiv 2505.24357) for the factors; online softmax and the merge by lse as in FlashAttention.
     """
     tensors = q, k_cache, v_cache, block_table, seq_lens, positions, seq_starts, sinks, out
-    kind = None
+    kind = chosen = None
     if not torch.compiler.is_compiling():
-        metadata = [None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors]
-        kind = (*metadata, project, backend)
-    chosen = layer.checked.get(kind)
+        try:
+            metadata = [None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors]
+            kind = (*metadata, project, backend)
+            chosen = layer.checked.get(kind)
+        except (AttributeError, TypeError):
+            _check_decode(layer, *tensors, project, backend)  # says what is no tensor, layer or string
+            raise
     if chosen is None:
         chosen = _check_decode(layer, *tensors, project, backend)
         if kind is not None:
             if len(layer.checked) >= MOST_CHECKED:
                 layer.checked.clear()
             layer.checked[kind] = chosen
-    check_integer("window_size", window_size, 1)
-    check_integer("max_seq_len", max_seq_len, 0)
+    check_integer("window_size", window_size, 1, optional=True)
+    check_integer("max_seq_len", max_seq_len, 0, optional=True)
     check_integer("num_splits", num_splits, 0, MAX_SPLITS)
     check_integer("workspace_limit", workspace_limit, 1)
     scale = layer.head_dim**-0.5 if softmax_scale is None else softmax_scale
-    if not (-ANY < scale < ANY and 0 <= softcap < ANY):
-        raise ValueError(f"softmax_scale, softcap: expected finite, softcap at least 0, got {scale}, {softcap}")
+    check_number("softmax_scale", scale)
+    check_number("softcap", softcap, 0.0)
+    if not isinstance(causal, bool):
+        raise ValueError(f"causal: expected True or False, got {causal}")
     if window_size is not None and not causal:
         raise ValueError(f"window_size: expected None with causal=False, got {window_size}")
 
@@ -299,6 +304,7 @@ def _check_decode(
     backend = _backend(backend, layer)
     check_caches(layer, k_cache, v_cache)
     check_tables(k_cache, block_table, seq_lens, seq_starts, positions)
+    check_tensors(q=q)
     flat = q.dim() == 3
     q4 = q[:, None] if flat else q
     dims = {"B": block_table.shape[0], "D": layer.head_dim, "Hkv": layer.num_kv_heads}
@@ -324,6 +330,8 @@ def _check_decode(
 def _backend(backend: str | None, layer: LayerFactors) -> str:
     """The backend of a call: what was asked for, or what fits the layer."""
     check_backend(backend)
+    if not isinstance(layer, LayerFactors):
+        raise ValueError(f"layer: expected LayerFactors, got {type(layer).__name__}")
     fits = layer.dtype != torch.float64 and layer.head_dim <= MAX_HEAD_DIM
     if backend is None:
         return "triton" if layer.device.type == "cuda" and fits else "reference"

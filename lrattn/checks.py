@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from numbers import Real
 from typing import Any
 
 import torch
@@ -10,6 +12,8 @@ from torch import Tensor
 
 from lrattn.factors import LayerFactors
 from lrattn.shapes import FLOATS, RANK_STEP, check
+
+LARGEST = 2**63 - 1  # integer that an operator takes
 
 
 def accumulator_types(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
@@ -46,7 +50,14 @@ def check_tables(
         check("positions", positions, "N P", dims, **kind)
 
 
-def check_integer(name: str, value: Any, least: int, most: float = math.inf) -> None:
-    """Raises ValueError for a value that is neither None nor an integer within its bounds."""
-    if value is not None and not (isinstance(value, int) and least <= value <= most):
+def check_integer(name: str, value: Any, least: int, most: int = LARGEST, *, optional: bool = False) -> None:
+    """Raises ValueError for a value that is no integer within its bounds; None is fine where optional."""
+    if not (optional and value is None) and not (isinstance(value, int) and least <= value <= most):
         raise ValueError(f"{name}: expected an integer from {least} to {most}, got {value}")
+
+
+def check_number(name: str, value: Any, least: float = -math.inf) -> None:
+    """Raises ValueError for a value that is no finite number of at least its bound."""
+    number: Any = value if isinstance(value, Real) else math.nan
+    if not (number >= least and abs(number) <= sys.float_info.max):
+        raise ValueError(f"{name}: expected a finite number of at least {least}, got {value}")

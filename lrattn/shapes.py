@@ -55,10 +55,11 @@ def check(
         spec: one glossary letter or one number per axis.
         dims: sizes known so far; new letters are added.
         dtype, device: required when given. contiguous: the last axis must have stride 1. writable: no two elements
-            may share memory, as in an expanded tensor.
+            may share memory, as in an expanded tensor; axes may be in any order, but not interlock.
 
     Raises: ValueError naming the tensor, what was expected and what came. Reads metadata only.
     """
+    check_tensors(**{name: x})
     letters = spec.split()
     sizes = [int(s) if s.isdigit() else dims.get(s) for s in letters]
     shape = tuple(x.shape)
@@ -74,9 +75,23 @@ def check(
         raise ValueError(f"{name}: expected device {device}, got {x.device}")
     if contiguous and x.dim() and x.shape[-1] > 1 and x.stride(-1) != 1:
         raise ValueError(f"{name}: expected a contiguous last axis, got strides {x.stride()}")
-    if writable and any(n > 1 and step == 0 for n, step in zip(x.shape, x.stride(), strict=True)):
+    if writable and not own_memory(x):
         raise ValueError(f"{name}: expected memory of its own for every element, got strides {x.stride()}")
     dims.update({s: n for s, n in zip(letters, shape, strict=True) if not s.isdigit()})
+
+
+def check_tensors(**tensors: object) -> None:
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name}: expected a tensor, got {type(x).__name__}")
+
+
+def own_memory(x: Tensor) -> bool:
+    """Whether each step along an axis leaves behind all that the axes of smaller steps reach."""
+    if not x.numel():
+        return True
+    axes = [(i, step, n) for i, (step, n) in enumerate(zip(x.stride(), x.shape, strict=True)) if n > 1]
+    return all(step > sum(s * (n - 1) for j, s, n in axes if j != i and s <= step) for i, step, _ in axes)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

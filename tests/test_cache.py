@@ -116,6 +116,11 @@ def bad_writes(layer, zk, zv, k_cache, v_cache, slots):
         "v_cache: expected memory of its own": (zk, zv, k_cache, v_cache[:1].expand(2, -1, -1), slots),
         r"zk: expected shape \[32\], got \[\]": (zk[0, 0], zv, k_cache, v_cache, slots),
         "v_cache: expected a tensor": (zk, zv, k_cache, None, slots),
+        "zk: expected a tensor, got list": (zk.tolist(), zv, k_cache, v_cache, slots),
+        "slot_mapping: expected a tensor, got NoneType": (zk, zv, k_cache, v_cache, None),
+        r"k_cache: expected memory of its own for every element, got strides \(16, 31, 1\)": (
+            (zk, zv, k_cache.flatten().as_strided((2, 16, 32), (16, 31, 1)), v_cache, slots)
+        ),
     }
 
 

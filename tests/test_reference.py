@@ -245,18 +245,30 @@ def bad_calls(q, kwargs):
         "out: expected dtype": {"out": torch.zeros(1, 1, 4, 64)},
         "out: expected memory of its own": {"out": torch.zeros(1, 1, 1, 64, dtype=torch.float64).expand(1, 1, 4, 64)},
         "q: expected a multiple of Hkv=4 query heads, got 0": {"q": q[:, :, :0]},
-        "softcap: expected finite, softcap at least 0, got .*, nan": {"softcap": float("nan")},
-        "softmax_scale, softcap: expected finite": {"softmax_scale": float("nan")},
-        "got .*, inf": {"softcap": float("inf")},
+        "softcap: expected a finite number of at least 0.0, got nan": {"softcap": float("nan")},
+        "softmax_scale: expected a finite number of at least -inf, got nan": {"softmax_scale": float("nan")},
+        "softcap: expected .*, got inf": {"softcap": float("inf")},
         "window_size: expected an integer from 1": {"window_size": 0},
-        "window_size: expected an integer from 1 to inf, got 5.5": {"window_size": 5.5},
+        "window_size: expected an integer from 1 to 9223372036854775807, got 5.5": {"window_size": 5.5},
         "window_size: expected None with causal=False": {"window_size": 4, "causal": False},
         "num_splits: expected an integer from 0 to 1024, got -1": {"num_splits": -1},
         "num_splits: expected an integer from 0 to 1024, got 1025": {"num_splits": 1025},
-        "softcap at least 0, got .*, -1.0": {"softcap": -1.0},
+        "softcap: expected .*, got -1.0": {"softcap": -1.0},
         "workspace_limit: expected an integer from 1": {"workspace_limit": 0},
         "max_seq_len: expected an integer from 0": {"max_seq_len": -1},
         "backend: expected None or one of": {"backend": "flash"},
+        "q: expected a tensor, got list": {"q": q.tolist()},
+        "seq_lens: expected a tensor, got NoneType": {"seq_lens": None},
+        "softmax_scale: expected a finite number of at least -inf, got 1": {"softmax_scale": "1"},
+        "softcap: expected .*, got None": {"softcap": None},
+        "softcap: expected .*, got 1000": {"softcap": 10**400},
+        "causal: expected True or False, got None": {"causal": None},
+        "num_splits: expected an integer from 0 to 1024, got None": {"num_splits": None},
+        "workspace_limit: expected an integer from 1 .*, got None": {"workspace_limit": None},
+        "window_size: expected an integer from 1 .*, got 9223372036854775808": {"window_size": 2**63},
+        r"out: expected memory of its own for every element, got strides \(256, 256, 63, 1\)": {
+            "out": torch.zeros(256, dtype=torch.float64).as_strided((1, 1, 4, 64), (256, 256, 63, 1))
+        },
     }
 
 
@@ -268,6 +280,8 @@ def test_errors_name_the_argument():
             lrattn.decode_attention(arguments.pop("q"), k_cache, v_cache, layer, **arguments)
     with pytest.raises(ValueError, match=r"layer\.wo: expected"):
         lrattn.decode_attention(q, k_cache, v_cache, replace(layer, wo=None), project="hidden", **kwargs)
+    with pytest.raises(ValueError, match="layer: expected LayerFactors, got NoneType"):
+        lrattn.decode_attention(q, k_cache, v_cache, None, **kwargs)
     with pytest.raises(ValueError, match="v_cache: expected None, the layer is shared"):
         shared = make_layer(Case("shared", shared=True, key_ranks=(32,), value_ranks=(32,)))
         lrattn.decode_attention(q, k_cache, k_cache, shared, **kwargs)
