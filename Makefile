@@ -1,5 +1,6 @@
 # make demo   a small real model compressed, evaluated and generating from latents
 # make test   the whole suite, linters and types included
+# make fuzz   thousands of cases of every argument, drawn at random; a failing one is printed
 # make resources   compiles every launch of the kernels for GPUs that need not be here
 # make traffic   counts the bytes that each way of a decode step asks for, in Triton's interpreter
 # make bench-cpu | bench-quality | bench-memory   what bench/results holds; quality takes hours, cell by cell
@@ -9,7 +10,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 TORCH := torch==2.13.0
 
-.PHONY: demo test resources traffic bench-cpu bench-quality bench-memory clean
+.PHONY: demo test fuzz resources traffic bench-cpu bench-quality bench-memory clean
 
 demo: $(VENV)/.demo
 	$(RUN) -m bench.demo
@@ -19,6 +20,9 @@ test: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(RUN) -m pytest
+
+fuzz: $(VENV)/.dev
+	$(RUN) -m pytest tests/test_fuzz.py -vv -s --hypothesis-profile=many --durations=0 --durations-min=1
 
 resources: $(VENV)/.demo
 	$(RUN) -m bench.resources

@@ -12,6 +12,7 @@ import torch
 import lrattn
 
 GARBAGE = 2_000_000_000
+MAX_POSITION = 4096
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,9 @@ class Case:
     value_order: tuple[int, ...] | None = None
     positions: bool = False
     starts: tuple[int, ...] | None = None
-    sinks: bool = False
+    sinks: bool | str = False  # "partly": the first head's is -inf
+    pages: int | None = None  # width of the block table, to which lengths are clamped; None: a page more than needed
+    size: float = 1.0  # of queries and latents
     strided: bool = False
     dtype: torch.dtype = torch.float32  # the interpreter's; a GPU gets all
     call: dict[str, Any] = field(default_factory=dict)
@@ -49,7 +52,7 @@ def rope_of(case):
     if case.rope is None:
         return None
     extra = {} if case.rope == "default" else dict(case.rope)
-    return lrattn.Rope(**{"theta": 1e4, "dim": case.D, "max_position": 4096, **extra})
+    return lrattn.Rope(**{"theta": 1e4, "dim": case.D, "max_position": MAX_POSITION, **extra})
 
 
 def make_layer(case, dtype=torch.float64, seed=0):
@@ -58,12 +61,15 @@ def make_layer(case, dtype=torch.float64, seed=0):
     def normal(*shape, scale=1.0):
         return (torch.randn(*shape, generator=g, dtype=torch.float64) * scale).to(dtype)
 
+    def loose(x):
+        return x.mT.contiguous().mT if case.strided else x
+
     def up(ranks, order):
         x = normal(case.Hkv, max(ranks), case.D, scale=max(ranks) ** -0.5)
         order = order or range(case.Hkv)
         for place, head in enumerate(order):
             x[head, ranks[place // (case.Hkv // len(ranks))] :] = 0
-        return x
+        return loose(x)
 
     keys = lrattn.Projection(
         up=up(case.key_ranks, case.key_order),
@@ -85,25 +91,36 @@ def make_layer(case, dtype=torch.float64, seed=0):
         rope=rope_of(case),
         shared=case.shared,
         key_norm=lrattn.KeyNorm(normal(case.D, scale=0.3) + 1, 1e-6) if case.key_norm else None,
-        wo=normal(case.Hkv * case.M, case.D, case.E, scale=case.D**-0.5),
+        wo=loose(normal(case.Hkv * case.M, case.D, case.E, scale=case.D**-0.5)),
     )
+
+
+def held(case, b):
+    """Tokens of row b that the table has room for."""
+    return max(0, case.lens[b] if case.pages is None else min(case.lens[b], case.pages * case.P))
 
 
 def reach(case, b):
     """The tokens that some query of row b sees; all others are out of reach, and so poisoned."""
-    end = min(case.lens[b], case.call.get("max_seq_len", case.lens[b]))
-    first = 0 if case.starts is None else case.starts[b]
+    end = min(held(case, b), case.call.get("max_seq_len", case.lens[b]))
+    first = 0 if case.starts is None else max(0, case.starts[b])
     if "window_size" in case.call:
         first = max(first, end - case.S - case.call["window_size"] + 1)
-    return min(first, end), end
+    return min(first, end) if case.S else end, end
 
 
 def make(case, dtype=torch.float64, seed=0):
     """Layer, query, caches and the keyword arguments of decode_attention."""
     layer = make_layer(case, dtype, seed)
     g = torch.Generator().manual_seed(seed + 1)
-    width = max((n + case.P - 1) // case.P for n in case.lens) + 1
-    num_pages = sum((n + case.P - 1) // case.P for n in case.lens) + 3
+
+    def normal(*shape):
+        return (torch.randn(*shape, generator=g, dtype=torch.float64) * case.size).to(dtype)
+
+    counts = [held(case, b) for b in range(len(case.lens))]
+    used = [-(-n // case.P) for n in counts]
+    width = max(used, default=0) + 1 if case.pages is None else case.pages
+    num_pages = sum(used) + 3
     order = torch.randperm(num_pages, generator=g).tolist()
     table = torch.full((len(case.lens), width), GARBAGE, dtype=torch.int32)
     k_cache, v_cache = lrattn.allocate_cache(layer, num_pages, case.P)
@@ -111,31 +128,34 @@ def make(case, dtype=torch.float64, seed=0):
         if cache is not None:
             cache.fill_(torch.nan)
     positions = torch.full((num_pages, case.P), -1, dtype=torch.int32) if case.positions else None
-    for b, n in enumerate(case.lens):
-        for i in range((n + case.P - 1) // case.P):
+    last = MAX_POSITION if layer.rope is None else layer.rope.max_position
+    for b, n in enumerate(counts):
+        for i in range(used[b]):
             table[b, i] = order.pop()
         t = torch.arange(n)
         slots = table[b, t // case.P].long() * case.P + t % case.P
-        zk = torch.randn(n, layer.row_width, generator=g, dtype=torch.float64).to(dtype)
-        zv = None if case.shared else torch.randn(n, layer.v_width, generator=g, dtype=torch.float64).to(dtype)
+        zk, zv = normal(n, layer.row_width), None if case.shared else normal(n, layer.v_width)
         lrattn.write_latents(layer, zk, zv, k_cache, v_cache, slots)
-        if positions is not None:
-            chosen = torch.randperm(4096, generator=g)[:n].sort().values.int()
-            positions.view(-1)[slots] = chosen
         first, end = reach(case, b)
         unseen = (t < first) | (t >= end)
+        if positions is not None:
+            chosen = torch.randint(last, (n,), generator=g, dtype=torch.int32)
+            positions.view(-1)[slots] = chosen.masked_fill(unseen, -1)
         for cache in (k_cache, v_cache):
             if cache is not None:
                 cache.flatten(0, 1)[slots[unseen]] = torch.nan
         table[b, : first // case.P] = GARBAGE
         table[b, (end + case.P - 1) // case.P :] = GARBAGE
-    q = torch.randn(len(case.lens), case.S, case.Hkv * case.M, case.D, generator=g, dtype=torch.float64).to(dtype)
+    q = normal(len(case.lens), case.S, case.Hkv * case.M, case.D)
+    sinks = torch.randn(case.Hkv * case.M, generator=g)
+    if case.sinks == "partly":
+        sinks[0] = -torch.inf
     kwargs = {
         "block_table": table,
         "seq_lens": torch.tensor(case.lens, dtype=torch.int32),
         "positions": positions,
         "seq_starts": None if case.starts is None else torch.tensor(case.starts, dtype=torch.int32),
-        "sinks": torch.randn(case.Hkv * case.M, generator=g) if case.sinks else None,
+        "sinks": sinks if case.sinks else None,
         **case.call,
     }
     return (layer, *strided(q, k_cache, v_cache, kwargs)) if case.strided else (layer, q, k_cache, v_cache, kwargs)

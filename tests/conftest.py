@@ -4,6 +4,12 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
+
+# No deadline: a first call loads the kernels. Chosen by --hypothesis-profile.
+settings.register_profile("few", max_examples=400, derandomize=True, database=None, deadline=None)
+settings.register_profile("many", max_examples=10_000, print_blob=True, deadline=None)
+settings.load_profile("few")
 
 
 def pytest_addoption(parser):
@@ -34,6 +40,6 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("kernel_dtype", dtypes, ids=lambda d: str(d).split(".")[-1])
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def device(request):
     return torch.device("cuda" if request.config.getoption("--gpu") else "cpu")

@@ -11,7 +11,7 @@ def attend(q, k_cache, v_cache, layer, *, block_table, seq_lens, project="heads"
     scale, softcap, sinks = call.get("softmax_scale"), call.get("softcap", 0.0), call.get("sinks")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     size, limit = k_cache.shape[1], block_table.shape[1] * k_cache.shape[1]
-    lens = seq_lens.clamp(max=min(call.get("max_seq_len", limit), limit))
+    lens = seq_lens.clamp(0, min(call.get("max_seq_len", limit), limit))
     wide = torch.promote_types(q.dtype, torch.float32)
     outs, lses = [], []
     for b, n in enumerate(lens.tolist()):

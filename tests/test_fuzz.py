@@ -1,0 +1,300 @@
+"""Every argument of decode_attention and write_latents, drawn by hypothesis.
+
+A few hundred cases, the same ones every time; `make fuzz` draws 10,000, others every time. A failure prints the
+arguments of the test, the smallest found: as `@example(..)` over the test they are tried again.
+"""
+
+import functools
+import math
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import dense
+import faults
+import oracle
+import pytest
+import torch
+import truth
+from cases import CASES, Case, make, make_layer
+from closeness import assert_no_worse
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import cases, layers
+from test_reference import ORACLE_ARGUMENTS
+from tqdm import tqdm
+
+import lrattn
+
+SEEDS = st.integers(0, 2**32 - 1)
+FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+INTERPRETED = [torch.float32, torch.float16]  # bfloat16 is computed wrongly there
+FORMS = st.fixed_dictionaries(
+    {"flat": st.booleans(), "out": st.booleans(), "return_lse": st.sampled_from([True, True, False])}
+)
+SMALL = {
+    "heads": 4,
+    "dims": [2, 32, 48, 64, 80],
+    "ranks": [16, 32, 48, 80],
+    "longest": 220,
+    "most_heads": 6,
+    "most_queries": 3,
+    "most_splits": 5,
+}
+FAULTY = {**SMALL, "longest": 40}
+
+
+def fuzz(share, **strategies):
+    """Runs a test on 1 / share of the examples that the profile asks for, with a progress bar where one can be seen."""
+
+    def wrap(test):
+        count = max(1, settings.default.max_examples // share)
+
+        @functools.wraps(test)
+        def one(*args, **kwargs):
+            one.bar = one.bar or tqdm(desc=test.__name__, total=count, position=0, disable=None)
+            one.bar.update()
+            test(*args, **kwargs)
+
+        one.bar = None
+        return settings(max_examples=count)(given(**strategies)(one))
+
+    return wrap
+
+
+def on(device, *things):
+    """Tensors, layers and dictionaries of them, moved; the rest as it is."""
+    moved = [
+        {n: on(device, y)[0] for n, y in x.items()} if isinstance(x, dict) else x.to(device) if hasattr(x, "to") else x
+        for x in things
+    ]
+    return moved
+
+
+def decode(problem, backend, form):
+    """Result and lse (None where not asked for) of a call in the form drawn; nothing but `out` may change."""
+    layer, q, k_cache, v_cache, kwargs = problem
+    flat = form["flat"] and q.shape[1] == 1
+    given = [x for x in (q, k_cache, v_cache) if x is not None]
+    held = [x.clone() for x in given]
+    kwargs = {**kwargs, "return_lse": form["return_lse"], "backend": backend}
+    if form["out"]:
+        axes = result_axes(layer, q.shape[2], kwargs.get("project", "heads"))
+        room = q.new_full((len(q), 3, *([] if flat else [q.shape[1]]), *axes[:-1], axes[-1] + 5), 7.0)
+        kwargs["out"] = room[:, 1, ..., : axes[-1]].fill_(torch.nan)
+    # On a stack of its own: CPython's grows by 16 KiB, and where a border lies in Triton's interpreter, as it may this
+    # deep in hypothesis, most of the time goes to allocating and freeing the same piece.
+    with ThreadPoolExecutor(1) as thread:
+        queries = q[:, 0] if flat else q
+        got = thread.submit(lrattn.decode_attention, queries, k_cache, v_cache, layer, **kwargs).result()
+    result, lse = got if form["return_lse"] else (got, None)
+    if form["out"]:
+        assert result is kwargs["out"]
+        assert (room[:, ::2] == 7).all() and (room[..., axes[-1] :] == 7).all(), "written beside out"
+    assert all(map(same, given, held)), "an input was changed"
+    result, lse = (None if x is None else (x[:, None] if flat else x).cpu() for x in (result, lse))
+    return result, lse
+
+
+def result_axes(layer, query_heads, project):
+    """Axes of a result after B and S."""
+    last = {"latent": max(layer.values.ranks), "heads": layer.head_dim, "hidden": layer.wo.shape[2]}[project]
+    return [last] if project == "hidden" else [query_heads, last]
+
+
+def same(x, y):
+    """Bit for bit, NaN included."""
+    return x.shape == y.shape and x.dtype == y.dtype and torch.equal(x.nan_to_num(9.0), y.nan_to_num(9.0))
+
+
+def exact(problem):
+    layer, q, k_cache, v_cache, kwargs = on("cpu", *problem)
+    return truth.attend(q, k_cache, v_cache, layer, **kwargs)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_truth_is_the_oracle(case):
+    layer, q, k_cache, v_cache, kwargs = make(case)
+    named = {n: kwargs[n] for n in ORACLE_ARGUMENTS if n in kwargs}
+    expected = oracle.attend(q, k_cache, v_cache, layer, **named)
+    for got, want in zip(truth.attend(q, k_cache, v_cache, layer, **kwargs), expected):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+
+
+@fuzz(1, case=cases(), seed=SEEDS, form=FORMS)
+def test_the_reference_is_dense_attention(case, seed, form):
+    problem = make(case, torch.float64, seed)
+    out, lse = decode(problem, "reference", form)
+    expected, expected_lse, sway = exact(problem)
+    largest = expected.abs().max().item() if expected.numel() else 0.0
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12 * (1 + largest + sway[0]))
+    if form["return_lse"]:
+        torch.testing.assert_close(lse, expected_lse, rtol=1e-12, atol=1e-12 * (1 + sway[1]))
+
+
+def check_no_worse(case, dtype, seed, form, backend, device):
+    problem = on(device, *make(case, dtype, seed))
+    out, lse = decode(problem, backend, form)
+    true, true_lse, sway = exact(problem)
+    layer, *tensors, kwargs = problem
+    plain, plain_lse = (
+        (x.cpu() for x in dense.attend(*tensors, layer, **kwargs)) if case.lens else (true.to(dtype), true_lse.float())
+    )
+    assert_no_worse(out, plain, true, sway=sway[0])
+    if form["return_lse"]:
+        some = true_lse.isfinite()
+        assert torch.equal(lse == -torch.inf, ~some)
+        assert_no_worse(lse[some], plain_lse[some], true_lse[some], dtype, sway[1])
+
+
+@fuzz(4, case=cases(most_splits=17), seed=SEEDS, form=FORMS, dtype=st.sampled_from(FLOATS[1:]))
+def test_the_reference_is_no_worse_than_pytorch(case, seed, form, dtype):
+    check_no_worse(case, dtype, seed, form, "reference", "cpu")
+
+
+@fuzz(5, case=cases(**SMALL), seed=SEEDS, form=FORMS, dtype=st.sampled_from(INTERPRETED))
+def test_the_kernels_are_no_worse_than_pytorch(case, seed, form, dtype, device):
+    check_no_worse(case, dtype, seed, form, "triton", device)
+
+
+@st.composite
+def writes(draw):
+    """Where new tokens go: axes before the last, pages, how many slots lie outside, and how tensors are laid out."""
+    pages = draw(st.integers(0, 3))
+    lead = draw(st.lists(st.integers(0, 4), max_size=3).map(tuple))
+    return {
+        "lead": lead,
+        "pages": pages,
+        "outside": draw(st.sampled_from([0.0, 0.3, 1.0])),
+        "int64": draw(st.booleans()),
+        "strided": draw(st.booleans()),
+    }
+
+
+def new_tokens(case, where, dtype, seed):
+    """Layer, latents, slots, and caches with a number in every element, in slices of one tensor where strided."""
+    layer = make_layer(case, dtype, seed)
+    g = torch.Generator().manual_seed(seed)
+    lead, pages, strided = where["lead"], where["pages"], where["strided"]
+    n, room = math.prod(lead), pages * case.P
+    integer = torch.int64 if where["int64"] else torch.int32
+    slots = torch.randperm(room + n, generator=g)[:n].to(integer)
+    far = torch.tensor([-1, room, -room - 1, torch.iinfo(integer).min, torch.iinfo(integer).max], dtype=integer)
+    away = (torch.rand(n, generator=g) < where["outside"]) | (slots >= room)
+    slots = torch.where(away, far[torch.randint(len(far), (n,), generator=g)], slots).view(lead)
+
+    def latents(width):
+        return (torch.randn(*lead, width, generator=g, dtype=torch.float64) * case.size).to(dtype)
+
+    zk, zv = latents(layer.row_width), None if layer.shared else latents(layer.v_width)
+    pool = torch.randn(pages, 2, case.P, layer.k_width + layer.v_width + 16, generator=g).to(dtype)
+    parts = pool[:, 1].split([layer.k_width, layer.v_width, 16], 2)
+    k_cache, v_cache = parts[0], None if layer.shared else parts[1]
+    if not strided:
+        k_cache, v_cache = k_cache.contiguous(), None if v_cache is None else v_cache.contiguous()
+        return layer, zk, zv, k_cache, v_cache, slots, None
+    zk = torch.stack((zk, zk), -2)[..., 1, :]
+    slots = torch.stack((slots, slots), -1)[..., 1]
+    return layer, zk, zv, k_cache, v_cache, slots, pool
+
+
+def written(layer, zk, zv, k_cache, v_cache, slots):
+    """The caches after a plain loop over the tokens, and by how much of itself each norm may be off for rounding."""
+    k_cache, v_cache = k_cache.clone(), None if v_cache is None else v_cache.clone()
+    num_pages, page_size, _ = k_cache.shape
+    heads = layer.num_kv_heads
+    rows = zk.reshape(-1, zk.shape[-1])
+    off = torch.zeros(num_pages, page_size, heads, dtype=torch.float64)
+    eps, sum_eps = (torch.finfo(d).eps for d in (zk.dtype, torch.promote_types(zk.dtype, torch.float32)))
+    for i, slot in enumerate(slots.flatten().tolist()):
+        if not 0 <= slot < num_pages * page_size:
+            continue
+        page, offset = divmod(slot, page_size)
+        row = torch.zeros_like(k_cache[page, offset])
+        row[: layer.row_width] = rows[i]
+        if layer.key_norm is not None:
+            norm = truth.inverse_rms(layer, rows[i : i + 1])[0].clamp(max=torch.finfo(zk.dtype).max)
+            high = norm.to(zk.dtype)
+            row[layer.row_width :][: 2 * heads] = torch.cat((high, (norm - high.double()).to(zk.dtype)))
+            off[page, offset] = 4 * eps**2 + 8 * sum_eps * (1 + truth.cancellation(layer, rows[i : i + 1])[0])
+        k_cache[page, offset] = row
+        if v_cache is not None:
+            v_cache[page, offset] = zv.reshape(-1, zv.shape[-1])[i]
+    return k_cache, v_cache, off
+
+
+def check_write(case, where, dtype, seed, backend, device):
+    layer, zk, zv, k_cache, v_cache, slots, pool = on(device, *new_tokens(case, where, dtype, seed))
+    if pool is not None:
+        parts = pool[:, 1].split([layer.k_width, layer.v_width, 16], 2)
+        k_cache, v_cache = parts[0], None if v_cache is None else parts[1]
+        beside = pool[:, 0].clone(), parts[2].clone()
+    expected_k, expected_v, off = written(*on("cpu", layer, zk, zv, k_cache, v_cache, slots))
+    lrattn.write_latents(layer, zk, zv, k_cache, v_cache, slots, backend=backend)
+    got_k, got_v = on("cpu", k_cache, v_cache)
+    start, heads = layer.row_width, layer.num_kv_heads
+    end = start + 2 * heads * (layer.key_norm is not None)
+    assert v_cache is None or same(got_v, expected_v)
+    assert same(got_k[..., :start], expected_k[..., :start]) and same(got_k[..., end:], expected_k[..., end:])
+    assert pool is None or (same(pool[:, 0], beside[0]) and same(parts[2], beside[1])), "written beside the caches"
+    if layer.key_norm is not None:
+        got, expected = (x[..., start:end].double().unflatten(-1, (2, heads)).sum(-2) for x in (got_k, expected_k))
+        assert ((got - expected).abs() <= off * expected).all()
+
+
+@st.composite
+def written_cases(draw, **limits):
+    return Case("drawn", P=draw(st.sampled_from([16, 48])), **draw(layers(**limits)))
+
+
+@fuzz(2, case=written_cases(), where=writes(), seed=SEEDS, dtype=st.sampled_from(FLOATS))
+def test_the_reference_writes_what_a_loop_writes(case, where, seed, dtype):
+    check_write(case, where, dtype, seed, "reference", "cpu")
+
+
+@fuzz(8, case=written_cases(heads=4), where=writes(), seed=SEEDS, dtype=st.sampled_from(INTERPRETED))
+def test_the_kernels_write_what_a_loop_writes(case, where, seed, dtype, device):
+    check_write(case, where, dtype, seed, "triton", device)
+
+
+def unchanged(call, run, wrong):
+    """What one wrong argument leads to; nothing is written."""
+    buffers = [x for n, x in call.items() if n in ("k_cache", "v_cache", "out") and x is not None]
+    before = [x.clone() for x in buffers]
+    try:
+        result = run(**{**call, **wrong})
+    except Exception as error:
+        result = error
+    assert all(map(same, buffers, before)), "something was written"
+    return result
+
+
+def refusals(call, run, found, backends):
+    """Every fault that does not end in one clear line that names an argument."""
+    for label, names, wrong in found:
+        for backend in backends:
+            got = unchanged(call, run, {"backend": backend, **wrong})
+            line = re.fullmatch(r"(\w+)(\.\w+)?(?:, (\w+))?: expected .*, got .*", str(got))
+            if type(got) is not ValueError or not line or not names & set(line.groups()):
+                yield f"{label} ({backend}): {type(got).__name__}: {str(got)[:200]}"
+
+
+@fuzz(20, case=cases(**FAULTY).filter(lambda c: c.lens and c.S and c.lens[0]), seed=SEEDS, flat=st.booleans(),
+      dtype=st.sampled_from([torch.float64, torch.float32]))  # fmt: skip
+def test_decode_attention_refuses_one_wrong_argument_by_name(case, seed, flat, dtype):
+    layer, q, k_cache, v_cache, kwargs = make(case, dtype, seed)
+    out = lrattn.decode_attention(q, k_cache, v_cache, layer, **kwargs)
+    if flat and q.shape[1] == 1:
+        q, out = q[:, 0], out[:, 0].clone()
+    call = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "layer": layer, "out": out, **kwargs}
+    backends = [None, "reference"] + (["triton"] if dtype == torch.float32 and layer.head_dim <= 256 else [])
+    unclear = list(refusals(call, lrattn.decode_attention, faults.of_decode(call), backends))
+    assert not unclear, "\n".join(unclear)
+
+
+@fuzz(20, case=written_cases(heads=4), where=writes(), seed=SEEDS)
+def test_write_latents_refuses_one_wrong_argument_by_name(case, where, seed):
+    layer, zk, zv, k_cache, v_cache, slots, _ = new_tokens(case, {**where, "strided": False}, torch.float32, seed)
+    names = "layer", "zk", "zv", "k_cache", "v_cache", "slot_mapping"
+    call = dict(zip(names, (layer, zk, zv, k_cache, v_cache, slots)))
+    unclear = list(refusals(call, lrattn.write_latents, faults.of_write(call), [None, "reference", "triton"]))
+    assert not unclear, "\n".join(unclear)
