@@ -136,6 +136,7 @@ def measure(way: Way) -> dict[str, Any]:
         "shape": way.shape.name,
         "way": way.name,
         "passes": passes,
+        "shared": way.shared,
         "ranks": [way.key_rank, max(way.value_ranks)],
         "tokens": TOKENS,
         "latent_bytes": sum(cache.nbytes for cache in (k_cache, v_cache) if cache is not None),

@@ -158,7 +158,7 @@ def decode_attention(
     """
     tensors = q, k_cache, v_cache, block_table, seq_lens, positions, seq_starts, sinks, out
     kind = chosen = None
-    if not torch.compiler.is_compiling():
+    if not ops.watched(q):
         try:
             metadata = [None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors]
             kind = (*metadata, project, backend)
@@ -201,8 +201,8 @@ def decode_attention(
             *layer.operands,
             layer.wo,
             project,
-            scale,
-            softcap,
+            float(scale),
+            float(softcap),
             causal,
             bound,
             min(window_size or 0, bound + q4.shape[1]),

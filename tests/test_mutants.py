@@ -71,6 +71,18 @@ KILLERS = {
         lens=(70, 40, 0),
     ),
     "one pass, positions": Case("one pass, positions", Hkv=2, positions=True, key_ranks=(32, 32), value_ranks=(16, 16)),
+    "many splits": Case(
+        "many splits", M=2, value_ranks=(96, 16), value_order=(3, 1, 0, 2), lens=(180, 3), call={"num_splits": 40}
+    ),
+    "one pass, strided": Case(
+        "one pass, strided",
+        Hkv=2,
+        key_ranks=(32, 32),
+        value_ranks=(16, 16),
+        lens=(40, 3),
+        strided=True,
+        call={"num_splits": 2},
+    ),
     "chunks": Case("chunks", Hkv=2, lens=(300,), call={"workspace_limit": 1, "num_splits": 2}),
 }
 
@@ -137,9 +149,16 @@ MUTANTS = [
     Mutant("fused_rebuilt.py", "inverse[:, None] *", "1.0 *", "one pass, rebuilt"),
     Mutant("fused_rebuilt.py", "tl.where(in_q, i % S, -1)", "tl.where(in_q, i // S, -1)", "one pass, alone"),
     Mutant("fused_rebuilt.py", "positions + page * pos", "positions + 0 * page * pos", "one pass, positions"),
+    Mutant("fused_rebuilt.py", "page * cv_strides[0]", "page * cv_strides[1] * P", "one pass, strided"),
+    Mutant("fused_rebuilt.py", 'tl.full([BLOCK_Q], float("-inf")', "tl.full([BLOCK_Q], 0.0", "one pass, strided"),
+    Mutant("fused_absorbed.py", 'tl.full([BLOCK_Q], float("-inf")', "tl.full([BLOCK_Q], 0.0", "one pass"),
+    Mutant("merge.py", "acc = acc * fade +", "acc = acc +", "many splits"),
+    Mutant("merge.py", "total * fade + tl.sum", "total + tl.sum", "many splits"),
+    Mutant("merge.py", "place = tl.load(places + i // (rows // Hkv))", "place = i // (rows // Hkv)", "many splits"),
+    Mutant("merge.py", "peak + tl.log(total)", "tl.log(total)", "many splits"),
     Mutant("combine.py", "place // C", "head // C", "sinks"),
     Mutant("combine.py", "bias + place * D", "bias + head * D", "sinks"),
-    Mutant("combine.py", "result += mass[:, None] *", "result +=", "sinks"),
+    Mutant("combine.py", "result *= mass[:, None]", "result *= 1", "sinks"),
     Mutant("combine.py", "(p_y[:, None] + j[None, :] * stride)", "(p_y[:, None] + 0 * j[None, :])", "batch"),
     Mutant("decode.py", "slice(0, size.splits + 1) if after", "slice(1, size.splits + 1) if after", "chunks"),
     Mutant("project.py", "+ k % D)[None, :]", "+ 0 * k)[None, :]", "queries"),
