@@ -72,7 +72,13 @@ KILLERS = {
     ),
     "one pass, positions": Case("one pass, positions", Hkv=2, positions=True, key_ranks=(32, 32), value_ranks=(16, 16)),
     "many splits": Case(
-        "many splits", M=2, value_ranks=(96, 16), value_order=(3, 1, 0, 2), lens=(180, 3), call={"num_splits": 40}
+        "many splits",
+        M=2,
+        value_ranks=(96, 16),
+        value_order=(3, 1, 0, 2),
+        lens=(180, 3),
+        starts=(126, 0),
+        call={"num_splits": 40},
     ),
     "one pass, strided": Case(
         "one pass, strided",
@@ -150,8 +156,8 @@ MUTANTS = [
     Mutant("fused_rebuilt.py", "tl.where(in_q, i % S, -1)", "tl.where(in_q, i // S, -1)", "one pass, alone"),
     Mutant("fused_rebuilt.py", "positions + page * pos", "positions + 0 * page * pos", "one pass, positions"),
     Mutant("fused_rebuilt.py", "page * cv_strides[0]", "page * cv_strides[1] * P", "one pass, strided"),
-    Mutant("fused_rebuilt.py", 'tl.full([BLOCK_Q], float("-inf")', "tl.full([BLOCK_Q], 0.0", "one pass, strided"),
-    Mutant("fused_absorbed.py", 'tl.full([BLOCK_Q], float("-inf")', "tl.full([BLOCK_Q], 0.0", "one pass"),
+    Mutant("fused_rebuilt.py", 'p_lse, tl.full([BLOCK_Q], float("-inf")', "p_lse, tl.full([BLOCK_Q], 0.0", "one pass, strided"),
+    Mutant("fused_absorbed.py", 'p_lse, tl.full([BLOCK_Q], float("-inf")', "p_lse, tl.full([BLOCK_Q], 0.0", "one pass"),
     Mutant("merge.py", "acc = acc * fade +", "acc = acc +", "many splits"),
     Mutant("merge.py", "total * fade + tl.sum", "total + tl.sum", "many splits"),
     Mutant("merge.py", "place = tl.load(places + i // (rows // Hkv))", "place = i // (rows // Hkv)", "many splits"),

@@ -36,8 +36,8 @@ def merge_kernel(
     p_y = y + i_b * y_strides[0] + i * y_strides[2]
     p_lse = part_lse + i_b * lse_strides[0] + i
 
-    peak = float("-inf")
-    total = 0.0
+    peak = tl.full([1], float("-inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
     acc = tl.zeros([BLOCK_R], tl.float32)
     for j0 in range(0, splits, BLOCK_S):
         part = tl.load(p_lse + (j0 + j) * lse_strides[1], mask=j0 + j < splits, other=float("-inf"))
@@ -56,7 +56,7 @@ def merge_kernel(
 
     some = total != 0  # a NaN stays one
     if i_r == 0:
-        tl.store(p_lse + splits * lse_strides[1], tl.where(some, peak + tl.log(total), float("-inf")))
+        tl.store(p_lse + splits * lse_strides[1] + tl.arange(0, 1), tl.where(some, peak + tl.log(total), float("-inf")))
     tl.store(p_y + splits * y_strides[1] + r, acc / tl.where(some, total, 1.0), mask=some & (r < rank))
 # fmt: on
 
