@@ -172,7 +172,7 @@ def _decode_attention_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def run(operator: str, *arguments: Any) -> Any:
-    """An operator by name, or, where nobody looks on, what it does: a dispatch costs as much as a launch."""
+    """An operator by name, or, where nobody looks on, what it does: a dispatch costs more than two launches do."""
     if watched(arguments[0]):
         with torch.no_grad():
             return getattr(torch.ops.lrattn, operator)(*arguments)
