@@ -420,6 +420,8 @@ def table(results: dict[str, Any]) -> str:
     for kernel in dict.fromkeys(row["kernel"] for row in results["rows"]):
         for device in DEVICES:
             rows = [row for row in results["rows"] if (row["kernel"], row["device"]) == (kernel, device)]
+            if not rows:
+                continue
             half = [row for row in rows if row["dtype"] != "float32"]
             kinds = sorted({p.split(".")[0] if "." in p else "mfma" for row in half for p in row["products"]})
             most = [max(row[n] for row in half) for n in ("registers", "spilled")]
