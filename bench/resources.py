@@ -376,7 +376,7 @@ def recompiled() -> list[str]:
 def describe(c: Compilation) -> dict[str, Any]:
     p = c.problem
     dtype = str(p.dtype).split(".")[-1]
-    names = {"rank": p.rank, "values": p.value_rank(), "shared": p.shared, "head": p.head, "M": p.heads, "S": p.steps}
+    names = {"rank": p.rank, "values": p.value_rank(), "one_row": p.shared, "head": p.head, "M": p.heads, "S": p.steps}
     return {**names, "dtype": dtype, "options": p.options or "none"}
 
 
