@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import lrattn
 from bench import baselines, report, timing
+from bench.curves import curve, label_places
 from bench.decode_problem import make
 from bench.decode_shapes import GROUPINGS, LLAMA_2, LLAMA_31, Shape
 
@@ -91,13 +92,10 @@ def plot(results: dict[str, Any], path: Path) -> None:
             own = [row for row in rows if (row["shape"], row["dtype"]) == (shape, dtype)]
             for name in (OURS, RELEASED, TUNED, DENSE):
                 found = [row["times"][name] for row in own]
-                medians = [t["median_ms"] for t in found]
-                spread = [[t["median_ms"] - t["p10_ms"] for t in found], [t["p90_ms"] - t["median_ms"] for t in found]]
-                axis.errorbar([r["tokens"] for r in own], medians, spread, label=name, marker="o", markersize=3,
-                              capsize=2)  # fmt: skip
+                curve(axis, [r["tokens"] for r in own], found, "ms", label=name)
             lengths = sorted({row["tokens"] for row in rows})
             axis.set(xscale="log", yscale="log")
-            axis.set_xticks(lengths, [f"{n // 1024}K" if n >= 1024 else str(n) for n in lengths])
+            label_places(axis, lengths)
             axis.minorticks_off()
             axis.grid(alpha=0.3)
             axis.set_title(f"{shape}\n{dtype}", fontsize="small")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import lrattn
 from bench.decode_shapes import Shape
-from lrattn.shapes import RANK_STEP, round_up
+from lrattn.shapes import RANK_STEP, cdiv
 
 CHUNK = 8192  # tokens rebuilt at a time, in float32
 
@@ -93,7 +93,7 @@ def make(
     layer = _layer(shape, tokens, shared, normal)
     zk = normal(batch, tokens, layer.row_width)
     zv = None if shared else normal(batch, tokens, layer.v_width)
-    pages = round_up(tokens, page) // page
+    pages = cdiv(tokens, page)
     table = torch.randperm(batch * pages, generator=g, device=device).view(batch, pages)
     k_cache, v_cache = lrattn.allocate_cache(layer, batch * pages, page)
     t = torch.arange(tokens, device=device)

@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from bench.curves import curve, label_places
 from bench.decode_providers import DENSE, NAMES
 
 Row = dict[str, Any]
@@ -59,12 +60,7 @@ def latencies(axis: Axes, rows: list[Row], against: str) -> None:
         found = [(row[against], row["times"][name]) for row in own if name in row["times"]]
         if found:
             x, times = zip(*found, strict=True)
-            medians = [t["median_us"] for t in times]
-            spread = [[t["median_us"] - t["p10_us"] for t in times], [t["p90_us"] - t["median_us"] for t in times]]
-            axis.errorbar(
-                x, medians, yerr=spread, label=name, color=COLOURS[name], marker="o", markersize=3, capsize=2,
-                linestyle="--" if name in DENSE else "-",
-            )  # fmt: skip
+            curve(axis, x, times, "us", label=name, color=COLOURS[name], linestyle="--" if name in DENSE else "-")
     at = "" if against == "batch" else f", batch {own[0]['batch']}"
     at = f", {own[0]['tokens']} tokens" if against == "batch" else at
     axis.set_title(f"{shape}\nkept {own[0]['kept']:.3f}{at}", fontsize="small")
@@ -97,6 +93,6 @@ def speedups(axis: Axes, rows: list[Row], against: str) -> None:
 
 def scale(axis: Axes, against: str, places: set[int]) -> None:
     axis.set_xscale("log", base=2)
-    axis.set_xticks(sorted(places), [f"{n // 1024}K" if n >= 1024 else str(n) for n in sorted(places)])
+    label_places(axis, sorted(places))
     axis.set_xlabel("context, tokens" if against == "tokens" else "sequences in the batch")
     axis.grid(alpha=0.3)

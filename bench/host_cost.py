@@ -25,18 +25,20 @@ from triton.runtime.jit import KernelInterface
 
 import lrattn
 from bench import report, timing
+from bench.decode_problem import make
+from bench.decode_shapes import LLAMA_31, Shape
 from lrattn.kernels import launch, plan
 
-QUERY_HEADS, KV_HEADS, HEAD_DIM, RANK, TOKENS, PAGE = 32, 8, 128, 128, 1024, 16  # of a Llama-3.1-8B layer at keep 0.25
+KEEP, TOKENS = 0.25, 1024  # of a Llama-3.1-8B layer
 CALLS = 50  # in a row, timed together
 TARGET = 20.0  # microseconds
 
 
 class Way(NamedTuple):
-    """A layer. groups: of keys and of values."""
+    """A layer whose calls run in one way."""
 
     name: str
-    groups: tuple[int, int] = (2, 2)
+    grouping: str = "Palu"
     rope: bool = True
     shared: bool = False
 
@@ -46,32 +48,22 @@ WAYS = (
     Way("one pass, absorbed keys, one row for both", rope=False, shared=True),
     Way("one pass, rebuilt keys, one row for both", shared=True),
     Way("two passes, rebuilt keys"),
-    Way("two passes, rebuilt keys, joint values", groups=(2, 1)),
+    Way("two passes, rebuilt keys, joint values", "ReCalKV"),
 )
 
 
 def call_of(way: Way, batch: int, device: torch.device) -> tuple[lrattn.LayerFactors, Callable[[], Any]]:
     """A layer of random numbers, and a decode call on it."""
-    dtype = torch.bfloat16
-    sides = [
-        lrattn.Projection(torch.randn(KV_HEADS, RANK, HEAD_DIM, dtype=dtype, device=device), (RANK,) * groups)
-        for groups in way.groups
-    ]
-    rope = lrattn.Rope(5e5, HEAD_DIM, TOKENS) if way.rope else None
-    layer = lrattn.LayerFactors(*sides, rope=rope, shared=way.shared)
-    pages = batch * TOKENS // PAGE
-    caches = lrattn.allocate_cache(layer, pages, PAGE)
-    for cache in caches:
-        if cache is not None:
-            cache.zero_()
-    q = torch.randn(batch, QUERY_HEADS, HEAD_DIM, dtype=dtype, device=device)
-    arguments = {
-        "block_table": torch.arange(pages, dtype=torch.int32, device=device).view(batch, -1),
-        "seq_lens": torch.full((batch,), TOKENS, dtype=torch.int32, device=device),
-        "out": torch.empty_like(q),
+    shape = Shape(LLAMA_31, way.grouping, KEEP)
+    x = make(shape, TOKENS, batch, torch.bfloat16, device, shared=way.shared)
+    x = x if way.rope else x.unrotated()
+    arguments: dict[str, Any] = {
+        "block_table": x.table,
+        "seq_lens": x.lens,
+        "out": torch.empty_like(x.q),
         "backend": "triton",
     }
-    return layer, lambda: lrattn.decode_attention(q, *caches, layer, **arguments)
+    return x.layer, lambda: lrattn.decode_attention(x.q, x.k_cache, x.v_cache, x.layer, **arguments)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from bench import decode_providers as providers
 from bench import palu_scores, report, timing
+from bench.curves import curve, label_places
 from bench.decode_problem import Problem, attend, make
 from bench.decode_shapes import LLAMA_2, Shape
 from bench.gpu_decode import TIMED, Bench, Entry, ready
@@ -155,15 +156,9 @@ def plot(results: dict[str, Any], path: Path) -> None:
                 ]
                 if at:
                     x, times = zip(*at, strict=True)
-                    medians = [t["median_us"] for t in times]
-                    spread = [
-                        [t["median_us"] - t["p10_us"] for t in times],
-                        [t["p90_us"] - t["median_us"] for t in times],
-                    ]
-                    axis.errorbar(x, medians, spread, label=name, marker="o", markersize=3, capsize=2)
+                    curve(axis, x, times, "us", label=name)
             axis.set(xscale="log", yscale="log", xlabel="context, tokens", ylabel="microseconds, median with p10-p90")
-            lengths = [row["tokens"] for row in own]
-            axis.set_xticks(lengths, [f"{n // 1024}K" if n >= 1024 else str(n) for n in lengths])
+            label_places(axis, [row["tokens"] for row in own])
             axis.minorticks_off()
             axis.grid(alpha=0.3)
             axis.set_title(

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest.mock import patch
 
 
 @contextmanager
 def two_passes() -> Iterator[None]:
     """Inside, scores go to memory and a second kernel sums the values, also where one pass could do both."""
-    from lrattn.kernels import plan
-
-    fused = plan.fused
-    plan.fused = lambda *shape: None
-    try:
+    with patch("lrattn.kernels.plan.fused", lambda *shape: None):
         yield
-    finally:
-        plan.fused = fused

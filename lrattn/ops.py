@@ -47,10 +47,13 @@ def workspace_bytes(
     return max(found)
 
 
+def keys_of(tensors: Any, numbers: Any) -> Keys:
+    return Keys._make((*tensors, KeySizes(*numbers)))
+
+
 def sides(key_tensors: Any, key_numbers: Any, value_tensors: Any, value_numbers: Any) -> tuple[Keys, Values]:
-    return Keys._make((*key_tensors, KeySizes(*key_numbers))), Values._make(
-        (*value_tensors, ValueSizes(*value_numbers))
-    )
+    values = Values._make((*value_tensors, ValueSizes(*value_numbers)))
+    return keys_of(key_tensors, key_numbers), values
 
 
 def _write_latents(
@@ -66,7 +69,7 @@ def _write_latents(
     from lrattn.kernels.write import write_latents
 
     with torch.cuda.device_of(k_cache):  # Triton launches on the current device
-        write_latents(zk, zv, k_cache, v_cache, slots, Keys._make((*key_tensors, KeySizes(*key_numbers))), eps)
+        write_latents(zk, zv, k_cache, v_cache, slots, keys_of(key_tensors, key_numbers), eps)
 
 
 def _rebuild(

@@ -20,6 +20,7 @@ from closeness import assert_no_worse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import cases, layers
+from test_kernels import on
 from test_reference import ORACLE_ARGUMENTS
 from tqdm import tqdm
 
@@ -59,15 +60,6 @@ def fuzz(share, **strategies):
         return settings(max_examples=count)(given(**strategies)(one))
 
     return wrap
-
-
-def on(device, *things):
-    """Tensors, layers and dictionaries of them, moved; the rest as it is."""
-    moved = [
-        {n: on(device, y)[0] for n, y in x.items()} if isinstance(x, dict) else x.to(device) if hasattr(x, "to") else x
-        for x in things
-    ]
-    return moved
 
 
 def decode(problem, backend, form):

@@ -17,10 +17,12 @@ from lrattn.cache import inverse_rms
 RAGGED = Case("ragged", M=2, S=2, lens=(70, 33, 1, 0), key_ranks=(32, 16), value_ranks=(64, 16), bias=True, sinks=True)
 
 
-def on(device, layer, q, k_cache, v_cache, kwargs):
-    """A problem of cases.make, moved."""
-    kwargs = {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in kwargs.items()}
-    return layer.to(device), q.to(device), k_cache.to(device), None if v_cache is None else v_cache.to(device), kwargs
+def on(device, *things):
+    """Tensors, layers and dictionaries of them, moved; the rest as it is. A problem of cases.make, say."""
+    return [
+        dict(zip(x, on(device, *x.values()))) if isinstance(x, dict) else x.to(device) if hasattr(x, "to") else x
+        for x in things
+    ]
 
 
 def attend(problem, **changes):
