@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 DIMS = [1, 2, 15, 16, 20, 32, 48, 64, 72, 80, 96, 128, 160, 256]
 RANKS = [16, 32, 48, 64, 80, 96, 112, 128, 160, 272]
 FAR = [-(2**31), 2**31 - 1]
+FAR_STARTS = [-(2**31), 2**31 - 2**20]  # kernels count tiles from a start on, in 32 bits
 LONGEST = 300  # tokens
 
 
@@ -56,27 +57,33 @@ def ropes(draw, head_dim):
 def layers(draw, heads=8, dims=DIMS, ranks=RANKS, most_heads=16):
     """The fields of a Case that say what the layer is."""
     kv_heads = draw(st.integers(1, heads))
-    shared = draw(st.sampled_from([False, False, True]))
+    values = draw(st.sampled_from(["grouped apart", "grouped as keys", "in the row of keys"]))
     orders = st.none() | st.permutations(range(kv_heads)).map(tuple)
     head_dim = draw(st.sampled_from(dims))
     rank = st.sampled_from(ranks)
 
-    def ranked():
-        groups = draw(st.sampled_from(divisors(kv_heads)))
+    def ranked(groups):
         return tuple(draw(st.lists(rank, min_size=groups, max_size=groups)))
 
-    key_ranks, key_order = ranked(), draw(orders)
-    riding = draw(st.sampled_from([0, 16, 48])) if shared else 0
+    key_ranks, key_order = ranked(draw(st.sampled_from(divisors(kv_heads)))), draw(orders)
+    value_order = key_order
+    if values == "in the row of keys":
+        riding = draw(st.sampled_from([0, 16, 48]))
+        value_ranks = tuple(r + riding for r in key_ranks)
+    elif values == "grouped as keys":
+        value_ranks = ranked(len(key_ranks))
+    else:
+        value_ranks, value_order = ranked(draw(st.sampled_from(divisors(kv_heads)))), draw(orders)
     return {
         "Hkv": kv_heads,
         "M": draw(st.sampled_from([m for m in (1, 2, 3, 4, 7, 8) if m * kv_heads <= most_heads])),
         "D": head_dim,
         "E": draw(st.sampled_from([1, 24, 40])),
         "key_ranks": key_ranks,
-        "value_ranks": tuple(r + riding for r in key_ranks) if shared else ranked(),
+        "value_ranks": value_ranks,
         "key_order": key_order,
-        "value_order": key_order if shared else draw(orders),
-        "shared": shared,
+        "value_order": value_order,
+        "shared": values == "in the row of keys",
         "rope": draw(ropes(head_dim)),
         "bias": draw(st.booleans()),
         "key_norm": draw(st.booleans()),
@@ -117,7 +124,8 @@ def cases(draw, *, longest=LONGEST, most_queries=6, most_splits=1024, **sizes):
     if draw(st.booleans()):
         ends = [min(max(n, 0), longest) for n in lens]
         starts = tuple(
-            draw(st.sampled_from([0, 1, n // 4, n // 3, n // 3, n // 2, n // 2, n - 1, -3, n + 7, *FAR])) for n in ends
+            draw(st.sampled_from([0, 1, n // 4, n // 3, n // 3, n // 2, n // 2, n - 1, -3, n + 7, *FAR_STARTS]))
+            for n in ends
         )
     return Case(
         "drawn",

@@ -118,9 +118,9 @@ def test_the_reference_is_dense_attention(case, seed, form):
     out, lse = decode(problem, "reference", form)
     expected, expected_lse, sway = exact(problem)
     largest = expected.abs().max().item() if expected.numel() else 0.0
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12 * (1 + largest + sway[0]))
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-13 * (1 + largest + sum(sway[0])))
     if form["return_lse"]:
-        torch.testing.assert_close(lse, expected_lse, rtol=1e-12, atol=1e-12 * (1 + sway[1]))
+        torch.testing.assert_close(lse, expected_lse, rtol=1e-13, atol=1e-13 * (1 + sum(sway[1])))
 
 
 def check_no_worse(case, dtype, seed, form, backend, device):
@@ -131,11 +131,13 @@ def check_no_worse(case, dtype, seed, form, backend, device):
     plain, plain_lse = (
         (x.cpu() for x in dense.attend(*tensors, layer, **kwargs)) if case.lens else (true.to(dtype), true_lse.float())
     )
-    assert_no_worse(out, plain, true, sway=sway[0])
+    eps, sum_eps = torch.finfo(dtype).eps, torch.finfo(torch.float32).eps
+    slack = [eps * by_key + sum_eps * by_sum for by_key, by_sum in sway]
+    assert_no_worse(out, plain, true, slack=slack[0])
     if form["return_lse"]:
         some = true_lse.isfinite()
         assert torch.equal(lse == -torch.inf, ~some)
-        assert_no_worse(lse[some], plain_lse[some], true_lse[some], dtype, sway[1])
+        assert_no_worse(lse[some], plain_lse[some], true_lse[some], dtype, slack[1])
 
 
 @fuzz(4, case=cases(most_splits=17), seed=SEEDS, form=FORMS, dtype=st.sampled_from(FLOATS[1:]))
@@ -207,7 +209,8 @@ def written(layer, zk, zv, k_cache, v_cache, slots):
             norm = truth.inverse_rms(layer, rows[i : i + 1])[0].clamp(max=torch.finfo(zk.dtype).max)
             high = norm.to(zk.dtype)
             row[layer.row_width :][: 2 * heads] = torch.cat((high, (norm - high.double()).to(zk.dtype)))
-            off[page, offset] = 4 * eps**2 + 8 * sum_eps * (1 + truth.cancellation(layer, rows[i : i + 1])[0])
+            terms = norm / truth.inverse_rms(truth.positive(layer), rows[i : i + 1].abs())[0]
+            off[page, offset] = 4 * eps**2 + 8 * sum_eps * (1 + terms)
         k_cache[page, offset] = row
         if v_cache is not None:
             v_cache[page, offset] = zv.reshape(-1, zv.shape[-1])[i]

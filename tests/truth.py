@@ -20,15 +20,16 @@ def dense_heads(rows, projection, starts):
     return torch.stack(heads, 1)
 
 
-def rotate(x, positions, rope):
-    """x [n, Hkv, D] rotated to positions [n]; angles in the dtype that the rope asks for."""
+def rotate(x, positions, rope, sizes=False):
+    """x [n, Hkv, D] rotated to positions [n], angles in the dtype that the rope asks for; or bounds of its sizes."""
     frequencies, factor = rope.frequencies()
     angles = positions.to(frequencies.dtype)[:, None, None] * frequencies
     cos, sin = ((f(angles) * factor).double() for f in (torch.cos, torch.sin))
     n = 2 * len(frequencies)
     first, second = (slice(0, n, 2), slice(1, n, 2)) if rope.interleaved else (slice(0, n // 2), slice(n // 2, n))
     y = x.clone()
-    y[..., first] = x[..., first] * cos - x[..., second] * sin
+    cos, sin, back = (cos.abs(), sin.abs(), sin.abs()) if sizes else (cos, sin, -sin)
+    y[..., first] = x[..., first] * cos + x[..., second] * back
     y[..., second] = x[..., second] * cos + x[..., first] * sin
     return y
 
@@ -39,11 +40,33 @@ def inverse_rms(layer, rows):
     return ((raw * raw).mean(-1) + layer.key_norm.eps) ** -0.5
 
 
-def cancellation(layer, rows):
-    """How far the terms of a raw key outweigh their sum, which the norm makes one: [n, Hkv], at least 1."""
-    keys, bias = layer.keys, layer.keys.bias
-    positive = replace(layer, keys=replace(keys, up=keys.up.abs(), bias=None if bias is None else bias.abs()))
-    return inverse_rms(layer, rows) / inverse_rms(positive, rows.abs())
+def positive(layer):
+    """The layer whose sums are those of the sizes of this one's terms."""
+
+    def side(x):
+        return replace(x, up=x.up.abs(), bias=None if x.bias is None else x.bias.abs())
+
+    return replace(layer, keys=side(layer.keys), values=side(layer.values))
+
+
+def dense_keys(layer, rows, norms, positions, sizes=False):
+    """Key rows [n, width] -> keys [n, Hkv, D], normed by norms [n, Hkv] and rotated."""
+    k = dense_heads(rows, layer.keys, first_columns(layer, layer.keys))
+    if layer.key_norm is not None:
+        weight = layer.key_norm.weight.double()
+        k = k * norms[..., None] * (weight.abs() if sizes else weight)
+    return k if layer.rope is None else rotate(k, positions, layer.rope, sizes)
+
+
+def dense_values(layer, rows, project):
+    """Value rows [n, width] -> what is summed [n, Hkv, .]: heads, or latents padded with zeros."""
+    if project != "latent":
+        return dense_heads(rows, layer.values, first_columns(layer, layer.values))
+    groups = group_of(layer.values)
+    v = rows.new_zeros(len(rows), len(groups), max(layer.values.ranks))
+    for h, (_, column, rank) in groups.items():
+        v[:, h, :rank] = rows[:, column : column + rank]
+    return v
 
 
 def first_columns(layer, projection):
@@ -72,18 +95,17 @@ def attend(
     num_splits=0,
     workspace_limit=0,
 ):
-    """Result and lse in float64, and the sway of each. The last two arguments change nothing.
+    """Result and lse in float64, and the sway of each: (by roundings of keys and queries, by roundings of sums).
 
-    The sway is what results move by at most, to first order, when every query and key is off by one part of itself
-    (with a key norm, of the terms it was summed from): times eps it is an error that rounding alone explains,
-    wherever the softmax has its peak.
+    Times eps of the dtype and of the sums it is how far rounding alone may move them, to first order, wherever the
+    softmax has its peak. The last two arguments change nothing.
     """
     batch, num_queries, query_heads, head_dim = q.shape
     size, shared = k_cache.shape[1], query_heads // layer.keys.up.shape[0]
     bound = min(block_table.shape[1] * size, math.inf if max_seq_len is None else max_seq_len)
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-    value_groups, widest = group_of(layer.values), max(layer.values.ranks)
-    outs, lses, sway = [], [], [0.0, 0.0]
+    terms, wo = positive(layer), layer.wo.double()
+    outs, lses, sway = [], [], torch.zeros(2, 2, dtype=torch.float64)
     for b in range(batch):
         length = min(max(int(seq_lens[b]), 0), bound)
         t, own = torch.arange(length), torch.arange(length - num_queries, length)[:, None]
@@ -91,41 +113,36 @@ def attend(
         seen = seen & (t <= own) if causal else seen
         seen = seen if window_size is None else seen & (t > own - window_size)
         t = t[seen.any(0)]  # only what some query sees is read
-        seen, page, offset = seen[:, t], block_table[b, t // size].long(), t % size
+        seen, page, offset = seen[:, None, t], block_table[b, t // size].long(), t % size
         k_rows = k_cache[page, offset].double()
         v_rows = k_rows if v_cache is None else v_cache[page, offset].double()
+        at = t if positions is None else positions[page, offset].long()
+        norms = None if layer.key_norm is None else inverse_rms(layer, k_rows)
 
-        k = dense_heads(k_rows, layer.keys, first_columns(layer, layer.keys))
-        if layer.key_norm is not None:
-            k = k * inverse_rms(layer, k_rows)[..., None] * layer.key_norm.weight.double()
-        if layer.rope is not None:
-            k = rotate(k, t if positions is None else positions[page, offset].long(), layer.rope)
-        s = torch.einsum("shd,thd->sht", q[b].double(), k.repeat_interleave(shared, 1)) * scale
-        terms = torch.einsum("shd,thd->sht", q[b].double().abs(), k.abs().repeat_interleave(shared, 1)) * abs(scale)
-        if layer.key_norm is not None:
-            terms = terms * cancellation(layer, k_rows).repeat_interleave(shared, 1).T
+        def scores(x, k):
+            return torch.einsum("shd,thd->sht", x, k.repeat_interleave(shared, 1))
+
+        def result(p, v, wo):
+            out = torch.einsum("sht,thr->shr", p, v.repeat_interleave(shared, 1))
+            return torch.einsum("shd,hde->se", out, wo) if project == "hidden" else out
+
+        k, v = dense_keys(layer, k_rows, norms, at), dense_values(layer, v_rows, project)
+        s = scores(q[b].double(), k) * scale
         s = torch.tanh(s / softcap) * softcap if softcap else s
-        s = s.masked_fill(~seen[:, None], -torch.inf)
+        s = s.masked_fill(~seen, -torch.inf)
         if sinks is not None:
             s = torch.cat((s, sinks.double()[:, None].expand(num_queries, -1, 1)), 2)
         lse = s.logsumexp(-1)
         p = (s - lse[..., None]).exp().masked_fill(lse[..., None] == -torch.inf, 0.0)[..., : len(t)]
-
-        if project == "latent":
-            v = v_rows.new_zeros(len(t), len(value_groups), widest)
-            for h, (_, column, rank) in value_groups.items():
-                v[:, h, :rank] = v_rows[:, column : column + rank]
-        else:
-            v = dense_heads(v_rows, layer.values, first_columns(layer, layer.values))
-        v = v.repeat_interleave(shared, 1)
-        out = torch.einsum("sht,thr->shr", p, v)
-        outs.append(torch.einsum("shd,hde->se", out, layer.wo.double()) if project == "hidden" else out)
+        outs.append(result(p, v, wo))
         lses.append(lse)
-        if terms.numel():
-            most = v.abs().amax(0)
-            most = torch.einsum("hd,hde->e", most, layer.wo.double().abs()) if project == "hidden" else most
-            by_score = terms.masked_fill(~seen[:, None], 0.0).max().item()
-            sway = [max(sway[0], 2 * by_score * most.max().item()), max(sway[1], by_score)]
-    last = {"latent": (query_heads, widest), "heads": (query_heads, head_dim), "hidden": layer.wo.shape[2:]}[project]
-    empty = q.new_empty(0, num_queries, *last).double(), q.new_empty(0, num_queries, query_heads).double()
-    return (torch.stack(outs), torch.stack(lses), sway) if outs else (*empty, sway)
+        if p.numel():
+            sizes = k.abs(), dense_keys(terms, k_rows.abs(), norms, at, sizes=True)
+            by_score = [(scores(q[b].double().abs(), x) * seen).max() * abs(scale) for x in sizes]
+            most = [x.abs().amax(0, keepdim=True) for x in (v, dense_values(terms, v_rows.abs(), project))]
+            value, summed = (result(torch.ones_like(p[..., :1]), x, wo.abs()).max() for x in most)
+            moved = [[2 * by_score[0] * value, by_score[0]], [2 * by_score[1] * value + summed, by_score[1]]]
+            sway = torch.maximum(sway, torch.tensor(moved, dtype=torch.float64).T)
+    last = {"latent": (query_heads, max(layer.values.ranks)), "heads": (query_heads, head_dim), "hidden": wo.shape[2:]}
+    empty = q.new_empty(0, num_queries, *last[project]).double(), q.new_empty(0, num_queries, query_heads).double()
+    return (torch.stack(outs), torch.stack(lses), sway.tolist()) if outs else (*empty, sway.tolist())
