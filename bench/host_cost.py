@@ -4,7 +4,7 @@
 
 Launches are replaced by a function that does nothing: neither a kernel nor Triton's own launcher is in these times.
 On a GPU the call with its launches is timed too, as the host sees it. "first" is a call of a kind that the layer has
-not seen: other shapes, strides or dtypes. "operator" is the same call through torch.ops, as a compiled graph makes it.
+not seen: other shapes, strides or dtypes. "operator" is torch.ops alone, as a compiled graph calls it.
 --dry: a few rounds.
 """
 
@@ -27,6 +27,7 @@ import lrattn
 from bench import report, timing
 from bench.decode_problem import make
 from bench.decode_shapes import LLAMA_31, Shape
+from lrattn import ops
 from lrattn.kernels import launch, plan
 
 KEEP, TOKENS = 0.25, 1024  # of a Llama-3.1-8B layer
@@ -117,8 +118,10 @@ def measure(way: Way, batch: int, rounds: int, device: torch.device) -> dict[str
         row["launches"] = list(named)
         row["call"] = microseconds(call, rounds)
         row["first"] = microseconds(call, max(3, rounds // 4), forget)
-        with torch.no_grad(), patch.object(lrattn.ops, "run", lambda name, *x: getattr(torch.ops.lrattn, name)(*x)):
-            row["operator"] = microseconds(call, max(3, rounds // 4))
+        with patch.object(ops, "attend", wraps=ops.attend) as attend:
+            call()
+        given = attend.call_args.args
+        row["operator"] = microseconds(lambda: ops.dispatch(*given), max(3, rounds // 4))
     if device.type == "cuda":
         row["with_launches"] = microseconds(call, rounds)
         torch.cuda.synchronize()

@@ -32,7 +32,6 @@ from bench.decode_problem import Problem, attend, make
 from bench.decode_shapes import LLAMA_2, Shape
 from bench.gpu_decode import TIMED, Bench, Entry, ready
 from bench.gpu_plot import DRY_TITLE
-from lrattn import ops
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Rule, Tokens
 from lrattn.kernels.plan import cut
@@ -114,12 +113,12 @@ def entries(x: Problem) -> Iterator[Entry]:
 
 def our_scores(x: Problem) -> providers.Run:
     """Our first two kernels as a decode call launches them, without values: scores [1, Hq, T], not scaled."""
-    keys, values = ops.sides(*x.layer.operands)
+    keys, values = x.layer.operands
     tokens, rule = Tokens(x.table, x.lens, None, None, x.tokens), Rule(1.0, 0.0, True, 0)
     q = x.q[:, None]
     device = launch.name(q.device)
     sizes = (q.dtype, device, launch.processors(q.device), keys.sizes, values.sizes)
-    size = cut(1, 1, q.shape[2], *sizes, None, x.tokens, 0, 0, 256 << 20, True)
+    size = cut(1, 1, q.shape[2], *sizes, False, x.tokens, 0, 0, 256 << 20)
     turned = q.new_empty(1, size.tiles, q.shape[2], 2, launch.block_d(q.shape[3]) // 2)
     s = q.new_empty(1, q.shape[2], size.tiles * launch.BLOCK_T, dtype=torch.float32)
 

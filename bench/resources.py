@@ -29,11 +29,11 @@ from triton.runtime.jit import JITFunction
 
 import lrattn
 from bench import report
-from lrattn import ops
 from lrattn.kernels import absorb, combine, decode, launch, merge, plan, project, rebuild, scores, values, write
-from lrattn.kernels.arguments import Keys, Rule, Tokens, Values
+from lrattn.kernels.arguments import Call, Rule, Tokens
 from lrattn.kernels.fused_absorbed import fused_absorbed
 from lrattn.kernels.fused_rebuilt import fused_rebuilt
+from lrattn.operands import Keys, Operands
 
 PATH = report.RESULTS / "resources.json"
 SOURCES = sorted((Path(lrattn.__file__).parent / "kernels").glob("*.py"))
@@ -82,7 +82,7 @@ class Problem(NamedTuple):
     def has(self, word: str) -> bool:
         return word in self.options.split()
 
-    def sides(self) -> tuple[Keys, Values]:
+    def sides(self) -> Operands:
         """The records the kernels take, of a layer with two groups; no numbers, only shapes."""
         heads = 2 * self.group
         bias = torch.zeros(heads, self.head, dtype=self.dtype) if self.has("bias") else None
@@ -97,7 +97,7 @@ class Problem(NamedTuple):
             shared=self.shared,
             key_norm=lrattn.KeyNorm(torch.ones(self.head, dtype=self.dtype)) if self.has("norm") else None,
         ).to(META)
-        return ops.sides(*layer.operands)
+        return layer.operands
 
     def value_rank(self) -> int:
         return self.values or self.rank
@@ -164,7 +164,7 @@ def absorbed_scores(p: Problem) -> None:
 def latent_values(p: Problem) -> None:
     keys, side = p.sides()
     s, y, lse = fp32(BATCH, p.rows(), 2 * launch.BLOCK_T), fp32(BATCH, 2, p.rows(), p.rank), fp32(BATCH, 2, p.rows())
-    values.latent_values(s, p.steps, p.cache(keys), side, p.tokens(), p.rule(), y, lse, 0, 2)
+    values.latent_values(s, p.steps, p.cache(keys), side, p.tokens(), p.rule(), y, lse, 0, 2, 2)
 
 
 def absorbed_pass(p: Problem) -> None:
@@ -174,7 +174,7 @@ def absorbed_pass(p: Problem) -> None:
     assert choice is not None, "the launch table has a row for it"
     cache, (y, lse) = p.cache(keys), p.partial()
     cv = None if p.shared else cache
-    fused_absorbed(a, constant, p.steps, cache, cv, keys, side, p.tokens(), p.rule(), y, lse, 0, 2, choice)
+    fused_absorbed(a, constant, p.steps, cache, cv, keys, side, p.tokens(), p.rule(), y, lse, 0, 2, 2, choice)
 
 
 def rebuilt_pass(p: Problem) -> None:
@@ -184,25 +184,26 @@ def rebuilt_pass(p: Problem) -> None:
     assert choice is not None, "the launch table has a row for it"
     cache, (y, lse) = p.cache(keys), p.partial()
     cv = None if p.shared else cache
-    fused_rebuilt(x, p.steps, cache, cv, keys, side, p.tokens(), p.rule(), y, lse, 0, 2, turned, choice)
+    fused_rebuilt(x, p.steps, cache, cv, keys, side, p.tokens(), p.rule(), y, lse, 0, 2, 2, turned, choice)
 
 
 def combine_heads(p: Problem) -> None:
     _, side = p.sides()
     y, part, lse = fp32(BATCH, 2, p.rows(), p.rank), fp32(BATCH, 2, p.rows()), fp32(BATCH, *p.query().shape[1:3])
-    combine.combine(y, part, side, p.query(), lse, fp32(p.query().shape[2]) if p.has("rule") else None, up=True)
+    sinks = fp32(p.query().shape[2]) if p.has("rule") else None
+    combine.combine(y, part, range(2), side, p.query(), lse, sinks, up=True)
 
 
 def combine_latents(p: Problem) -> None:
     _, side = p.sides()
     y, part, lse = fp32(BATCH, 2, p.rows(), p.rank), fp32(BATCH, 2, p.rows()), fp32(BATCH, *p.query().shape[1:3])
-    combine.combine(y, part, side, fp32(*lse.shape, p.rank), lse)
+    combine.combine(y, part, range(2), side, fp32(*lse.shape, p.rank), lse)
 
 
 def merge_splits(p: Problem) -> None:
     _, side = p.sides()
     y, lse = p.partial()
-    merge.merge(y, lse, side, p.rows())
+    merge.merge(y, lse, 1, side)
 
 
 def project_heads(p: Problem) -> None:
@@ -367,7 +368,7 @@ def recompiled() -> list[str]:
     with compiling("sm90") as compiled:
         for pages, bound, splits in ((8, 128, 1), (1, 1, 3), (7, 100, 4), (9, 100, 6), (64, 1024, 16)):
             tokens = Tokens(empty(BATCH, pages), empty(BATCH), None, None, bound)
-            call = decode.Call(q, cache, cache, keys, side, tokens, Rule(1.0, 0.0, True, 0))
+            call = Call(q, cache, cache, keys, side, tokens, Rule(1.0, 0.0, True, 0))
             decode.decode_attention(call, None, None, "heads", splits, 1 << 28, torch.empty_like(q), fp32(BATCH, 1, 2))
     binaries = {kernel: {b.hash for k, b in compiled if k == kernel} for kernel, _ in compiled}
     return [f"{kernel}: {len(found)} compilations" for kernel, found in binaries.items() if len(found) > 1]

@@ -10,5 +10,7 @@ from unittest.mock import patch
 @contextmanager
 def two_passes() -> Iterator[None]:
     """Inside, scores go to memory and a second kernel sums the values, also where one pass could do both."""
-    with patch("lrattn.kernels.plan.fused", lambda *shape: None):
+    from lrattn.kernels import plan
+
+    with patch.object(plan, "fused", lambda *shape: None), patch.object(plan, "cut", plan.cut.__wrapped__):
         yield

@@ -15,12 +15,12 @@ from torch import Tensor
 from lrattn import ops, reference
 from lrattn.checks import accumulator_types, check_caches, check_integer, check_number, check_tables
 from lrattn.factors import LayerFactors
-from lrattn.shapes import accumulator, check, check_tensors
+from lrattn.kernels.arguments import Call, Rule, Tokens
+from lrattn.shapes import MAX_SPLITS, accumulator, check, check_tensors
 
 PROJECTIONS = ("latent", "heads", "hidden")
 BACKENDS = ("reference", "triton")
 MAX_HEAD_DIM = 256  # of the kernels
-MAX_SPLITS = 1024
 MOST_CHECKED = 128  # kinds of calls a layer remembers to have checked
 
 
@@ -67,7 +67,7 @@ def write_latents(
         reference.write_latents(layer, zk, zv, k_cache, v_cache, slots)
     else:
         eps = 0.0 if layer.key_norm is None else layer.key_norm.eps
-        torch.ops.lrattn.write_latents(zk, zv, k_cache, v_cache, slots, *layer.operands[:2], eps)
+        torch.ops.lrattn.write_latents(zk, zv, k_cache, v_cache, slots, *layer.operands.lists()[:2], eps)
 
 
 @torch.no_grad()
@@ -100,7 +100,7 @@ def rebuild(
         k, v = reference.rebuild(k_cache, v_cache, layer, block_table, seq_lens, positions)
         return k[:num_tokens], v[:num_tokens]
     rows = -1 if num_tokens is None else num_tokens
-    return torch.ops.lrattn.rebuild(k_cache, v_cache, block_table, seq_lens, positions, *layer.operands, rows)
+    return torch.ops.lrattn.rebuild(k_cache, v_cache, block_table, seq_lens, positions, *layer.operands.lists(), rows)
 
 
 def decode_attention(
@@ -158,7 +158,8 @@ def decode_attention(
     """
     tensors = q, k_cache, v_cache, block_table, seq_lens, positions, seq_starts, sinks, out
     kind = chosen = None
-    if not ops.watched(q):
+    watched = ops.watched(q)
+    if not watched:
         try:
             metadata = [None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors]
             kind = (*metadata, project, backend)
@@ -189,32 +190,13 @@ def decode_attention(
     flat = q.dim() == 3
     q4 = q.unsqueeze(1) if flat else q
     if chosen == "triton":
-        arguments = (
-            q4,
-            k_cache,
-            v_cache,
-            block_table,
-            seq_lens,
-            seq_starts,
-            positions,
-            sinks,
-            *layer.operands,
-            layer.wo,
-            project,
-            float(scale),
-            float(softcap),
-            causal,
-            bound,
-            min(window_size or 0, bound + q4.shape[1]),
-            num_splits,
-            workspace_limit,
-        )
-        if out is None:
-            result, lse = ops.run("decode_attention", *arguments)
-            result = result[:, 0] if flat else result
-        else:
-            lse = ops.run("decode_attention_out", *arguments, out.unsqueeze(1) if flat else out)
-            result = out
+        tokens = Tokens(block_table, seq_lens, seq_starts, positions, bound)
+        rule = Rule(float(scale), float(softcap), causal, min(window_size or 0, bound + q4.shape[1]))
+        call = Call(q4, k_cache, v_cache, *layer.operands, tokens, rule)
+        run = ops.dispatch if watched else ops.attend
+        to = out if out is None or not flat else out.unsqueeze(1)
+        result, lse = run(call, sinks, layer.wo, project, num_splits, workspace_limit, to)
+        result = out if out is not None else result[:, 0] if flat else result
     else:
         with torch.no_grad():
             lengths = seq_lens.clamp(0, bound).tolist()

@@ -1,11 +1,8 @@
-"""A layer as operators take it: a list of tensors and a list of integers for either side.
-
-They are the fields of `Keys` and `Values` in kernels/arguments.py, in order.
-"""
+"""A layer as kernels take it: the tensors and the numbers of either side in one record; operators take lists."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +12,62 @@ from lrattn.projection import Projection
 from lrattn.rope import Rope
 
 
+class KeySizes(NamedTuple):
+    """The numbers of the key side."""
+
+    head_dim: int
+    rank: int  # the largest
+    rotary_dim: int
+    interleaved: int  # 1: pairs are dimensions (2j, 2j + 1)
+    exact_turns: int  # 1: float32 results must use every token's own row of turns
+    extras: int  # how many of bias and key norm there are
+    norm_column: int  # where 1 / rms begins in a key row; -1: no key norm
+    max_position: int  # rows of the turns; 0 without
+    num_heads: int  # Hkv
+    groups: int  # G
+    group_size: int  # C
+
+
+class ValueSizes(NamedTuple):
+    """The numbers of the value side."""
+
+    rank: int  # the largest
+    paired: int  # 1: group g holds the heads of key group g
+    shared: int  # 1: its row serves the keys too
+    head_dim: int
+    num_heads: int  # Hkv
+    groups: int  # G
+    group_size: int  # C
+
+
+class Keys(NamedTuple):
+    """The key side of a layer, by place; the two dimensions of a rotated pair are adjacent."""
+
+    rows: Tensor  # [sum Rk, C * D]
+    runs: Tensor  # [G, 3] int32: first column in a cache row, rank, first row of `rows`
+    heads: Tensor  # [Hkv] int32, place -> kv head
+    bias: Tensor | None  # [Hkv, D] float32
+    weight: Tensor | None  # [D] float32, of the key norm
+    turns: Tensor | None  # [max_position, rotary_dim] float32, cos and sin of a pair adjacent; None: no rotation
+    offset_turns: Tensor | None  # [MAX_BLOCK, rotary_dim] float32
+    sizes: KeySizes
+
+
+class Values(NamedTuple):
+    """The value side of a layer."""
+
+    rows: Tensor  # [sum Rv, C * D], by place
+    runs: Tensor  # [G, 3] int32, as for keys
+    heads: Tensor  # [Hkv] int32, place -> kv head
+    places: Tensor  # [Hkv] int32, kv head -> place
+    bias: Tensor | None  # [Hkv, D] float32, by place
+    up: Tensor  # [Hkv, Rv, D], model order
+    sizes: ValueSizes
+
+
 class Operands(NamedTuple):
-    key_tensors: list[Tensor | None]
-    key_numbers: list[int]
-    value_tensors: list[Tensor | None]
-    value_numbers: list[int]
+    keys: Keys
+    values: Values
 
     @classmethod
     def of(
@@ -34,12 +82,27 @@ class Operands(NamedTuple):
         extras = (key.bias is not None) + (norm_weight is not None)
         groups = keys.groups, values.groups
         paired = len(groups[0]) == len(groups[1]) and all(set(k) == set(v) for k, v in zip(*groups, strict=True))
+        key_sizes = KeySizes(keys.head_dim, max(keys.ranks), *rotation, extras, norm_column, positions, *_heads(keys))
+        value_sizes = ValueSizes(max(values.ranks), int(paired), int(shared), values.head_dim, *_heads(values))
         return cls(
-            [key.rows, key.runs, key.heads, key.bias, norm_weight, turns, offsets],
-            [keys.head_dim, max(keys.ranks), *rotation, extras, norm_column, positions, *_heads(keys)],
-            [value.rows, value.runs, value.heads, value.places, value.bias, values.up],
-            [max(values.ranks), int(paired), int(shared), values.head_dim, *_heads(values)],
+            Keys(key.rows, key.runs, key.heads, key.bias, norm_weight, turns, offsets, key_sizes),
+            Values(value.rows, value.runs, value.heads, value.places, value.bias, values.up, value_sizes),
         )
+
+    @classmethod
+    def of_lists(cls, *lists: Any) -> Operands:
+        """From what `lists` gives."""
+        key_tensors, key_numbers, value_tensors, value_numbers = lists
+        values = Values._make((*value_tensors, ValueSizes(*value_numbers)))
+        return cls(keys_of(key_tensors, key_numbers), values)
+
+    def lists(self) -> tuple[list[Tensor | None], list[int], list[Tensor | None], list[int]]:
+        """Tensors and numbers of the keys, tensors and numbers of the values."""
+        return [*self.keys[:-1]], [*self.keys.sizes], [*self.values[:-1]], [*self.values.sizes]
+
+
+def keys_of(tensors: Any, numbers: Any) -> Keys:
+    return Keys._make((*tensors, KeySizes(*numbers)))
 
 
 def _heads(side: Projection) -> tuple[int, int, int]:

@@ -1,12 +1,13 @@
 """torch.ops.lrattn: the kernels as operators, which torch.compile traces as one node and CUDA graphs capture.
 
-Operators take tensors and numbers; a layer comes as its `operands`, a list of each for either side. The caller has
+Operators take tensors and numbers; a layer comes as the lists of its `operands`. The caller has
 checked the arguments. Triton is imported by the first call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from lrattn.factors import LayerFactors
-from lrattn.kernels.arguments import Keys, KeySizes, Rule, Tokens, Values, ValueSizes
+from lrattn.kernels.arguments import Call, Rule, Tokens
+from lrattn.operands import Operands, keys_of
 
 KEYS = "Tensor?[] key_tensors, int[] key_numbers"
 VALUES = "Tensor?[] value_tensors, int[] value_numbers"
@@ -34,26 +36,12 @@ SCHEMAS = (
 def workspace_bytes(
     layer: LayerFactors, q_shape: tuple[int, int, int], bound: int, window: int, num_splits: int, limit: int
 ) -> int:
-    """Bytes of temporaries of decode_attention for q of B, S, Hq."""
+    """Bytes of temporaries of decode_attention for q of B, S, Hq, with positions or without."""
     from lrattn.kernels import launch, plan
 
-    keys, values = KeySizes(*layer.operands.key_numbers), ValueSizes(*layer.operands.value_numbers)
-    device, processors = launch.name(layer.device), launch.processors(layer.device)
-    found = []
-    for turned in (False, layer.rope is not None):
-        one_pass = plan.fused(q_shape[1] * q_shape[2], layer.dtype, device, keys, values, turned)
-        where = (layer.dtype, device, processors, keys, values, one_pass)
-        found.append(plan.cut(*q_shape, *where, bound, window, num_splits, limit, turned).nbytes)
-    return max(found)
-
-
-def keys_of(tensors: Any, numbers: Any) -> Keys:
-    return Keys._make((*tensors, KeySizes(*numbers)))
-
-
-def sides(key_tensors: Any, key_numbers: Any, value_tensors: Any, value_numbers: Any) -> tuple[Keys, Values]:
-    values = Values._make((*value_tensors, ValueSizes(*value_numbers)))
-    return keys_of(key_tensors, key_numbers), values
+    sizes = [side.sizes for side in layer.operands]
+    where = (layer.dtype, launch.name(layer.device), launch.processors(layer.device), *sizes)
+    return max(plan.cut(*q_shape, *where, placed, bound, window, num_splits, limit).nbytes for placed in (False, True))
 
 
 def _write_latents(
@@ -86,7 +74,7 @@ def _rebuild(
 ) -> tuple[Tensor, Tensor]:
     from lrattn.kernels.rebuild import rebuild_keys, rebuild_values
 
-    keys, values = sides(key_tensors, key_numbers, value_tensors, value_numbers)
+    keys, values = Operands.of_lists(key_tensors, key_numbers, value_tensors, value_numbers)
     bound = block_table.shape[1] * k_cache.shape[1]
     ends = seq_lens.clamp(0, bound).cumsum(0)
     if num_tokens < 0:
@@ -106,7 +94,7 @@ def _rebuild_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     return k, v
 
 
-def _decode_attention_out(
+def _call(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor | None,
@@ -128,58 +116,40 @@ def _decode_attention_out(
     window_size: int,
     num_splits: int,
     workspace_limit: int,
-    out: Tensor,
-) -> Tensor:
-    from lrattn.kernels.decode import Call, decode_attention
-
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    with torch.cuda.device_of(q):
-        decode_attention(
-            Call(
-                q,
-                k_cache,
-                v_cache,
-                *sides(key_tensors, key_numbers, value_tensors, value_numbers),
-                Tokens(block_table, seq_lens, seq_starts, positions, max_seq_len),
-                Rule(softmax_scale, softcap, causal, window_size),
-            ),
-            sinks,
-            wo,
-            project,
-            num_splits,
-            workspace_limit,
-            out,
-            lse,
-        )
-    return lse
-
-
-def _result(*arguments: Any) -> Tensor:
-    """An empty result for the arguments of decode_attention."""
-    q, value_numbers, wo, project = (arguments[i] for i in (0, 11, 12, 13))
-    last = {"latent": (q.shape[2], value_numbers[0]), "heads": q.shape[2:]}
-    return q.new_empty(*q.shape[:2], *(last[project] if wo is None or project != "hidden" else wo.shape[2:]))
+) -> tuple[Call, Tensor | None, Tensor | None, str, int, int]:
+    """The arguments of an operator as `attend` takes them, but for out."""
+    operands = Operands.of_lists(key_tensors, key_numbers, value_tensors, value_numbers)
+    tokens = Tokens(block_table, seq_lens, seq_starts, positions, max_seq_len)
+    call = Call(q, k_cache, v_cache, *operands, tokens, Rule(softmax_scale, softcap, causal, window_size))
+    return call, sinks, wo, project, num_splits, workspace_limit
 
 
 def _decode_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
-    result = _result(*arguments)
-    return result, _decode_attention_out(*(*arguments, result))
+    return attend(*_call(*arguments), None)
 
 
-def _decode_attention_out_fake(q: Tensor, *rest: Any) -> Tensor:
-    return q.new_empty(q.shape[:3], dtype=torch.float32)
+def _decode_attention_out(*arguments: Any) -> Tensor:
+    return attend(*_call(*arguments[:-1]), arguments[-1])[1]
 
 
 def _decode_attention_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return _result(*arguments), _decode_attention_out_fake(*arguments)
+    call, _, wo, project, *_ = _call(*arguments)
+    return _result(call, wo, project), _lse(call.q)
 
 
-def run(operator: str, *arguments: Any) -> Any:
-    """An operator by name, or, where nobody looks on, what it does: a dispatch costs more than two launches do."""
-    if watched(arguments[0]):
-        with torch.no_grad():
-            return getattr(torch.ops.lrattn, operator)(*arguments)
-    return _IMPLEMENTATIONS[operator](*arguments)
+def _decode_attention_out_fake(q: Tensor, *rest: Any) -> Tensor:
+    return _lse(q)
+
+
+def _result(call: Call, wo: Tensor | None, project: str) -> Tensor:
+    """An empty result of decode_attention."""
+    q = call.q
+    last = {"latent": (q.shape[2], call.values.sizes.rank), "heads": q.shape[2:]}
+    return q.new_empty(*q.shape[:2], *(last[project] if wo is None or project != "hidden" else wo.shape[2:]))
+
+
+def _lse(q: Tensor) -> Tensor:
+    return q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def watched(x: Tensor) -> bool:
@@ -187,11 +157,48 @@ def watched(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or type(x) is not Tensor
 
 
+@cache
+def _decode() -> Callable[..., None]:
+    from lrattn.kernels.decode import decode_attention
+
+    return decode_attention
+
+
+def attend(
+    call: Call, sinks: Tensor | None, wo: Tensor | None, project: str, num_splits: int, workspace_limit: int,
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Result (`out` where given) and lse of decode_attention; not by torch.ops, which cost what two launches do."""
+    if out is None:
+        out = _result(call, wo, project)
+    lse = _lse(call.q)
+    with torch.cuda.device_of(call.q):  # Triton launches on the current device
+        _decode()(call, sinks, wo, project, num_splits, workspace_limit, out, lse)
+    return out, lse
+
+
+def dispatch(
+    call: Call, sinks: Tensor | None, wo: Tensor | None, project: str, num_splits: int, workspace_limit: int,
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `attend`, through torch.ops."""
+    tokens, rule = call.tokens, call.rule
+    arguments = (
+        call.q, call.ck, call.cv, tokens.pages, tokens.lens, tokens.starts, tokens.positions, sinks,
+        *Operands(call.keys, call.values).lists(), wo, project, rule.scale, rule.softcap, rule.causal, tokens.bound,
+        rule.window, num_splits, workspace_limit,
+    )  # fmt: skip
+    with torch.no_grad():
+        if out is not None:
+            return out, torch.ops.lrattn.decode_attention_out(*arguments, out)
+        result, lse = torch.ops.lrattn.decode_attention(*arguments)
+        return result, lse
+
+
 def _write_latents_fake(*arguments: Any) -> None:
     return None
 
 
-_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 _LIBRARY = torch.library.Library("lrattn", "DEF")
 _OPERATORS: tuple[tuple[Callable[..., Any], Callable[..., Any]], ...] = (
     (_write_latents, _write_latents_fake),
@@ -202,6 +209,5 @@ _OPERATORS: tuple[tuple[Callable[..., Any], Callable[..., Any]], ...] = (
 for _schema, (_kernel, _fake) in zip(SCHEMAS, _OPERATORS, strict=True):
     _LIBRARY.define(" ".join(_schema.split()), tags=torch.Tag.pt2_compliant_tag)
     _name = _schema.split("(")[0]
-    _IMPLEMENTATIONS[_name] = _kernel
     _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lrattn::{_name}", _fake, lib=_LIBRARY)

@@ -125,6 +125,14 @@ def test_far_positions(t0, positions, kernel_dtype, device):
     torch.testing.assert_close(lse.double(), true_lse, rtol=0, atol=close)
 
 
+@pytest.mark.parametrize("rope", ["default", None], ids=["rebuilt", "absorbed"])
+def test_a_start_beyond_the_sequence(rope, kernel_dtype, device):
+    """Tiles are counted from where a row begins, in 32 bits: a start near 2^31 must not wrap round to a token."""
+    case = Case("far start", Hkv=1, key_ranks=(16,), value_ranks=(16,), lens=(1, 130), starts=(2**31 - 1, 0), rope=rope)
+    for limit in (1, 256 << 20):  # in chunks of tokens, and whole
+        check(replace(case, call={"workspace_limit": limit}), kernel_dtype, device)
+
+
 @pytest.mark.parametrize("num_splits", [1, 4])
 @pytest.mark.parametrize("cause", ["past the table", "a position", "the query", "a value"])
 def test_what_is_no_number_stays_none(cause, num_splits, device):

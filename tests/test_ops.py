@@ -24,7 +24,7 @@ CASES = {
 def arguments(problem, project="heads"):
     layer, q, k_cache, v_cache, kwargs = problem
     optional = [kwargs["seq_starts"], kwargs["positions"], kwargs["sinks"]]
-    sides = layer.operands
+    sides = layer.operands.lists()
     numbers = (project, 0.125, 0.0, True, 48, 0, 0, 1 << 28)
     return (q, k_cache, v_cache, kwargs["block_table"], kwargs["seq_lens"], *optional, *sides, layer.wo, *numbers)
 
@@ -39,7 +39,8 @@ def test_operators_are_what_they_say(name, device):
         torch.library.opcheck(torch.ops.lrattn.decode_attention.default, given)
         out = q.new_empty(*q.shape[:2], *last)
         torch.library.opcheck(torch.ops.lrattn.decode_attention_out.default, (*given, out))
-    keys, values = layer.operands[:2], layer.operands[2:]
+    lists = layer.operands.lists()
+    keys, values = lists[:2], lists[2:]
     zk = torch.randn(3, layer.row_width, device=device)
     zv = None if layer.shared else torch.randn(3, layer.v_width, device=device)
     written = (zk, zv, k_cache.clone(), None if v_cache is None else v_cache.clone())
@@ -118,9 +119,9 @@ def test_a_call_reads_no_number_from_the_device(name, launches, monkeypatch):
     zk = torch.empty(3, layer.row_width, dtype=q.dtype, device="meta")
     zv = None if layer.shared else torch.empty(3, layer.v_width, dtype=q.dtype, device="meta")
     slots = torch.empty(3, dtype=torch.int64, device="meta")
-    ops._write_latents(zk, zv, k_cache, v_cache, slots, *layer.operands[:2], 1e-6)
+    ops._write_latents(zk, zv, k_cache, v_cache, slots, *layer.operands.lists()[:2], 1e-6)
     tables = (kwargs["block_table"], kwargs["seq_lens"], kwargs["positions"])
-    ops._rebuild(k_cache, v_cache, *tables, *layer.operands, 23)
+    ops._rebuild(k_cache, v_cache, *tables, *layer.operands.lists(), 23)
     names = {n for n, _ in launches}
     assert names >= {"combine_kernel", "project_kernel", "rebuild_kernel"}
     assert names & {"latent_values_kernel", "fused_absorbed_kernel", "fused_rebuilt_kernel"}
@@ -142,7 +143,7 @@ def test_large_calls_fit_a_grid(shape, launches, monkeypatch):
     given[-1] = 4 << 30
     given[-8] = "hidden"
     ops._decode_attention(*given)
-    ops._rebuild(k_cache, v_cache, *tables.values(), None, *layer.operands, 23)
+    ops._rebuild(k_cache, v_cache, *tables.values(), None, *layer.operands.lists(), 23)
     assert launches and all(0 < n < 65536 for _, grid in launches for n in grid[1:])
     assert all(grid[0] < 2**31 for _, grid in launches)
 

@@ -9,7 +9,6 @@ from test_kernels import attend, check, on
 
 import lrattn
 from bench.ways import two_passes
-from lrattn import ops
 from lrattn.kernels import launch, plan
 
 H100 = "sm90"
@@ -70,7 +69,7 @@ NOT_FUSED = [
 def taken(case, dtype, device=H100):
     """The launch of the one pass that a case takes, or None."""
     layer = make(replace(case, lens=(1,), starts=None), dtype)[0]
-    keys, values = ops.sides(*layer.operands)
+    keys, values = layer.operands
     turned = keys.turns is not None and not case.positions
     return plan.fused(case.S * case.M * case.Hkv, dtype, device, keys.sizes, values.sizes, turned)
 
@@ -152,13 +151,11 @@ def size_of(batch, bound, rope, heads=8, query_heads=32, values=(256, 256), **ca
     """How a call of a Llama-3.1-8B layer is cut on an H100."""
     case = Case("size", Hkv=heads, M=query_heads // heads, D=128, key_ranks=(256, 256), value_ranks=values, rope=rope)
     layer = make(replace(case, lens=(1,)), torch.float16)[0]
-    keys, values = ops.sides(*layer.operands)
+    keys, values = layer.operands
     wanted = {"num_splits": 0, "limit": 256 << 20, **call}
-    keys, values, turned = keys.sizes, values.sizes, rope is not None
-    one_pass = plan.fused(query_heads, torch.float16, H100, keys, values, turned)
-    size = plan.cut(batch, 1, query_heads, torch.float16, H100, 132, keys, values, one_pass, bound, 0,
-                    wanted["num_splits"], wanted["limit"], turned)  # fmt: skip
-    return size, keys, values
+    size = plan.cut(batch, 1, query_heads, torch.float16, H100, 132, keys.sizes, values.sizes, False, bound, 0,
+                    wanted["num_splits"], wanted["limit"])  # fmt: skip
+    return size, keys.sizes, values.sizes
 
 
 @pytest.mark.parametrize("rope", ["default", None], ids=["two passes", "one pass"])

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lrattn.kernels import launch
-from lrattn.kernels.arguments import Keys, Rule, Tokens
+from lrattn.kernels.arguments import Rule, Tokens
 from lrattn.kernels.tiles import (
     LENGTHS,
     SLICED,
@@ -20,6 +20,7 @@ from lrattn.kernels.tiles import (
     seen,
     slots,
 )
+from lrattn.operands import Keys
 from lrattn.shapes import cdiv
 
 
@@ -149,7 +150,7 @@ def absorb_queries(q: Tensor, keys: Keys) -> tuple[Tensor, Tensor | None]:
     rows = query_heads // heads * num_queries
     a = q.new_empty(batch, query_heads * num_queries, keys.sizes.rank)
     constant = None if keys.bias is None else torch.empty(a.shape[:2], dtype=torch.float32, device=q.device)
-    choice = launch.pick(launch.ABSORB_QUERIES, launch.name(q.device), q.itemsize)
+    choice = launch.absorb_queries(launch.name(q.device), q.itemsize)
     absorb_queries_kernel[cdiv(rows, choice.block_q) * heads, cdiv(keys.sizes.rank, choice.block_r), batch](
         q, q.stride(), keys.rows, keys.runs, keys.heads, keys.bias, keys.weight, a, a.stride(), constant, num_queries,
         C=keys.sizes.group_size, M=query_heads // heads, D=head_dim, Hkv=heads,

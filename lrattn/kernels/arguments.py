@@ -1,4 +1,4 @@
-"""What the kernels are given: tensors and numbers, one record for each side, for the tokens, and for the softmax."""
+"""What a call of the kernels is given beside a layer: where the tokens lie, and the softmax."""
 
 from __future__ import annotations
 
@@ -6,58 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-
-class KeySizes(NamedTuple):
-    """The numbers of the key side."""
-
-    head_dim: int
-    rank: int  # the largest
-    rotary_dim: int
-    interleaved: int  # 1: pairs are dimensions (2j, 2j + 1)
-    exact_turns: int  # 1: float32 results must use every token's own row of turns
-    extras: int  # how many of bias and key norm there are
-    norm_column: int  # where 1 / rms begins in a key row; -1: no key norm
-    max_position: int  # rows of the turns; 0 without
-    num_heads: int  # Hkv
-    groups: int  # G
-    group_size: int  # C
-
-
-class ValueSizes(NamedTuple):
-    """The numbers of the value side."""
-
-    rank: int  # the largest
-    paired: int  # 1: group g holds the heads of key group g
-    shared: int  # 1: its row serves the keys too
-    head_dim: int
-    num_heads: int  # Hkv
-    groups: int  # G
-    group_size: int  # C
-
-
-class Keys(NamedTuple):
-    """The key side of a layer, by place; the two dimensions of a rotated pair are adjacent."""
-
-    rows: Tensor  # [sum Rk, C * D]
-    runs: Tensor  # [G, 3] int32: first column in a cache row, rank, first row of `rows`
-    heads: Tensor  # [Hkv] int32, place -> kv head
-    bias: Tensor | None  # [Hkv, D] float32
-    weight: Tensor | None  # [D] float32, of the key norm
-    turns: Tensor | None  # [max_position, rotary_dim] float32, cos and sin of a pair adjacent; None: no rotation
-    offset_turns: Tensor | None  # [MAX_BLOCK, rotary_dim] float32
-    sizes: KeySizes
-
-
-class Values(NamedTuple):
-    """The value side of a layer."""
-
-    rows: Tensor  # [sum Rv, C * D], by place
-    runs: Tensor  # [G, 3] int32, as for keys
-    heads: Tensor  # [Hkv] int32, place -> kv head
-    places: Tensor  # [Hkv] int32, kv head -> place
-    bias: Tensor | None  # [Hkv, D] float32, by place
-    up: Tensor  # [Hkv, Rv, D], model order
-    sizes: ValueSizes
+from lrattn.operands import Keys, Values
 
 
 class Tokens(NamedTuple):
@@ -90,3 +39,19 @@ class Rule(NamedTuple):
     softcap: float  # 0: none
     causal: bool
     window: int  # 0: none
+
+
+class Call(NamedTuple):
+    """What is attended with, and to."""
+
+    q: Tensor  # [B, S, Hq, D]
+    ck: Tensor  # [N, P, width]
+    cv: Tensor | None  # [N, P, width]; None: a row serves both
+    keys: Keys
+    values: Values
+    tokens: Tokens
+    rule: Rule
+
+    def of(self, some: slice) -> Call:
+        """The same for some of the sequences."""
+        return self._replace(q=self.q[some], tokens=self.tokens.of(some))

@@ -5,33 +5,34 @@ import triton.language as tl
 from torch import Tensor
 
 from lrattn.kernels import launch
-from lrattn.kernels.arguments import Values
 from lrattn.kernels.tiles import LENGTHS, SLICED, load_run
+from lrattn.operands import Values
 from lrattn.shapes import cdiv
 
 
 # fmt: off
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=SLICED)
 def combine_kernel(
-    y, y_strides,            # [B, splits, Hq * S, Rv]  float32 partial results; not read where lse is -inf
-    part_lse, lse_strides,   # [B, splits, Hq * S]      float32, natural log
+    y, y_strides,            # [B, slots, Hq * S, Rv]  float32 partial results; not read where lse is -inf
+    part_lse, lse_strides,   # [B, slots, Hq * S]      float32, natural log
     uv, uv_strides,          # [Hkv, Rv, D]     value basis, model order; None: the latents are the result
     bias,                    # [Hkv, D]         float32, by place, or None
     sinks,                   # [Hq]             float32 logits, or None
     runs, places,            # [G, 3], [Hkv]    int32: column, rank, first row; kv head -> place
     out, out_strides,        # [B, S, Hq, D | Rv]  out; latents past a head's own rank are zero
     lse, out_lse_strides,    # [B, S, Hq]       out, float32
-    B, S, splits, width,
+    B, S, first, last, width,
     C: tl.constexpr, M: tl.constexpr, Hkv: tl.constexpr, D: tl.constexpr, BLOCKS_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """out[b, i, h] = mass * ((sum_j w_j y[b, j, h S + i]) @ uv[k] + bias[k]),   w_j = exp(lse_j - merged),  k = h // M
 
-    merged = log(sum_j exp(lse_j)), lse = log(exp(merged) + exp(sink)) and mass = exp(merged - lse): 1 without sinks.
+    with slots j in first .. last; merged = log(sum_j exp(lse_j)), lse = log(exp(merged) + exp(sink)) and
+    mass = exp(merged - lse): 1 without sinks.
 
     Grid: (BLOCKS_D * Hkv * row blocks of B M S). A program owns BLOCK_Q rows that share a kv head, and with it
     BLOCK_D columns of its basis (of the result when there is none): the basis is read once per row block.
-    Needs: nothing of the sizes. Sums are float32, over BLOCK_S splits at a time.
+    Needs: nothing of the sizes. Sums are float32, over BLOCK_S slots at a time.
     Reference: lrattn.reference.merge_attention, _join_sinks, _project. Derivation: docs/kernels.md#combine.
     """
     i_d = tl.program_id(0) % BLOCKS_D
@@ -48,13 +49,13 @@ def combine_kernel(
     j = tl.arange(0, BLOCK_S).to(tl.int64)
 
     peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-    for j0 in range(0, splits, BLOCK_S):
-        part = load_parts(p_lse, lse_strides[1], j0 + j, splits, in_n)
+    for j0 in range(first, last, BLOCK_S):
+        part = load_parts(p_lse, lse_strides[1], j0 + j, last, in_n)
         peak = tl.maximum(peak, tl.max(part, 1))
     base = tl.where(peak == float("-inf"), 0.0, peak)
     total = tl.zeros([BLOCK_Q], tl.float32)
-    for j0 in range(0, splits, BLOCK_S):
-        part = load_parts(p_lse, lse_strides[1], j0 + j, splits, in_n)
+    for j0 in range(first, last, BLOCK_S):
+        part = load_parts(p_lse, lse_strides[1], j0 + j, last, in_n)
         total += tl.sum(tl.exp(part - base[:, None]), 1)
     some = total != 0  # a NaN stays one
     merged_lse = tl.where(some, base + tl.log(total), float("-inf"))
@@ -73,15 +74,15 @@ def combine_kernel(
     c = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
     result = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     if uv is None:
-        for j0 in range(0, splits, BLOCK_S):
-            part = load_parts(p_lse, lse_strides[1], j0 + j, splits, in_n)
+        for j0 in range(first, last, BLOCK_S):
+            part = load_parts(p_lse, lse_strides[1], j0 + j, last, in_n)
             result += merged(p_y, y_strides[1], j0 + j, part, merged_lse, c, rank)
     else:
         for r0 in range(0, rank, BLOCK_R):
             r = r0 + tl.arange(0, BLOCK_R)
             latent = tl.zeros([BLOCK_Q, BLOCK_R], tl.float32)
-            for j0 in range(0, splits, BLOCK_S):
-                part = load_parts(p_lse, lse_strides[1], j0 + j, splits, in_n)
+            for j0 in range(first, last, BLOCK_S):
+                part = load_parts(p_lse, lse_strides[1], j0 + j, last, in_n)
                 latent += merged(p_y, y_strides[1], j0 + j, part, merged_lse, r, rank)
             u = tl.load(
                 uv + head * uv_strides[0] + r[:, None] * uv_strides[1] + c[None, :] * uv_strides[2],
@@ -97,11 +98,11 @@ def combine_kernel(
 
 
 @triton.jit
-def load_parts(p_lse, stride, j, splits, in_n):
-    """lse of splits j: [BLOCK_Q, BLOCK_S]; -inf past the last."""
+def load_parts(p_lse, stride, j, last, in_n):
+    """lse of slots j: [BLOCK_Q, BLOCK_S]; -inf from `last` on."""
     return tl.load(
         p_lse[:, None] + j[None, :] * stride,
-        mask=in_n[:, None] & (j < splits)[None, :],
+        mask=in_n[:, None] & (j < last)[None, :],
         other=float("-inf"),
     )
 
@@ -121,21 +122,22 @@ def merged(p_y, stride, j, part, merged_lse, r, rank):
 
 
 def combine(
-    y: Tensor, part_lse: Tensor, values: Values, out: Tensor, lse: Tensor, sinks: Tensor | None = None, up: bool = False
-) -> None:
-    """Partial results y [B, splits, Hq S, Rv], part_lse [B, splits, Hq S] -> out [B, S, Hq, Rv], lse [B, S, Hq].
+    y: Tensor, part_lse: Tensor, parts: range, values: Values, out: Tensor, lse: Tensor, sinks: Tensor | None = None,
+    up: bool = False,
+) -> None:  # fmt: skip
+    """Slots `parts` of y [B, slots, Hq S, Rv], part_lse [B, slots, Hq S] -> out [B, S, Hq, Rv], lse [B, S, Hq].
 
     With `up` the value basis and bias are applied, and out is [B, S, Hq, D].
     """
     batch, num_queries, query_heads, width = out.shape
     heads = values.sizes.num_heads
     rows = batch * num_queries * (query_heads // heads)
-    choice = launch.pick(launch.COMBINE, launch.name(out.device), out.itemsize)
+    choice = launch.combine(launch.name(out.device), out.itemsize)
     blocks_d = cdiv(width, choice.block_d)
     combine_kernel[(blocks_d * heads * cdiv(rows, choice.block_q),)](
         y, y.stride(), part_lse, part_lse.stride(), values.up if up else None, values.up.stride(),
         values.bias if up else None, sinks, values.runs, values.places, out, out.stride(), lse, lse.stride(),
-        batch, num_queries, y.shape[1], width,
+        batch, num_queries, parts.start, parts.stop, width,
         C=values.sizes.group_size, M=query_heads // heads, Hkv=heads, D=values.sizes.head_dim, BLOCKS_D=blocks_d,
         BLOCK_Q=choice.block_q, BLOCK_S=choice.block_s, BLOCK_R=choice.block_r, BLOCK_D=choice.block_d,
         num_warps=choice.warps, num_stages=choice.stages,

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lrattn.kernels import launch
-from lrattn.kernels.arguments import Keys, Rule, Tokens, Values
+from lrattn.kernels.arguments import Rule, Tokens
 from lrattn.kernels.pieces import add_weighted, load_pieces, product, store_pieces, transposed, zeros
 from lrattn.kernels.tiles import (
     LENGTHS,
@@ -20,6 +20,7 @@ from lrattn.kernels.tiles import (
     softmax_step,
     store_lse,
 )
+from lrattn.operands import Keys, Values
 from lrattn.shapes import cdiv
 
 
@@ -108,10 +109,11 @@ def fused_absorbed_kernel(
 
 def fused_absorbed(
     a: Tensor, constant: Tensor | None, num_queries: int, ck: Tensor, cv: Tensor | None, keys: Keys, values: Values,
-    tokens: Tokens, rule: Rule, y: Tensor, lse: Tensor, first_tile: int, tiles: int, choice: launch.Launch,
+    tokens: Tokens, rule: Rule, y: Tensor, lse: Tensor, first_tile: int, tiles: int, splits: int,
+    choice: launch.Launch,
 ) -> None:  # fmt: skip
     """Absorbed queries a [B, Hq S, Rk] over the tiles of each split: y [B, splits, Hq S, Rv], lse [B, splits, Hq S]."""
-    batch, splits, all_rows, _ = y.shape
+    batch, _, all_rows, _ = y.shape
     key, value = keys.sizes, values.sizes
     fused_absorbed_kernel[cdiv(all_rows // key.groups, choice.block_q) * key.groups, splits, batch](
         a, a.stride(), constant, ck, ck.stride(), cv, (0, 0) if cv is None else cv.stride(),

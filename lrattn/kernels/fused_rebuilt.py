@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lrattn.kernels import launch
-from lrattn.kernels.arguments import Keys, Rule, Tokens, Values
+from lrattn.kernels.arguments import Rule, Tokens
 from lrattn.kernels.pieces import add_weighted, load_basis, load_pieces, product, store_pieces, zeros
 from lrattn.kernels.tiles import (
     LENGTHS,
@@ -21,6 +21,7 @@ from lrattn.kernels.tiles import (
     softmax_step,
     store_lse,
 )
+from lrattn.operands import Keys, Values
 from lrattn.shapes import cdiv
 
 
@@ -133,10 +134,11 @@ def fused_rebuilt_kernel(
 
 def fused_rebuilt(
     x: Tensor, num_queries: int, ck: Tensor, cv: Tensor | None, keys: Keys, values: Values, tokens: Tokens, rule: Rule,
-    y: Tensor, lse: Tensor, first_tile: int, tiles: int, turned: bool, choice: launch.Launch,
+    y: Tensor, lse: Tensor, first_tile: int, tiles: int, splits: int,
+    turned: bool, choice: launch.Launch,
 ) -> None:  # fmt: skip
     """Turned queries x over the tiles of each split: y [B, splits, Hq S, Rv], lse [B, splits, Hq S]."""
-    batch, splits, all_rows, _ = y.shape
+    batch, _, all_rows, _ = y.shape
     key, value = keys.sizes, values.sizes
     rows = all_rows // key.num_heads
     fused_rebuilt_kernel[cdiv(rows, choice.block_q) * key.num_heads, splits, batch](

@@ -5,7 +5,7 @@ device's limit, and on a product that should be wgmma and is not. Nothing is tun
 table that fits is taken; docs/kernels.md#launch says what each is for.
 """
 
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -160,6 +160,13 @@ def pick(table: tuple[Row, ...], device: str, itemsize: int, **shape: Any) -> La
     if launch is None:
         raise ValueError(f"no launch for {shape}, {itemsize} bytes on {device}")
     return launch
+
+
+# launch of a kernel: device and itemsize, and the padded head dim for `rebuild`
+absorb_queries, turn_queries, combine, merge, project, write_latents, norm_columns, rebuild = (
+    cache(partial(pick, table))
+    for table in (ABSORB_QUERIES, TURN_QUERIES, COMBINE, MERGE, PROJECT, WRITE_LATENTS, NORM_COLUMNS, REBUILD)
+)
 
 
 @cache

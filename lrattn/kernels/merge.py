@@ -5,8 +5,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lrattn.kernels import launch
-from lrattn.kernels.arguments import Values
 from lrattn.kernels.tiles import LENGTHS, SLICED, load_run
+from lrattn.operands import Values
 from lrattn.shapes import cdiv
 
 
@@ -61,14 +61,13 @@ def merge_kernel(
 # fmt: on
 
 
-def merge(y: Tensor, lse: Tensor, values: Values, rows: int) -> tuple[Tensor, Tensor]:
-    """Slots 0 .. n of y [B, n + 1, Hq S, Rv] and lse [B, n + 1, .] merged into the last: [B, 1, ..] of each."""
-    splits, size = y.shape[1] - 1, values.sizes
-    choice = launch.pick(launch.MERGE, launch.name(y.device), y.itemsize)
+def merge(y: Tensor, lse: Tensor, splits: int, values: Values) -> None:
+    """Slots 0 .. splits of y [B, splits + 1, Hq S, Rv] and lse [B, splits + 1, Hq S] merged into the last."""
+    batch, _, rows, _ = y.shape
+    size, choice = values.sizes, launch.merge(launch.name(y.device), y.itemsize)
     blocks_r = cdiv(size.rank, choice.block_r)
-    merge_kernel[blocks_r * rows, y.shape[0]](
+    merge_kernel[blocks_r * rows, batch](
         y, y.stride(), lse, lse.stride(), values.runs, values.places, rows, splits,
         C=size.group_size, Hkv=size.num_heads, BLOCKS_R=blocks_r, BLOCK_S=choice.block_s, BLOCK_R=choice.block_r,
         num_warps=choice.warps, num_stages=choice.stages,
     )  # fmt: skip
-    return y[:, splits:], lse[:, splits:]

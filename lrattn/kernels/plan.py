@@ -6,13 +6,12 @@ from typing import NamedTuple
 import torch
 
 from lrattn.kernels import launch
-from lrattn.kernels.arguments import KeySizes, ValueSizes
-from lrattn.shapes import cdiv, round_up
+from lrattn.operands import KeySizes, ValueSizes
+from lrattn.shapes import MAX_SPLITS, cdiv, round_up
 
 WAVES = 2  # programs a multiprocessor should get at least
 PART_TILES = 32  # most tiles of one program where the workspace allows, so that ragged batches balance
 COMBINED = 8  # most splits that are combined as they are: more are merged first, by programs of their own
-MOST_SPLITS = 1024  # that are planned
 LARGEST_AXIS = 65535  # of a CUDA grid, but for the first
 MOST_TILES = 32767  # at a time: times a number of parts they stay below 2^31
 
@@ -26,6 +25,7 @@ class Cut(NamedTuple):
     parts: int  # of those tiles: one to a program of the scores
     splits: int  # of those tiles: one to a program of the values, or of the one pass
     fused: launch.Launch | None  # of the one pass
+    turned: bool  # queries are turned back by tile
     nbytes: int  # of temporaries
 
 
@@ -51,19 +51,28 @@ def fused(
     )
 
 
+def turns_queries(keys: KeySizes, dtype: torch.dtype, placed: bool) -> bool:
+    """Whether queries are turned back by tile: not where each token must have its own row of the rope's table.
+
+    placed: positions are given.
+    """
+    return keys.rotary_dim > 0 and not placed and not (keys.exact_turns and dtype == torch.float32)
+
+
 @lru_cache(maxsize=4096)
 def cut(
     batch: int, num_queries: int, query_heads: int, dtype: torch.dtype, device: str, processors: int, keys: KeySizes,
-    values: ValueSizes, one_pass: launch.Launch | None, bound: int, window: int, num_splits: int, limit: int,
-    turned: bool,
+    values: ValueSizes, placed: bool, bound: int, window: int, num_splits: int, limit: int,
 ) -> Cut:  # fmt: skip
     """The cut of a call with tokens up to `bound`, within `limit` bytes if one tile of one sequence is.
 
-    processors: multiprocessors of the device. one_pass: what `fused` found. turned: queries are turned back by tile.
+    processors: multiprocessors of the device. placed: positions are given.
 
     How the tiles of a sequence are cut into splits depends on the batch only where num_splits is 0.
     """
     rows = query_heads * num_queries
+    turned = turns_queries(keys, dtype, placed)
+    one_pass = fused(rows, dtype, device, keys, values, turned)
     per_group = rows // keys.groups
     per_head = rows // keys.num_heads
     if not keys.rotary_dim:
@@ -83,16 +92,14 @@ def cut(
         total = min(total, cdiv(window + num_queries - 2, launch.BLOCK_T) + 1)
     fill = WAVES * processors
     per_split = (rows * values.rank + round_up(rows, 16)) * 4  # a partial result and its lse
-    held_anyway = rows * ((keys.rank + 1) * 4 + (keys.head_dim + launch.block_d(keys.head_dim)) * dtype.itemsize)
-    room = min((limit - held_anyway) // per_split - 2, limit // (2 * per_split), MOST_SPLITS)
+    padded = launch.block_d(keys.head_dim) * dtype.itemsize
+    query = rows * (padded if keys.rotary_dim else (keys.rank + 1) * 4)  # queries as the scores take them
+    fixed = query + rows * keys.head_dim * dtype.itemsize  # and heads before the output projection
+    room = min((limit - fixed) // per_split - 2, limit // (2 * per_split), MAX_SPLITS)
     balanced = min(cdiv(total, PART_TILES), room // max(batch, 1))
     wanted = max(cdiv(fill, max(batch, 1) * value_programs), balanced)
     splits = num_splits or max(1, min(wanted, total, room))
-    fixed = rows * (keys.rank + 1) * 4 if not keys.rotary_dim else 0  # absorbed queries
-    fixed += rows * keys.head_dim * dtype.itemsize  # heads before the output projection
     fixed += (splits + 2) * per_split
-    query = 0 if not keys.rotary_dim else rows * launch.block_d(keys.head_dim) * dtype.itemsize
-    fixed += query
     per_tile = 0 if one_pass is not None else rows * launch.BLOCK_T * 4
     if turned:  # queries, turned back for each tile
         per_tile += query
@@ -100,4 +107,4 @@ def cut(
     held = fixed + tiles * per_tile
     at_once = max(1, min(batch, limit // held, LARGEST_AXIS))
     parts = min(tiles, max(cdiv(fill, at_once * score_programs), cdiv(tiles, PART_TILES)))
-    return Cut(at_once, total, tiles, parts, splits, one_pass, at_once * held)
+    return Cut(at_once, total, tiles, parts, splits, one_pass, turned, at_once * held)

@@ -55,7 +55,7 @@ def project(x: Tensor, wo: Tensor, out: Tensor) -> None:
     """Heads x [B, S, Hq, D] through wo [Hq, D, E], to out [B, S, E]."""
     batch, num_queries, query_heads, head_dim = x.shape
     rows, width = batch * num_queries, wo.shape[2]
-    choice = launch.pick(launch.PROJECT, launch.name(x.device), x.itemsize)
+    choice = launch.project(launch.name(x.device), x.itemsize)
     blocks_d = cdiv(width, choice.block_d)
     project_kernel[(blocks_d * cdiv(rows, choice.block_q),)](
         x, x.stride(), wo, wo.stride(), out, out.stride(), batch, num_queries, width,

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lrattn.kernels import launch
-from lrattn.kernels.arguments import Keys, Tokens, Values
+from lrattn.kernels.arguments import Tokens
 from lrattn.kernels.tiles import (
     LENGTHS,
     SLICED,
@@ -17,6 +17,7 @@ from lrattn.kernels.tiles import (
     pair_columns,
     slots,
 )
+from lrattn.operands import Keys, Values
 from lrattn.shapes import cdiv
 
 
@@ -107,7 +108,7 @@ def rebuild_values(cv: Tensor, values: Values, tokens: Tokens, ends: Tensor, x: 
 
 def _rebuild(cache, rows, runs, heads, bias, weight, turns, tokens, ends, x, *, max_position, norm_column, **constants):
     page_size, head_dim = cache.shape[1], x.shape[2]
-    choice = launch.pick(launch.REBUILD, launch.name(cache.device), cache.itemsize, head=launch.block_d(head_dim))
+    choice = launch.rebuild(launch.name(cache.device), cache.itemsize, head=launch.block_d(head_dim))
     tiles = cdiv(tokens.bound, choice.block_n)
     programs = heads.shape[0] * tiles * tokens.lens.shape[0]
     if not programs or not x.shape[0]:

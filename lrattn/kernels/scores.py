@@ -1,12 +1,11 @@
 """Scores against rebuilt keys: the kernel to read first."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lrattn.kernels import launch
-from lrattn.kernels.arguments import Keys, Rule, Tokens
+from lrattn.kernels.arguments import Rule, Tokens
 from lrattn.kernels.tiles import (
     LENGTHS,
     SLICED,
@@ -22,6 +21,7 @@ from lrattn.kernels.tiles import (
     seen,
     slots,
 )
+from lrattn.operands import Keys
 from lrattn.shapes import cdiv
 
 
@@ -172,16 +172,10 @@ def latent_scores_kernel(
 # fmt: on
 
 
-def relative(keys: Keys, tokens: Tokens, dtype: torch.dtype) -> bool:
-    """Whether keys are turned relative to their tile: not where each token must have its own row of the table."""
-    free = tokens.positions is None and not (keys.sizes.exact_turns and dtype == torch.float32)
-    return free and keys.turns is not None
-
-
 def turn_queries(q: Tensor, keys: Keys, tokens: Tokens, rule: Rule, x: Tensor, first_tile: int, turned: bool) -> None:
     """q [B, S, Hq, D] as the scores take them: x [B, tiles, Hq S, 2, D / 2], turned back by each tile's first token."""
     batch, num_queries, query_heads, head_dim = q.shape
-    rows, choice = query_heads * num_queries, launch.pick(launch.TURN_QUERIES, launch.name(q.device), q.itemsize)
+    rows, choice = query_heads * num_queries, launch.turn_queries(launch.name(q.device), q.itemsize)
     turn_queries_kernel[cdiv(rows, choice.block_q), x.shape[1] if turned else 1, batch](
         q, q.stride(), tokens.lens, tokens.lens.stride(0), tokens.starts, tokens.starts_stride, keys.turns,
         x, x.stride(), tokens.bound, num_queries, rule.window, keys.sizes.max_position, first_tile, x.shape[1], rows,

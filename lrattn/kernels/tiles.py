@@ -5,8 +5,8 @@ import triton.language as tl
 
 # Numbers that change from call to call: a kernel is not compiled anew for some of their values.
 LENGTHS = (
-    "bound", "window", "first_tile", "tiles", "parts", "splits", "rows", "n", "num_slots", "B", "pages_stride",
-    "lens_stride", "starts_stride", "slots_stride",
+    "bound", "window", "first_tile", "tiles", "parts", "splits", "first", "last", "rows", "n", "num_slots", "B",
+    "pages_stride", "lens_stride", "starts_stride", "slots_stride",
 )  # fmt: skip
 
 # Rows of these are taken a few sequences at a time: where such a slice begins may not matter either.
@@ -15,14 +15,14 @@ SLICED = ("lens", "starts", "pages", "part_lse", "lse")
 
 @triton.jit
 def reach(lens, lens_stride, starts, starts_stride, i_b, bound, S, window, WINDOWED: tl.constexpr):
-    """First token that some query of sequence i_b sees, and the end of its tokens. begin >= end: there are none."""
+    """First token that some query of sequence i_b sees, and the end of its tokens. begin == end: there are none."""
     end = tl.minimum(tl.maximum(tl.load(lens + i_b * lens_stride), 0), bound)
     begin = 0
     if starts is not None:
         begin = tl.maximum(tl.load(starts + i_b * starts_stride), 0)
     if WINDOWED:
         begin = tl.maximum(begin, end - S - window + 1)
-    return begin, end
+    return tl.minimum(begin, end), end
 
 
 @triton.jit

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lrattn.kernels import launch
-from lrattn.kernels.arguments import Rule, Tokens, Values
+from lrattn.kernels.arguments import Rule, Tokens
 from lrattn.kernels.tiles import (
     LENGTHS,
     SLICED,
@@ -17,6 +17,7 @@ from lrattn.kernels.tiles import (
     softmax_step,
     store_lse,
 )
+from lrattn.operands import Values
 from lrattn.shapes import cdiv
 
 
@@ -93,10 +94,10 @@ def latent_values_kernel(
 
 def latent_values(
     s: Tensor, num_queries: int, cv: Tensor, values: Values, tokens: Tokens, rule: Rule, y: Tensor, lse: Tensor,
-    first_tile: int, tiles: int,
+    first_tile: int, tiles: int, splits: int,
 ) -> None:  # fmt: skip
     """Softmax of s [B, Hq S, T] times the latents of each split: y [B, splits, Hq S, Rv], lse [B, splits, Hq S]."""
-    batch, splits, all_rows, _ = y.shape
+    batch, _, all_rows, _ = y.shape
     heads = values.sizes.num_heads
     rows = all_rows // values.sizes.groups
     choice = launch.latent_values(values.sizes.rank, rows, cv.itemsize, launch.name(cv.device))

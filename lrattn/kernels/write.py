@@ -6,8 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lrattn.kernels import launch
-from lrattn.kernels.arguments import Keys
 from lrattn.kernels.tiles import LENGTHS, SLICED, load_latents, load_rows, load_run
+from lrattn.operands import Keys
 from lrattn.shapes import cdiv
 
 
@@ -96,7 +96,7 @@ def write_latents(
     if not n:
         return
     normed = keys.sizes.norm_column >= 0
-    choice = launch.pick(launch.WRITE_LATENTS, launch.name(ck.device), ck.itemsize)
+    choice = launch.write_latents(launch.name(ck.device), ck.itemsize)
     v_width = 0 if zv is None else zv.shape[1]
     columns = cdiv(k_width, choice.block_r) + cdiv(v_width, choice.block_r)
     write_latents_kernel[cdiv(n, choice.block_n), columns](
@@ -107,7 +107,7 @@ def write_latents(
     )  # fmt: skip
     if not normed:
         return
-    choice = launch.pick(launch.NORM_COLUMNS, launch.name(ck.device), ck.itemsize)
+    choice = launch.norm_columns(launch.name(ck.device), ck.itemsize)
     norm_columns_kernel[cdiv(n, choice.block_n), keys.sizes.num_heads](
         zk, zk.stride(0), ck, ck.stride(), slots, slots.stride(0), keys.rows, keys.runs, keys.heads, keys.bias,
         n, num_pages * page_size, keys.sizes.norm_column, eps, torch.finfo(ck.dtype).max,
