@@ -149,7 +149,7 @@ def _result(call: Call, wo: Tensor | None, project: str) -> Tensor:
 
 
 def _lse(q: Tensor) -> Tensor:
-    return q.new_empty(q.shape[:3], dtype=torch.float32)
+    return q.new_empty(*q.shape[:3], dtype=torch.float32)
 
 
 def watched(x: Tensor) -> bool:
