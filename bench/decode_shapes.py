@@ -7,11 +7,12 @@ again. flops: products alone, 2 a multiplication with its sum; rotation, norms a
     dense                   2 Hkv D       0                              4 Hq D
     rebuild all, attend     Wk + Wv       2 * 2 Hkv D w                  2 Hkv D (Rk + Rv) + 4 Hq D
     lrattn, two passes      Wk + Wv       2 * 4 Hq + 2 * Hq D w / 64     2 Hkv D Rk + 2 Hq D + 2 Hq Rv
-    lrattn, position-free   Wk + Wv       2 * 4 Hq                       2 Hq Rk + 2 Hq Rv
+    lrattn, position-free   Wk + Wv       0, or 2 * 4 Hq                 2 Hq Rk + 2 Hq Rv
 
 w is 2, the bytes of a number; Wk and Wv are all columns of a cache row, Rk and Rv the rank one head uses. Two passes
-keep float32 scores and the queries turned back for every 64 tokens; one fused pass keeps neither. The bases, read once
-a step whatever the length, are counted apart: (Rk + Rv) Hkv D w. Where a joint value latent is cut into column tiles,
+keep float32 scores and the queries turned back for every 64 tokens; position-free keys are taken in one pass, which
+keeps neither, where values are grouped as keys are. The bases, read once a step whatever the length, are counted apart:
+(Rk + Rv) Hkv D w. Where a joint value latent is cut into column tiles,
 each tile reads the scores again; that is left out, as are partial results of splits.
 """
 
@@ -76,6 +77,11 @@ class Shape(NamedTuple):
     def value_ranks(self) -> tuple[int, ...]:
         return self.key_ranks if self.grouping == "Palu" else (self._rank(self.model.kv_heads),)
 
+    @property
+    def paired(self) -> bool:
+        """Whether values are grouped as keys are."""
+        return len(self.key_ranks) == len(self.value_ranks)
+
     def _rank(self, heads: int) -> int:
         """The multiple of 16 nearest to the kept share of these heads' dimensions."""
         return max(RANK_STEP, round(self.keep * heads * self.model.head_dim / RANK_STEP) * RANK_STEP)
@@ -123,7 +129,7 @@ def counts(shape: Shape) -> dict[str, Count]:
         "lrattn, two passes": Count(
             latents, scores + turned, 2 * heads * dim * rk + 2 * queries * dim + 2 * queries * rv
         ),
-        "lrattn, position-free": Count(latents, scores, 2 * queries * (rk + rv)),
+        "lrattn, position-free": Count(latents, 0 if shape.paired else scores, 2 * queries * (rk + rv)),
     }
 
 

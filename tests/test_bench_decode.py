@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import lrattn
 from bench import cpu_decode, decode_latency, decode_problem, decode_providers, decode_shapes, gpu_decode, gpu_plot
 from bench.decode_providers import Unavailable
 from bench.decode_shapes import LLAMA_2, LLAMA_31, QWEN_3, QWEN_25, Model, Shape
+from lrattn.kernels import plan
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 TINY = [Shape(model, "Palu", 0.5) for model in gpu_decode.DRY_MODELS]
@@ -47,6 +49,21 @@ def test_counted_flops_by_hand():
     assert count["lrattn, two passes"].flops == rebuilt + score + sum_
     assert count["rebuild all, attend"].flops == 2 * rebuilt + 2 * score
     assert count["lrattn, position-free"].flops == 2 * sum_
+
+
+@pytest.mark.parametrize("device", ["sm80", "sm90", "sm100"])
+@pytest.mark.parametrize("shape", list(decode_shapes.all_shapes()), ids=lambda s: f"{s.name} {s.keep}")
+def test_the_ways_counted_are_those_taken(shape, device):
+    """Temporaries are counted for two passes where two are taken."""
+    model = shape.model
+    keys, values = (
+        lrattn.Projection(torch.zeros(model.kv_heads, max(ranks), model.head_dim, dtype=torch.bfloat16), ranks)
+        for ranks in (shape.key_ranks, shape.value_ranks)
+    )
+    for way, rope in (("two passes", lrattn.Rope(model.theta, model.head_dim, 64)), ("position-free", None)):
+        sizes = [side.sizes for side in lrattn.LayerFactors(keys, values, rope=rope).operands]
+        one_pass = plan.fused(model.query_heads, torch.bfloat16, device, *sizes, rope is not None)
+        assert (decode_shapes.counts(shape)[f"lrattn, {way}"].temporaries == 0) == (one_pass is not None)
 
 
 def test_every_shape_of_the_design_is_a_case_and_the_most_valuable_come_first():
