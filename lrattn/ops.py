@@ -7,7 +7,6 @@ checked the arguments. Triton is imported by the first call.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -157,23 +156,18 @@ def watched(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or type(x) is not Tensor
 
 
-@cache
-def _decode() -> Callable[..., None]:
-    from lrattn.kernels.decode import decode_attention
-
-    return decode_attention
-
-
 def attend(
     call: Call, sinks: Tensor | None, wo: Tensor | None, project: str, num_splits: int, workspace_limit: int,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Result (`out` where given) and lse of decode_attention; not by torch.ops, which cost what two launches do."""
+    from lrattn.kernels.decode import decode_attention
+
     if out is None:
         out = _result(call, wo, project)
     lse = _lse(call.q)
     with torch.cuda.device_of(call.q):  # Triton launches on the current device
-        _decode()(call, sinks, wo, project, num_splits, workspace_limit, out, lse)
+        decode_attention(call, sinks, wo, project, num_splits, workspace_limit, out, lse)
     return out, lse
 
 

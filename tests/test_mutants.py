@@ -166,8 +166,10 @@ MUTANTS = [
     Mutant("combine.py", "place // C", "head // C", "sinks"),
     Mutant("combine.py", "bias + place * D", "bias + head * D", "sinks"),
     Mutant("combine.py", "result *= mass[:, None]", "result *= 1", "sinks"),
+    Mutant("combine.py", "latent += merged(p_y, y_strides[1], j0", "latent += merged(p_y, y_strides[1], j0 - first",
+           "many splits"),
     Mutant("combine.py", "(p_y[:, None] + j[None, :] * stride)", "(p_y[:, None] + 0 * j[None, :])", "batch"),
-    Mutant("decode.py", "slice(0, size.splits + 1) if after", "slice(1, size.splits + 1) if after", "chunks"),
+    Mutant("decode.py", "range(0, splits + 1) if after", "range(1, splits + 1) if after", "chunks"),
     Mutant("project.py", "+ k % D)[None, :]", "+ 0 * k)[None, :]", "queries"),
     Mutant("write.py", "slot % P * cv_strides[1]", "slot % 16 * cv_strides[1]", "write"),
     Mutant("write.py", "(slot >= 0) & (slot < num_slots)", "(slot >= 0) & (slot < num_slots - 1)", "write"),
@@ -181,9 +183,11 @@ MUTANTS = [
 ]  # fmt: skip
 # These reach for memory that is not theirs: a process of its own sees what happens.
 WILD = [
-    Mutant("tiles.py", "other=0).to(tl.int64)\n", "other=0)\n", "test_offsets_beyond_32_bits"),
+    Mutant("tiles.py", "other=0).to(tl.int64)\n", "other=0)\n", "test_offsets_beyond_32_bits(cpu)"),
     Mutant("write.py", "mask=i < n, other=-1).to(tl.int64)", "mask=i < n, other=-1).to(tl.int32)",
-           "test_offsets_beyond_32_bits"),
+           "test_offsets_beyond_32_bits(cpu)"),
+    Mutant("tiles.py", "return tl.minimum(begin, end), end", "return begin, end",
+           "test_a_start_beyond_the_sequence('default', torch.float32, cpu)"),
 ]  # fmt: skip
 
 
@@ -264,7 +268,8 @@ def test_a_wild_fault_is_seen(mutant, tmp_path, request):
     code = (
         f"import lrattn.kernels, sys; lrattn.kernels.__path__ = [{str(tmp_path / 'kernels')!r}]\n"
         "import test_kernels, torch\n"
-        f"test_kernels.{mutant.killer}(torch.device('cpu'))\n"
+        "cpu = torch.device('cpu')\n"
+        f"test_kernels.{mutant.killer}\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=_environment(), check=False)
     assert run.returncode < 0 or "Error" in run.stderr.splitlines()[-1], run.stderr
