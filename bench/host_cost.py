@@ -1,6 +1,6 @@
 """What a decode call costs the host: checks, plan, workspace and the arguments of each launch, without the kernels.
 
-    python -m bench.host_cost [--batch 16] [--rounds 40] [--out bench/results] [--dry]
+    python -m bench.host_cost [--batch 16] [--rounds 200] [--out bench/results] [--dry]
 
 Launches are replaced by a function that does nothing: neither a kernel nor Triton's own launcher is in these times.
 On a GPU the call with its launches is timed too, as the host sees it. "first" is a call of a kind that the layer has
@@ -15,6 +15,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -88,44 +89,60 @@ def _nothing(*arguments: Any, **constants: Any) -> None:
     pass
 
 
-def microseconds(call: Callable[[], Any], rounds: int, before: Callable[[], None] = lambda: None) -> dict[str, float]:
-    """Of one call: median and p10-p90 of rounds of CALLS; `before` is called before each and not timed."""
-    taken = []
-    for _ in range(3):
-        before()
-        call()
-    for _ in range(rounds):
+class Timed(NamedTuple):
+    """One cell of the table. before: called before each call, and not timed."""
+
+    way: str
+    column: str
+    call: Callable[[], Any]
+    before: Callable[[], Any] = _nothing
+
+    def round(self) -> float:
+        """Microseconds of one call, the mean of CALLS."""
         total = 0.0
         for _ in range(CALLS):
-            before()
+            self.before()
             begin = time.perf_counter()
-            call()
+            self.call()
             total += time.perf_counter() - begin
-        taken.append(total / CALLS * 1e6)
-    return timing.summary(taken, "us")
+        return total / CALLS * 1e6
 
 
-def measure(way: Way, batch: int, rounds: int, device: torch.device) -> dict[str, Any]:
-    layer, call = call_of(way, batch, device)
+def interleaved(cells: list[Timed], rounds: int) -> dict[tuple[str, str], dict[str, float]]:
+    """Median and p10-p90 of each, taken in turns: a host has slow seconds, and they are shared."""
+    taken: list[list[float]] = [[] for _ in cells]
+    for _ in tqdm(range(rounds + 1), unit="round", leave=False, disable=None):
+        for own, cell in zip(taken, cells, strict=True):
+            own.append(cell.round())
+    return {(c.way, c.column): timing.summary(own[1:], "us") for c, own in zip(cells, taken, strict=True)}
 
-    def forget() -> None:
-        layer.checked.clear()
-        plan.cut.cache_clear()
 
-    row: dict[str, Any] = {"way": way.name, "batch": batch}
+def measure(batch: int, rounds: int, device: torch.device) -> list[dict[str, Any]]:
+    """A row for each way, its launches by name."""
+    rows, cells, whole = [], [], []
     with without_kernels(device) as named:
-        call()
-        row["launches"] = list(named)
-        row["call"] = microseconds(call, rounds)
-        row["first"] = microseconds(call, max(3, rounds // 4), forget)
-        with patch.object(ops, "attend", wraps=ops.attend) as attend:
-            call()
-        given = attend.call_args.args
-        row["operator"] = microseconds(lambda: ops.dispatch(*given), max(3, rounds // 4))
+        for way in WAYS:
+            layer, call = call_of(way, batch, device)
+            with patch.object(ops, "attend", wraps=ops.attend) as attend:
+                call()
+            rows.append({"way": way.name, "batch": batch, "launches": list(named)})
+            named.clear()
+            cells += [
+                Timed(way.name, "call", call),
+                Timed(way.name, "first", call, partial(forget, layer)),
+                Timed(way.name, "operator", partial(ops.dispatch, *attend.call_args.args)),
+            ]
+            whole.append(Timed(way.name, "with_launches", call))
+        times = interleaved(cells, rounds)
     if device.type == "cuda":
-        row["with_launches"] = microseconds(call, rounds)
+        times |= interleaved(whole, rounds)
         torch.cuda.synchronize()
-    return row
+    return [row | {column: t for (way, column), t in times.items() if way == row["way"]} for row in rows]
+
+
+def forget(layer: lrattn.LayerFactors) -> None:
+    layer.checked.clear()
+    plan.cut.cache_clear()
 
 
 def table(results: dict[str, Any]) -> str:
@@ -140,7 +157,7 @@ def table(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--out", type=Path, default=report.RESULTS)
     parser.add_argument("--dry", action="store_true", help="a few rounds, never written to bench/results")
     args = parser.parse_args()
@@ -149,9 +166,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
     rounds = 3 if args.dry else args.rounds
-    rows = [measure(way, args.batch, rounds, device) for way in tqdm(WAYS, unit="way", leave=False, disable=None)]
     path = args.out / "host_cost.json"
-    report.save(path, {"dry": args.dry, "target_us": TARGET, "rows": rows})
+    report.save(path, {"dry": args.dry, "target_us": TARGET, "rows": measure(args.batch, rounds, device)})
     print(table(json.loads(path.read_text())))
 
 
