@@ -160,7 +160,7 @@ def attend(
     call: Call, sinks: Tensor | None, wo: Tensor | None, project: str, num_splits: int, workspace_limit: int,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Result (`out` where given) and lse of decode_attention; not by torch.ops, which cost what two launches do."""
+    """Result (`out` where given) and lse of decode_attention; not by torch.ops, which would cost as much again."""
     from lrattn.kernels.decode import decode_attention
 
     if out is None:
