@@ -19,7 +19,7 @@ test: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 fuzz: $(VENV)/.dev
 	$(RUN) -m pytest tests/test_fuzz.py -vv -s --hypothesis-profile=many --durations=0 --durations-min=1

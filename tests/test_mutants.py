@@ -186,8 +186,6 @@ WILD = [
     Mutant("tiles.py", "other=0).to(tl.int64)\n", "other=0)\n", "test_offsets_beyond_32_bits(cpu)"),
     Mutant("write.py", "mask=i < n, other=-1).to(tl.int64)", "mask=i < n, other=-1).to(tl.int32)",
            "test_offsets_beyond_32_bits(cpu)"),
-    Mutant("tiles.py", "return tl.minimum(begin, end), end", "return begin, end",
-           "test_a_start_beyond_the_sequence('default', torch.float32, cpu)"),
 ]  # fmt: skip
 
 
