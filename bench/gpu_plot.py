@@ -34,9 +34,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
     if most > 1:
         same = (name, keep, tokens)
         columns.append(("batch", [row for row in rows if (row["shape"], row["keep"], row["tokens"]) == same]))
-    figure, axes = plt.subplots(
-        2, len(columns), figsize=(4.4 * len(columns) + 0.6, 8.2), layout="constrained", squeeze=False
-    )
+    width = max(9.0, 4.4 * len(columns) + 0.6)  # of the legend, at least
+    figure, axes = plt.subplots(2, len(columns), figsize=(width, 8.2), layout="constrained", squeeze=False)
     for (against, chosen), upper, lower in zip(columns, *axes, strict=True):
         latencies(upper, chosen, against)
         speedups(lower, chosen, against)

@@ -4,7 +4,8 @@
 
 Launches are replaced by a function that does nothing: neither a kernel nor Triton's own launcher is in these times.
 On a GPU the call with its launches is timed too, as the host sees it. "first" is a call of a kind that the layer has
-not seen: other shapes, strides or dtypes. "operator" is torch.ops alone, as a compiled graph calls it.
+not seen: other shapes, strides or dtypes. "unchecked" is a call past its checks, and "operator" the same through
+torch.ops, as a compiled graph makes it.
 --dry: a few rounds.
 """
 
@@ -130,6 +131,7 @@ def measure(batch: int, rounds: int, device: torch.device) -> list[dict[str, Any
             cells += [
                 Timed(way.name, "call", call),
                 Timed(way.name, "first", call, partial(forget, layer)),
+                Timed(way.name, "unchecked", partial(ops.attend, *attend.call_args.args)),
                 Timed(way.name, "operator", partial(ops.dispatch, *attend.call_args.args)),
             ]
             whole.append(Timed(way.name, "with_launches", call))
@@ -142,11 +144,19 @@ def measure(batch: int, rounds: int, device: torch.device) -> list[dict[str, Any
 
 def forget(layer: lrattn.LayerFactors) -> None:
     layer.checked.clear()
-    plan.cut.cache_clear()
+    for known in (plan.cut, *vars(launch).values()):
+        if hasattr(known, "cache_clear"):
+            known.cache_clear()
 
 
 def table(results: dict[str, Any]) -> str:
-    columns = ["call", "first", "operator", *(["with_launches"] if "with_launches" in results["rows"][0] else [])]
+    columns = [
+        "call",
+        "first",
+        "unchecked",
+        "operator",
+        *(["with_launches"] if "with_launches" in results["rows"][0] else []),
+    ]
     lines = [f"{'microseconds of the host, median':44}{'launches':>9}" + "".join(f"{c:>15}" for c in columns)]
     for row in results["rows"]:
         cells = "".join(f"{row[c]['median_us']:15.1f}" for c in columns)

@@ -58,6 +58,6 @@ def check_integer(name: str, value: Any, least: int, most: int = LARGEST, *, opt
 
 def check_number(name: str, value: Any, least: float = -math.inf) -> None:
     """Raises ValueError for a value that is no finite number of at least its bound."""
-    number: Any = value if isinstance(value, (float, int, Real)) else math.nan
+    number: Any = value if isinstance(value, (float, int, Real)) else math.nan  # Real alone is slow to ask
     if not (number >= least and abs(number) <= sys.float_info.max):
         raise ValueError(f"{name}: expected a finite number of at least {least}, got {value}")

@@ -90,9 +90,8 @@ class Operands(NamedTuple):
         )
 
     @classmethod
-    def of_lists(cls, *lists: Any) -> Operands:
+    def of_lists(cls, key_tensors: Any, key_numbers: Any, value_tensors: Any, value_numbers: Any) -> Operands:
         """From what `lists` gives."""
-        key_tensors, key_numbers, value_tensors, value_numbers = lists
         values = Values._make((*value_tensors, ValueSizes(*value_numbers)))
         return cls(keys_of(key_tensors, key_numbers), values)
 

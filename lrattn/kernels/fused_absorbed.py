@@ -36,8 +36,8 @@ def fused_absorbed_kernel(
     starts, starts_stride,   # [B]              int32, first token attended to, or None
     key_runs, value_runs,    # [G, 3]           int32: column, rank, first row of the basis
     heads,                   # [Hkv]            int32, place -> kv head
-    y, y_strides,            # [B, splits, Hq * S, Rv]  out, float32; rows whose lse is -inf are not written
-    lse, lse_strides,        # [B, splits, Hq * S]      out, float32, natural log
+    y, y_strides,            # [B, slots, Hq * S, Rv]  out, float32; rows whose lse is -inf are not written
+    lse, lse_strides,        # [B, slots, Hq * S]      out, float32, natural log
     scale, softcap, bound, S, window, norm_column, first_tile, tiles, splits,
     C: tl.constexpr, M: tl.constexpr, P: tl.constexpr, Hkv: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, NORMED: tl.constexpr,
@@ -112,7 +112,7 @@ def fused_absorbed(
     tokens: Tokens, rule: Rule, y: Tensor, lse: Tensor, first_tile: int, tiles: int, splits: int,
     choice: launch.Launch,
 ) -> None:  # fmt: skip
-    """Absorbed queries a [B, Hq S, Rk] over the tiles of each split: y [B, splits, Hq S, Rv], lse [B, splits, Hq S]."""
+    """Absorbed queries a [B, Hq S, Rk] over the tiles of each split: y [B, slots, Hq S, Rv], lse [B, slots, Hq S]."""
     batch, _, all_rows, _ = y.shape
     key, value = keys.sizes, values.sizes
     fused_absorbed_kernel[cdiv(all_rows // key.groups, choice.block_q) * key.groups, splits, batch](

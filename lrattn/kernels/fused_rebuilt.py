@@ -40,8 +40,8 @@ def fused_rebuilt_kernel(
     bias, weight,            # [Hkv, D], [D]    float32 by place, pairs adjacent; None without
     turns,                   # [max_position, ROTARY]  float32, cos and sin of a pair adjacent; offsets' if not TABLE
     positions, pos_strides,  # [N, P]           int32, or None: the index in the sequence
-    y, y_strides,            # [B, splits, Hq * S, Rv]  out, float32; rows whose lse is -inf are not written
-    lse, lse_strides,        # [B, splits, Hq * S]      out, float32, natural log
+    y, y_strides,            # [B, slots, Hq * S, Rv]  out, float32; rows whose lse is -inf are not written
+    lse, lse_strides,        # [B, slots, Hq * S]      out, float32, natural log
     scale, softcap, bound, S, window, max_position, norm_column, first_tile, tiles, splits,
     C: tl.constexpr, M: tl.constexpr, D: tl.constexpr, P: tl.constexpr, Hkv: tl.constexpr,
     ROTARY: tl.constexpr, TABLE: tl.constexpr,
@@ -137,7 +137,7 @@ def fused_rebuilt(
     y: Tensor, lse: Tensor, first_tile: int, tiles: int, splits: int,
     turned: bool, choice: launch.Launch,
 ) -> None:  # fmt: skip
-    """Turned queries x over the tiles of each split: y [B, splits, Hq S, Rv], lse [B, splits, Hq S]."""
+    """Turned queries x over the tiles of each split: y [B, slots, Hq S, Rv], lse [B, slots, Hq S]."""
     batch, _, all_rows, _ = y.shape
     key, value = keys.sizes, values.sizes
     rows = all_rows // key.num_heads

@@ -255,7 +255,8 @@ def name(device: torch.device) -> str:
         if not triton.knobs.runtime.interpret:
             raise ValueError("backend: expected 'reference' on a CPU (or TRITON_INTERPRET=1 to debug), got 'triton'")
         return "sm90"
-    target = triton.runtime.driver.active.get_current_target()
+    with torch.cuda.device(device):
+        target = triton.runtime.driver.active.get_current_target()
     if target.backend == "hip":
         return "gfx9"
     if target.arch < 80:

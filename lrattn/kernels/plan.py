@@ -94,15 +94,13 @@ def cut(
     per_split = (rows * values.rank + round_up(rows, 16)) * 4  # a partial result and its lse
     padded = launch.block_d(keys.head_dim) * dtype.itemsize
     query = rows * (padded if keys.rotary_dim else (keys.rank + 1) * 4)  # queries as the scores take them
-    fixed = query + rows * keys.head_dim * dtype.itemsize  # and heads before the output projection
-    room = min((limit - fixed) // per_split - 2, limit // (2 * per_split), MAX_SPLITS)
+    per_tile = (0 if one_pass is not None else rows * launch.BLOCK_T * 4) + (query if turned else 0)
+    fixed = rows * keys.head_dim * dtype.itemsize + (0 if turned else query)  # heads before the output projection
+    room = min((limit - fixed - per_tile) // per_split - 2, limit // (2 * per_split), MAX_SPLITS)
     balanced = min(cdiv(total, PART_TILES), room // max(batch, 1))
     wanted = max(cdiv(fill, max(batch, 1) * value_programs), balanced)
     splits = num_splits or max(1, min(wanted, total, room))
     fixed += (splits + 2) * per_split
-    per_tile = 0 if one_pass is not None else rows * launch.BLOCK_T * 4
-    if turned:  # queries, turned back for each tile
-        per_tile += query
     tiles = max(1, min(total, (limit - fixed) // per_tile if per_tile else total, MOST_TILES))
     held = fixed + tiles * per_tile
     at_once = max(1, min(batch, limit // held, LARGEST_AXIS))

@@ -15,13 +15,14 @@ SLICED = ("lens", "starts", "pages", "part_lse", "lse")
 
 @triton.jit
 def reach(lens, lens_stride, starts, starts_stride, i_b, bound, S, window, WINDOWED: tl.constexpr):
-    """First token that some query of sequence i_b sees, and the end of its tokens. begin == end: there are none."""
+    """First token that some query of sequence i_b sees, and the end of its tokens; 0, 0 where there are none."""
     end = tl.minimum(tl.maximum(tl.load(lens + i_b * lens_stride), 0), bound)
     begin = 0
     if starts is not None:
         begin = tl.maximum(tl.load(starts + i_b * starts_stride), 0)
     if WINDOWED:
         begin = tl.maximum(begin, end - S - window + 1)
+    end = tl.where(begin < end, end, 0)
     return tl.minimum(begin, end), end
 
 

@@ -30,8 +30,8 @@ def latent_values_kernel(
     lens, lens_stride,       # [B]              int32, tokens held
     starts, starts_stride,   # [B]              int32, first token attended to, or None
     runs, heads,             # [G, 3], [Hkv]    int32: column, rank, first row of uv; place -> kv head
-    y, y_strides,            # [B, splits, Hq * S, Rv]  out, float32; rows whose lse is -inf are not written
-    lse, lse_strides,        # [B, splits, Hq * S]      out, float32, natural log
+    y, y_strides,            # [B, slots, Hq * S, Rv]  out, float32; rows whose lse is -inf are not written
+    lse, lse_strides,        # [B, slots, Hq * S]      out, float32, natural log
     bound, S, window, first_tile, tiles, splits,
     C: tl.constexpr, M: tl.constexpr, P: tl.constexpr, Hkv: tl.constexpr, WINDOWED: tl.constexpr,
     TILES_R: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -96,7 +96,7 @@ def latent_values(
     s: Tensor, num_queries: int, cv: Tensor, values: Values, tokens: Tokens, rule: Rule, y: Tensor, lse: Tensor,
     first_tile: int, tiles: int, splits: int,
 ) -> None:  # fmt: skip
-    """Softmax of s [B, Hq S, T] times the latents of each split: y [B, splits, Hq S, Rv], lse [B, splits, Hq S]."""
+    """Softmax of s [B, Hq S, T] times the latents of each split: y [B, slots, Hq S, Rv], lse [B, slots, Hq S]."""
     batch, _, all_rows, _ = y.shape
     heads = values.sizes.num_heads
     rows = all_rows // values.sizes.groups
