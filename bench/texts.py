@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import os
 import xml.etree.ElementTree as ElementTree
 
 import mwparserfromhell
@@ -23,7 +24,9 @@ def wikipedia(half: str) -> str:
         articles = _articles()
         for i, name in enumerate(("calibration", "evaluation")):
             chosen = tqdm(articles[i::2], desc=f"cleaning {name} articles", unit="article")
-            (CACHE / f"wikipedia-{name}.txt").write_text("\n\n".join(map(_prose, chosen)))
+            partial = CACHE / f"wikipedia-{name}.{os.getpid()}"  # tests of several processes read what one has written
+            partial.write_text("\n\n".join(map(_prose, chosen)))
+            partial.replace(CACHE / f"wikipedia-{name}.txt")
     return saved.read_text()
 
 

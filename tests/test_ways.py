@@ -178,6 +178,15 @@ def test_a_large_batch_is_cut_for_balance_within_the_workspace(rope):
     assert small.splits <= size.splits and small.nbytes <= 16 << 20
 
 
+@pytest.mark.parametrize("rope", ["default", None], ids=["two passes", "one pass"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_plan_keeps_within_any_limit_that_holds_a_tile(batch, rope):
+    """Splits may not take the room of the one tile that they are splits of."""
+    least = size_of(batch, 131_072, rope, limit=1)[0].nbytes  # one tile and one split of one sequence
+    for limit in range(least, 6 * least, max(1, least // 150)):
+        assert size_of(batch, 131_072, rope, limit=limit)[0].nbytes <= limit
+
+
 def test_a_layer_remembers_what_it_checked(monkeypatch):
     """A second call of a kind is not checked again; a call of another kind is."""
     layer, q, k_cache, v_cache, kwargs = make(Case("again", lens=(20,)), torch.float32)
