@@ -12,8 +12,8 @@ again. flops: products alone, 2 a multiplication with its sum; rotation, norms a
 w is 2, the bytes of a number; Wk and Wv are all columns of a cache row, Rk and Rv the rank one head uses. Two passes
 keep float32 scores and the queries turned back for every 64 tokens; position-free keys are taken in one pass, which
 keeps neither, where values are grouped as keys are. The bases, read once a step whatever the length, are counted apart:
-(Rk + Rv) Hkv D w. Where a joint value latent is cut into column tiles,
-each tile reads the scores again; that is left out, as are partial results of splits.
+(Rk + Rv) Hkv D w. Where a joint value latent is cut into column tiles, each tile reads the scores again; that is left
+out, as are partial results of splits.
 """
 
 from __future__ import annotations

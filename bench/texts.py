@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import bz2
-import os
 import xml.etree.ElementTree as ElementTree
 
 import mwparserfromhell
 from tqdm import tqdm
 
-from bench.models import CACHE, package_dir
+from bench.models import CACHE, package_dir, written_once
 
 ABOUT = "Wikipedia articles of 2016: even ones to calibrate, odd ones to evaluate"
 DUMP = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
@@ -20,13 +19,11 @@ def wikipedia(half: str) -> str:
     """Clean prose of every second article: half "calibration" has the even ones, "evaluation" the odd ones."""
     saved = CACHE / f"wikipedia-{half}.txt"
     if not saved.is_file():
-        CACHE.mkdir(exist_ok=True)
         articles = _articles()
         for i, name in enumerate(("calibration", "evaluation")):
             chosen = tqdm(articles[i::2], desc=f"cleaning {name} articles", unit="article")
-            partial = CACHE / f"wikipedia-{name}.{os.getpid()}"  # tests of several processes read what one has written
-            partial.write_text("\n\n".join(map(_prose, chosen)))
-            partial.replace(CACHE / f"wikipedia-{name}.txt")
+            with written_once(CACHE / f"wikipedia-{name}.txt") as text:
+                text.write_text("\n\n".join(map(_prose, chosen)))
     return saved.read_text()
 
 

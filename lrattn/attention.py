@@ -16,6 +16,7 @@ from lrattn import ops, reference
 from lrattn.checks import accumulator_types, check_caches, check_integer, check_number, check_tables
 from lrattn.factors import LayerFactors
 from lrattn.kernels.arguments import Call, Rule, Tokens
+from lrattn.operands import lists
 from lrattn.shapes import MAX_SPLITS, accumulator, check, check_tensors
 
 PROJECTIONS = ("latent", "heads", "hidden")
@@ -67,7 +68,7 @@ def write_latents(
         reference.write_latents(layer, zk, zv, k_cache, v_cache, slots)
     else:
         eps = 0.0 if layer.key_norm is None else layer.key_norm.eps
-        torch.ops.lrattn.write_latents(zk, zv, k_cache, v_cache, slots, *layer.operands.lists()[:2], eps)
+        torch.ops.lrattn.write_latents(zk, zv, k_cache, v_cache, slots, *lists(layer.operands.keys), eps)
 
 
 @torch.no_grad()
@@ -100,7 +101,7 @@ def rebuild(
         k, v = reference.rebuild(k_cache, v_cache, layer, block_table, seq_lens, positions)
         return k[:num_tokens], v[:num_tokens]
     rows = -1 if num_tokens is None else num_tokens
-    return torch.ops.lrattn.rebuild(k_cache, v_cache, block_table, seq_lens, positions, *layer.operands.lists(), rows)
+    return torch.ops.lrattn.rebuild(k_cache, v_cache, block_table, seq_lens, positions, *lists(*layer.operands), rows)
 
 
 def decode_attention(

@@ -91,13 +91,14 @@ class Operands(NamedTuple):
 
     @classmethod
     def of_lists(cls, key_tensors: Any, key_numbers: Any, value_tensors: Any, value_numbers: Any) -> Operands:
-        """From what `lists` gives."""
+        """From what `lists` gives of both sides."""
         values = Values._make((*value_tensors, ValueSizes(*value_numbers)))
         return cls(keys_of(key_tensors, key_numbers), values)
 
-    def lists(self) -> tuple[list[Tensor | None], list[int], list[Tensor | None], list[int]]:
-        """Tensors and numbers of the keys, tensors and numbers of the values."""
-        return [*self.keys[:-1]], [*self.keys.sizes], [*self.values[:-1]], [*self.values.sizes]
+
+def lists(*sides: Keys | Values) -> list[Any]:
+    """For each side a list of its tensors and one of its numbers, as operators take them."""
+    return [fields for side in sides for fields in ([*side[:-1]], [*side.sizes])]
 
 
 def keys_of(tensors: Any, numbers: Any) -> Keys:

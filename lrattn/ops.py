@@ -1,6 +1,6 @@
 """torch.ops.lrattn: the kernels as operators, which torch.compile traces as one node and CUDA graphs capture.
 
-Operators take tensors and numbers; a layer comes as the lists of its `operands`. The caller has
+Operators take tensors and numbers; a layer comes as `lists` of its operands. The caller has
 checked the arguments. Triton is imported by the first call.
 """
 
@@ -10,12 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from lrattn.factors import LayerFactors
 from lrattn.kernels.arguments import Call, Rule, Tokens
-from lrattn.operands import Operands, keys_of
+from lrattn.operands import KeySizes, Operands, keys_of, lists
 
 KEYS = "Tensor?[] key_tensors, int[] key_numbers"
 VALUES = "Tensor?[] value_tensors, int[] value_numbers"
@@ -87,9 +87,9 @@ def _rebuild(
 
 
 def _rebuild_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-    k_cache, key_tensors, key_numbers, num_tokens = (arguments[i] for i in (0, 5, 6, 9))
-    rows = torch.library.get_ctx().new_dynamic_size() if num_tokens < 0 else num_tokens
-    k, v = (k_cache.new_empty(rows, len(key_tensors[2]), key_numbers[0]) for _ in range(2))
+    k_cache, key_numbers, num_tokens = (arguments[i] for i in (0, 6, 9))
+    rows, sizes = library.get_ctx().new_dynamic_size() if num_tokens < 0 else num_tokens, KeySizes(*key_numbers)
+    k, v = (k_cache.new_empty(rows, sizes.num_heads, sizes.head_dim) for _ in range(2))
     return k, v
 
 
@@ -179,7 +179,7 @@ def dispatch(
     tokens, rule = call.tokens, call.rule
     arguments = (
         call.q, call.ck, call.cv, tokens.pages, tokens.lens, tokens.starts, tokens.positions, sinks,
-        *Operands(call.keys, call.values).lists(), wo, project, rule.scale, rule.softcap, rule.causal, tokens.bound,
+        *lists(call.keys, call.values), wo, project, rule.scale, rule.softcap, rule.causal, tokens.bound,
         rule.window, num_splits, workspace_limit,
     )  # fmt: skip
     with torch.no_grad():
@@ -193,7 +193,7 @@ def _write_latents_fake(*arguments: Any) -> None:
     return None
 
 
-_LIBRARY = torch.library.Library("lrattn", "DEF")
+_LIBRARY = library.Library("lrattn", "DEF")
 _OPERATORS: tuple[tuple[Callable[..., Any], Callable[..., Any]], ...] = (
     (_write_latents, _write_latents_fake),
     (_rebuild, _rebuild_fake),
@@ -204,4 +204,4 @@ for _schema, (_kernel, _fake) in zip(SCHEMAS, _OPERATORS, strict=True):
     _LIBRARY.define(" ".join(_schema.split()), tags=torch.Tag.pt2_compliant_tag)
     _name = _schema.split("(")[0]
     _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lrattn::{_name}", _fake, lib=_LIBRARY)
+    library.register_fake(f"lrattn::{_name}", _fake, lib=_LIBRARY)

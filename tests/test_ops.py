@@ -7,9 +7,11 @@ import triton
 from cases import Case, make, make_layer
 from test_kernels import attend, on
 from test_reference import LiveBytes
+from torch import library
 
 import lrattn
 from lrattn import ops
+from lrattn.operands import lists
 from lrattn.shapes import norm_width
 
 FULL = Case("full", M=2, S=2, lens=(20, 3), bias=True, key_norm=True, sinks=True, positions=True, starts=(3, 0))
@@ -24,7 +26,7 @@ CASES = {
 def arguments(problem, project="heads"):
     layer, q, k_cache, v_cache, kwargs = problem
     optional = [kwargs["seq_starts"], kwargs["positions"], kwargs["sinks"]]
-    sides = layer.operands.lists()
+    sides = lists(*layer.operands)
     numbers = (project, 0.125, 0.0, True, 48, 0, 0, 1 << 28)
     return (q, k_cache, v_cache, kwargs["block_table"], kwargs["seq_lens"], *optional, *sides, layer.wo, *numbers)
 
@@ -36,21 +38,20 @@ def test_operators_are_what_they_say(name, device):
     layer, q, k_cache, v_cache, kwargs = problem
     for project, last in (("heads", q.shape[2:]), ("hidden", (24,))):
         given = arguments(problem, project)
-        torch.library.opcheck(torch.ops.lrattn.decode_attention.default, given)
+        library.opcheck(torch.ops.lrattn.decode_attention.default, given)
         out = q.new_empty(*q.shape[:2], *last)
-        torch.library.opcheck(torch.ops.lrattn.decode_attention_out.default, (*given, out))
-    lists = layer.operands.lists()
-    keys, values = lists[:2], lists[2:]
+        library.opcheck(torch.ops.lrattn.decode_attention_out.default, (*given, out))
+    keys, values = map(lists, layer.operands)
     zk = torch.randn(3, layer.row_width, device=device)
     zv = None if layer.shared else torch.randn(3, layer.v_width, device=device)
     written = (zk, zv, k_cache.clone(), None if v_cache is None else v_cache.clone())
     slots = torch.arange(3, device=device)
-    torch.library.opcheck(torch.ops.lrattn.write_latents.default, (*written, slots, *keys, 1e-6))
+    library.opcheck(torch.ops.lrattn.write_latents.default, (*written, slots, *keys, 1e-6))
     positions = None if kwargs["positions"] is None else kwargs["positions"].clamp(min=0)
     tables = (kwargs["block_table"], kwargs["seq_lens"], positions)
     for rows in (-1, sum(CASES[name].lens)):
         caches = [None if x is None else x.nan_to_num(0.0) for x in (k_cache, v_cache)]
-        torch.library.opcheck(torch.ops.lrattn.rebuild.default, (*caches, *tables, *keys, *values, rows))
+        library.opcheck(torch.ops.lrattn.rebuild.default, (*caches, *tables, *keys, *values, rows))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -119,9 +120,9 @@ def test_a_call_reads_no_number_from_the_device(name, launches, monkeypatch):
     zk = torch.empty(3, layer.row_width, dtype=q.dtype, device="meta")
     zv = None if layer.shared else torch.empty(3, layer.v_width, dtype=q.dtype, device="meta")
     slots = torch.empty(3, dtype=torch.int64, device="meta")
-    ops._write_latents(zk, zv, k_cache, v_cache, slots, *layer.operands.lists()[:2], 1e-6)
+    ops._write_latents(zk, zv, k_cache, v_cache, slots, *lists(layer.operands.keys), 1e-6)
     tables = (kwargs["block_table"], kwargs["seq_lens"], kwargs["positions"])
-    ops._rebuild(k_cache, v_cache, *tables, *layer.operands.lists(), 23)
+    ops._rebuild(k_cache, v_cache, *tables, *lists(*layer.operands), 23)
     names = {n for n, _ in launches}
     assert names >= {"combine_kernel", "project_kernel", "rebuild_kernel"}
     assert names & {"latent_values_kernel", "fused_absorbed_kernel", "fused_rebuilt_kernel"}
@@ -143,7 +144,7 @@ def test_large_calls_fit_a_grid(shape, launches, monkeypatch):
     given[-1] = 4 << 30
     given[-8] = "hidden"
     ops._decode_attention(*given)
-    ops._rebuild(k_cache, v_cache, *tables.values(), None, *layer.operands.lists(), 23)
+    ops._rebuild(k_cache, v_cache, *tables.values(), None, *lists(*layer.operands), 23)
     assert launches and all(0 < n < 65536 for _, grid in launches for n in grid[1:])
     assert all(grid[0] < 2**31 for _, grid in launches)
 
