@@ -18,7 +18,7 @@ LINES = 350
 
 # A module may import modules that stand before it: the order of the data.
 ORDER = [
-    "shapes", "rope", "safefile", "projection", "basis", "operands", "factors", "parts", "calibrate", "clusters",
+    "shapes", "dense", "rope", "safefile", "projection", "basis", "operands", "factors", "parts", "calibrate", "clusters",
     "ranks", "methods", "propagate", "compress", "summary", "cache", "reference", "kernels", "ops", "checks",
     "attention", "integrations", "__main__",
 ]  # fmt: skip

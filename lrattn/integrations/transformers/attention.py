@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lrattn.attention import check_backend, decode_attention, rebuild, write_latents
 from lrattn.factors import Factors
 from lrattn.integrations.transformers.cache import LatentCache, Span
-from lrattn.integrations.transformers.dense import causal_attention
+from lrattn.dense import causal_attention
 from lrattn.integrations.transformers.verify import check_fit, verify
 from lrattn.parts import AttentionParts, attention_parts, decoder_of, shadowed
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lrattn.factors import Factors, LayerFactors
-from lrattn.integrations.transformers.dense import causal_attention
+from lrattn.dense import causal_attention
 from lrattn.parts import AttentionParts, attention_parts, decoder_of, evaluating
 from lrattn.rope import Rope
 
