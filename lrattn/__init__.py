@@ -21,7 +21,8 @@ from lrattn.attention import (
 from lrattn.cache import allocate_cache
 from lrattn.calibrate import Moments, calibrate
 from lrattn.compress import compress
-from lrattn.factors import Factors, LayerFactors
+from lrattn.factors import Factors
+from lrattn.layer import LayerFactors
 from lrattn.projection import KeyNorm, Projection
 from lrattn.rope import Rope
 

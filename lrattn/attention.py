@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lrattn import ops, reference
 from lrattn.checks import accumulator_types, check_caches, check_integer, check_number, check_tables
-from lrattn.factors import LayerFactors
 from lrattn.kernels.arguments import Call, Rule, Tokens
+from lrattn.layer import LayerFactors
 from lrattn.operands import lists
 from lrattn.shapes import MAX_SPLITS, accumulator, check, check_tensors
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrattn.factors import LayerFactors
+from lrattn.layer import LayerFactors
 from lrattn.shapes import RANK_STEP, accumulator
 
 WHOLE_PAGES = 64  # up to this page size whole pages are copied and cut, which is faster than copying rows

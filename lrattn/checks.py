@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrattn.factors import LayerFactors
+from lrattn.layer import LayerFactors
 from lrattn.shapes import FLOATS, RANK_STEP, check
 
 LARGEST = 2**63 - 1  # integer that an operator takes

@@ -12,7 +12,8 @@ from tqdm import tqdm
 from lrattn import methods
 from lrattn.calibrate import Batch, Moments, calibrate, fingerprint
 from lrattn.clusters import Groups, contiguous, outputs_gram
-from lrattn.factors import Factors, LayerFactors
+from lrattn.factors import Factors
+from lrattn.layer import LayerFactors
 from lrattn.methods import METHODS, Method
 from lrattn.parts import AttentionParts, attention_parts
 from lrattn.projection import Projection

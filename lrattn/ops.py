@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, library
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from lrattn.factors import LayerFactors
 from lrattn.kernels.arguments import Call, Rule, Tokens
+from lrattn.layer import LayerFactors
 from lrattn.operands import KeySizes, Operands, keys_of, lists
 
 KEYS = "Tensor?[] key_tensors, int[] key_numbers"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lrattn.calibrate import Batch, second_moment, tokens_of
-from lrattn.factors import LayerFactors
+from lrattn.layer import LayerFactors
 from lrattn.parts import AttentionParts, attention_parts, decoder_of, evaluating, shadowed
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lrattn.cache import WHOLE_PAGES, inverse_rms, norm_columns, read_rows, write_rows
-from lrattn.factors import LayerFactors
+from lrattn.layer import LayerFactors
 from lrattn.rope import rows_at
 from lrattn.shapes import accumulator, product_dtype
 

@@ -30,9 +30,7 @@ def test_near_tokens_have_keys_of_their_own(queries, recent, sinks, window, monk
     k, v, near_k, near_v = (torch.randn(21, 2, 8, generator=g, dtype=torch.float64) for _ in range(4))
     expected = plain(q, k, v, near_k, near_v, recent, sinks, 0.3, window)
     first = 21 - queries
-    at = torch.tensor(
-        [j for j in range(21) if j < sinks or j > first - recent], dtype=torch.int64
-    )  # all that some query is near to
+    at = torch.tensor([j for j in range(21) if j < sinks or j > first - recent], dtype=torch.int64)
     near = dense.Near(near_k[at], near_v[at], at, recent, sinks)
     got = dense.causal_attention(q, k, v, 0.3, window, near)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)

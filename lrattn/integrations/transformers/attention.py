@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lrattn.attention import check_backend, decode_attention, rebuild, write_latents
+from lrattn.dense import causal_attention
 from lrattn.factors import Factors
 from lrattn.integrations.transformers.cache import LatentCache, Span
-from lrattn.dense import causal_attention
 from lrattn.integrations.transformers.verify import check_fit, verify
 from lrattn.parts import AttentionParts, attention_parts, decoder_of, shadowed
 

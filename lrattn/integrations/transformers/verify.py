@@ -8,8 +8,9 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
-from lrattn.factors import Factors, LayerFactors
 from lrattn.dense import causal_attention
+from lrattn.factors import Factors
+from lrattn.layer import LayerFactors
 from lrattn.parts import AttentionParts, attention_parts, decoder_of, evaluating
 from lrattn.rope import Rope
 
