@@ -125,7 +125,7 @@ def measure(name: str, args: argparse.Namespace) -> None:
     calibration = read_windows(tokenizer, texts.wikipedia("calibration"), LENGTH, plan.calibrate).split(1)
     evaluation = read_windows(tokenizer, texts.wikipedia("evaluation"), LENGTH, plan.evaluate)
     state = models.CACHE / f"{name}-{plan.calibrate}x{LENGTH}.moments"
-    moments = lrattn.calibrate(model, calibration, fisher=True, state=state)
+    moments = lrattn.calibrate(model, calibration, gather=["fisher"], state=state)
     for n, settings in enumerate(missing, 1):
         label = "{method} {ranks} {keep}".format(**settings)
         print(f"{name}: cell {n} of {len(missing)}, {label}", flush=True)

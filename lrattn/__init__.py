@@ -19,10 +19,11 @@ from lrattn.attention import (
     write_latents,
 )
 from lrattn.cache import allocate_cache
-from lrattn.calibrate import Moments, calibrate
+from lrattn.calibrate import calibrate
 from lrattn.compress import compress
 from lrattn.factors import Factors
 from lrattn.layer import LayerFactors
+from lrattn.moments import Moments
 from lrattn.projection import KeyNorm, Projection
 from lrattn.rope import Rope
 

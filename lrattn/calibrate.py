@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,66 +16,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lrattn import safefile
+from lrattn.moments import GATHERED, GRADIENTS, Moments
 from lrattn.parts import AttentionParts, attention_parts, decoder_of, evaluating
+from lrattn.substitute import Window, substituted
 
 Batch = Tensor | Mapping[str, Any]
 INTEGERS = (torch.int64, torch.int32, torch.int16)
 SAVE_EVERY = 60.0  # seconds between two writes of the state
-
-
-@dataclass(frozen=True, eq=False)
-class Moments:
-    """Sums over calibration tokens; those of padding are left out.
-
-    Args:
-        inputs: per layer [E, E] float64 on the CPU, sum of x x^T over the attention inputs x; uncentred, no biases.
-        tokens, sequences: how many were summed.
-        gradients: per layer, of k_proj and of v_proj, [Hkv * D, E] float32: sum over sequences of the squared
-            gradient of the sequence's negative log-likelihood. None if `calibrate` was not asked for it.
-        text: chained sha256 of the token ids. model: sha256 of numbers from every parameter.
-    """
-
-    inputs: tuple[Tensor, ...]
-    tokens: int
-    sequences: int = 0
-    gradients: tuple[tuple[Tensor, Tensor], ...] | None = None
-    text: str = ""
-    model: str = ""
-
-    @cached_property
-    def fisher(self) -> list[tuple[float, float]] | None:
-        """Per layer, of the key and the value projection: mean over the weights of their root mean square gradient.
-
-        The score by which Palu and ReCalKV share out ranks.
-        """
-        if self.gradients is None:
-            return None
-
-        def score(squares: Tensor) -> float:
-            return (squares / max(self.sequences, 1)).sqrt().mean(dtype=torch.float64).item()
-
-        return [(score(k), score(v)) for k, v in self.gradients]
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes one safetensors file; the file at `path` is replaced only when the new one is whole."""
-        tensors = {f"{i}.inputs": x for i, x in enumerate(self.inputs)}
-        for i, pair in enumerate(self.gradients or ()):
-            tensors |= {f"{i}.gradients.{name}": x for name, x in zip(("keys", "values"), pair, strict=True)}
-        names = ("tokens", "sequences", "text", "model")
-        safefile.write(path, "moments", {name: getattr(self, name) for name in names}, tensors)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Moments:
-        """Reads a file that `save`, or `calibrate` with a state, wrote.
-
-        Raises: FileNotFoundError; ValueError if it is damaged, truncated, foreign or newer.
-        """
-        record, tensors = safefile.read(path, "moments")
-        layers = range(sum(name.endswith(".inputs") for name in tensors))
-        gradients = None
-        if "0.gradients.keys" in tensors:
-            gradients = tuple((tensors[f"{i}.gradients.keys"], tensors[f"{i}.gradients.values"]) for i in layers)
-        return cls(inputs=tuple(tensors[f"{i}.inputs"] for i in layers), gradients=gradients, **record)
 
 
 @torch.inference_mode(False)
@@ -84,7 +30,8 @@ def calibrate(
     model: nn.Module,
     batches: Iterable[Batch],
     *,
-    fisher: bool = False,
+    gather: Collection[str] = (),
+    far: tuple[int, int] = (0, 0),
     state: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Moments:
@@ -92,45 +39,58 @@ def calibrate(
 
     Args:
         batches: token ids [b, t], or mappings with input_ids and maybe attention_mask.
-        fisher: also sum squared gradients of the key and value projections: a backward pass for every batch. Labels
-            are the next tokens; every sequence has a gradient of its own, however the batches are cut.
+        gather: names of lrattn.moments.GATHERED to sum beside the inputs' moments. "fisher" and "metric" take a
+            backward pass for every batch: the loss is summed over the tokens of a sequence, however the batches are
+            cut. Labels are the next tokens for "fisher", as published, and for "metric" tokens drawn from the model's
+            own predictions: then the mean of g g^T is the second derivative of its divergence from itself.
+        far: (recent, sinks): gradients pass only through attention to tokens that a cache with that window would not
+            hold dense for the query. Sequences are without padding then.
         state: a file that is written every minute and at the end. If it exists, sequences it has seen are skipped:
-            an interrupted run goes on where it was, and more text can be added. If it holds gradients, they go on too.
+            an interrupted run goes on where it was, and more text can be added. What it has gathered goes on too.
         progress: show a bar on stderr.
 
-    Products are float32 at least, sums of moments float64. Memory beside the model: E^2 float64 a layer, for `fisher`
-    also 2 * Hkv * D * E float32 a layer and the activations of one batch; nothing grows with the number of tokens.
+    Products are float32 at least, sums of moments float64. Memory beside the model: E^2 float64 a layer and what is
+    gathered, for gradients also the activations of one batch; nothing grows with the number of tokens.
 
     Raises: ValueError if there are no tokens, a layer sees numbers that are not finite, or the state is of another
-    model or text, or holds no gradients where they are asked for.
+    model, text or window, or lacks what is asked for.
     """
+    unknown = sorted(set(gather) - set(GATHERED))
+    if unknown:
+        raise ValueError(f"gather: expected names out of {sorted(GATHERED)}, got {unknown}")
+    window = Window(*far)
     parts = attention_parts(model)
-    held = _resume(model, parts, fisher, state)
-    fisher = held.gradients is not None
+    held = _resume(model, parts, gather, window, state)
     sums = _Sums(parts, held)
-    if fisher and any(p.is_inference() for p in model.parameters()):
+    if sums.differentiates and any(p.is_inference() for p in model.parameters()):
         raise ValueError("model: expected parameters that gradients can pass, got some made in torch.inference_mode()")
-    run, device = model if fisher else decoder_of(model), next(model.parameters()).device
+    run, device = model if sums.differentiates else decoder_of(model), next(model.parameters()).device
     saved = time.monotonic()
-    with ExitStack() as stack, evaluating(model), torch.set_grad_enabled(fisher):
+    with ExitStack() as stack, evaluating(model), torch.set_grad_enabled(sums.differentiates):
         for hook in sums.hooks():
             stack.callback(hook.remove)
-        for weight in [p for p in model.parameters() if fisher and p.requires_grad]:  # none of them costs a gradient
-            stack.callback(weight.requires_grad_, True)
-            weight.requires_grad_(False)
+        if sums.differentiates:
+            stack.enter_context(substituted(model, sums.add_zeros, window))
+            for weight in [p for p in model.parameters() if p.requires_grad]:  # none of them costs a gradient
+                stack.callback(weight.requires_grad_, True)
+                weight.requires_grad_(False)
         shown = tqdm(batches, desc="calibrate", unit="batch", disable=not progress)
         for ids, live, text in _unseen(shown, held):
+            if window and live is not None and not bool(live.all()):
+                raise ValueError("far: expected sequences without padding, got some padded")
             ids, live = ids.to(device), None if live is None else live.to(device)
             arguments = {} if live is None else {"attention_mask": live.long()}
             sums.begin(live)
             out = run(input_ids=ids, use_cache=False, **arguments)
-            held = sums.end(held, ids, out.logits if fisher else None, text)
+            held = sums.end(held, ids, out.logits if sums.differentiates else None, text)
             if state is not None and time.monotonic() - saved >= SAVE_EVERY:
                 held.save(state)
                 saved = time.monotonic()
     if not held.tokens:
         raise ValueError("batches: expected at least one token to calibrate on, got none")
-    if held.fisher is not None and not any(max(pair) > 0 for pair in held.fisher):
+    if sums.differentiates and not any(
+        bool(x.any()) for name in GRADIENTS for x in held.sums.get(f"{name}.values", ())
+    ):
         raise ValueError("batches: expected sequences of two tokens or more, whose loss has a gradient, got none")
     if state is not None:
         held.save(state)
@@ -175,26 +135,41 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _resume(
-    model: nn.Module, parts: list[AttentionParts], fisher: bool, state: str | os.PathLike[str] | None
+    model: nn.Module,
+    parts: list[AttentionParts],
+    gather: Collection[str],
+    window: Window,
+    state: str | os.PathLike[str] | None,
 ) -> Moments:
     """The moments in the state file, or zeros."""
-    own = fingerprint(model)
+    own, far = fingerprint(model), (window.recent, window.sinks)
     if state is not None:
         safefile.check_target("state", state)
     if state is not None and Path(state).exists():
         held = Moments.load(state)
         if held.model != own:
             raise ValueError(f"state: expected moments of this model in {state}, got another model's")
-        if fisher and held.gradients is None:
-            raise ValueError(f"state: expected moments with gradients in {state}, got some without")
+        if missing := sorted(set(gather) - set(held.gathered)):
+            raise ValueError(f"state: expected moments with {missing} in {state}, got some without")
+        if held.far != far:
+            raise ValueError(f"state: expected gradients beyond a window (recent, sinks) of {far}, got {held.far}")
         return held
-    shapes = [p.linear("k_proj").weight.shape for p in parts]
-    return Moments(
-        inputs=tuple(torch.zeros(inputs, inputs, dtype=torch.float64) for _, inputs in shapes),
-        tokens=0,
-        gradients=tuple((torch.zeros(shape), torch.zeros(shape)) for shape in shapes) if fisher else None,
-        model=own,
-    )
+    zeros: dict[str, list[Tensor]] = {}
+    for part in parts:
+        for name, shape in _shapes(part, gather).items():
+            kind = torch.float32 if name.startswith("fisher") else torch.float64
+            zeros.setdefault(name, []).append(torch.zeros(shape, dtype=kind))
+    found = {name: tuple(xs) for name, xs in zeros.items()}
+    return Moments(inputs=found.pop("inputs"), tokens=0, sums=found, far=far, model=own)
+
+
+def _shapes(part: AttentionParts, gather: Collection[str]) -> dict[str, tuple[int, ...]]:
+    n, inputs = part.linear("k_proj").weight.shape
+    heads, head_dim = part.num_kv_heads, part.head_dim
+    of_name = {"fisher": (n, inputs), "metric": (n, n), "weighted": (inputs, inputs), "magnitudes": (inputs,)}
+    exact = {"rotated.keys": (n, n), "rotated.mean": (n,), "rotated.queries": (heads, head_dim, head_dim)}
+    names = [name for group in GATHERED if group in gather for name in GATHERED[group]]
+    return {"inputs": (inputs, inputs)} | {name: exact.get(name) or of_name[name.split(".")[0]] for name in names}
 
 
 def _unseen(batches: Iterable[Batch], held: Moments) -> Iterator[tuple[Tensor, Tensor | None, str]]:
@@ -221,54 +196,106 @@ class _Sums:
     """The sums of `held` while they grow, and the hooks that feed them."""
 
     def __init__(self, parts: list[AttentionParts], held: Moments) -> None:
-        self.parts, self.inputs, self.gradients = parts, held.inputs, held.gradients
+        self.parts, self.inputs, self.sums, self.gathered = parts, held.inputs, held.sums, held.gathered
+        self.differentiates = any(name in GRADIENTS for name in self.gathered)
         self.begin(None)
 
     def hooks(self) -> Iterator[Any]:
-        for part, total in zip(self.parts, self.inputs, strict=True):
-            yield part.linear("k_proj").register_forward_pre_hook(self._watch_inputs(total))
-            for name in ("k_proj", "v_proj") if self.gradients else ():
-                yield part.linear(name).register_forward_hook(self._watch_outputs)
+        for i, part in enumerate(self.parts):
+            yield part.linear("k_proj").register_forward_pre_hook(self._watch_inputs(i))
+            for side in "qk" if "rotated" in self.gathered else "":
+                yield part.linear(f"{side}_proj").register_forward_hook(self._watch_rotated(i, side))
 
-    def _watch_inputs(self, total: Tensor) -> Any:
+    def _watch_inputs(self, i: int) -> Any:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            total.add_(second_moment(args[0], self.live))
-            if self.gradients:
-                self.seen.append(args[0].detach())
+            self.inputs[i].add_(second_moment(args[0], self.live))
+            if "magnitudes" in self.gathered:
+                x = args[0].detach() if self.live is None else args[0].detach()[self.live]
+                self.sums["magnitudes"][i].add_(x.flatten(0, -2).double().abs().sum(0).cpu())
 
         return hook
 
-    def _watch_outputs(self, _: nn.Module, __: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        """Adds a zero to differentiate by: no parameter needs a gradient."""
-        self.leaves.append(torch.zeros_like(out, requires_grad=True))
-        return out + self.leaves[-1]
+    def _watch_rotated(self, i: int, side: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], raw: Tensor) -> None:
+            b, t = raw.shape[:2]
+            live = self.live if self.live is not None else torch.ones(b, t, dtype=torch.bool, device=raw.device)
+            heads = self.parts[i].turned(side, raw.detach(), (live.cumsum(1) - 1).clamp_min(0))[live].double()
+            if side == "k":
+                keys = heads.flatten(1)
+                self.sums["rotated.keys"][i].add_((keys.T @ keys).cpu())
+                self.sums["rotated.mean"][i].add_(keys.sum(0).cpu())
+            else:
+                groups = heads.unflatten(1, (self.parts[i].num_kv_heads, -1)).permute(1, 0, 2, 3).flatten(1, 2)
+                self.sums["rotated.queries"][i].add_((groups.mT @ groups).cpu())
+
+        return hook
+
+    def add_zeros(self, i: int, x: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Zeros to differentiate by, added to a layer's keys and values: no parameter needs a gradient."""
+        self.seen.append(x.detach())
+        self.leaves += [torch.zeros_like(k, requires_grad=True), torch.zeros_like(v, requires_grad=True)]
+        return k + self.leaves[-2], v + self.leaves[-1]
 
     def begin(self, live: Tensor | None) -> None:
         self.live = live
         self.seen: list[Tensor] = []  # inputs of each layer, where gradients are taken
-        self.leaves: list[Tensor] = []  # of k_proj, v_proj, k_proj, ...
+        self.leaves: list[Tensor] = []  # of keys, values, keys, ...
 
     def end(self, held: Moments, ids: Tensor, logits: Tensor | None, text: str) -> Moments:
-        """The batch went through every layer: square its gradients, count it."""
+        """The batch went through every layer: sum what its gradients tell, count it."""
         for part, total in zip(self.parts, self.inputs, strict=True):
             if not bool(total.isfinite().all()):
                 raise ValueError(
                     f"batches: the inputs of {part.name} are not all finite; calibrate a model of a wider dtype"
                 )
-        if self.gradients is not None and logits is not None:
-            grads = iter(torch.autograd.grad(_nll(logits, ids, self.live), self.leaves))
-            for pair, x in zip(self.gradients, self.seen, strict=True):
-                for squares in pair:
-                    g = next(grads) if self.live is None else next(grads) * self.live[..., None]
-                    for x_row, g_row in zip(x, g, strict=True):
-                        squares.add_((g_row.float().T @ x_row.float()).square().cpu())
-                    if not bool(squares.isfinite().all()):
-                        raise ValueError("batches: a gradient is not finite; calibrate a model of a wider dtype")
+        if logits is not None:
+            self._differentiate(logits, ids)
         tokens = ids.numel() if self.live is None else int(self.live.sum())
         return replace(held, tokens=held.tokens + tokens, sequences=held.sequences + len(ids), text=text)
 
+    def _differentiate(self, logits: Tensor, ids: Tensor) -> None:
+        wanted = [name for name in GRADIENTS if name in self.gathered]
+        for name in wanted:
+            labels = ids[:, 1:] if name == "fisher" else _drawn(logits, ids, self.live)
+            loss = _nll(logits, labels, self.live)
+            grads = iter(torch.autograd.grad(loss, self.leaves, retain_graph=name != wanted[-1]))
+            for i, x in enumerate(self.seen):
+                for side in ("keys", "values"):
+                    self._add_gradients(name, i, side, x, next(grads))
 
-def _nll(logits: Tensor, ids: Tensor, live: Tensor | None) -> Tensor:
-    """Negative log-likelihood, summed: the token at t + 1 given those up to t."""
-    losses = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+    def _add_gradients(self, name: str, i: int, side: str, x: Tensor, g: Tensor) -> None:
+        """x [b, t, E] and g [b, t, n], a sequence at a time."""
+        for b in range(len(x)):
+            rows, grad = x[b].float(), g[b].float()
+            if self.live is not None:
+                rows, grad = rows[self.live[b]], grad[self.live[b]]
+            if name == "fisher":
+                self.sums[f"fisher.{side}"][i].add_((grad.T @ rows).square().cpu())
+            else:
+                self.sums[f"metric.{side}"][i].add_((grad[1:].T @ grad[1:]).double().cpu())
+                weight = grad.square().sum(1, keepdim=True)
+                self.sums[f"weighted.{side}"][i].add_(((rows * weight).T @ rows).double().cpu())
+        if not all(
+            bool(self.sums[f"{name}.{side}"][i].isfinite().all()) for name in GRADIENTS if name in self.gathered
+        ):
+            raise ValueError("batches: a gradient is not finite; calibrate a model of a wider dtype")
+
+
+def _nll(logits: Tensor, labels: Tensor, live: Tensor | None) -> Tensor:
+    """Negative log-likelihood, summed: labels [b, t - 1] of the tokens after those of logits [b, t, V]."""
+    losses = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten(), reduction="none")
     return losses.sum() if live is None else losses[(live[:, :-1] & live[:, 1:]).flatten()].sum()
+
+
+@torch.no_grad()
+def _drawn(logits: Tensor, ids: Tensor, live: Tensor | None) -> Tensor:
+    """Labels [b, t - 1] drawn from the predictions, each sequence by a generator that its tokens seed."""
+    labels = torch.zeros_like(ids)
+    for b, row in enumerate(ids):
+        kept = torch.ones_like(row, dtype=torch.bool) if live is None else live[b]
+        seed = hashlib.sha256(row[kept].cpu().numpy().tobytes()).digest()[:7]
+        generator = torch.Generator().manual_seed(int.from_bytes(seed, "big"))
+        totals = logits[b][kept].float().softmax(-1).cumsum(-1)
+        at = torch.rand(len(totals), 1, generator=generator).to(totals) * totals[:, -1:]
+        labels[b, kept] = torch.searchsorted(totals, at)[:, 0].clamp_max(logits.shape[-1] - 1)
+    return labels[:, :-1]

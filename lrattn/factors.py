@@ -22,17 +22,24 @@ class Factors:
     Args:
         layers: one LayerFactors per attention layer, in order.
         method: what made them. model: name of the model they were made from. rule: what shared out the ranks.
+        predicted: per layer, what it adds to the loss of a token, in nats, to second order; () where not known.
     """
 
     layers: tuple[LayerFactors, ...]
     method: str = "custom"
     model: str = ""
     rule: str = ""
+    predicted: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "predicted", tuple(self.predicted))
         if not self.layers:
             raise ValueError("layers: expected at least one LayerFactors, got none")
+        if self.predicted and len(self.predicted) != len(self.layers):
+            raise ValueError(
+                f"predicted: expected one for each of {len(self.layers)} layers, got {len(self.predicted)}"
+            )
 
     @property
     def numbers_per_token(self) -> int:
@@ -72,7 +79,8 @@ class Factors:
             if layer.wo is not None:
                 tensors[f"{i}.wo"] = layer.wo
             layers.append(entry)
-        record = {"method": self.method, "model": self.model, "rule": self.rule, "layers": layers}
+        names = ("method", "model", "rule", "predicted")
+        record = {name: getattr(self, name) for name in names} | {"layers": layers}
         safefile.write(path, "factors", record, tensors)
 
     @classmethod
@@ -103,4 +111,4 @@ class Factors:
                     wo=tensors.get(f"{i}.wo"),
                 )
             )
-        return cls(tuple(layers), record["method"], record["model"], record["rule"])
+        return cls(tuple(layers), record["method"], record["model"], record["rule"], record.get("predicted", ()))

@@ -126,6 +126,14 @@ class LayerFactors:
         starts = [columns.start for columns in self.values.columns]
         return tuple(slice(s, s + rank) for s, rank in zip(starts, self.keys.ranks, strict=True))
 
+    @property
+    def sides(self) -> tuple[Projection, Projection]:
+        """Keys and values as projections of their own, each with its write side: a shared row is taken apart."""
+        if not self.shared or self.values.down is None:
+            return self.keys, self.values
+        down = torch.cat([self.values.down[:, columns] for columns in self.key_columns], 1)
+        return replace(self.keys, down=down), self.values
+
     def check_presence(self, name: str, x: Tensor | None) -> None:
         """Raises ValueError unless the value side's tensor `x` is there, or None for a shared layer."""
         if (x is None) != self.shared:

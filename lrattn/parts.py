@@ -59,7 +59,11 @@ class AttentionParts:
 
     def rotated(self, side: str, x: Tensor, positions: Tensor) -> Tensor:
         """The model's own queries (side "q") or keys ("k") of x [B, S, E], normed and rotated: [B, S, H, D]."""
-        heads = self.linear(f"{side}_proj")(x).unflatten(-1, (-1, self.head_dim))
+        return self.turned(side, self.linear(f"{side}_proj")(x), positions)
+
+    def turned(self, side: str, raw: Tensor, positions: Tensor) -> Tensor:
+        """Outputs [B, S, H * D] of q_proj (side "q") or k_proj ("k"), normed and rotated as the model does it."""
+        heads = raw.unflatten(-1, (-1, self.head_dim))
         norm = getattr(self.module, f"{side}_norm", None)
         return self.rope.rotate(heads if norm is None else norm(heads), positions)
 

@@ -99,7 +99,7 @@ def _rebuilt(part: AttentionParts, factors: LayerFactors) -> Iterator[None]:
         return hook
 
     with ExitStack() as stack:
-        for name, side in (("k_proj", factors.keys), ("v_proj", factors.values)):
+        for name, side in zip(("k_proj", "v_proj"), factors.sides, strict=True):
             weight = side.dense().flatten(0, 1)
             stack.callback(part.linear(name).register_forward_hook(low_rank(weight)).remove)
         yield

@@ -5,6 +5,8 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 from torch import Tensor
 
@@ -24,18 +26,20 @@ class LayerShape:
     value_group: int
     inputs: int
     key_norm: bool = False
+    shared: bool = False
 
     @property
     def groups(self) -> tuple[int, int]:
-        """Groups of keys, groups of values."""
-        return self.heads // self.key_group, self.heads // self.value_group
+        """Groups of keys, groups of values; no keys, and the rows, where rows are shared."""
+        return 0 if self.shared else self.heads // self.key_group, self.heads // self.value_group
 
     @property
     def full_ranks(self) -> tuple[int, int]:
         """Rank at which a group of keys, and one of values, is exact: C * D outputs or E inputs, whichever is fewer,
-        up to a step of 16."""
+        up to a step of 16. A shared row has 2 C D outputs."""
         key, value = (
-            round_up(min(size * self.head_dim, self.inputs), RANK_STEP) for size in (self.key_group, self.value_group)
+            round_up(min(size * self.head_dim, self.inputs), RANK_STEP)
+            for size in (self.key_group, self.value_group * (2 if self.shared else 1))
         )
         return key, value
 
@@ -75,37 +79,64 @@ def fisher(shapes: Sequence[LayerShape], keep: float, scores: Sequence[tuple[flo
     weights = [
         score / groups
         for shape, pair in zip(shapes, scores, strict=True)
-        for score, groups in zip(pair, shape.groups, strict=True)
+        for score, groups in zip((0.0, sum(pair)) if shape.shared else pair, shape.groups, strict=True)
         for _ in range(groups)
     ]
     return _ranks(shapes, _rounded(_shares(weights, _caps(shapes), budget(shapes, keep))))
 
 
 def spectrum(
-    shapes: Sequence[LayerShape], keep: float, energies: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]
+    shapes: Sequence[LayerShape],
+    keep: float,
+    energies: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]],
+    *,
+    in_nats: bool = False,
+    level: float = 0.0,
 ) -> list[Ranks]:
-    """Water-filling: every step of 16 latents goes where it saves the largest share of its projection's energy.
+    """Water-filling: every step of 16 latents goes where it saves most.
 
-    energies: per layer, of the key groups and of the value groups, each [n] descending. They are divided by their
-    projection's sum, because raw energies of layers, keys and values do not compare.
+    Args:
+        energies: per layer, of the key groups and of the value groups (none and the rows, where rows are shared), each
+            [n] descending.
+        in_nats: they compare over layers, keys and values. Else they are divided by their projection's sum.
+        level: share of every layer's budget that is the same for all layers; within a layer water-filling decides.
     """
-    gains: list[list[float]] = []  # of each group's steps, falling
+    gains: list[list[float]] = []  # of each group's steps
     for pair in energies:
         for side in pair:
-            total = max(sum(e.sum().item() for e in side), 1e-300)
+            total = 1.0 if in_nats else max(sum(e.sum().item() for e in side), 1e-300)
             gains += [[step.sum().item() / total for step in e.split(RANK_STEP)] for e in side]
     caps = _caps(shapes)
     if [len(g) for g in gains] != caps:
         raise ValueError(f"energies: expected {caps} steps of {RANK_STEP}, got {[len(g) for g in gains]}")
+    steps = _filled(gains, budget(shapes, keep))
+    if level:
+        counts = [sum(s.groups) for s in shapes]
+        totals, layer_caps = ([sum(part) for part in _split(numbers, counts)] for numbers in (steps, caps))
+        rate = (sum(steps) - sum(counts)) / max(sum(caps) - sum(counts), 1)
+        even = [count + rate * (cap - count) for count, cap in zip(counts, layer_caps, strict=True)]
+        wanted = _rounded([level * e + (1 - level) * t for e, t in zip(even, totals, strict=True)])
+        steps = [n for part, total in zip(_split(gains, counts), wanted, strict=True) for n in _filled(part, total)]
+    return _ranks(shapes, steps)
+
+
+def _filled(gains: Sequence[Sequence[float]], total: int) -> list[int]:
+    """Steps of each group, at least one: `total` in all, each where it gains most."""
     steps = [1] * len(gains)
     heap = [(-g[1], i) for i, g in enumerate(gains) if len(g) > 1]
     heapq.heapify(heap)
-    for _ in range(budget(shapes, keep) - len(gains)):
+    for _ in range(min(total, sum(map(len, gains))) - len(gains)):
         _, i = heapq.heappop(heap)
         steps[i] += 1
-        if steps[i] < caps[i]:
+        if steps[i] < len(gains[i]):
             heapq.heappush(heap, (-gains[i][steps[i]], i))
-    return _ranks(shapes, steps)
+    return steps
+
+
+def _split(items: Sequence[Any], counts: Sequence[int]) -> list[Sequence[Any]]:
+    """Consecutive runs of these lengths."""
+    ends = list(accumulate(counts))
+    return [items[end - count : end] for end, count in zip(ends, counts, strict=True)]
 
 
 def budget(shapes: Sequence[LayerShape], keep: float) -> int:

@@ -11,6 +11,7 @@ from torch import nn
 import lrattn
 from lrattn.parts import attention_parts
 
+GATHERS = [(), ("fisher",), ("metric",), ("rotated", "magnitudes", "metric")]
 calibration = sys.modules["lrattn.calibrate"]  # the package's `calibrate` is the function
 
 
@@ -40,15 +41,16 @@ def same(a, b, rtol=1e-5, atol=1e-4):
     assert (a.tokens, a.sequences, a.text, a.model) == (b.tokens, b.sequences, b.text, b.model)
     for x, y in zip(a.inputs, b.inputs, strict=True):
         torch.testing.assert_close(x, y, rtol=rtol, atol=atol)
-    for pair, other in zip(a.gradients or (), b.gradients or (), strict=True):
-        for x, y in zip(pair, other, strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-5 * x.max().item())
+    assert a.sums.keys() == b.sums.keys()
+    for name in a.sums:
+        for x, y in zip(a.sums[name], b.sums[name], strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-5 * x.abs().max().item())
 
 
 def test_moments_are_sums_over_the_tokens_seen():
     model, ids = tiny.model("llama"), tiny.tokens(4, 20)
     moments = lrattn.calibrate(model, [ids], progress=False)
-    assert (moments.tokens, moments.sequences, moments.gradients, moments.fisher) == (80, 4, None, None)
+    assert (moments.tokens, moments.sequences, moments.gathered, moments.fisher) == (80, 4, (), None)
     for got, x in zip(moments.inputs, inputs_of(model, ids), strict=True):
         torch.testing.assert_close(got, x.double().T @ x.double(), rtol=1e-5, atol=1e-4)
 
@@ -56,46 +58,46 @@ def test_moments_are_sums_over_the_tokens_seen():
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "qwen2-window"])
 def test_fisher_scores_are_mean_rms_gradients_of_the_next_token_loss(family):
     model, ids = tiny.model(family), tiny.tokens(3, 20)
-    moments = lrattn.calibrate(model, [ids[:2], ids[2:]], fisher=True, progress=False)
+    moments = lrattn.calibrate(model, [ids[:2], ids[2:]], gather=["fisher"], progress=False)
     squares = [torch.stack(grads).square().sum(0) for grads in zip(*(weight_gradients(model, row) for row in ids))]
-    got = [x for pair in moments.gradients for x in pair]
+    got = [x for pair in zip(moments.sums["fisher.keys"], moments.sums["fisher.values"]) for x in pair]
     for a, b in zip(got, squares, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * b.max().item())
     expected = [(s / 3).sqrt().mean().item() for s in squares]
     assert [x for pair in moments.fisher for x in pair] == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("fisher", [False, True])
-def test_moments_do_not_depend_on_the_batch_size(fisher):
+@pytest.mark.parametrize("gather", GATHERS, ids=str)
+def test_moments_do_not_depend_on_the_batch_size(gather):
     """Neither sums over inputs nor gradients: a batch's sequences are never summed before they are squared."""
     model, ids = tiny.model("llama"), tiny.tokens(6, 20)
-    whole, *others = (lrattn.calibrate(model, ids.split(n), fisher=fisher, progress=False) for n in (6, 1, 4))
+    whole, *others = (lrattn.calibrate(model, ids.split(n), gather=gather, progress=False) for n in (6, 1, 4))
     assert whole.tokens == 120
     for other in others:
         same(whole, other)
 
 
-@pytest.mark.parametrize("fisher", [False, True])
+@pytest.mark.parametrize("gather", GATHERS, ids=str)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_is_left_out_of_the_moments(fisher, side):
+def test_padding_is_left_out_of_the_moments(gather, side):
     model, ids = tiny.model("llama"), tiny.tokens(1, 20)
     pieces = [(torch.zeros(1, 5, dtype=torch.int64), tiny.tokens(1, 5, seed=2)), (torch.ones_like(ids), ids)]
     mask, padded = (torch.cat(x, 1) for x in zip(*(pieces if side == "left" else pieces[::-1])))
-    alone = lrattn.calibrate(model, [ids], fisher=fisher, progress=False)
-    batch = lrattn.calibrate(model, [{"input_ids": padded, "attention_mask": mask}], fisher=fisher, progress=False)
+    alone = lrattn.calibrate(model, [ids], gather=gather, progress=False)
+    batch = lrattn.calibrate(model, [{"input_ids": padded, "attention_mask": mask}], gather=gather, progress=False)
     assert batch.tokens == alone.tokens == 20
     same(alone, batch, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("fisher", [False, True])
-def test_calibration_leaves_the_model_alone(fisher):
+@pytest.mark.parametrize("gather", GATHERS, ids=str)
+def test_calibration_leaves_the_model_alone(gather):
     model = tiny.model("qwen3").train()
     model.model.layers[1].eval()
     model.lm_head.weight.requires_grad_(False)
     hooks = sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
     needs = [p.requires_grad for p in model.parameters()]
     with pytest.raises(ValueError, match="batches: expected integer token ids"):
-        lrattn.calibrate(model, [tiny.tokens(1, 4), torch.zeros(3)], fisher=fisher, progress=False)
+        lrattn.calibrate(model, [tiny.tokens(1, 4), torch.zeros(3)], gather=gather, progress=False)
     assert model.training and not model.model.layers[1].training
     assert sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()) == hooks
     assert [p.requires_grad for p in model.parameters()] == needs and not all(needs)
@@ -104,15 +106,15 @@ def test_calibration_leaves_the_model_alone(fisher):
 
 def test_gradients_are_taken_where_the_caller_has_turned_them_off():
     model, ids = tiny.model("llama"), tiny.tokens(1, 12)
-    expected = lrattn.calibrate(model, [ids], fisher=True, progress=False)
+    expected = lrattn.calibrate(model, [ids], gather=["fisher"], progress=False)
     for context in (torch.no_grad(), torch.inference_mode()):
         with context:
-            same(expected, lrattn.calibrate(model, [ids.clone()], fisher=True, progress=False), rtol=0, atol=0)
+            same(expected, lrattn.calibrate(model, [ids.clone()], gather=["fisher"], progress=False), rtol=0, atol=0)
 
 
 def test_narrow_integers_are_token_ids():
     model, ids = tiny.model("llama"), tiny.tokens(2, 12)
-    same(*(lrattn.calibrate(model, [x], fisher=True, progress=False) for x in (ids, ids.int())), rtol=0, atol=0)
+    same(*(lrattn.calibrate(model, [x], gather=["fisher"], progress=False) for x in (ids, ids.int())), rtol=0, atol=0)
 
 
 def test_what_cannot_be_summed_is_refused():
@@ -130,11 +132,11 @@ def test_what_cannot_be_summed_is_refused():
         with pytest.raises(ValueError, match=reason):
             lrattn.calibrate(model, [wrong], progress=False)
     with pytest.raises(ValueError, match="sequences of two tokens or more"):
-        lrattn.calibrate(model, [ids[:, :1]], fisher=True, progress=False)
+        lrattn.calibrate(model, [ids[:, :1]], gather=["fisher"], progress=False)
     with torch.inference_mode():
         frozen = tiny.model("llama")
     with pytest.raises(ValueError, match=r"model: .* made in torch\.inference_mode"):
-        lrattn.calibrate(frozen, [ids], fisher=True, progress=False)
+        lrattn.calibrate(frozen, [ids], gather=["fisher"], progress=False)
     with torch.no_grad():
         model.model.layers[1].input_layernorm.weight.fill_(float("inf"))
     with pytest.raises(ValueError, match=r"inputs of model\.layers\.1\.self_attn are not all finite"):
@@ -148,21 +150,21 @@ def interrupted(batches, after):
         yield batch
 
 
-@pytest.mark.parametrize("fisher", [False, True])
+@pytest.mark.parametrize("gather", GATHERS, ids=str)
 @pytest.mark.parametrize("after", [1, 2])
-def test_an_interrupted_calibration_goes_on_where_it_was(fisher, after, tmp_path, monkeypatch):
+def test_an_interrupted_calibration_goes_on_where_it_was(gather, after, tmp_path, monkeypatch):
     """With other batch sizes too; no sequence is counted twice, none is run again."""
     monkeypatch.setattr(calibration, "SAVE_EVERY", 0.0)
     model, ids, path = tiny.model("llama"), tiny.tokens(6, 16), tmp_path / "state.safetensors"
-    expected = lrattn.calibrate(model, [ids], fisher=fisher, progress=False)
+    expected = lrattn.calibrate(model, [ids], gather=gather, progress=False)
     with pytest.raises(KeyboardInterrupt):
-        lrattn.calibrate(model, interrupted(ids.split(2), after), fisher=fisher, state=path, progress=False)
+        lrattn.calibrate(model, interrupted(ids.split(2), after), gather=gather, state=path, progress=False)
     assert lrattn.Moments.load(path).sequences == 2 * after
     ran = []
     hook = model.model.register_forward_pre_hook(
         lambda _, __, kwargs: ran.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    resumed = lrattn.calibrate(model, ids.split(5), fisher=fisher, state=path, progress=False)
+    resumed = lrattn.calibrate(model, ids.split(5), gather=gather, state=path, progress=False)
     hook.remove()
     assert sum(ran) == 6 - 2 * after
     same(expected, resumed)
@@ -195,8 +197,8 @@ def test_a_state_takes_more_text_and_no_other(tmp_path):
         lrattn.calibrate(model, [ids.flip(0)], state=path, progress=False)
     with pytest.raises(ValueError, match="begin with the 4 sequences it has seen, got 3"):
         lrattn.calibrate(model, [ids[:3]], state=path, progress=False)
-    with pytest.raises(ValueError, match="state: expected moments with gradients"):
-        lrattn.calibrate(model, [ids], fisher=True, state=path, progress=False)
+    with pytest.raises(ValueError, match=r"state: expected moments with \['fisher'\]"):
+        lrattn.calibrate(model, [ids], gather=["fisher"], state=path, progress=False)
     tuned = tiny.model("llama")
     with torch.no_grad():
         tuned.model.layers[1].mlp.up_proj.weight.mul_(1.01)  # every key projection is as it was
@@ -212,8 +214,8 @@ def test_a_state_takes_more_text_and_no_other(tmp_path):
 
 def test_gradients_in_a_state_go_on_even_unasked(tmp_path):
     model, ids, path = tiny.model("llama"), tiny.tokens(4, 16), tmp_path / "state.safetensors"
-    expected = lrattn.calibrate(model, [ids], fisher=True, progress=False)
-    lrattn.calibrate(model, [ids[:2]], fisher=True, state=path, progress=False)
+    expected = lrattn.calibrate(model, [ids], gather=["fisher"], progress=False)
+    lrattn.calibrate(model, [ids[:2]], gather=["fisher"], state=path, progress=False)
     same(expected, lrattn.calibrate(model, [ids], state=path, progress=False))
 
 
@@ -236,6 +238,6 @@ def test_nothing_is_held_that_grows_with_the_tokens():
             held.append(sum(x.nbytes for x in gc.get_objects() if type(x) is torch.Tensor))
             yield tiny.tokens(4, 64, seed=n)
 
-    lrattn.calibrate(model, batches(), fisher=True, progress=False)
+    lrattn.calibrate(model, batches(), gather=["fisher"], progress=False)
     one_layer_of_inputs = 4 * 64 * 96 * 4
     assert max(held[2:]) < held[1] + one_layer_of_inputs

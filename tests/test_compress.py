@@ -8,6 +8,7 @@ import torch
 
 import lrattn
 from lrattn import methods
+from lrattn.methods.palu import decompose
 from lrattn.parts import attention_parts
 from lrattn.ranks import RULES
 
@@ -40,29 +41,29 @@ def dense(up, down, rank=None):
 
 def test_palu_is_the_whitened_svd_and_loses_its_tail_energy():
     weight, x = problem()
-    energies, up, down = methods.palu.decompose(weight, x.T @ x)
+    energies, up, down = decompose(weight, x.T @ x)
     for rank in (1, 16, 31):
         expected, tail = whitened_svd(weight, x, rank)
         torch.testing.assert_close(dense(up, down, rank), expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(loss(weight, x, up[:, :rank], down[:, :rank]), tail, rtol=1e-4, atol=0)
         torch.testing.assert_close(energies[rank:].sum(), tail, rtol=1e-4, atol=0)
-    _, flat_up, flat_down = methods.svd.decompose(weight, None)
+    _, flat_up, flat_down = decompose(weight, None)
     assert loss(weight, x, up[:, :16], down[:, :16]) < loss(weight, x, flat_up[:, :16], flat_down[:, :16])
 
 
 def test_svd_is_the_best_map_of_the_weights():
     weight, _ = problem()
-    energies, up, down = methods.svd.decompose(weight, None)
+    energies, up, down = decompose(weight, None)
     left = (weight.flatten(0, 1) - dense(up, down, 16)).square().sum()
     torch.testing.assert_close(left, torch.linalg.svdvals(weight.flatten(0, 1))[16:].square().sum())
     torch.testing.assert_close(left, energies[16:].sum())
 
 
-@pytest.mark.parametrize("decompose", [methods.palu.decompose, methods.svd.decompose])
+@pytest.mark.parametrize("whitened", [True, False])
 @pytest.mark.parametrize("inputs", [40, 24])  # wider and narrower than the 32 outputs
-def test_full_rank_is_exact(decompose, inputs):
+def test_full_rank_is_exact(whitened, inputs):
     weight, x = problem(inputs=inputs)
-    energies, up, down = decompose(weight, x.T @ x)
+    energies, up, down = decompose(weight, x.T @ x if whitened else None)
     n = min(32, inputs)
     assert energies.shape == (n,) and up.shape == (2, n, 16) and down.shape == (inputs, n)
     assert (energies.diff() <= 1e-9 * energies[0]).all()
@@ -72,7 +73,7 @@ def test_full_rank_is_exact(decompose, inputs):
 @pytest.mark.parametrize("inputs", [40, 24])
 def test_directions_the_calibration_never_saw_are_ranked_by_the_weights(inputs):
     weight, x = problem(inputs=inputs)
-    _, up, down = methods.palu.decompose(weight, x[:8].T @ x[:8])
+    _, up, down = decompose(weight, x[:8].T @ x[:8])
     torch.testing.assert_close(dense(up, down), weight.flatten(0, 1))
     up, down = up[:, :16], down[:, :16]
     assert loss(weight, x[:8], up, down) < 1e-6 * loss(weight, x[:8], up * 0, down)  # 8 tokens, 16 directions
@@ -90,7 +91,7 @@ def least_squares(weight, x, down):
 
 def test_ovc_is_the_paper_s_least_squares():
     weight, x = problem()
-    _, _, down = methods.palu.decompose(weight, x.T @ x)
+    _, _, down = decompose(weight, x.T @ x)
     other = x * torch.linspace(0.1, 3, 40, dtype=torch.float64)
     left, right = least_squares(weight, other, down[:, :16])
     up, refitted = methods.recalkv.calibrate_values(weight, down[:, :16], other.T @ other)
@@ -100,13 +101,13 @@ def test_ovc_is_the_paper_s_least_squares():
 
 def test_ovc_changes_nothing_on_the_data_it_was_whitened_with_and_lowers_the_loss_on_other_data():
     weight, x = problem()
-    _, up, down = methods.palu.decompose(weight, x.T @ x)
+    _, up, down = decompose(weight, x.T @ x)
     up, down = up[:, :16], down[:, :16]
     again = methods.recalkv.calibrate_values(weight, down, x.T @ x)
     torch.testing.assert_close(dense(*again), dense(up, down), rtol=1e-3, atol=1e-3)
     other = x * torch.linspace(0.1, 3, 40, dtype=torch.float64)
     refitted = methods.recalkv.calibrate_values(weight, down, other.T @ other)
-    _, best_up, best_down = methods.palu.decompose(weight, other.T @ other)
+    _, best_up, best_down = decompose(weight, other.T @ other)
     before, after = loss(weight, other, up, down), loss(weight, other, *refitted)
     assert after < 0.9 * before
     assert loss(weight, other, best_up[:, :16], best_down[:, :16]) <= after * (1 + 1e-9)  # re-whitening is the limit
@@ -115,7 +116,7 @@ def test_ovc_changes_nothing_on_the_data_it_was_whitened_with_and_lowers_the_los
 def test_ovc_keeps_full_rank_exact():
     for inputs in (40, 24):
         weight, x = problem(inputs=inputs)
-        _, _, down = methods.palu.decompose(weight, x.T @ x)
+        _, _, down = decompose(weight, x.T @ x)
         padded = torch.cat((down, down.new_zeros(len(down), 16)), 1)  # ranks are multiples of 16
         up, refitted = methods.recalkv.calibrate_values(weight, padded, x.T @ x)
         torch.testing.assert_close(dense(up, refitted), weight.flatten(0, 1), rtol=1e-5, atol=1e-5)
@@ -124,9 +125,10 @@ def test_ovc_keeps_full_rank_exact():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compress_reads_every_family(family):
     model = tiny.model(family)
-    factors = lrattn.compress(model, [tiny.tokens(4, 40)], keep=0.5, group_size=4, progress=False)
-    assert len(factors.layers) == 3 and factors.method == "palu"
-    assert 0.5 - 16 / factors.dense_numbers_per_token < factors.keep <= 0.5
+    factors = lrattn.compress(model, [tiny.tokens(4, 40)], keep=0.3, group_size=4, progress=False)
+    assert len(factors.layers) == 3 and factors.method == "lrattn" and len(factors.predicted) == 3
+    full = all(layer.row_width == 96 for layer in factors.layers)  # a row of E latents is exact
+    assert (full or 0.3 - 16 / factors.dense_numbers_per_token < factors.keep) and factors.keep <= 0.3
     for layer, part in zip(factors.layers, attention_parts(model), strict=True):
         assert layer.keys.group_size == min(4, part.num_kv_heads)
         assert (layer.key_norm is not None) == (family in ("qwen3", "gemma3"))
@@ -139,7 +141,8 @@ def test_bias_takes_no_part_in_the_low_rank_map():
     with torch.no_grad():
         for part in attention_parts(biased):
             part.linear("k_proj").bias.fill_(211.0)
-    a, b = (lrattn.compress(m, [tiny.tokens(2, 40)], progress=False).layers[0] for m in (plain, biased))
+    batches = [tiny.tokens(2, 40)]
+    a, b = (lrattn.compress(m, batches, "palu", progress=False).layers[0] for m in (plain, biased))
     assert torch.equal(a.keys.up, b.keys.up) and torch.equal(a.keys.down, b.keys.down)
     assert (b.keys.bias == 211.0).all()
 
@@ -150,27 +153,27 @@ def test_compress_does_not_change_the_model_and_repeats_exactly():
     first, second = (lrattn.compress(model, [ids], progress=False) for _ in range(2))
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
     assert all(torch.equal(a.keys.up, b.keys.up) for a, b in zip(first.layers, second.layers, strict=True))
-    moments = lrattn.calibrate(model, [ids], progress=False)
+    moments = lrattn.calibrate(model, [ids], gather=["metric"], progress=False)
     third = lrattn.compress(model, moments=moments, progress=False)
     assert all(torch.equal(a.values.down, b.values.down) for a, b in zip(first.layers, third.layers, strict=True))
 
 
-METHODS = tuple(methods.METHODS)
+CHOICES = [(name, False) for name in methods.METHODS] + [("lrattn", "ride"), ("lrattn", True)]
 
 
 def dense_weights(factors):
-    return [side.dense() for layer in factors.layers for side in (layer.keys, layer.values)]
+    return [side.dense() for layer in factors.layers for side in layer.sides]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method, shared", CHOICES)
 @pytest.mark.parametrize("ranks", RULES)
 @pytest.mark.parametrize("family", ["mha", "qwen3", "qwen2"])
-def test_every_method_meets_the_budget_and_is_exact_at_full_rank(method, ranks, family):
+def test_every_method_meets_the_budget_and_is_exact_at_full_rank(method, shared, ranks, family):
     model, batches = tiny.model(family), [tiny.tokens(4, 40)]
-    factors = lrattn.compress(model, batches, method, 0.5, 2, ranks=ranks, progress=False)
-    assert 0.5 - 16 / factors.dense_numbers_per_token < factors.keep <= 0.5
+    factors = lrattn.compress(model, batches, method, 0.4, 2, ranks=ranks, shared=shared, progress=False)
+    assert 0.4 - 16 / factors.dense_numbers_per_token < factors.keep <= 0.4
     assert (factors.method, factors.rule) == (method, ranks)
-    full = lrattn.compress(model, batches, method, 1.0, 2, ranks=ranks, progress=False)
+    full = lrattn.compress(model, batches, method, 1.0, 2, ranks=ranks, shared=shared, progress=False)
     weights = [part.weight(name) for part in attention_parts(model) for name in ("k_proj", "v_proj")]
     for got, expected in zip(dense_weights(full), weights, strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
@@ -302,15 +305,21 @@ def test_a_forward_of_the_model_s_own_comes_back():
 def test_compress_refuses_with_the_reason():
     model, ids = tiny.model("llama"), [tiny.tokens(1, 8)]
     refused = {
-        r"method: expected one of \['palu', .*\], got 'pca'": {"batches": ids, "method": "pca"},
+        r"method: expected one of \['lrattn', .*\], got 'pca'": {"batches": ids, "method": "pca"},
         r"ranks: expected one of .* got 'best'": {"batches": ids, "ranks": "best"},
         "batches: method 'palu' needs calibration batches": {"method": "palu"},
+        r"far: expected \(0, 0\) with method 'palu'": {"batches": ids, "method": "palu", "far": (8, 1)},
+        "shared: expected None or False with method 'palu'": {"batches": ids, "method": "palu", "shared": True},
+        "shared: expected None or one of": {"batches": ids, "shared": "joint"},
         "batches: method 'recalkv' runs the compressed model on batches": {
             "method": "recalkv",
             "moments": lrattn.calibrate(model, ids, progress=False),
         },
-        "ranks 'fisher' need batches, or moments .* got none": {"method": "svd", "ranks": "fisher"},
-        "ranks 'fisher' .* got moments without gradients": {
+        r"moments: expected batches, or moments of calibrate\(gather=\['fisher'\]\), got none": {
+            "method": "svd",
+            "ranks": "fisher",
+        },
+        r"moments of calibrate\(gather=\['fisher', 'metric'\]\), got moments with \[\]": {
             "ranks": "fisher",
             "moments": lrattn.calibrate(model, ids, progress=False),
         },
@@ -319,7 +328,7 @@ def test_compress_refuses_with_the_reason():
         "shards: expected a divisor or a multiple of Hkv=4, got 3": {"batches": ids, "shards": 3},
         "batches: expected token batches, got Moments": {"batches": lrattn.calibrate(model, ids, progress=False)},
         "moments: expected those of this model": {
-            "moments": lrattn.calibrate(tiny.model("llama", seed=1), ids, progress=False)
+            "moments": lrattn.calibrate(tiny.model("llama", seed=1), ids, gather=["metric"], progress=False)
         },
     }
     for reason, arguments in refused.items():
@@ -328,7 +337,7 @@ def test_compress_refuses_with_the_reason():
     assert lrattn.compress(model, method="svd", progress=False).method == "svd"
     other = lrattn.calibrate(tiny.model("qwen3"), ids, progress=False)
     with pytest.raises(ValueError, match="moments: expected 3 layers"):
-        lrattn.compress(model, moments=lrattn.Moments(other.inputs[:2], other.tokens), progress=False)
+        lrattn.compress(model, method="palu", moments=lrattn.Moments(other.inputs[:2], other.tokens), progress=False)
 
 
 def test_progress_is_shown_and_can_be_turned_off(capsys):

@@ -1,11 +1,16 @@
 """Factorisation methods: what is decomposed together, in which metric, and what follows.
 
-decompose(weight, moment) -> energies, up, down
+measure(part, moments, layer, side) -> C, G
 
-weight: [C, D, E] float64, the heads of one group.
-moment: [E, E] float64, second moment of the layer's inputs; None if the method was given no data.
-energies: [n], descending, n = min(C * D, E): what the map loses with each latent that is cut.
-up: [C, n, D]; down: [E, n]. At rank r the map of head h is x -> x @ down[:, :r] @ up[h, :r].
+part: the attention layer. moments: of the calibration; None if the method was given no data. side: "keys" or "values".
+C: [inputs, inputs] float64, weighted second moment of the inputs. G: [n, n], n = Hkv * D, what an error of the outputs
+costs; None for the identity. None for C, too, where the method looks at no data.
+
+decompose(weight, moment, metric) -> energies, up, down
+
+weight: [C, D, inputs] float64, the heads of one group, with their C and their block of G.
+energies: [n], descending, n = min(C * D, inputs): what the map loses with each latent that is cut.
+up: [C, n, D]; down: [inputs, n]. At rank r the map of head h is x -> x @ down[:, :r] @ up[h, :r].
 """
 
 from __future__ import annotations
@@ -16,9 +21,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lrattn.clusters import Cluster, balanced, greedy
-from lrattn.methods import palu, recalkv, svd
+from lrattn.methods import gradient, palu, recalkv, svd
+from lrattn.moments import Moments
+from lrattn.parts import AttentionParts
 
-Decompose = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
+Measured = tuple[Tensor | None, Tensor | None]
+Measure = Callable[[AttentionParts, Moments | None, int, str], Measured]
+Decompose = Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor, Tensor]]
 Refit = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -27,31 +36,44 @@ class Method:
     """One way to make factors.
 
     Args:
+        measure: what its errors are measured by (see above).
         decompose: one group of heads -> energies, up, down (see above).
-        cluster: which kv heads share a key latent; None takes them in the model's order.
+        cluster: which kv heads share a latent; None takes them in the model's order.
+        cluster_values: cluster the heads of the values, too; else they are taken in the model's order.
         joint_values: one value latent for the whole layer, not one for each group.
         refit: (weight, down [E, rank], moment of the compressed model's inputs) -> (up, down), of the values.
-        needs_data: whether `decompose` needs the moment.
+        gather: what calibration has to sum beside the inputs (lrattn.moments.GATHERED).
+        needs_data: whether `measure` needs moments.
+        in_nats: energies are twice the loss in nats a token: comparable over layers, keys and values, so that keys and
+            values can also share a row, and the loss is predicted.
+        rotated: keys are compressed after their rotation; `inputs` of the keys are the layer's rotated keys, and the
+            weight is the identity.
     """
 
-    decompose: Decompose
+    decompose: Decompose = palu.decompose
+    measure: Measure = palu.measure
     cluster: Cluster | None = None
+    cluster_values: bool = False
     joint_values: bool = False
     refit: Refit | None = None
+    gather: tuple[str, ...] = ()
     needs_data: bool = True
+    in_nats: bool = False
+    rotated: bool = False
 
 
 def _recalkv(cluster: Cluster | None = None, refit: Refit | None = None) -> Method:
-    return Method(palu.decompose, cluster, joint_values=True, refit=refit)
+    return Method(cluster=cluster, joint_values=True, refit=refit)
 
 
 METHODS: dict[str, Method] = {
-    "svd": Method(svd.decompose, needs_data=False),
-    "palu": Method(palu.decompose),
+    "lrattn": Method(measure=gradient.measure, cluster=balanced, cluster_values=True, gather=("metric",), in_nats=True),
+    "svd": Method(measure=svd.measure, needs_data=False),
+    "palu": Method(),
     "recalkv": _recalkv(balanced, recalkv.calibrate_values),
     "recalkv-greedy": _recalkv(greedy, recalkv.calibrate_values),  # the paper's own clustering
     "recalkv-hsr": _recalkv(balanced),  # the ablation: HSR alone, OVC alone, neither
     "recalkv-ovc": _recalkv(refit=recalkv.calibrate_values),
     "recalkv-neither": _recalkv(),
 }
-DEFAULT = "palu"
+DEFAULT = "lrattn"

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-DAMPING = 1e-6  # of the mean diagonal of the moment
+from lrattn.methods.weighted import low_rank
+from lrattn.moments import Moments
+from lrattn.parts import AttentionParts
 
 
-def decompose(weight: Tensor, moment: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The maps of every rank with the least squared error on the calibration inputs.
+def measure(
+    part: AttentionParts, moments: Moments | None, layer: int, side: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """C = sum x x^T over the calibration inputs, G the identity: squared errors of the outputs on those inputs."""
+    return (None if moments is None else moments.inputs[layer]), None
 
-    With C = sum x x^T and W C W^T = Q L Q^T, the best map of rank r is Q_r Q_r^T W (up = Q^T, down = W^T Q) and loses
-    the sum of the eigenvalues cut, its energies. It is the whitened SVD of the paper (W S with S S^T = C) as a map,
-    without a root or an inverse of C, and its latents come out sorted and uncorrelated. C is damped by a millionth of
-    its mean diagonal, so that directions the calibration never saw are ranked by the weights alone.
 
-    Raises: ValueError without a moment.
+def decompose(weight: Tensor, moment: Tensor | None, metric: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The maps of every rank with the least tr(G dW C dW^T).
+
+    With G the identity it is the whitened SVD of the paper (W S with S S^T = C) as a map, without a root or an inverse
+    of C. Shapes as in lrattn/methods/__init__.py.
     """
-    if moment is None:
-        raise ValueError("batches: expected batches to calibrate on, got None; only method 'svd' needs none")
-    heads, head_dim, inputs = weight.shape
-    w = weight.flatten(0, 1)
-    energies, q = torch.linalg.eigh(w @ damped(moment) @ w.T)
-    n = min(len(w), inputs)
-    energies, q = energies.flip(0)[:n], q.flip(1)[:, :n]
-    return energies.clamp_min(0), q.T.unflatten(1, (heads, head_dim)).transpose(0, 1), w.T @ q
-
-
-def damped(moment: Tensor) -> Tensor:
-    """The moment [E, E] with a millionth of its mean diagonal added to the diagonal."""
-    return moment + DAMPING * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
+    heads, head_dim, _ = weight.shape
+    energies, up, down = low_rank(weight.flatten(0, 1), moment, metric)
+    return energies, up.unflatten(1, (heads, head_dim)).transpose(0, 1), down

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lrattn.methods.palu import damped
+from lrattn.methods.weighted import damped
 
 ROUNDS = 1  # as published
 

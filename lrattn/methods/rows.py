@@ -1,0 +1,96 @@
+"""One row for keys and values: both are linear in x, so that one latent can serve both.
+
+Separate latents are a special case of a joint one, whose optimum is never worse at equal bytes. Keys are then rebuilt
+from the whole row. Where that costs too much time, values ride on the key latent: they use it, too, and add columns of
+their own for what it leaves of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lrattn.methods.weighted import factor, low_rank
+from lrattn.shapes import RANK_STEP, round_up
+
+SPLITS = 24  # key ranks tried for a ride, about
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """One side of a group: weight [C, D, E], its moment [E, E] and its metric [C * D, C * D], float64."""
+
+    weight: Tensor
+    moment: Tensor
+    metric: Tensor
+
+    @property
+    def flat(self) -> Tensor:
+        return self.weight.flatten(0, 1)
+
+
+def joint(keys: Side, values: Side) -> tuple[Tensor, Tensor, Tensor]:
+    """The best row of every rank for keys and values stacked: energies [m], up [C, m, 2 D] (keys first), down [E, m].
+
+    W = [Wk; Wv], G = blockdiag(Gk, Gv), and C the mean of both sides' moments, each brought to trace 1 and its metric
+    scaled to match: m = min(2 C D, E).
+    """
+    k, v = keys.moment.trace(), values.moment.trace()
+    moment = (keys.moment / k + values.moment / v) / 2
+    metric = torch.block_diag(keys.metric * k, values.metric * v)
+    energies, up, down = low_rank(torch.cat((keys.flat, values.flat)), moment, metric)
+    heads = len(keys.weight)
+    sides = [x.unflatten(1, (heads, -1)) for x in up.chunk(2, 1)]  # [m, C, D]
+    return energies, torch.cat(sides, 2).transpose(0, 1), down
+
+
+def splits(keys: Side, values: Side) -> tuple[Tensor, list[int]]:
+    """How rows of a ride are split best between keys and values.
+
+    Returns: what each latent of the widest row saves, [min(2 C D, E)], the latents of a step of 16 alike; and the key
+    rank of a row of 16, 32, ... latents.
+    """
+    energies, _, down = low_rank(keys.flat, keys.moment, keys.metric)
+    n, width = len(energies), min(2 * len(keys.flat), keys.weight.shape[2])
+    step = max(RANK_STEP, round_up(n // SPLITS, RANK_STEP))
+    tails: dict[int, Tensor] = {}  # key rank -> loss by the number of the values' own columns
+    for rank in {*range(RANK_STEP, n, step), n}:
+        own = _own(down[:, :rank], values, exact=False)[1]
+        tails[rank] = energies[rank:].sum() + torch.cat((_tail(own), own.new_zeros(1)))
+    lost, ranks = [energies.sum() + low_rank(values.flat, values.moment, values.metric)[0].sum()], []
+    for row in range(RANK_STEP, round_up(width, RANK_STEP) + 1, RANK_STEP):
+        fits = {rank: tail[min(row - rank, len(tail) - 1)].item() for rank, tail in tails.items() if rank <= row}
+        ranks.append(min(fits, key=lambda rank: fits[rank]))
+        lost.append(energies.new_tensor(fits[ranks[-1]]))
+    gains = (torch.stack(lost[:-1]) - torch.stack(lost[1:])).clamp_min(0) / RANK_STEP
+    return gains.repeat_interleave(RANK_STEP)[:width], ranks
+
+
+def ride(keys: Side, values: Side, rank: int, row: int) -> tuple[float, Tensor, Tensor, Tensor]:
+    """A row of `row` latents of which the keys use the first `rank`.
+
+    With A the key's down side and zk = A x: B = Wv C A^T (A C A^T)^-1 is the best that values can make of zk, and
+    Wv - B A, decomposed in the values' metric, gives the columns of their own.
+
+    Returns: the loss, key up [C, rank, D], value up [C, row, D], down [E, row]; a row may come out shorter.
+    """
+    energies, key_up, down = low_rank(keys.flat, keys.moment, keys.metric)
+    b, own, up, own_down = _own(down[:, :rank], values, exact=True)
+    lost = energies[rank:].sum() + own[row - rank :].sum()
+    up = torch.cat((b, up[: row - rank]))
+    key_up, up = (x.unflatten(1, (len(keys.weight), -1)).transpose(0, 1) for x in (key_up[:rank], up))
+    return lost.item(), key_up, up, torch.cat((down[:, :rank], own_down[:, : row - rank]), 1)
+
+
+def _own(down: Tensor, values: Side, *, exact: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """B^T [rank, n], and energies, up and down of the columns that values add to a key latent of this down side."""
+    root = factor(values.moment)
+    b = torch.linalg.lstsq(root.T @ down, root.T @ values.flat.T, driver="gelsd").solution
+    return b, *low_rank(values.flat - b.T @ down.T, values.moment, values.metric, deficient=exact)
+
+
+def _tail(energies: Tensor) -> Tensor:
+    """What is lost by keeping 0, 1, ... latents."""
+    return energies.flip(0).cumsum(0).flip(0)

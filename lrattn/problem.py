@@ -1,0 +1,197 @@
+"""One layer to factor: its weights, what errors of them cost, and the groups of its heads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrattn.clusters import Groups, contiguous, outputs_gram
+from lrattn.layer import LayerFactors
+from lrattn.methods import Method, rows
+from lrattn.methods.weighted import roots
+from lrattn.moments import Moments
+from lrattn.parts import AttentionParts
+from lrattn.projection import Projection
+from lrattn.ranks import LayerShape, Ranks
+from lrattn.shapes import RANK_STEP, pad_rank
+
+WEIGHTS = {"keys": "k_proj", "values": "v_proj"}
+Form = (
+    bool | str
+)  # of a row: False: keys and values apart; "ride": values ride on the key latent; True: one joint latent
+FORMS: tuple[Form, ...] = (False, "ride", True)
+
+
+class Problem:
+    """A layer, and what a method needs to factor it.
+
+    Args:
+        shape: of its budget. form: of its rows. index: of the layer in the moments.
+        shards: tensor-parallel ranks that no group of heads may lie across.
+    """
+
+    def __init__(
+        self,
+        part: AttentionParts,
+        shape: LayerShape,
+        method: Method,
+        form: Form,
+        moments: Moments | None,
+        index: int,
+        shards: int = 1,
+    ) -> None:
+        self.part, self.shape, self.method, self.form = part, shape, method, form
+        self.moments, self.index, self.shards = moments, index, min(shards, shape.heads)
+        self.groups: dict[str, Groups] = {
+            "keys": contiguous(shape.heads, shape.key_group),
+            "values": contiguous(shape.heads, shape.value_group),
+        }
+        self.splits: list[list[int]] = []  # of a ride: each group's key rank by row width, in steps of 16
+        self.lost = 0.0  # by the factors made: nats a token, where the method's energies are
+
+    def weight(self, side: str) -> Tensor:
+        """[Hkv, D, inputs] float64; of rotated keys the identity."""
+        if side == "keys" and self.method.rotated:
+            heads, head_dim = self.shape.heads, self.shape.head_dim
+            return torch.eye(heads * head_dim, dtype=torch.float64).unflatten(0, (heads, head_dim))
+        return self.part.weight(WEIGHTS[side]).double().cpu()
+
+    def measured(self, side: str) -> tuple[Tensor | None, Tensor | None]:
+        """C and G of a side."""
+        return self.method.measure(self.part, self.moments, self.index, side)
+
+    def group(self, rank: int) -> None:
+        """Clusters the heads, each shard's among themselves, for groups of about this rank."""
+        sides = ["keys", *(["values"] if self.method.cluster_values else [])]
+        for side in sides[:1] if self.form else sides:
+            size = self.shape.key_group if side == "keys" else self.shape.value_group
+            if self.method.cluster is None or not self.method.needs_data or size in (1, self.shape.heads):
+                continue
+            gram, found = self._gram(side), list[tuple[int, ...]]()
+            per_shard = self.shape.heads // self.shards
+            for first in range(0, self.shape.heads, per_shard):
+                own = slice(first, first + per_shard)
+                groups = self.method.cluster(gram[own, :, own], size, rank)
+                found += [tuple(first + h for h in heads) for heads in groups]
+            self.groups[side] = tuple(found)
+        if self.form:
+            self.groups["values"] = self.groups["keys"]
+
+    def _gram(self, side: str) -> Tensor:
+        """Of the heads' outputs, each in its own metric; of keys and values side by side where they share rows."""
+        grams = []
+        for name in ("keys", "values") if self.form else (side,):
+            weight, (moment, metric) = self.weight(name), self.measured(name)
+            if moment is None:
+                raise ValueError(f"{name}: expected a moment to cluster heads by, got None")
+            if metric is not None:
+                size = self.shape.head_dim
+                own = [roots(metric[h : h + size, h : h + size])[0] for h in range(0, len(metric), size)]
+                weight = torch.stack(own) @ weight
+            grams.append((weight, moment))
+        if len(grams) == 1:
+            return outputs_gram(*grams[0])
+        (k, c), (v, d) = grams
+        scale, other = c.trace(), d.trace()
+        return outputs_gram(torch.cat((k * scale.sqrt(), v * other.sqrt()), 1), (c / scale + d / other) / 2)
+
+    def energies(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Of the key groups and of the value groups, or none and of the rows, each [n] descending."""
+        if not self.form:
+            keys, values = ([found[1] for found in self._decomposed(side)] for side in WEIGHTS)
+            return keys, values
+        if self.form == "ride":
+            found = [rows.splits(keys, values) for keys, values in self._sides()]
+            self.splits = [ranks for _, ranks in found]
+            return [], [gains for gains, _ in found]
+        return [], [rows.joint(keys, values)[0] for keys, values in self._sides()]
+
+    def factor(self, ranks: Ranks, reached: Tensor | None) -> LayerFactors:
+        """Factors at the ranks given; reached: [E, E], second moment of the compressed model's inputs, for a refit."""
+        self.lost = 0.0
+        if self.form:
+            keys, values = self._shared(ranks[1])
+        else:
+            keys = self._projection("keys", ranks[0], None)
+            values = self._projection("values", ranks[1], reached)
+        return LayerFactors(keys, values, self.part.rope, shared=bool(self.form), key_norm=self.part.key_norm)
+
+    def _decomposed(self, side: str) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Weight, energies, up, down of each group."""
+        weight, (moment, metric) = self.weight(side), self.measured(side)
+        for heads in self.groups[side]:
+            group = weight[list(heads)]
+            yield group, *self.method.decompose(group, moment, None if metric is None else self._block(metric, heads))
+
+    def _block(self, metric: Tensor, heads: tuple[int, ...]) -> Tensor:
+        """The rows and columns of these heads, [C * D, C * D]."""
+        size = self.shape.head_dim
+        index = torch.cat([torch.arange(h * size, (h + 1) * size) for h in heads])
+        return metric[index][:, index]
+
+    def _sides(self) -> Iterator[tuple[rows.Side, rows.Side]]:
+        """Keys and values of each group that shares rows."""
+        both = []
+        for side in WEIGHTS:
+            moment, metric = self.measured(side)
+            if moment is None or metric is None:
+                raise ValueError(f"shared: expected a method with a metric for keys and values, got none for {side}")
+            both.append((self.weight(side), moment, metric))
+        for heads in self.groups["values"]:
+            keys, values = (rows.Side(w[list(heads)], c, self._block(g, heads)) for w, c, g in both)
+            yield keys, values
+
+    def _shared(self, widths: tuple[int, ...]) -> tuple[Projection, Projection]:
+        key_ranks, key_ups, ups, downs = [], [], [], []
+        for g, (row, (keys, values)) in enumerate(zip(widths, self._sides(), strict=True)):
+            if self.form == "ride":
+                splits = self.splits[g] if self.splits else rows.splits(keys, values)[1]
+                rank = splits[row // RANK_STEP - 1]
+                lost, key_up, up, down = rows.ride(keys, values, rank, row)
+            else:
+                rank = row
+                energies, both, down = rows.joint(keys, values)
+                lost, down = energies[row:].sum().item(), down[:, :row]
+                key_up, up = both[:, :row].chunk(2, 2)
+            self.lost += lost / 2
+            key_ranks.append(rank)
+            key_ups.append(pad_rank(key_up, 1, rank))
+            ups.append(pad_rank(up, 1, row))
+            downs.append(pad_rank(down, 1, row))
+        order = self._order("values")
+        keys_side = self._record("keys", key_ups, tuple(key_ranks), None, order)
+        return keys_side, self._record("values", ups, widths, torch.cat(downs, 1), order)
+
+    def _projection(self, side: str, ranks: tuple[int, ...], reached: Tensor | None) -> Projection:
+        ups, downs = [], []
+        for rank, (weight, energies, group_up, down) in zip(ranks, self._decomposed(side), strict=True):
+            self.lost += energies[rank:].sum().item() / 2
+            group_up, down = pad_rank(group_up[:, :rank], 1, rank), pad_rank(down[:, :rank], 1, rank)
+            if reached is not None and self.method.refit is not None:
+                group_up, down = self.method.refit(weight, down, reached)
+            ups.append(group_up)
+            downs.append(down)
+        return self._record(side, ups, ranks, torch.cat(downs, 1), self._order(side))
+
+    def _order(self, side: str) -> tuple[int, ...] | None:
+        order = tuple(h for heads in self.groups[side] for h in heads)
+        return None if order == tuple(range(len(order))) else order
+
+    def _record(
+        self, side: str, ups: list[Tensor], ranks: tuple[int, ...], down: Tensor | None, order: tuple[int, ...] | None
+    ) -> Projection:
+        like = self.part.weight(WEIGHTS[side])
+        up = torch.zeros(*like.shape[:1], max(ranks), like.shape[1], dtype=torch.float64)
+        for heads, rank, block in zip(self.groups[side], ranks, ups, strict=True):
+            up[list(heads), :rank] = block
+        given: dict[str, Any] = {"ranks": ranks, "head_order": order}
+        rotated = side == "keys" and self.method.rotated
+        return Projection(
+            up=up.to(like),
+            down=None if down is None else down.to(like).contiguous(),
+            bias=None if rotated else self.part.bias(WEIGHTS[side]),
+            **given,
+        )
