@@ -57,9 +57,14 @@ class AttentionParts:
         bias = self.linear(name).bias
         return None if bias is None else bias.detach().unflatten(0, (-1, self.head_dim)).clone()
 
+    def heads(self, side: str, x: Tensor) -> Tensor:
+        """The outputs of a projection ("q", "k" or "v") of x [B, S, E], by head: [B, S, H, D]."""
+        out: Tensor = self.linear(f"{side}_proj")(x)
+        return out.unflatten(-1, (-1, self.head_dim))
+
     def rotated(self, side: str, x: Tensor, positions: Tensor) -> Tensor:
         """The model's own queries (side "q") or keys ("k") of x [B, S, E], normed and rotated: [B, S, H, D]."""
-        heads = self.linear(f"{side}_proj")(x).unflatten(-1, (-1, self.head_dim))
+        heads = self.heads(side, x)
         norm = getattr(self.module, f"{side}_norm", None)
         return self.rope.rotate(heads if norm is None else norm(heads), positions)
 

@@ -155,5 +155,4 @@ def _compare(part: AttentionParts, call: dict[str, Any]) -> None:
 def _heads(part: AttentionParts, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values [1, T, H, D] of the uncompressed layer, rotated."""
     positions = torch.arange(x.shape[1], device=x.device)[None]
-    v = part.linear("v_proj")(x).unflatten(-1, (-1, part.head_dim))
-    return part.rotated("q", x, positions), part.rotated("k", x, positions), v
+    return part.rotated("q", x, positions), part.rotated("k", x, positions), part.heads("v", x)
