@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
@@ -53,7 +52,7 @@ def latent_attention(
         raise ValueError("model: already inside latent_attention; leave that block first")
     verify(model, parts)
     check_fit(model, factors)
-    session = _Session(model, decoder, factors, recent, sinks)
+    session = _Session(model, decoder, parts, factors, recent, sinks)
     with ExitStack() as undo:
         for i, part in enumerate(parts):
             undo.enter_context(shadowed(part.module, "forward", _Forward(session, part, i, backend)))
@@ -67,12 +66,21 @@ def latent_attention(
 class _Session:
     """What one forward pass of the decoder tells its attention layers."""
 
-    def __init__(self, model: nn.Module, decoder: nn.Module, factors: Factors, recent: int, sinks: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        decoder: nn.Module,
+        parts: Sequence[AttentionParts],
+        factors: Factors,
+        recent: int,
+        sinks: int,
+    ) -> None:
         self.model, self.decoder, self.factors = model, decoder, factors
         self.default = self.near = (recent, sinks)  # of the context, of this pass
         self.config: Any = decoder.config
         self.names = list(inspect.signature(decoder.forward).parameters)
-        self.limit = min((x.rope.max_position for x in factors.layers if x.rope is not None), default=sys.maxsize)
+        ropes = [part.rope for part in parts] + [layer.rope for layer in factors.layers if layer.rope is not None]
+        self.limit = min(rope.max_position for rope in ropes)
         self.cache: LatentCache | None = None
         self.span = Span(None, [], [], [])
         self.runs: list[tuple[int, slice]] = []  # the live columns of each sequence
@@ -197,10 +205,12 @@ class _Forward:
         session, part, cache = self.session, self.part, self.session.cache
         layer = session.factors.layers[self.index]
         q = part.rotated("q", hidden_states, session.positions)
-        zk, zv = layer.project(hidden_states)
-        own = None
-        if any(session.near):
-            own = part.rotated("k", hidden_states, session.positions), part.heads("v", hidden_states)
+        own, keys = None, None
+        if layer.rotated or any(session.near):
+            keys = part.rotated("k", hidden_states, session.positions)
+        if keys is not None and any(session.near):
+            own = keys, part.heads("v", hidden_states)
+        zk, zv = layer.project(hidden_states, keys if layer.rotated else None)
         if cache is None or not session.extends:
             k, v = layer.rebuild(zk, zv, session.positions)
             heads = self._dense(q, [k[b, run] for b, run in session.runs], [v[b, run] for b, run in session.runs], own)
