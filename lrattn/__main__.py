@@ -66,6 +66,11 @@ def _parser() -> Parser:
         added.add_argument("--windows", type=int, default=windows, help=f"at most this many (default {windows})")
         added.add_argument("--length", type=int, default=1024, help="tokens a window (default 1024)")
 
+    def factors(added: Parser, otherwise: str) -> None:
+        added.add_argument("--factors", type=Path, help=f"factors file; without it the model {otherwise}")
+        added.add_argument("--recent", type=int, default=0, help="last tokens also held dense (default 0)")
+        added.add_argument("--sinks", type=int, default=0, help="first tokens also held dense (default 0)")
+
     added = command("compress", _compress, "Factor a model's key and value projections, calibrated on a text.")
     model(added)
     text(added, 16)
@@ -80,13 +85,13 @@ def _parser() -> Parser:
     added = command("eval", _eval, "Perplexity on a text: of the latent cache with --factors, else of the model.")
     model(added)
     text(added, 8)
-    added.add_argument("--factors", type=Path, help="factors file; without it the model is evaluated as it is")
+    factors(added, "is evaluated as it is")
 
     added = command("generate", _generate, "Generate text from the latent cache with --factors, else from a dense one.")
     model(added)
     added.add_argument("--prompt", required=True)
     added.add_argument("--chat", action="store_true", help="put the prompt in the tokenizer's chat template")
-    added.add_argument("--factors", type=Path, help="factors file; without it the model generates as it is")
+    factors(added, "generates as it is")
     added.add_argument("--tokens", type=int, default=64, help="new tokens at most (default 64)")
     added.add_argument("--beams", type=int, default=1, help="beam search over this many (default 1: none)")
     added.add_argument("--temperature", type=float, default=0.0, help="sample at this temperature (default 0: greedy)")
@@ -140,9 +145,9 @@ def _eval(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     model, tokenizer = load_model(args.model, args.dtype, args.device)
     windows = read_windows(tokenizer, text, args.length, args.windows)
     factors = None if factors is None else factors.to(model.device, model.dtype)
-    with attending(model, factors):
-        results = {**_what(factors), "perplexity": perplexity(model, windows), "windows": list(windows.shape)}
-    line = f"{results['method']}, keep {results['keep']:.3f}: perplexity {results['perplexity']:.3f}"
+    with attending(model, factors, args.recent, args.sinks):
+        results = {**_what(factors, args), "perplexity": perplexity(model, windows), "windows": list(windows.shape)}
+    line = f"{_made(results)}: perplexity {results['perplexity']:.3f}"
     return f"{line} over {windows.shape[0]} windows of {windows.shape[1]} tokens", results
 
 
@@ -153,10 +158,11 @@ def _generate(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     factors = _load_factors(args)
     model, tokenizer = load_model(args.model, args.dtype, args.device)
     factors = None if factors is None else factors.to(model.device, model.dtype)
-    choice = {name: getattr(args, name) for name in ("chat", "tokens", "beams", "temperature", "seed")}
-    results = {**_what(factors), **generate(model, tokenizer, factors, args.prompt, **choice)}
+    options = ("chat", "tokens", "beams", "temperature", "seed", "recent", "sinks")
+    choice = {name: getattr(args, name) for name in options}
+    results = {**_what(factors, args), **generate(model, tokenizer, factors, args.prompt, **choice)}
     rate = f"{results['tokens']} tokens, {results['tokens_per_second']:.1f} a second"
-    made = f"{results['method']}, keep {results['keep']:.3f}: {rate}, cache {results['cache_bytes']:,} bytes"
+    made = f"{_made(results)}: {rate}, cache {results['cache_bytes']:,} bytes"
     return f"{results['text'].strip()}\n\n{made}", results
 
 
@@ -166,13 +172,24 @@ def _info(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 
 def _load_factors(args: argparse.Namespace) -> Factors | None:
-    return None if args.factors is None else Factors.load(args.factors)
+    if args.factors is not None:
+        return Factors.load(args.factors)
+    for name in ("recent", "sinks"):
+        if getattr(args, name):
+            raise ValueError(f"{name}: expected 0 without --factors, got {getattr(args, name)}")
+    return None
 
 
-def _what(factors: Factors | None) -> dict[str, Any]:
+def _what(factors: Factors | None, args: argparse.Namespace) -> dict[str, Any]:
+    near = {"recent": args.recent, "sinks": args.sinks}
     if factors is None:
-        return {"method": "dense", "ranks": "", "keep": 1.0}
-    return {"method": factors.method, "ranks": factors.rule, "keep": factors.keep}
+        return {"method": "dense", "ranks": "", "keep": 1.0, **near}
+    return {"method": factors.method, "ranks": factors.rule, "keep": factors.keep, **near}
+
+
+def _made(results: dict[str, Any]) -> str:
+    near = "".join(f", {name} {results[name]}" for name in ("recent", "sinks") if results[name])
+    return f"{results['method']}, keep {results['keep']:.3f}{near}"
 
 
 if __name__ == "__main__":

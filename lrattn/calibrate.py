@@ -219,13 +219,14 @@ class _Sums:
         def hook(_: nn.Module, args: tuple[Tensor, ...], raw: Tensor) -> None:
             b, t = raw.shape[:2]
             live = self.live if self.live is not None else torch.ones(b, t, dtype=torch.bool, device=raw.device)
-            heads = self.parts[i].turned(side, raw.detach(), (live.cumsum(1) - 1).clamp_min(0))[live].double()
+            part, at = self.parts[i], (live.cumsum(1) - 1).clamp_min(0)
+            heads = part.turned(side, raw.detach().unflatten(-1, (-1, part.head_dim)), at)[live].double()
             if side == "k":
                 keys = heads.flatten(1)
                 self.sums["rotated.keys"][i].add_((keys.T @ keys).cpu())
                 self.sums["rotated.mean"][i].add_(keys.sum(0).cpu())
             else:
-                groups = heads.unflatten(1, (self.parts[i].num_kv_heads, -1)).permute(1, 0, 2, 3).flatten(1, 2)
+                groups = heads.unflatten(1, (part.num_kv_heads, -1)).permute(1, 0, 2, 3).flatten(1, 2)
                 self.sums["rotated.queries"][i].add_((groups.mT @ groups).cpu())
 
         return hook

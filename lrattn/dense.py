@@ -1,4 +1,5 @@
-"""Dense causal attention, blocked over queries: for prefill, and for what differentiates through attention."""
+"""Dense causal attention, blocked over queries: for prefill, and for what differentiates through attention. And
+attention of a few queries over tokens of any order, with its log-sum-exp: a part of a larger softmax."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lrattn.shapes import accumulator
 
 BLOCK = 512
 
@@ -62,3 +65,17 @@ def causal_attention(
         )
         outs.append(heads[0].transpose(0, 1))
     return torch.cat(outs) if outs else torch.empty_like(q)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """q [B, S, Hq, D], k and v [B, n, Hkv, D], seen [B, S, n] bool -> out [B, S, Hq, D], lse [B, S, Hq].
+
+    A query that sees nothing gives zeros and -inf. Memory O(B * S * Hq * n); sums in float32 (float64 for float64).
+    """
+    acc = accumulator(q.dtype)
+    heads = q.to(acc).unflatten(2, (k.shape[2], -1)) * scale  # [B, S, Hkv, M, D]
+    scores = torch.einsum("bshmd,bthd->bshmt", heads, k.to(acc)).masked_fill(~seen[:, :, None, None], -torch.inf)
+    lse = scores.logsumexp(-1)
+    p = (scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
+    out = torch.einsum("bshmt,bthd->bshmd", p, v.to(acc))
+    return out.flatten(2, 3).to(q.dtype), lse.flatten(2, 3)

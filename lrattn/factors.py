@@ -66,6 +66,7 @@ class Factors:
         for i, layer in enumerate(self.layers):
             entry: dict[str, Any] = {
                 "shared": layer.shared,
+                "rotated": layer.rotated,
                 "rope": None if layer.rope is None else asdict(layer.rope),
             }
             for name in ("keys", "values"):
@@ -109,6 +110,7 @@ class Factors:
                     shared=entry["shared"],
                     key_norm=None if norm is None else KeyNorm(tensors[f"{i}.key_norm.weight"], norm["eps"]),
                     wo=tensors.get(f"{i}.wo"),
+                    rotated=entry.get("rotated", False),
                 )
             )
         return cls(tuple(layers), record["method"], record["model"], record["rule"], record.get("predicted", ()))

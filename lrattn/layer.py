@@ -21,10 +21,12 @@ class LayerFactors:
 
     Args:
         keys, values: the two sides. Heads, head dim, dtype and device agree.
-        rope: rotation of the rebuilt keys; None for keys that need none (position-free latents).
+        rope: rotation of the rebuilt keys; None for keys that need none (`rotated`, or a model without positions).
         shared: one row per group serves both: values use the whole row, keys its first keys.ranks[g] columns.
         key_norm: RMS norm between the rebuilt key (bias included) and its rotation.
         wo: [Hq, D, E] output projection, needed only for project="hidden".
+        rotated: keys.down reads the model's keys, normed and rotated, [Hkv * D, sum Rk], instead of the attention
+            inputs; rope and key_norm are then None, and keys.bias is added to the rebuilt rotated key.
 
     Raises: ValueError naming the tensor, what was expected and what came.
     """
@@ -35,6 +37,7 @@ class LayerFactors:
     shared: bool = False
     key_norm: KeyNorm | None = None
     wo: Tensor | None = None
+    rotated: bool = False
     # Derived once. The key basis and the norm weight have the two dimensions of a rotated pair side by side.
     key_basis: Basis = field(init=False, repr=False)
     value_basis: Basis = field(init=False, repr=False)
@@ -67,7 +70,13 @@ class LayerFactors:
         up, dims = self.keys.up, {"Hkv": self.keys.num_heads, "D": self.keys.head_dim}
         kind: dict[str, Any] = {"dtype": up.dtype, "device": up.device}
         check("values.up", self.values.up, "Hkv Rv D", dims, **kind)
-        if self.keys.down is not None and self.values.down is not None:
+        if self.rotated:
+            for name, set_ in (("rope", self.rope), ("key_norm", self.key_norm), ("shared", self.shared or None)):
+                if set_ is not None:
+                    raise ValueError(f"{name}: expected none for rotated keys, got {set_}")
+            if self.keys.down is not None:
+                check("keys.down", self.keys.down, f"{self.num_kv_heads * self.head_dim} sumRk", dims)
+        elif self.keys.down is not None and self.values.down is not None:
             check("values.down", self.values.down, f"{self.keys.down.shape[0]} sumRv", dims)
         if self.rope is not None and (self.rope.rotary_dim > self.head_dim or self.head_dim % 2):
             raise ValueError(f"rope: expected an even D of at least {self.rope.rotary_dim}, got D={self.head_dim}")
@@ -140,21 +149,35 @@ class LayerFactors:
             expected = "None, the layer is shared" if self.shared else "a tensor, the layer is not shared"
             raise ValueError(f"{name}: expected {expected}, got {'None' if x is None else 'a tensor'}")
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def project(self, x: Tensor, keys: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Attention inputs x [.., E] -> latents (zk [.., sum Rk], zv [.., sum Rv]); (row, None) when shared.
 
-        Raises: ValueError if a write side (`down`) is missing or x does not fit it.
+        Args:
+            keys: [.., Hkv, D], the model's keys of x, normed and rotated: of a rotated layer, and of no other.
+
+        Raises: ValueError if a write side (`down`) is missing, or x or keys do not fit it.
         """
-        sides = {"values": self.values} if self.shared else {"keys": self.keys, "values": self.values}
+        if (keys is not None) != self.rotated:
+            expected = "[.., Hkv, D], the layer is rotated" if self.rotated else "None, the layer is not rotated"
+            raise ValueError(f"keys: expected {expected}, got {'None' if keys is None else 'a tensor'}")
+        read = {"values": x} if self.shared else {"keys": x, "values": x}
+        if keys is not None:
+            shape = [*x.shape[:-1], self.num_kv_heads, self.head_dim]
+            if list(keys.shape) != shape:
+                raise ValueError(f"keys: expected shape {shape}, got {list(keys.shape)}")
+            read["keys"] = keys.flatten(-2)
         rows = []
-        for name, side in sides.items():
+        for name, given in read.items():
+            side: Projection = getattr(self, name)
+            own = "x" if given is x else "keys"
             if side.down is None:
-                raise ValueError(f"{name}.down: expected [E, {side.width}] to write latents, got None")
-            if x.shape[-1:] != side.down.shape[:1] or x.dtype != side.down.dtype or x.device != side.down.device:
-                expected = f"[.., {side.down.shape[0]}] {side.down.dtype} on {side.down.device}"
-                raise ValueError(f"x: expected {expected}, got {list(x.shape)} {x.dtype} on {x.device}")
-            kind = product_dtype(x)
-            rows.append((x.to(kind) @ side.down.to(kind)).to(x.dtype))
+                inputs = "E" if given is x else "Hkv * D"
+                raise ValueError(f"{name}.down: expected [{inputs}, {side.width}] to write latents, got None")
+            if given.shape[-1:] != side.down.shape[:1] or given.dtype != side.down.dtype or given.device != self.device:
+                expected = f"[.., {side.down.shape[0]}] {side.down.dtype} on {self.device}"
+                raise ValueError(f"{own}: expected {expected}, got {list(given.shape)} {given.dtype} on {given.device}")
+            kind = product_dtype(given)
+            rows.append((given.to(kind) @ side.down.to(kind)).to(given.dtype))
         return rows[0], (rows[1] if len(rows) > 1 else None)
 
     def raw_keys(self, row: Tensor, g: int) -> Tensor:
@@ -247,7 +270,8 @@ class LayerFactors:
         Where world exceeds Hkv, kv heads are repeated and their query heads divided, as engines do. "hidden"
         results of the ranks are partial sums. A latent group that is cut is held by every rank it serves.
 
-        Raises: ValueError if the heads do not divide, or groups would be cut unevenly.
+        Raises: ValueError if the heads do not divide, groups would be cut unevenly, or latents of rotated keys
+        would need the keys of another shard.
         """
         heads = self.num_kv_heads
         if not 0 <= rank < world or (heads % world and world % heads):
@@ -262,4 +286,18 @@ class LayerFactors:
             if wo.shape[0] % world:
                 raise ValueError(f"shard: expected Hq={wo.shape[0]} to be divisible by world, got {world}")
             wo = wo.chunk(world)[rank].contiguous()
-        return replace(self, keys=self.keys.select(chosen), values=self.values.select(chosen), wo=wo)
+        keys = self._select_rotated(chosen) if self.rotated else self.keys.select(chosen)
+        return replace(self, keys=keys, values=self.values.select(chosen), wo=wo)
+
+    def _select_rotated(self, chosen: list[int]) -> Projection:
+        """The keys of some heads, written from the keys of those heads alone."""
+        for members in self.keys.groups:
+            if 0 < len(set(members) & set(chosen)) < len(members):
+                raise ValueError(f"shard: expected whole key groups, whose latents need all heads, got {members} cut")
+        keys = self.keys.select(chosen)
+        if keys.down is None:
+            return keys
+        by_head = keys.down.unflatten(0, (self.num_kv_heads, -1))  # [Hkv, D, sum Rk]
+        if by_head[[h for h in range(self.num_kv_heads) if h not in chosen]].any():
+            raise ValueError(f"shard: expected keys.down to read heads {chosen} only for their latents, got others")
+        return replace(keys, down=by_head[chosen].flatten(0, 1))

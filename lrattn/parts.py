@@ -57,13 +57,17 @@ class AttentionParts:
         bias = self.linear(name).bias
         return None if bias is None else bias.detach().unflatten(0, (-1, self.head_dim)).clone()
 
+    def heads(self, side: str, x: Tensor) -> Tensor:
+        """The outputs of a projection ("q", "k" or "v") of x [B, S, E], by head: [B, S, H, D]."""
+        out: Tensor = self.linear(f"{side}_proj")(x)
+        return out.unflatten(-1, (-1, self.head_dim))
+
     def rotated(self, side: str, x: Tensor, positions: Tensor) -> Tensor:
         """The model's own queries (side "q") or keys ("k") of x [B, S, E], normed and rotated: [B, S, H, D]."""
-        return self.turned(side, self.linear(f"{side}_proj")(x), positions)
+        return self.turned(side, self.heads(side, x), positions)
 
-    def turned(self, side: str, raw: Tensor, positions: Tensor) -> Tensor:
-        """Outputs [B, S, H * D] of q_proj (side "q") or k_proj ("k"), normed and rotated as the model does it."""
-        heads = raw.unflatten(-1, (-1, self.head_dim))
+    def turned(self, side: str, heads: Tensor, positions: Tensor) -> Tensor:
+        """Heads of q_proj (side "q") or k_proj ("k"), [B, S, H, D], normed and rotated as the model does it."""
         norm = getattr(self.module, f"{side}_norm", None)
         return self.rope.rotate(heads if norm is None else norm(heads), positions)
 

@@ -117,7 +117,15 @@ class Problem:
         else:
             keys = self._projection("keys", ranks[0], None)
             values = self._projection("values", ranks[1], reached)
-        return LayerFactors(keys, values, self.part.rope, shared=bool(self.form), key_norm=self.part.key_norm)
+        rotated = self.method.rotated
+        return LayerFactors(
+            keys,
+            values,
+            None if rotated else self.part.rope,
+            shared=bool(self.form),
+            key_norm=None if rotated else self.part.key_norm,
+            rotated=rotated,
+        )
 
     def _decomposed(self, side: str) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Weight, energies, up, down of each group."""

@@ -76,10 +76,12 @@ def _windowed(part: AttentionParts, i: int, replace: Replace, window: Window) ->
         positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
         at = positions.expand(len(hidden_states), -1)
         q = part.rotated("q", hidden_states, at)
-        k, v = (part.linear(f"{side}_proj")(hidden_states) for side in "kv")
-        far_k, far_v = replace(i, hidden_states, k, v)
+        exact = [part.linear(f"{side}_proj")(hidden_states) for side in "kv"]
+        others = replace(i, hidden_states, *exact)
+        (k, values), (far_k, far_values) = (
+            [x.unflatten(-1, (-1, part.head_dim)) for x in two] for two in (exact, others)
+        )
         keys, far_keys = part.turned("k", k, at), part.turned("k", far_k, at)
-        values, far_values = (x.unflatten(-1, (-1, part.head_dim)) for x in (v, far_v))
         heads = [
             causal_attention(
                 q[b],

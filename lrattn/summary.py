@@ -33,6 +33,7 @@ def summarize(factors: Factors) -> dict[str, Any]:
                 "value_groups": layer.values.groups,
                 "value_ranks": layer.values.ranks,
                 "norm_columns": layer.k_width - layer.row_width,
+                "rotated": layer.rotated,
                 "keep": (layer.k_width + layer.v_width) / (2 * layer.num_kv_heads * layer.head_dim),
             }
             for layer in factors.layers

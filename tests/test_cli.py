@@ -83,6 +83,23 @@ def test_a_text_shorter_than_a_window_is_one_window(files, capsys, tmp_path):
     assert found["windows"][0] == 1 and 5 < found["windows"][1] < 20
 
 
+def test_eval_and_generate_with_a_dense_window(files, capsys):
+    words = ["eval", MODEL, "--text", files / "evaluation.txt", "--windows", 1, "--length", 64, "--json"]
+    latent = ["--factors", files / "f.safetensors"]
+    dense, far, near, whole = (
+        json.loads(run(capsys, *words, *more))
+        for more in ([], latent, [*latent, "--recent", 16, "--sinks", 4], [*latent, "--recent", 64])
+    )
+    assert whole["perplexity"] == pytest.approx(dense["perplexity"], rel=1e-4)
+    assert len({round(x["perplexity"], 2) for x in (dense, near, far)}) == 3
+    assert (near["recent"], near["sinks"], far["recent"], far["sinks"]) == (16, 4, 0, 0)
+    words = ["generate", MODEL, "--prompt", "What is a volcano?", "--chat", "--tokens", 8]
+    far, near = (json.loads(run(capsys, *words, *latent, *more, "--json")) for more in ([], ["--recent", 16]))
+    room = 30 * 2 * 3 * 64 * 4 + 4  # 30 layers, keys and values, 3 heads of 64; and which token it is
+    assert near["cache_bytes"] - far["cache_bytes"] == 16 * room
+    assert ", recent 16: 8 tokens" in run(capsys, *words, *latent, "--recent", 16)
+
+
 @pytest.mark.parametrize("choice", [[], ["--beams", 2], ["--temperature", 0.8, "--seed", 3]])
 def test_generate_from_latents_and_dense(choice, files, capsys):
     words = ["generate", MODEL, "--prompt", "What is a volcano?", "--chat", "--tokens", 12, *choice]
@@ -157,6 +174,11 @@ def test_bad_input_is_one_clear_line(files, capsys, tmp_path):
     assert "prompt: expected some text" in refused(capsys, "generate", MODEL, "--prompt", " ")
     for option, value in (("--tokens", 0), ("--beams", 0), ("--temperature", "nan"), ("--seed", 2**64)):
         assert option[2:] in refused(capsys, "generate", MODEL, "--prompt", "a", option, value)
+    for option in ("recent", "sinks"):
+        for command in (["eval", MODEL, "--text", text], ["generate", MODEL, "--prompt", "a"]):
+            assert f"{option}: expected 0 without --factors, got 4" in refused(capsys, *command, f"--{option}", 4)
+            words = [*command, "--factors", factors, f"--{option}", -1]
+            assert f"{option}: expected an integer from 0" in refused(capsys, *words)
     same = ["--out", tmp_path / "one", "--state", tmp_path / "one"]
     assert "state: expected another file than --out" in refused(capsys, "compress", MODEL, "--text", text, *same)
     assert "out: expected a file, got the folder" in refused(

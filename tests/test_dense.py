@@ -1,9 +1,9 @@
-"""Dense attention with keys and values of their own for near tokens: against a softmax written out."""
+"""Dense attention, with keys and values of their own for near tokens and in parts: against a softmax written out."""
 
 import pytest
 import torch
 
-from lrattn import dense
+from lrattn import dense, merge_attention
 
 
 def plain(q, k, v, near_k, near_v, recent, sinks, scale, window):
@@ -36,6 +36,25 @@ def test_near_tokens_have_keys_of_their_own(queries, recent, sinks, window, monk
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     if not recent and not sinks:
         torch.testing.assert_close(dense.causal_attention(q, k, v, 0.3, window), expected, rtol=0, atol=1e-12)
+
+
+def test_parts_of_the_tokens_with_their_lse_are_the_whole():
+    """Parts cut anywhere, ones that no query sees too, merge to one softmax; queries that see nothing give zeros."""
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 3, 4, 8, generator=g, dtype=torch.float64)
+    k, v = (torch.randn(2, 9, 2, 8, generator=g, dtype=torch.float64) for _ in range(2))
+    seen = torch.rand(2, 3, 9, generator=g) < 0.6
+    seen[:, :, 4:6], seen[1, 2] = False, False
+    cuts = [slice(0, 0), slice(0, 4), slice(4, 6), slice(6, 9)]
+    parts = [dense.masked_attention(q, k[:, c], v[:, c], seen[..., c], 0.3) for c in cuts]
+    out, lse = merge_attention(*zip(*parts, strict=True))
+    for b, s, h in ((0, 0, 1), (1, 1, 3), (0, 2, 2)):
+        scores = 0.3 * k[b, seen[b, s], h // 2] @ q[b, s, h]
+        torch.testing.assert_close(
+            out[b, s, h], torch.softmax(scores, 0) @ v[b, seen[b, s], h // 2], rtol=0, atol=1e-12
+        )
+        torch.testing.assert_close(lse[b, s, h], scores.logsumexp(0), rtol=0, atol=1e-12)
+    assert not out[1, 2].any() and (lse[1, 2] == -torch.inf).all()
 
 
 def test_gradients_pass_to_far_and_near_tokens_apart():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
@@ -12,19 +11,24 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lrattn.attention import check_backend, decode_attention, rebuild, write_latents
-from lrattn.dense import causal_attention
+from lrattn.attention import check_backend, decode_attention, merge_attention, rebuild, write_latents
+from lrattn.dense import Near, causal_attention, masked_attention
 from lrattn.factors import Factors
 from lrattn.integrations.transformers.cache import LatentCache, Span
 from lrattn.integrations.transformers.verify import check_fit, verify
+from lrattn.integrations.transformers.window import check_near
 from lrattn.parts import AttentionParts, attention_parts, decoder_of, shadowed
+
+Pair = tuple[Tensor, Tensor]  # keys and values, or out and lse
 
 # Query rows per kv head up to which decode_attention is tuned; beyond, dense attention on rebuilt tokens.
 DECODE_ROWS = 64
 
 
 @contextmanager
-def latent_attention(model: nn.Module, factors: Factors, backend: str | None = None) -> Iterator[nn.Module]:
+def latent_attention(
+    model: nn.Module, factors: Factors, backend: str | None = None, *, recent: int = 0, sinks: int = 0
+) -> Iterator[nn.Module]:
     """Inside, model(...) and model.generate(...) attend on latents; on exit, by whatever way, the model is as before.
 
     Prefill and scoring run dense attention on keys and values rebuilt from the latents; decode runs
@@ -34,17 +38,21 @@ def latent_attention(model: nn.Module, factors: Factors, backend: str | None = N
     Args:
         model: a transformers causal language model. factors: of that model, in its dtype and on its device.
         backend: passed to lrattn.decode_attention.
+        recent, sinks: tokens seen by their exact keys and values, as LatentCache says: of the caches made here, and
+            of passes without a cache. A cache that is given has its own.
 
-    Raises: ValueError if the factors do not fit, or the model's attention is not one that can be rebuilt.
+    Raises: ValueError if the factors do not fit, the model's attention is not one that can be rebuilt, or for a
+    negative number.
     """
     check_backend(backend)
+    check_near(recent, sinks)
     parts = attention_parts(model)
     decoder = decoder_of(model)
     if any(isinstance(p.module.__dict__.get("forward"), _Forward) for p in parts):
         raise ValueError("model: already inside latent_attention; leave that block first")
     verify(model, parts)
     check_fit(model, factors)
-    session = _Session(model, decoder, factors)
+    session = _Session(model, decoder, parts, factors, recent, sinks)
     with ExitStack() as undo:
         for i, part in enumerate(parts):
             undo.enter_context(shadowed(part.module, "forward", _Forward(session, part, i, backend)))
@@ -58,16 +66,30 @@ def latent_attention(model: nn.Module, factors: Factors, backend: str | None = N
 class _Session:
     """What one forward pass of the decoder tells its attention layers."""
 
-    def __init__(self, model: nn.Module, decoder: nn.Module, factors: Factors) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        decoder: nn.Module,
+        parts: Sequence[AttentionParts],
+        factors: Factors,
+        recent: int,
+        sinks: int,
+    ) -> None:
         self.model, self.decoder, self.factors = model, decoder, factors
+        self.default = self.near = (recent, sinks)  # of the context, of this pass
         self.config: Any = decoder.config
         self.names = list(inspect.signature(decoder.forward).parameters)
-        self.limit = min((x.rope.max_position for x in factors.layers if x.rope is not None), default=sys.maxsize)
+        ropes = [part.rope for part in parts] + [layer.rope for layer in factors.layers if layer.rope is not None]
+        self.limit = min(rope.max_position for rope in ropes)
         self.cache: LatentCache | None = None
         self.span = Span(None, [], [], [])
         self.runs: list[tuple[int, slice]] = []  # the live columns of each sequence
         self.positions = self.seq_lens = torch.empty(0)
         self.extends = False  # some sequence has tokens from before this pass
+
+    def new_cache(self) -> LatentCache:
+        recent, sinks = self.default
+        return LatentCache(self.model, self.factors, recent=recent, sinks=sinks)
 
     def prepare_cache(self, original: Callable[..., None]) -> Callable[..., None]:
         """The step of `generate` that makes a cache, whichever kind was configured: a LatentCache here."""
@@ -76,7 +98,7 @@ class _Session:
         def prepare(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
             given = model_kwargs.get("past_key_values")
             if given is None and generation_config.use_cache is not False:
-                model_kwargs["past_key_values"] = LatentCache(self.model, self.factors)
+                model_kwargs["past_key_values"] = self.new_cache()
             else:
                 original(generation_config, model_kwargs, *args, **kwargs)
 
@@ -90,7 +112,7 @@ class _Session:
         cache = kwargs.get("past_key_values")
         use_cache = kwargs.get("use_cache")
         if cache is None and (self.config.use_cache if use_cache is None else use_cache):
-            cache = kwargs["past_key_values"] = LatentCache(self.model, self.factors)
+            cache = kwargs["past_key_values"] = self.new_cache()
         if cache is not None and not isinstance(cache, LatentCache):
             raise ValueError(
                 f"past_key_values: expected a LatentCache inside latent_attention, got {type(cache).__name__}"
@@ -117,6 +139,7 @@ class _Session:
             raise ValueError(f"input_ids: expected at most max_position={self.limit} tokens, got {max(span.lengths)}")
         kwargs["attention_mask"] = None
         self.cache, self.span = cache, span if cache is None else cache.reserve(span)
+        self.near = self.default if cache is None else (cache.recent, cache.sinks)
         starts = torch.tensor([n - c - b for n, c, b in zip(span.lengths, span.counts, span.begins, strict=True)])
         self.positions = (starts[:, None] + torch.arange(columns)).clamp_min(0).to(inputs.device)
         self.seq_lens = torch.tensor(span.lengths, dtype=torch.int32, device=inputs.device)
@@ -182,15 +205,22 @@ class _Forward:
         session, part, cache = self.session, self.part, self.session.cache
         layer = session.factors.layers[self.index]
         q = part.rotated("q", hidden_states, session.positions)
-        zk, zv = layer.project(hidden_states)
+        own, keys = None, None
+        if layer.rotated or any(session.near):
+            keys = part.rotated("k", hidden_states, session.positions)
+        if keys is not None and any(session.near):
+            own = keys, part.heads("v", hidden_states)
+        zk, zv = layer.project(hidden_states, keys if layer.rotated else None)
         if cache is None or not session.extends:
             k, v = layer.rebuild(zk, zv, session.positions)
-            heads = self._dense(q, [k[b, run] for b, run in session.runs], [v[b, run] for b, run in session.runs])
+            heads = self._dense(q, [k[b, run] for b, run in session.runs], [v[b, run] for b, run in session.runs], own)
         if cache is not None:
             self._write(zk, zv, *cache.caches[self.index])
+            if own is not None:
+                cache.window.stage(self.index, *own)
             if session.extends:
                 few = q.shape[1] * (q.shape[2] // layer.num_kv_heads) <= DECODE_ROWS
-                heads = (self._decode if few else self._extend)(q, cache)
+                heads = (self._decode if few else self._extend)(q, cache, own)
         return part.linear("o_proj")(heads.flatten(2)), None
 
     def _write(self, zk: Tensor, zv: Tensor | None, k_cache: Tensor, v_cache: Tensor | None) -> None:
@@ -200,31 +230,60 @@ class _Forward:
         values = None if zv is None else zv.flatten(0, 1)[live]
         write_latents(layer, zk.flatten(0, 1)[live], values, k_cache, v_cache, span.slots, backend=self.backend)
 
-    def _decode(self, q: Tensor, cache: LatentCache) -> Tensor:
-        """A few queries a sequence: attention on the latents."""
-        session = self.session
-        result = decode_attention(
-            q,
-            *cache.caches[self.index],
-            session.factors.layers[self.index],
-            block_table=cache.block_table,
-            seq_lens=session.seq_lens,
-            softmax_scale=self.part.scale,
-            max_seq_len=max(session.span.lengths),
-            window_size=self.part.window,
-            backend=self.backend,
-        )
-        return cast(Tensor, result)
+    @torch.no_grad()
+    def _decode(self, q: Tensor, cache: LatentCache, own: Pair | None) -> Tensor:
+        """A few queries a sequence: attention on the latents of far tokens, and on near ones as they are."""
+        session, (recent, sinks), window = self.session, self.session.near, self.part.window
+        # Bottom-right alignment with lengths cut by `recent` lets query i see the tokens up to i - recent.
+        longest = max(session.span.lengths) - recent
+        parts = []
+        if longest > sinks and (window is None or window > recent):
+            far = decode_attention(
+                q,
+                *cache.caches[self.index],
+                session.factors.layers[self.index],
+                block_table=cache.block_table,
+                seq_lens=(session.seq_lens - recent).clamp_min(0) if recent else session.seq_lens,
+                seq_starts=torch.full_like(session.seq_lens, sinks) if sinks else None,
+                softmax_scale=self.part.scale,
+                max_seq_len=longest,
+                window_size=None if window is None else window - recent,
+                return_lse=True,
+                backend=self.backend,
+            )
+            parts.append(cast(Pair, far))
+        if own is not None:
+            at = session.seq_lens[:, None] - q.shape[1] + torch.arange(q.shape[1], device=q.device)  # [B, S]
+            held = cache.window
+            for k, v, tokens in ((held.k[self.index], held.v[self.index], held.at), (*own, at)):
+                j, i = tokens[:, None], at[..., None]
+                seen = (j >= 0) & (j <= i) & ((j > i - recent) | (j < sinks))  # [B, S, n]
+                if window is not None:
+                    seen = seen & (j > i - window)
+                parts.append(masked_attention(q, k, v, seen, self.part.scale))
+        return merge_attention(*zip(*parts, strict=True))[0] if len(parts) > 1 else parts[0][0]
 
-    def _extend(self, q: Tensor, cache: LatentCache) -> Tensor:
+    def _extend(self, q: Tensor, cache: LatentCache, own: Pair | None) -> Tensor:
         """A long run after cached tokens: dense attention on everything rebuilt."""
         session, layer = self.session, self.session.factors.layers[self.index]
         k, v = rebuild(*cache.caches[self.index], layer, cache.block_table, session.seq_lens, backend=self.backend)
-        return self._dense(q, k.split(session.span.lengths), v.split(session.span.lengths))
+        return self._dense(q, k.split(session.span.lengths), v.split(session.span.lengths), own, cache)
 
-    def _dense(self, q: Tensor, k: Sequence[Tensor], v: Sequence[Tensor]) -> Tensor:
+    def _dense(
+        self, q: Tensor, k: Sequence[Tensor], v: Sequence[Tensor], own: Pair | None, cache: LatentCache | None = None
+    ) -> Tensor:
         """q [B, S, Hq, D] against each sequence's own k, v [T, Hkv, D]; zeros on padding."""
         heads = torch.zeros_like(q)
         for b, run in self.session.runs:
-            heads[b, run] = causal_attention(q[b, run], k[b], v[b], self.part.scale, self.part.window)
+            near = None if own is None else self._near(b, run, own, cache)
+            heads[b, run] = causal_attention(q[b, run], k[b], v[b], self.part.scale, self.part.window, near)
         return heads
+
+    def _near(self, b: int, run: slice, own: Pair, cache: LatentCache | None) -> Near:
+        """What the dense window holds of sequence b, if there is a cache to go on from, and its new tokens."""
+        (k, v), length = (x[b, run] for x in own), self.session.span.lengths[b]
+        at = torch.arange(length - len(k), length, device=k.device)
+        if cache is not None:
+            held = cache.window.tokens(self.index, b)
+            k, v, at = (torch.cat(pair) for pair in zip(held, (k, v, at), strict=True))
+        return Near(k, v, at, *self.session.near)

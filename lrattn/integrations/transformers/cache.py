@@ -1,7 +1,8 @@
-"""LatentCache: a transformers Cache that holds pages of latents and nothing else."""
+"""LatentCache: a transformers Cache that holds pages of latents, and the nearest tokens dense where asked to."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from transformers.cache_utils import Cache
 from lrattn.cache import allocate_cache
 from lrattn.factors import Factors
 from lrattn.integrations.transformers.verify import check_fit
+from lrattn.integrations.transformers.window import DenseWindow, Places, check_near
 
 
 class Span(NamedTuple):
@@ -34,22 +36,31 @@ class LatentCache(Cache):  # type: ignore[misc]
     Args:
         model: the model whose attention fills it. factors: of that model, in its dtype and on its device.
         page_size: tokens per page, a multiple of 16.
+        recent, sinks: each query sees its `recent` last tokens, its own included, and the sequence's first `sinks`
+            by their exact keys and values, and the others by their latents. Those tokens are held dense too, as many
+            bytes as in an ordinary cache. With recent as long as the sequence attention is the original model's.
 
-    It grows as tokens come, and works inside `latent_attention(model, factors)` only.
-    Raises: ValueError if the factors do not fit the model.
+    It grows as tokens come, and works inside `latent_attention(model, factors)` only. Every token has its latents:
+    what `crop` brings back into the window, which holds it no longer, is taken from them.
+    Raises: ValueError if the factors do not fit the model, or for a negative number.
     """
 
-    def __init__(self, model: nn.Module, factors: Factors, page_size: int = 16) -> None:
+    def __init__(
+        self, model: nn.Module, factors: Factors, page_size: int = 16, *, recent: int = 0, sinks: int = 0
+    ) -> None:
         super().__init__(layers=[])
+        check_near(recent, sinks)
         check_fit(model, factors)
         self.factors = factors
         self.page_size = page_size
+        self.recent, self.sinks = recent, sinks
         self.reset()
 
     @torch.inference_mode(False)
     def reset(self) -> None:
         """Forgets every token and gives the pages back."""
         self.caches = [allocate_cache(layer, 0, self.page_size) for layer in self.factors.layers]
+        self.window = DenseWindow(self.factors.layers, self.recent, self.sinks)
         self.block_table = torch.empty(0, 0, dtype=torch.int32, device=self.factors.layers[0].device)
         self.pages: list[list[int]] = []  # page ids of each sequence
         self.lengths: list[int] = []
@@ -58,9 +69,9 @@ class LatentCache(Cache):  # type: ignore[misc]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors held: pages, free room in them included, and the block table."""
+        """Bytes of the tensors held: pages, free room in them included, the dense window and the block table."""
         pages = [x for pair in self.caches for x in pair if x is not None]
-        return sum(x.untyped_storage().nbytes() for x in (*pages, self.block_table))
+        return sum(x.untyped_storage().nbytes() for x in (*pages, *self.window.tensors, self.block_table))
 
     @property
     def num_tokens(self) -> int:
@@ -82,15 +93,23 @@ class LatentCache(Cache):  # type: ignore[misc]
                 pages.extend(next(free) for _ in range(n - len(pages)))
         if missing or len(self.block_table) != len(self.pages):
             self._publish()
-        slots = [
-            self.pages[b][t // size] * size + t % size
+        self.window.reserve(span.begins, span.counts, span.lengths)
+        slots = self._slots(
+            (b, t)
             for b, (count, length) in enumerate(zip(span.counts, span.lengths, strict=True))
             for t in range(length - count, length)
-        ]
-        return span._replace(slots=torch.tensor(slots, dtype=torch.int64, device=self.block_table.device))
+        )
+        return span._replace(slots=slots)
+
+    def _slots(self, tokens: Iterable[tuple[int, int]]) -> Tensor:
+        """Where (sequence, index) of each token lies in the pages, [n] int64."""
+        size = self.page_size
+        slots = [self.pages[b][t // size] * size + t % size for b, t in tokens]
+        return torch.tensor(slots, dtype=torch.int64, device=self.block_table.device)
 
     def commit(self, span: Span, columns: int) -> None:
         """The tokens of a span were written to every layer."""
+        self.window.commit()
         self.lengths = list(span.lengths)
         self.next_positions = span.next_positions
         self.seen += columns
@@ -134,14 +153,27 @@ class LatentCache(Cache):  # type: ignore[misc]
         ids = iter(range(len(copied)))
         self.pages = [[next(ids) for _ in self.pages[i]] for i in order]
         self._publish()
+        self.window.select(rows)
         self.lengths = [self.lengths[i] for i in order]
         if self.next_positions is not None:
             self.next_positions = [self.next_positions[i] for i in order]
+
+    @torch.no_grad()
+    def _refill(self, places: Places) -> None:
+        """Tokens of the dense window, from their latents."""
+        slots = self._slots(zip(places.rows.tolist(), places.tokens.tolist(), strict=True))
+        for i, (layer, (k_cache, v_cache)) in enumerate(zip(self.factors.layers, self.caches, strict=True)):
+            zk = k_cache.flatten(0, 1)[slots, : layer.row_width]
+            zv = None if v_cache is None else v_cache.flatten(0, 1)[slots]
+            self.window.put(i, places, *layer.rebuild(zk, zv, places.tokens))
 
     # What transformers asks of a Cache.
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last tokens of every sequence; a negative number says how many, as in transformers.
+
+        Tokens that are near the end again but had left the dense window come back to it rebuilt from their latents:
+        until as many new tokens came, attention is not that of a sequence that was never longer.
 
         Raises: ValueError for a positive number, which meant the length to keep in older releases.
         """
@@ -150,12 +182,13 @@ class LatentCache(Cache):  # type: ignore[misc]
         removed = min(-tokens_to_remove, self.seen)
         if removed <= 0:
             return
-        self.lengths = [max(n - removed, 0) for n in self.lengths]
+        before, self.lengths = self.lengths, [max(n - removed, 0) for n in self.lengths]
         if self.next_positions is not None:
             self.next_positions = [p - removed for p in self.next_positions]
         self.seen -= removed
         self.pages = [pages[: -(-n // self.page_size)] for pages, n in zip(self.pages, self.lengths, strict=True)]
         self._publish()
+        self._refill(self.window.crop(before, self.lengths))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select(beam_idx)
@@ -184,7 +217,8 @@ class LatentCache(Cache):  # type: ignore[misc]
         return len(self.factors.layers)
 
     def __repr__(self) -> str:
-        return f"LatentCache(lengths={self.lengths}, nbytes={self.nbytes}, keep={self.factors.keep:.3f})"
+        near = "".join(f", {name}={n}" for name, n in (("recent", self.recent), ("sinks", self.sinks)) if n)
+        return f"LatentCache(lengths={self.lengths}, nbytes={self.nbytes}, keep={self.factors.keep:.3f}{near})"
 
     @property
     def batch_size(self) -> int:

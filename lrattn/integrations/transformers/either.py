@@ -12,14 +12,32 @@ from lrattn.integrations.transformers.attention import latent_attention
 from lrattn.integrations.transformers.cache import LatentCache
 
 
-def attending(model: nn.Module, factors: Factors | None) -> AbstractContextManager[nn.Module]:
-    """`latent_attention`; without factors the model is left as it is."""
-    return nullcontext(model) if factors is None else latent_attention(model, factors)
+def attending(
+    model: nn.Module, factors: Factors | None, recent: int = 0, sinks: int = 0
+) -> AbstractContextManager[nn.Module]:
+    """`latent_attention`; without factors the model is left as it is.
+
+    Raises: ValueError as it does, and for recent or sinks without factors.
+    """
+    if factors is None:
+        check_all_dense(recent, sinks)
+        return nullcontext(model)
+    return latent_attention(model, factors, recent=recent, sinks=sinks)
 
 
-def new_cache(model: nn.Module, factors: Factors | None) -> DynamicCache | LatentCache:
-    """An empty cache: of latents, or dense without factors."""
-    return DynamicCache() if factors is None else LatentCache(model, factors)
+def new_cache(model: nn.Module, factors: Factors | None, recent: int = 0, sinks: int = 0) -> DynamicCache | LatentCache:
+    """An empty cache: of latents, or dense without factors. Raises: ValueError as `attending`."""
+    if factors is None:
+        check_all_dense(recent, sinks)
+        return DynamicCache()
+    return LatentCache(model, factors, recent=recent, sinks=sinks)
+
+
+def check_all_dense(recent: int, sinks: int) -> None:
+    """Raises ValueError for tokens to hold dense beside no latents."""
+    for name, tokens in (("recent", recent), ("sinks", sinks)):
+        if tokens:
+            raise ValueError(f"{name}: expected 0 without factors, where every token is held dense, got {tokens}")
 
 
 def held_bytes(cache: DynamicCache | LatentCache) -> int:

@@ -23,12 +23,15 @@ def generate(
     beams: int = 1,
     temperature: float = 0.0,
     seed: int = 0,
+    recent: int = 0,
+    sinks: int = 0,
 ) -> dict[str, Any]:
     """At most `tokens` new tokens: greedy, by beam search over `beams`, or sampled at a temperature above 0.
 
     Args:
         factors: of the model, in its dtype and on its device; None for a dense cache.
         prompt: text; put in the tokenizer's chat template if `chat`.
+        recent, sinks: tokens held dense beside their latents; 0 without factors.
 
     Returns: text, tokens, tokens_per_second (prefill included), cache_bytes: of the tensors held at the end.
     Raises: ValueError for an empty prompt, or numbers that make no sense.
@@ -45,8 +48,8 @@ def generate(
         choice["temperature"] = temperature
     torch.manual_seed(seed)
     begin = time.perf_counter()
-    with attending(model, factors):
-        cache = new_cache(model, factors)
+    with attending(model, factors, recent, sinks):
+        cache = new_cache(model, factors, recent, sinks)
         ids = model.generate(**inputs, past_key_values=cache, **choice)[0, inputs["input_ids"].shape[1] :]
     seconds = time.perf_counter() - begin
     return {

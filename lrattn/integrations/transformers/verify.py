@@ -46,12 +46,14 @@ def check_fit(model: nn.Module, factors: Factors) -> None:
         if layer.keys.down is None and not layer.shared:
             raise ValueError(f"factors: expected keys.down in layer {i}, to write latents, got None")
         norms = [None if norm is None else norm.weight for norm in (part.key_norm, layer.key_norm)]
-        for what, same in {
-            "rotation": _same_rotation(part.rope, layer.rope),
-            "key norm": _same(*norms) and (None in norms or part.key_norm.eps == layer.key_norm.eps),  # type: ignore[union-attr]
-            "key bias": _same(part.bias("k_proj"), layer.keys.bias),
-            "value bias": _same(part.bias("v_proj"), layer.values.bias),
-        }.items():
+        alike = {"value bias": _same(part.bias("v_proj"), layer.values.bias)}
+        if not layer.rotated:  # else they are in the keys that latents are made of
+            alike |= {
+                "rotation": _same_rotation(part.rope, layer.rope),
+                "key norm": _same(*norms) and (None in norms or part.key_norm.eps == layer.key_norm.eps),  # type: ignore[union-attr]
+                "key bias": _same(part.bias("k_proj"), layer.keys.bias),
+            }
+        for what, same in alike.items():
             if not same:
                 raise ValueError(f"factors: expected the {what} of {part.name} in layer {i}, got another")
     compared = _COMPARED.setdefault(model, WeakSet())
@@ -71,16 +73,24 @@ def _compare_weights(part: AttentionParts, layer: LayerFactors) -> None:
 
 
 def _cosines(part: AttentionParts, layer: LayerFactors) -> list[float]:
-    """Between the outputs of the model's weights and of the factors, keys and values, biases aside."""
+    """Between the outputs of the model's weights and of the factors, keys and values, biases aside.
+
+    Latents of rotated keys stand for those keys: the map there and back is held against none.
+    """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(PROBES, part.linear("k_proj").in_features, generator=generator).to(layer.device, layer.dtype)
-    row, values = layer.project(x)
+    keys = None
+    if layer.rotated:
+        keys = torch.randn(PROBES, part.num_kv_heads, part.head_dim, generator=generator).to(x)
+    row, values = layer.project(x, keys)
     values = row if values is None else values
     sides = (("k_proj", layer.keys, row, layer.key_columns), ("v_proj", layer.values, values, layer.values.columns))
     found = []
     for name, side, latents, columns in sides:
-        latents, weight = latents.float(), part.weight(name)
-        expected = torch.cat([x.float() @ weight[list(heads)].flatten(0, 1).float().T for heads in side.groups], 1)
+        latents = latents.float()
+        heads = torch.einsum("ne,hde->nhd", x.float(), part.weight(name).float())
+        heads = keys.float() if keys is not None and side is layer.keys else heads
+        expected = torch.cat([heads[:, list(members)].flatten(1) for members in side.groups], 1)
         got = torch.cat([latents[:, columns[g]] @ side.block(g).float() for g in range(len(side.groups))], 1)
         found.append(nn.functional.cosine_similarity(got.flatten(), expected.flatten(), 0).item())
     return found
@@ -155,5 +165,4 @@ def _compare(part: AttentionParts, call: dict[str, Any]) -> None:
 def _heads(part: AttentionParts, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values [1, T, H, D] of the uncompressed layer, rotated."""
     positions = torch.arange(x.shape[1], device=x.device)[None]
-    v = part.linear("v_proj")(x).unflatten(-1, (-1, part.head_dim))
-    return part.rotated("q", x, positions), part.rotated("k", x, positions), v
+    return part.rotated("q", x, positions), part.rotated("k", x, positions), part.heads("v", x)
