@@ -25,6 +25,7 @@ from lrattn.factors import Factors
 from lrattn.layer import LayerFactors
 from lrattn.moments import Moments
 from lrattn.projection import KeyNorm, Projection
+from lrattn.refine import refine
 from lrattn.rope import Rope
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "decode_attention",
     "merge_attention",
     "rebuild",
+    "refine",
     "workspace_bytes",
     "write_latents",
 ]

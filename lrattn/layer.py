@@ -137,11 +137,8 @@ class LayerFactors:
 
     @property
     def sides(self) -> tuple[Projection, Projection]:
-        """Keys and values as projections of their own, each with its write side: a shared row is taken apart."""
-        if not self.shared or self.values.down is None:
-            return self.keys, self.values
-        down = torch.cat([self.values.down[:, columns] for columns in self.key_columns], 1)
-        return replace(self.keys, down=down), self.values
+        """Keys and values, each with a write side of its own: a shared row is taken apart."""
+        return sides_of(self.keys, self.values)
 
     def check_presence(self, name: str, x: Tensor | None) -> None:
         """Raises ValueError unless the value side's tensor `x` is there, or None for a shared layer."""
@@ -301,3 +298,12 @@ class LayerFactors:
         if by_head[[h for h in range(self.num_kv_heads) if h not in chosen]].any():
             raise ValueError(f"shard: expected keys.down to read heads {chosen} only for their latents, got others")
         return replace(keys, down=by_head[chosen].flatten(0, 1))
+
+
+def sides_of(keys: Projection, values: Projection) -> tuple[Projection, Projection]:
+    """Keys and values of a layer, each with a write side of its own: keys without one read the values' row."""
+    if keys.down is not None or values.down is None:
+        return keys, values
+    starts = [columns.start for columns in values.columns]
+    down = [values.down[:, s : s + rank] for s, rank in zip(starts, keys.ranks, strict=True)]
+    return replace(keys, down=torch.cat(down, 1)), values

@@ -18,7 +18,8 @@ def low_rank(
     eigenvalues cut. One eigenproblem of n outputs gives all ranks, and the latents come out sorted and uncorrelated.
     Where W has not the rank of its outputs, Q are the left singular vectors of A C^1/2: there small values are still
     told from zeros, and full rank is exact. C is damped by a millionth of its mean diagonal, so that directions the
-    calibration never saw are ranked by the weights alone; G by a thousandth, since it is inverted.
+    calibration never saw are ranked by the weights alone; G by a thousandth, since it is inverted. Rows of `up` have
+    length 1, which gives latents the size of the outputs: within the range of 16-bit numbers.
 
     Args:
         weight: W, [n, E] float64. moment: C, [E, E]; None is the identity. metric: G, [n, n]; None is the identity.
@@ -35,7 +36,9 @@ def low_rank(
     else:
         energies, q = torch.linalg.eigh(a @ a.T if moment is None else a @ damped(moment) @ a.T)
         energies, q = energies.flip(0).clamp_min(0), q.flip(1)
-    return energies, (q if inverse is None else inverse @ q).T, a.T @ q
+    up, down = (q if inverse is None else inverse @ q).T, a.T @ q
+    size = up.norm(dim=1).clamp_min(torch.finfo(up.dtype).tiny)
+    return energies, up / size[:, None], down * size
 
 
 def damped(moment: Tensor, by: float = INPUT_DAMPING) -> Tensor:

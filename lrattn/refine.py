@@ -1,0 +1,214 @@
+"""Distillation: factors adjusted until the model on them predicts what the original model predicts."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lrattn import safefile
+from lrattn.calibrate import Batch, fingerprint, tokens_of
+from lrattn.factors import Factors
+from lrattn.layer import LayerFactors, sides_of
+from lrattn.parts import attention_parts, evaluating
+from lrattn.projection import Projection
+from lrattn.substitute import Window, substituted
+
+RATE = 5e-3  # of a tensor's root mean square, a step
+WARM = 4  # steps until the full rate; then it falls to zero along a cosine
+HELD_BACK = 8  # one sequence in so many is not trained on, and judges
+CHECK_EVERY = 8  # steps between two judgements
+BETAS = (0.9, 0.98)
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def refine(
+    model: nn.Module,
+    factors: Factors,
+    batches: Iterable[Batch],
+    *,
+    steps: int = 32,
+    recent: int = 0,
+    sinks: int = 0,
+    state: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Factors:
+    """Factors that lose less: Adam on `up` and `down` alone, on the divergence from the original model's predictions.
+
+    A step takes one sequence. One sequence in eight is held back: the factors that do best on those are returned, which
+    may be the ones given. Ranks, bytes and everything else stay as they are.
+
+    Args:
+        model: the one the factors are of; it is not changed. factors: of keys before their rotation.
+        batches: token ids [b, t], or mappings with input_ids and maybe attention_mask: two sequences at least.
+        steps: of Adam. A step costs about four forward passes of a sequence.
+        recent, sinks: of the dense window that the cache will have: what is near a query is exact in training, too.
+        state: a file written at every judgement; if it exists, training goes on where it was.
+        progress: show a bar on stderr, with the divergence on the held-back sequences in nats a token.
+
+    Raises: ValueError for too few sequences, rotated factors, or a state of other factors, steps or text.
+    """
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps: expected at least 1, got {steps!r}")
+    if any(layer.rotated for layer in factors.layers):
+        raise ValueError("factors: expected latents of keys before their rotation, got latents of rotated keys")
+    if state is not None:
+        safefile.check_target("state", state)
+    window = Window(recent, sinks)
+    sequences = [s for s in _sequences(batches) if len(s) > 1]
+    judges, lessons = sequences[::HELD_BACK], [s for i, s in enumerate(sequences) if i % HELD_BACK]
+    if not lessons:
+        raise ValueError(f"batches: expected two sequences of two tokens or more, got {len(sequences)}")
+    run = _Run(model, factors, window)
+    run.begin(steps, judges, state)
+    shown = tqdm(total=steps, initial=run.step, desc="refine", unit="step", disable=not progress)
+    with evaluating(model), shown as bar:
+        while run.step < steps:
+            bar.set_postfix_str(f"divergence {run.best:.4f}, was {run.first:.4f}")
+            run.learn(lessons[run.step % len(lessons)], _rate(run.step, steps))
+            bar.update()
+            if run.step % CHECK_EVERY == 0 or run.step == steps:
+                run.judge(judges)
+                if state is not None:
+                    run.save(state)
+    return run.result()
+
+
+def _rate(step: int, steps: int) -> float:
+    return RATE * min(1.0, (step + 1) / WARM) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def _sequences(batches: Iterable[Batch]) -> list[Tensor]:
+    """Every sequence of the batches without its padding, [t]."""
+    found = []
+    for batch in batches:
+        ids, live = tokens_of(batch)
+        found += [row if live is None else row[live[b]] for b, row in enumerate(ids)]
+    return found
+
+
+class _Run:
+    """The factors in training: tensors "<layer>.<side>.<up or down>", Adam's two means of each, and the best so far."""
+
+    def __init__(self, model: nn.Module, factors: Factors, window: Window) -> None:
+        self.model, self.factors, self.window = model, factors, window
+        self.parts = attention_parts(model)
+        self.device = next(model.parameters()).device
+        self.tensors = {name: x.detach().float().clone() for name, x in _tensors(factors)}
+        self.scales = {name: max(x.square().mean().sqrt().item(), 1e-30) for name, x in self.tensors.items()}
+        self.means = {name: (torch.zeros_like(x), torch.zeros_like(x)) for name, x in self.tensors.items()}
+        self.kept = {name: x.clone() for name, x in self.tensors.items()}
+        self.step, self.first, self.best = 0, math.inf, math.inf
+
+    def begin(self, steps: int, judges: list[Tensor], state: str | os.PathLike[str] | None) -> None:
+        """Goes on from the state, or judges the factors as they are."""
+        digest = sum(x.double().sum().item() for x in self.tensors.values())
+        self.about = [fingerprint(self.model), digest, steps, self.window.recent, self.window.sinks, len(judges)]
+        if state is None or not Path(state).exists():
+            self.judge(judges)
+            self.first = self.best
+            return
+        record, held = safefile.read(state, "refinement")
+        if record["about"] != self.about:
+            raise ValueError(f"state: expected a run of these factors, steps and text in {state}, got another's")
+        self.step, self.first, self.best = record["step"], record["first"], record["best"]
+        for name in self.tensors:
+            self.tensors[name], self.kept[name] = held[f"now.{name}"], held[f"best.{name}"]
+            self.means[name] = (held[f"first.{name}"], held[f"second.{name}"])
+
+    def save(self, state: str | os.PathLike[str]) -> None:
+        """Writes everything training goes on from."""
+        held: dict[str, Tensor] = {}
+        for name, x in self.tensors.items():
+            parts = {"now": x, "best": self.kept[name], "first": self.means[name][0], "second": self.means[name][1]}
+            held |= {f"{part}.{name}": tensor for part, tensor in parts.items()}
+        record = {"about": self.about, "step": self.step, "first": self.first, "best": self.best}
+        safefile.write(state, "refinement", record, held)
+
+    def divergence(self, ids: Tensor) -> Tensor:
+        """Kullback-Leibler divergence of the predictions from the original model's, nats a token."""
+        ids = ids[None].to(self.device)
+        with torch.no_grad():
+            expected = self.model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
+        weights = self._weights()
+
+        def replaced(i: int, x: Tensor, _: Tensor, __: Tensor) -> tuple[Tensor, Tensor]:
+            k, v = weights[i]
+            biases = [self.parts[i].linear(name).bias for name in ("k_proj", "v_proj")]
+            return nn.functional.linear(x, k, biases[0]), nn.functional.linear(x, v, biases[1])
+
+        with substituted(self.model, replaced, self.window):
+            got = self.model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
+        return nn.functional.kl_div(got, expected, reduction="batchmean", log_target=True)
+
+    def learn(self, ids: Tensor, rate: float) -> None:
+        """One step of Adam on one sequence."""
+        frozen = [p for p in self.model.parameters() if p.requires_grad]
+        for weight in frozen:
+            weight.requires_grad_(False)
+        try:
+            leaves = [x.requires_grad_() for x in self.tensors.values()]
+            grads = torch.autograd.grad(self.divergence(ids), leaves)
+        finally:
+            for weight in frozen:
+                weight.requires_grad_(True)
+        self.step += 1
+        for (name, x), grad in zip(self.tensors.items(), grads, strict=True):
+            x.requires_grad_(False)
+            first, second = self.means[name]
+            first.lerp_(grad, 1 - BETAS[0])
+            second.lerp_(grad.square(), 1 - BETAS[1])
+            corrected = (second / (1 - BETAS[1] ** self.step)).sqrt().add_(1e-12)
+            x.sub_(first / (1 - BETAS[0] ** self.step) / corrected * (rate * self.scales[name]))
+
+    @torch.no_grad()
+    def judge(self, judges: list[Tensor]) -> None:
+        """Keeps the factors if they are the best on the sequences held back."""
+        found = sum(self.divergence(ids).item() * len(ids) for ids in judges) / sum(map(len, judges))
+        if found < self.best:
+            self.best = found
+            self.kept = {name: x.clone() for name, x in self.tensors.items()}
+
+    def _weights(self) -> list[tuple[Tensor, Tensor]]:
+        """Of every layer, the weights [Hkv * D, E] of keys and values that the tensors stand for."""
+        dtype, found = self.factors.layers[0].dtype, []
+        for i, layer in enumerate(self.factors.layers):
+            sides = sides_of(*_projections(layer, i, self.tensors))
+            keys, values = (side.dense().flatten(0, 1).to(dtype) for side in sides)
+            found.append((keys, values))
+        return found
+
+    def result(self) -> Factors:
+        """The factors kept, in the dtype of those given."""
+        kept = {name: x.to(self.factors.layers[0].dtype) for name, x in self.kept.items()}
+        layers = []
+        for i, layer in enumerate(self.factors.layers):
+            keys, values = _projections(layer, i, kept)
+            keys, values = replace(keys, bias=layer.keys.bias), replace(values, bias=layer.values.bias)
+            layers.append(replace(layer, keys=keys, values=values))
+        return replace(self.factors, layers=tuple(layers), method=f"{self.factors.method}, refined", predicted=())
+
+
+def _tensors(factors: Factors) -> Iterator[tuple[str, Tensor]]:
+    for i, layer in enumerate(factors.layers):
+        for name, side in (("keys", layer.keys), ("values", layer.values)):
+            if side.down is None and not layer.shared:
+                raise ValueError(f"{name}.down: expected [E, {side.width}] in layer {i}, got None")
+            for part, x in (("up", side.up), ("down", side.down)):
+                if x is not None:
+                    yield f"{i}.{name}.{part}", x
+
+
+def _projections(layer: LayerFactors, i: int, tensors: Mapping[str, Tensor]) -> tuple[Projection, Projection]:
+    keys, values = (
+        replace(side, up=tensors[f"{i}.{name}.up"], down=tensors.get(f"{i}.{name}.down"), bias=None)
+        for name, side in (("keys", layer.keys), ("values", layer.values))
+    )
+    return keys, values
