@@ -249,4 +249,6 @@ def test_the_transcripts_in_the_docs_are_what_the_commands_print(capsys, tmp_pat
             assert NUMBER.sub("#", line).split() == NUMBER.sub("#", known).split()
             if " s in all" not in line and " a second" not in line:
                 for a, b in zip(NUMBER.findall(line), NUMBER.findall(known), strict=True):
-                    assert float(a.replace(",", "")) == pytest.approx(float(b.replace(",", "")), rel=0.02, abs=1e-4), line
+                    assert float(a.replace(",", "")) == pytest.approx(float(b.replace(",", "")), rel=0.02, abs=1e-4), (
+                        line
+                    )
