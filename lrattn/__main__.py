@@ -76,7 +76,7 @@ def _parser() -> Parser:
     text(added, 16)
     added.add_argument("--method", default=DEFAULT, choices=METHODS, help=f"default {DEFAULT}")
     added.add_argument("--keep", type=_share, default=0.5, help="bytes of the latent cache / dense (default 0.5)")
-    added.add_argument("--ranks", default=RULES[0], choices=RULES, help=f"what shares them out (default {RULES[0]})")
+    added.add_argument("--ranks", choices=RULES, help=f"what shares them out (default: the method's, most {RULES[0]})")
     added.add_argument("--group-size", type=int, default=4, help="kv heads that share a key latent (default 4)")
     added.add_argument("--shards", type=int, default=1, help="tensor-parallel ranks no key group may lie across")
     added.add_argument("--state", type=Path, help="calibration file: written as it goes, gone on from if it exists")
