@@ -79,7 +79,7 @@ def _parser() -> Parser:
     text(added, 16)
     added.add_argument("--method", default=DEFAULT, choices=METHODS, help=f"default {DEFAULT}")
     added.add_argument("--keep", type=_share, default=0.5, help="bytes of the latent cache / dense (default 0.5)")
-    added.add_argument("--ranks", default=RULES[0], choices=RULES, help=f"what shares them out (default {RULES[0]})")
+    added.add_argument("--ranks", choices=RULES, help=f"what shares them out (default: the method's, most {RULES[0]})")
     added.add_argument("--shared", default="auto", choices=SHARED, help="keys and values in one row (default auto)")
     added.add_argument("--far", type=int, nargs=2, default=(0, 0), metavar=("RECENT", "SINKS"), help=FAR)
     added.add_argument("--refine", type=int, default=0, metavar="STEPS", help="distil the factors (default 0: no)")

@@ -167,6 +167,7 @@ def _shapes(part: AttentionParts, gather: Collection[str]) -> dict[str, tuple[in
     n, inputs = part.linear("k_proj").weight.shape
     heads, head_dim = part.num_kv_heads, part.head_dim
     of_name = {"fisher": (n, inputs), "metric": (n, n), "weighted": (inputs, inputs), "magnitudes": (inputs,)}
+    of_name |= {"means": (inputs,)}
     exact = {"rotated.keys": (n, n), "rotated.mean": (n,), "rotated.queries": (heads, head_dim, head_dim)}
     names = [name for group in GATHERED if group in gather for name in GATHERED[group]]
     return {"inputs": (inputs, inputs)} | {name: exact.get(name) or of_name[name.split(".")[0]] for name in names}
@@ -209,9 +210,10 @@ class _Sums:
     def _watch_inputs(self, i: int) -> Any:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             self.inputs[i].add_(second_moment(args[0], self.live))
-            if "magnitudes" in self.gathered:
-                x = args[0].detach() if self.live is None else args[0].detach()[self.live]
-                self.sums["magnitudes"][i].add_(x.flatten(0, -2).double().abs().sum(0).cpu())
+            rows = args[0].detach() if self.live is None else args[0].detach()[self.live]
+            for name in {"magnitudes", "means"} & set(self.gathered):
+                x = rows.abs() if name == "magnitudes" else rows
+                self.sums[name][i].add_(x.flatten(0, -2).double().sum(0).cpu())
 
         return hook
 

@@ -13,11 +13,12 @@ from lrattn import methods
 from lrattn.calibrate import Batch, calibrate, fingerprint
 from lrattn.factors import Factors
 from lrattn.methods import METHODS, Method
-from lrattn.moments import Moments
+from lrattn.methods.lorc import log_condition
+from lrattn.moments import GRADIENTS, Moments
 from lrattn.parts import AttentionParts, attention_parts
 from lrattn.problem import FORMS, Form, Problem
 from lrattn.propagate import Propagation
-from lrattn.ranks import RULES, LayerShape, budget, fisher, group_size_within, spectrum, uniform
+from lrattn.ranks import RULES, LayerShape, budget, condition, fisher, group_size_within, spectrum, uniform
 from lrattn.refine import refine as distil
 
 JOINT_WITHIN = 256  # latents a row may have for keys to be rebuilt from all of it: see docs/decisions.md
@@ -33,7 +34,7 @@ def compress(
     keep: float = 0.5,
     group_size: int = 4,
     *,
-    ranks: str = "spectrum",
+    ranks: str | None = None,
     shared: Form | None = None,
     far: tuple[int, int] = (0, 0),
     refine: int = 0,
@@ -46,12 +47,14 @@ def compress(
 
     Args:
         model: a transformers causal language model (see attention_parts for what is needed of it).
-        batches: token ids [b, t], or mappings with input_ids and maybe attention_mask, to calibrate on. "svd" needs
-            none, but for ranks "fisher".
+        batches: token ids [b, t], or mappings with input_ids and maybe attention_mask, to calibrate on. "svd" and
+            "lorc" need none, but for ranks "fisher".
         method: one of lrattn.methods.METHODS.
         keep: bytes of the latent cache / bytes of the dense 16-bit cache, in (0, 1]. 1 is full rank: exact.
-        group_size: kv heads per group; the largest divisor of Hkv / shards not above it is used.
-        ranks: what shares them out: "spectrum", "fisher" (as Palu and ReCalKV do; takes a backward pass) or "uniform".
+        group_size: kv heads per group; the largest divisor of Hkv / shards not above it is used. Some methods give
+            each head, or the whole layer, a latent of its own whatever it says.
+        ranks: what shares them out: "spectrum", "fisher" (as Palu and ReCalKV do; takes a backward pass), "uniform" or
+            "condition" (as LoRC does). None: "condition" for "lorc", "spectrum" for the others.
         shared: the form of a row, for method "lrattn": False, keys and values apart; "ride", values also use the keys'
             latent; True, one latent for both, which loses least and takes the longest to rebuild keys from. None: True
             where a group's row has at most 256 latents, else "ride". Other methods keep them apart.
@@ -68,6 +71,7 @@ def compress(
     if method not in METHODS:
         raise ValueError(f"method: expected one of {sorted(METHODS)}, got {method!r}")
     recipe = METHODS[method]
+    ranks = recipe.ranks if ranks is None else ranks
     if ranks not in RULES:
         raise ValueError(f"ranks: expected one of {sorted(RULES)}, got {ranks!r}")
     if shared is not None and (shared not in FORMS or (shared and not recipe.in_nats)):
@@ -97,6 +101,8 @@ def compress(
     chosen = None
     if ranks == "uniform":
         chosen = uniform(shapes, keep)
+    elif ranks == "condition":
+        chosen = condition(shapes, keep, [log_condition(part) for part in parts])
     elif moments is not None and moments.fisher is not None and ranks == "fisher":
         chosen = fisher(shapes, keep, moments.fisher)
     for i, problem in enumerate(tqdm(problems, desc="group heads", unit="layer", disable=not progress)):
@@ -137,15 +143,19 @@ def _shape(part: AttentionParts, recipe: Method, form: Form, group_size: int, sh
     heads = part.num_kv_heads
     if shards < 1 or (heads % shards and shards % heads):
         raise ValueError(f"shards: expected a divisor or a multiple of Hkv={heads}, got {shards}")
-    size = group_size_within(max(heads // shards, 1), group_size)
+    within = max(heads // shards, 1)
+    sizes = {"given": group_size_within(within, group_size), "head": 1}
+    keys, values = recipe.groups
     return LayerShape(
         heads=heads,
         head_dim=part.head_dim,
-        key_group=size,
-        value_group=heads if recipe.joint_values else size,
+        key_group=(sizes | {"layer": within})[keys],
+        value_group=(sizes | {"layer": heads})[values],
         inputs=part.linear("k_proj").in_features,
         key_norm=part.key_norm is not None and not recipe.rotated,
         shared=bool(form),
+        rotated=recipe.rotated,
+        whole_values=recipe.whole_values,
     )
 
 
@@ -166,9 +176,10 @@ def _check_data(
     if missing := sorted(gather - set(() if moments is None else moments.gathered)):
         got = "none" if moments is None else f"moments with {list(moments.gathered)}"
         raise ValueError(f"moments: expected batches, or moments of calibrate(gather={missing}), got {got}")
-    if any(far) and not gather:
+    differentiates = bool(gather & set(GRADIENTS))
+    if any(far) and not differentiates:
         raise ValueError(f"far: expected (0, 0) with method {method!r}, which takes no gradients, got {far}")
-    if moments is not None and gather and moments.far != far:
+    if moments is not None and differentiates and moments.far != far:
         raise ValueError(f"moments: expected gradients beyond a window far={far}, got {moments.far}")
     expected = [p.linear("k_proj").in_features for p in parts]
     if moments is not None and [len(x) for x in moments.inputs] != expected:

@@ -27,6 +27,7 @@ GATHERED: dict[str, tuple[str, ...]] = {
         "rotated.queries",  # [Hkv, D, D]: q q^T, over the query heads of a kv head too
     ),
     "magnitudes": ("magnitudes",),  # [E]: |x|
+    "means": ("means",),  # [E]: x
 }
 GRADIENTS = ("fisher", "metric")  # those that take a backward pass
 

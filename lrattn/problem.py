@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -61,7 +62,17 @@ class Problem:
 
     def measured(self, side: str) -> tuple[Tensor | None, Tensor | None]:
         """C and G of a side."""
-        return self.method.measure(self.part, self.moments, self.index, side)
+        moment, metric = self.method.measure(self.part, self.moments, self.index, side)
+        if moment is not None and self.moments is not None and (mean := self._mean(side)) is not None:
+            moment = moment - self.moments.tokens * torch.outer(mean, mean)
+        return moment, metric
+
+    def _mean(self, side: str) -> Tensor | None:
+        """Of the inputs of a side, [inputs]; None where the method is not centred."""
+        if not self.method.centred or self.moments is None:
+            return None
+        name = "rotated.mean" if side == "keys" and self.method.rotated else "means"
+        return self.moments.sums[name][self.index] / self.moments.tokens
 
     def group(self, rank: int) -> None:
         """Clusters the heads, each shard's among themselves, for groups of about this rank."""
@@ -130,6 +141,10 @@ class Problem:
     def _decomposed(self, side: str) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Weight, energies, up, down of each group."""
         weight, (moment, metric) = self.weight(side), self.measured(side)
+        if side == "keys" and self.method.decompose_keys is not None:
+            for w, found in zip(weight, self.method.decompose_keys(weight, moment), strict=True):
+                yield w[None], *found
+            return
         for heads in self.groups[side]:
             group = weight[list(heads)]
             yield group, *self.method.decompose(group, moment, None if metric is None else self._block(metric, heads))
@@ -174,15 +189,23 @@ class Problem:
         return keys_side, self._record("values", ups, widths, torch.cat(downs, 1), order)
 
     def _projection(self, side: str, ranks: tuple[int, ...], reached: Tensor | None) -> Projection:
-        ups, downs = [], []
-        for rank, (weight, energies, group_up, down) in zip(ranks, self._decomposed(side), strict=True):
+        ups, downs, mean = [], [], self._mean(side)
+        lost_mean = torch.zeros(self.shape.heads, self.shape.head_dim, dtype=torch.float64)
+        decomposed = zip(self.groups[side], ranks, self._decomposed(side), strict=True)
+        for heads, rank, (weight, energies, group_up, down) in decomposed:
             self.lost += energies[rank:].sum().item() / 2
             group_up, down = pad_rank(group_up[:, :rank], 1, rank), pad_rank(down[:, :rank], 1, rank)
             if reached is not None and self.method.refit is not None:
                 group_up, down = self.method.refit(weight, down, reached)
             ups.append(group_up)
             downs.append(down)
-        return self._record(side, ups, ranks, torch.cat(downs, 1), self._order(side))
+            if mean is not None:
+                lost_mean[list(heads)] = weight @ mean - mean @ down @ group_up
+        made = self._record(side, ups, ranks, torch.cat(downs, 1), self._order(side))
+        if mean is None:
+            return made
+        bias = lost_mean if made.bias is None else made.bias.to(lost_mean) + lost_mean
+        return replace(made, bias=bias.to(made.up))
 
     def _order(self, side: str) -> tuple[int, ...] | None:
         order = tuple(h for heads in self.groups[side] for h in heads)

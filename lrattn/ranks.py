@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from lrattn.shapes import RANK_STEP, norm_width, round_up
 
 Ranks = tuple[tuple[int, ...], tuple[int, ...]]  # of the key groups, of the value groups
-RULES = ("spectrum", "fisher", "uniform")
+RULES = ("spectrum", "fisher", "uniform", "condition")
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class LayerShape:
     inputs: int
     key_norm: bool = False
     shared: bool = False
+    rotated: bool = False  # latents of rotated keys, which are not linear in the inputs
+    whole_values: bool = False  # only keys are compressed
 
     @property
     def groups(self) -> tuple[int, int]:
@@ -36,10 +38,13 @@ class LayerShape:
     @property
     def full_ranks(self) -> tuple[int, int]:
         """Rank at which a group of keys, and one of values, is exact: C * D outputs or E inputs, whichever is fewer,
-        up to a step of 16. A shared row has 2 C D outputs."""
+        up to a step of 16. Rotated keys have Hkv * D inputs; a shared row has 2 C D outputs."""
         key, value = (
-            round_up(min(size * self.head_dim, self.inputs), RANK_STEP)
-            for size in (self.key_group, self.value_group * (2 if self.shared else 1))
+            round_up(min(size * self.head_dim, inputs), RANK_STEP)
+            for size, inputs in (
+                (self.key_group, self.heads * self.head_dim if self.rotated else self.inputs),
+                (self.value_group * (2 if self.shared else 1), self.inputs),
+            )
         )
         return key, value
 
@@ -61,8 +66,7 @@ def group_size_within(heads: int, at_most: int) -> int:
 
 def uniform(shapes: Sequence[LayerShape], keep: float) -> list[Ranks]:
     """The same share of every group's full rank; what rounding leaves over is spread evenly."""
-    caps = _caps(shapes)
-    return _ranks(shapes, _rounded(_shares([float(cap) for cap in caps], caps, budget(shapes, keep))))
+    return _ranks(shapes, _rounded(_shares([float(cap) for cap in _caps(shapes)], shapes, keep)))
 
 
 def fisher(shapes: Sequence[LayerShape], keep: float, scores: Sequence[tuple[float, float]]) -> list[Ranks]:
@@ -82,7 +86,7 @@ def fisher(shapes: Sequence[LayerShape], keep: float, scores: Sequence[tuple[flo
         for score, groups in zip((0.0, sum(pair)) if shape.shared else pair, shape.groups, strict=True)
         for _ in range(groups)
     ]
-    return _ranks(shapes, _rounded(_shares(weights, _caps(shapes), budget(shapes, keep))))
+    return _ranks(shapes, _rounded(_shares(weights, shapes, keep)))
 
 
 def spectrum(
@@ -106,26 +110,50 @@ def spectrum(
         for side in pair:
             total = 1.0 if in_nats else max(sum(e.sum().item() for e in side), 1e-300)
             gains += [[step.sum().item() / total for step in e.split(RANK_STEP)] for e in side]
-    caps = _caps(shapes)
+    leasts, caps = _leasts(shapes), _caps(shapes)
     if [len(g) for g in gains] != caps:
         raise ValueError(f"energies: expected {caps} steps of {RANK_STEP}, got {[len(g) for g in gains]}")
-    steps = _filled(gains, budget(shapes, keep))
+    steps = _filled(gains, leasts, budget(shapes, keep))
     if level:
         counts = [sum(s.groups) for s in shapes]
-        totals, layer_caps = ([sum(part) for part in _split(numbers, counts)] for numbers in (steps, caps))
-        rate = (sum(steps) - sum(counts)) / max(sum(caps) - sum(counts), 1)
-        even = [count + rate * (cap - count) for count, cap in zip(counts, layer_caps, strict=True)]
+        by_layer = ([sum(part) for part in _split(numbers, counts)] for numbers in (steps, leasts, caps))
+        totals, layer_leasts, layer_caps = by_layer
+        rate = (sum(steps) - sum(leasts)) / max(sum(caps) - sum(leasts), 1)
+        even = [least + rate * (cap - least) for least, cap in zip(layer_leasts, layer_caps, strict=True)]
         wanted = _rounded([level * e + (1 - level) * t for e, t in zip(even, totals, strict=True)])
-        steps = [n for part, total in zip(_split(gains, counts), wanted, strict=True) for n in _filled(part, total)]
+        layers = zip(_split(gains, counts), _split(leasts, counts), wanted, strict=True)
+        steps = [n for layer in layers for n in _filled(*layer)]
     return _ranks(shapes, steps)
 
 
-def _filled(gains: Sequence[Sequence[float]], total: int) -> list[int]:
-    """Steps of each group, at least one: `total` in all, each where it gains most."""
-    steps = [1] * len(gains)
-    heap = [(-g[1], i) for i, g in enumerate(gains) if len(g) > 1]
+def condition(shapes: Sequence[LayerShape], keep: float, logs: Sequence[float]) -> list[Ranks]:
+    """LoRC's rule (arXiv 2410.03111): early layers, whose errors all later ones multiply, keep more.
+
+    logs: per layer, log of the condition number of its key weight plus that of its value weight. With c_l their sum
+    over layer l and all later ones, and s_l = (c_l - min c) / (max c - min c), a group of layer l gets the share
+    least + s_l (most - least) of its full rank. The paper has two settings for these; here most = 1 and `least` meets
+    the budget, or least = 0 and `most` does.
+    """
+    if len(logs) != len(shapes) or not all(0 <= x < float("inf") for x in logs):
+        raise ValueError(f"logs: expected {len(shapes)} finite numbers, none below 0, got {list(logs)}")
+    products = list(accumulate(reversed(logs)))[::-1]
+    spread = products[0] - products[-1]
+    scores = [(c - products[-1]) / spread if spread else 1.0 for c in products]
+    scores = [score for shape, score in zip(shapes, scores, strict=True) for _ in range(sum(shape.groups))]
+
+    def shares(at: float) -> list[float]:
+        least, most = max(at - 1, 0.0), min(at, 1.0)
+        return [(least + (most - least) * score) * cap for score, cap in zip(scores, _caps(shapes), strict=True)]
+
+    return _ranks(shapes, _rounded(_met(shares, 2.0, shapes, keep)))
+
+
+def _filled(gains: Sequence[Sequence[float]], leasts: Sequence[int], total: int) -> list[int]:
+    """Steps of each group, at least these: `total` in all, each where it gains most."""
+    steps = list(leasts)
+    heap = [(-g[least], i) for i, (g, least) in enumerate(zip(gains, leasts, strict=True)) if len(g) > least]
     heapq.heapify(heap)
-    for _ in range(min(total, sum(map(len, gains))) - len(gains)):
+    for _ in range(min(total, sum(map(len, gains))) - sum(leasts)):
         _, i = heapq.heappop(heap)
         steps[i] += 1
         if steps[i] < len(gains[i]):
@@ -145,16 +173,19 @@ def budget(shapes: Sequence[LayerShape], keep: float) -> int:
     Latents and norm columns of all layers take at most keep * (numbers of a dense cache), and less than one step below
     it unless every group is full. keep = 1 means full rank, whatever norm columns add.
 
-    Raises: ValueError if keep is outside (0, 1] or too small to give every group one step.
+    Raises: ValueError if keep is outside (0, 1] or too small to give every group one step, or all of values that a
+    method leaves whole.
     """
     if not 0 < keep <= 1:
         raise ValueError(f"keep: expected a share in (0, 1], got {keep}")
-    caps = _caps(shapes)
+    leasts, caps = _leasts(shapes), _caps(shapes)
     norms, dense = sum(s.norm_width for s in shapes), sum(s.dense for s in shapes)
     steps = sum(caps) if keep == 1 else int(keep * dense - norms + 1e-6) // RANK_STEP
-    if steps < len(caps):
-        need = (RANK_STEP * len(caps) + norms) / dense
-        raise ValueError(f"keep: expected at least {need:.3f}, one step of 16 a group and the norm columns, got {keep}")
+    if steps < sum(leasts):
+        need = (RANK_STEP * sum(leasts) + norms) / dense
+        what = "one step of 16 a group and the norm columns"
+        what = f"all of the values, {what}" if any(s.whole_values for s in shapes) else what
+        raise ValueError(f"keep: expected at least {need:.3f}, {what}, got {keep}")
     return min(steps, sum(caps))
 
 
@@ -168,18 +199,37 @@ def _caps(shapes: Sequence[LayerShape]) -> list[int]:
     ]
 
 
-def _shares(weights: list[float], caps: list[int], budget: int) -> list[float]:
-    """Reals in proportion to `weights`, held within 1 and the caps, that add up to the budget."""
-    if budget == sum(caps):
-        return [float(cap) for cap in caps]
+def _leasts(shapes: Sequence[LayerShape]) -> list[int]:
+    """Steps that each group has at least, in the order of `_caps`: one, or all of them."""
+    return [
+        rank // RANK_STEP if whole else 1
+        for s in shapes
+        for rank, groups, whole in zip(s.full_ranks, s.groups, (False, s.whole_values), strict=True)
+        for _ in range(groups)
+    ]
+
+
+def _shares(weights: list[float], shapes: Sequence[LayerShape], keep: float) -> list[float]:
+    """Reals in proportion to `weights` that add up to the budget, held within what each group may have."""
     least = max(max(weights) * 1e-9, 1e-300)  # a score of zero takes what the others cannot hold
     weights = [max(w, least) for w in weights]
-    low, high = 0.0, (max(caps) + 1) / min(weights)
+    return _met(lambda at: [at * w for w in weights], (max(_caps(shapes)) + 1) / min(weights), shapes, keep)
+
+
+def _met(shares: Callable[[float], list[float]], high: float, shapes: Sequence[LayerShape], keep: float) -> list[float]:
+    """Shares at the argument in [0, high] where they add up to the budget, each held within what its group may have."""
+    leasts, caps, total = _leasts(shapes), _caps(shapes), budget(shapes, keep)
+    if total == sum(caps):
+        return [float(cap) for cap in caps]
+
+    def held(at: float) -> list[float]:
+        return [min(max(x, least), cap) for x, least, cap in zip(shares(at), leasts, caps, strict=True)]
+
+    low = 0.0
     for _ in range(200):
         middle = (low + high) / 2
-        total = sum(min(max(middle * w, 1.0), cap) for w, cap in zip(weights, caps, strict=True))
-        low, high = (middle, high) if total < budget else (low, middle)
-    return [min(max(high * w, 1.0), cap) for w, cap in zip(weights, caps, strict=True)]
+        low, high = (middle, high) if sum(held(middle)) < total else (low, middle)
+    return held(high)
 
 
 def _rounded(shares: list[float]) -> list[int]:

@@ -40,6 +40,8 @@ def by_rule(rule, shapes, keep):
         return ranks.uniform(shapes, keep)
     if rule == "fisher":
         return ranks.fisher(shapes, keep, scores_for(shapes))
+    if rule == "condition":
+        return ranks.condition(shapes, keep, [sum(pair) for pair in scores_for(shapes)])
     return ranks.spectrum(shapes, keep, energies_for(shapes))
 
 
@@ -123,6 +125,38 @@ def test_spectrum_does_not_depend_on_the_scale_of_a_projection():
     assert ranks.spectrum(shapes, 0.5, energies) == ranks.spectrum(shapes, 0.5, scaled)
 
 
+@pytest.mark.parametrize("keep", KEEPS)
+def test_condition_falls_with_the_layers_in_a_line_of_their_running_products(keep):
+    """Published: d_min + (log k_l - min) / (max - min) * (d_max - d_min), k_l the product from layer l to the last."""
+    shapes, logs = [ranks.LayerShape(8, 128, 8, 8, 4096)] * 6, [2.0, 3.0, 1.0, 5.0, 2.0, 4.0]
+    found = [k[0] / 1024 for k, _ in ranks.condition(shapes, keep, logs)]
+    products = torch.tensor(logs).flip(0).cumsum(0).flip(0)
+    scores = ((products - products.min()) / (products.max() - products.min())).tolist()
+    assert found == sorted(found, reverse=True)
+    for share, score in zip(found, scores, strict=True):
+        assert share == pytest.approx(found[-1] + score * (found[0] - found[-1]), abs=2 / 64)
+    assert found[0] == 1.0 if keep > 0.52 else found[-1] <= 2 / 64  # d_max is full rank, or d_min nothing
+
+
+@pytest.mark.parametrize("rule", ranks.RULES)
+def test_values_left_whole_are_not_cut_by_any_rule(rule):
+    shapes = [ranks.LayerShape(4, 64, 1, 1, 512, whole_values=True), ranks.LayerShape(4, 64, 2, 1, 512)] * 2
+    least = [(64 * 4 + 16 * 4), (16 * 2 + 16 * 4)]
+    for keep in (0.5, 0.7):
+        chosen = by_rule(rule, shapes, keep)
+        assert all(v == (64,) * 4 for (_, v), s in zip(chosen, shapes, strict=True) if s.whole_values)
+        assert 0 <= keep * 4 * 512 - sum(sum(k) + sum(v) for k, v in chosen) < 16
+    need = sum(least) / 1024
+    with pytest.raises(ValueError, match=rf"keep: expected at least {need:.3f}, all of the values, one step of 16"):
+        by_rule(rule, shapes, 0.4)
+
+
+def test_rotated_keys_are_not_bounded_by_the_inputs():
+    wide = ranks.LayerShape(8, 128, 8, 8, 512)
+    assert wide.full_ranks == (512, 512)
+    assert ranks.LayerShape(8, 128, 8, 8, 512, rotated=True).full_ranks == (1024, 512)
+
+
 def test_what_does_not_fit_is_refused():
     for rule in ranks.RULES:
         for keep in (0.0, -0.5, 1.01, float("nan")):
@@ -135,6 +169,9 @@ def test_what_does_not_fit_is_refused():
     for score in (float("nan"), float("inf"), -1.0):
         with pytest.raises(ValueError, match="scores: expected finite numbers"):
             ranks.fisher(SHAPES[1], 0.5, [(1.0, score)] * 3)
+    for wrong in ([1.0], [1.0, -1.0], [1.0, float("nan")]):
+        with pytest.raises(ValueError, match="logs: expected 2 finite numbers"):
+            ranks.condition(SHAPES[4], 0.5, wrong)
     with pytest.raises(ValueError, match="energies: expected"):
         ranks.spectrum(SHAPES[1], 0.5, energies_for(SHAPES[2]))
 

@@ -21,13 +21,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lrattn.clusters import Cluster, balanced, greedy
-from lrattn.methods import gradient, palu, recalkv, svd
+from lrattn.methods import asvd, eigen, gradient, kq_svd, palu, recalkv, rotated, svd, think
 from lrattn.moments import Moments
 from lrattn.parts import AttentionParts
 
 Measured = tuple[Tensor | None, Tensor | None]
 Measure = Callable[[AttentionParts, Moments | None, int, str], Measured]
 Decompose = Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor, Tensor]]
+DecomposeKeys = Callable[[Tensor, Tensor | None], list[tuple[Tensor, Tensor, Tensor]]]
 Refit = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -38,9 +39,12 @@ class Method:
     Args:
         measure: what its errors are measured by (see above).
         decompose: one group of heads -> energies, up, down (see above).
-        cluster: which kv heads share a latent; None takes them in the model's order.
+        decompose_keys: all heads of a layer, each a group: (weight [Hkv, D, E], C) -> energies, up, down of each. None:
+            `decompose`.
+        groups: which kv heads share a latent of keys, and of values: "given", as many as the caller asks for; "head",
+            each has its own; "layer", all share one (keys: all of one tensor-parallel rank).
+        cluster: which heads go together where groups are of more than one; None takes them in the model's order.
         cluster_values: cluster the heads of the values, too; else they are taken in the model's order.
-        joint_values: one value latent for the whole layer, not one for each group.
         refit: (weight, down [E, rank], moment of the compressed model's inputs) -> (up, down), of the values.
         gather: what calibration has to sum beside the inputs (lrattn.moments.GATHERED).
         needs_data: whether `measure` needs moments.
@@ -48,22 +52,32 @@ class Method:
             values can also share a row, and the loss is predicted.
         rotated: keys are compressed after their rotation; `inputs` of the keys are the layer's rotated keys, and the
             weight is the identity.
+        centred: C is taken about the mean of the inputs, and what the latents lose of the mean is in the bias.
+        whole_values: values are kept at full rank.
+        ranks: the rule that shares them out where the caller names none.
     """
 
     decompose: Decompose = palu.decompose
     measure: Measure = palu.measure
+    decompose_keys: DecomposeKeys | None = None
+    groups: tuple[str, str] = ("given", "given")
     cluster: Cluster | None = None
     cluster_values: bool = False
-    joint_values: bool = False
     refit: Refit | None = None
     gather: tuple[str, ...] = ()
     needs_data: bool = True
     in_nats: bool = False
     rotated: bool = False
+    centred: bool = False
+    whole_values: bool = False
+    ranks: str = "spectrum"
 
 
 def _recalkv(cluster: Cluster | None = None, refit: Refit | None = None) -> Method:
-    return Method(cluster=cluster, joint_values=True, refit=refit)
+    return Method(cluster=cluster, groups=("given", "layer"), refit=refit)
+
+
+HEAD, LAYER = ("head", "head"), ("layer", "layer")
 
 
 METHODS: dict[str, Method] = {
@@ -75,5 +89,16 @@ METHODS: dict[str, Method] = {
     "recalkv-hsr": _recalkv(balanced),  # the ablation: HSR alone, OVC alone, neither
     "recalkv-ovc": _recalkv(refit=recalkv.calibrate_values),
     "recalkv-neither": _recalkv(),
+    "kq-svd": Method(kq_svd.decompose, kq_svd.measure, groups=HEAD, gather=("rotated",), rotated=True),
+    "eigen": Method(decompose_keys=eigen.decompose_keys, groups=HEAD),
+    "asvd": Method(measure=asvd.measure, gather=("magnitudes",)),
+    "svd-llm": Method(groups=LAYER),
+    "lorc": Method(measure=svd.measure, groups=LAYER, needs_data=False, ranks="condition"),
+    "cskv": Method(groups=LAYER),  # for a cache with recent=32
+    "kv-heads": Method(measure=rotated.measure, groups=LAYER, gather=("rotated",), rotated=True),
+    "matryoshka-pca": Method(
+        measure=rotated.measure, groups=HEAD, gather=("rotated", "means"), rotated=True, centred=True
+    ),
+    "think": Method(think.decompose, think.measure, groups=HEAD, gather=("rotated",), rotated=True, whole_values=True),
 }
 DEFAULT = "lrattn"

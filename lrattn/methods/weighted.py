@@ -10,7 +10,12 @@ METRIC_DAMPING = 1e-3  # of the mean diagonal of the metric
 
 
 def low_rank(
-    weight: Tensor, moment: Tensor | None, metric: Tensor | None = None, *, deficient: bool = False
+    weight: Tensor,
+    moment: Tensor | None,
+    metric: Tensor | None = None,
+    *,
+    deficient: bool = False,
+    damping: float = METRIC_DAMPING,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The maps of every rank that minimise tr(G dW C dW^T), dW = W - up^T down^T.
 
@@ -24,10 +29,11 @@ def low_rank(
     Args:
         weight: W, [n, E] float64. moment: C, [E, E]; None is the identity. metric: G, [n, n]; None is the identity.
         deficient: W may have a smaller rank than n; so it has with n > E.
+        damping: of G, as a share of its mean diagonal.
 
     Returns: energies [m], descending; up [m, n]; down [E, m]; m = min(n, E).
     """
-    root, inverse = (None, None) if metric is None else roots(metric)
+    root, inverse = (None, None) if metric is None else roots(metric, damping)
     a = weight if root is None else root @ weight
     n, inputs = a.shape
     if deficient or n > inputs:
@@ -51,8 +57,8 @@ def factor(moment: Tensor) -> Tensor:
     return torch.linalg.cholesky(damped(moment))
 
 
-def roots(metric: Tensor) -> tuple[Tensor, Tensor]:
+def roots(metric: Tensor, damping: float = METRIC_DAMPING) -> tuple[Tensor, Tensor]:
     """G^1/2 and G^-1/2 of a metric [n, n], damped."""
-    values, q = torch.linalg.eigh(damped(metric, METRIC_DAMPING))
+    values, q = torch.linalg.eigh(damped(metric, damping))
     values = values.clamp_min(torch.finfo(values.dtype).tiny)
     return (q * values.sqrt()) @ q.T, (q / values.sqrt()) @ q.T

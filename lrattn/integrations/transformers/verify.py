@@ -12,10 +12,11 @@ from lrattn.dense import causal_attention
 from lrattn.factors import Factors
 from lrattn.layer import LayerFactors
 from lrattn.parts import AttentionParts, attention_parts, decoder_of, evaluating
+from lrattn.projection import Projection
 from lrattn.rope import Rope
 
 TOKENS = 8
-PROBES, ALIKE = 16, 0.1  # random inputs a layer; the cosine below which weights are taken for unrelated
+PROBES, ALIKE = 16, 0.1  # random inputs a layer; the cosine below which weights, or directions, are taken for unrelated
 _VERIFIED: WeakSet[nn.Module] = WeakSet()
 _COMPARED: WeakKeyDictionary[nn.Module, WeakSet[Factors]] = WeakKeyDictionary()
 
@@ -46,7 +47,7 @@ def check_fit(model: nn.Module, factors: Factors) -> None:
         if layer.keys.down is None and not layer.shared:
             raise ValueError(f"factors: expected keys.down in layer {i}, to write latents, got None")
         norms = [None if norm is None else norm.weight for norm in (part.key_norm, layer.key_norm)]
-        alike = {"value bias": _same(part.bias("v_proj"), layer.values.bias)}
+        alike = {"value bias": _same_but_for_mean(part, layer.values)}
         if not layer.rotated:  # else they are in the keys that latents are made of
             alike |= {
                 "rotation": _same_rotation(part.rope, layer.rope),
@@ -98,6 +99,25 @@ def _cosines(part: AttentionParts, layer: LayerFactors) -> list[float]:
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b if a is None or b is None else torch.equal(a, b)
+
+
+def _same_but_for_mean(part: AttentionParts, values: Projection) -> bool:
+    """Whether the bias is the model's, or that and a constant in directions that no latent spans.
+
+    That is what centred methods add: what the latents lose of the mean value.
+    """
+    bias = part.bias("v_proj")
+    if _same(bias, values.bias):
+        return True
+    weight = part.weight("v_proj")
+    own, given = (weight.new_zeros(weight.shape[:2]) if b is None else b for b in (bias, values.bias))  # [Hkv, D]
+    added = given.float() - own.float()
+    spanned = [
+        nn.functional.normalize(values.block(g).float()) @ added[list(heads)].flatten()
+        for g, heads in enumerate(values.groups)
+    ]
+    rounding = 4 * torch.finfo(weight.dtype).eps * (own.float().norm() + weight.float().norm())
+    return bool(torch.cat(spanned).norm() <= ALIKE * added.norm() + rounding)
 
 
 def _same_rotation(a: Rope, b: Rope | None) -> bool:
