@@ -28,11 +28,12 @@ class Sample:
 
 
 SAMPLES = {
-    "0": Sample("wikipedia", 0, 16),
-    "1": Sample("wikipedia", 16, 16),
-    "2": Sample("wikipedia", 32, 16),
+    "0": Sample("wikipedia", 0, 24),
+    "1": Sample("wikipedia", 24, 24),
+    "2": Sample("wikipedia", 48, 24),
+    "16": Sample("wikipedia", 0, 16),
     "64": Sample("wikipedia", 0, 64),
-    "news": Sample("news", 0, 16),
+    "news": Sample("news", 0, 24),
 }
 
 
@@ -100,6 +101,8 @@ REST = (
     Row("palu", "uniform"),
     Row("recalkv-hsr", "spectrum"),
     Row("svd", "uniform"),
+    *(Row(name) for name in ("kq-svd", "eigen", "asvd", "svd-llm", "kv-heads", "matryoshka-pca", "think")),
+    Row("lorc", "condition"),
 )
 ABLATION = (
     Row("recalkv-neither", "fisher"),
@@ -116,12 +119,13 @@ PLANS = {
         models.smollm2,
         6,
         (
-            Block(1, TOP, (0.5, 0.3), probe=True),
-            Block(2, BEYOND, (0.3,), near=NEAR, probe=True),
-            Block(2, BEYOND, (0.3,), near=NEAR, counted=True),
+            Block(1, TOP, (0.5,)),
+            Block(1, TOP, (0.3,), probe=True),
+            Block(2, BEYOND, (0.3,), near=NEAR, counted=True, probe=True),
+            Block(2, BEYOND, (0.3,), near=NEAR),
             Block(3, REST, (0.5, 0.3)),
             Block(4, TOP + REST, (0.7, 0.2)),
-            Block(5, (PALU, RECALKV, RIDE, JOINT), (0.3,), samples=("1", "2", "64", "news")),
+            Block(5, (PALU, RECALKV, RIDE, JOINT), (0.3,), samples=("1", "2", "16", "64", "news")),
         ),
     ),
     "qwen2.5-coder": Plan(
