@@ -55,7 +55,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer = models.smollm2()
     evaluation = read_windows(tokenizer, texts.wikipedia("evaluation"), LENGTH, args.evaluate)
     calibration = read_windows(tokenizer, texts.wikipedia("calibration"), LENGTH, args.calibrate)
-    moments = lrattn.calibrate(model, calibration.split(1))
+    moments = lrattn.calibrate(model, calibration.split(1), gather=["metric"])
     rows = [run(model, tokenizer, evaluation, None)]
     for keep in args.keep:
         factors = lrattn.compress(model, method=args.method, keep=keep, moments=moments)

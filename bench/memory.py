@@ -52,7 +52,7 @@ def factor_files(folder: Path) -> list[Path]:
     """Factors at each kept share, made here: calibration is no part of what is measured. None for the dense cache."""
     model, tokenizer = models.smollm2()
     calibration = read_windows(tokenizer, texts.wikipedia("calibration"), 512, 4)
-    moments = lrattn.calibrate(model, calibration.split(1))
+    moments = lrattn.calibrate(model, calibration.split(1), gather=["metric"])
     paths = [folder / f"{keep}.safetensors" for keep in KEEPS]
     for keep, path in zip(KEEPS, paths, strict=True):
         lrattn.compress(model, keep=keep, moments=moments).save(path)

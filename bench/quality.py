@@ -1,78 +1,41 @@
-"""Perplexity against keep on real models, attending on latents: the published methods, their parts, and the rank rules.
+"""Quality against bytes on real models that attend on latents: every method, with and without a dense window.
 
-python -m bench.quality [--model smollm2 ...] [--keep 0.5 ...] [--method recalkv ...] [--again] [--plot-only]
+python -m bench.quality [--model smollm2 ...] [--keep 0.5 ...] [--method palu ...] [--sample 0 ...] [--minutes 60]
+                        [--again] [--plot-only] [--out bench/results/quality.json]
 
-A cell is one model at one keep with one method and rank rule. Cells are kept in the JSON by their settings and measured
-once, so the table can be built piece by piece; --again measures the chosen ones anew.
+A cell is one model, calibration sample, way to make factors, kept share and dense window (bench/quality_plan.py). Cells
+are kept in the JSON by their settings, measured once, the important ones first, and saved one by one: the table can be
+built piece by piece. --minutes begins no cell after so many; --again measures the chosen ones anew; --plot-only
+measures nothing. Tables go to stdout and, with the JSON of the repository, into docs/quality.md.
+
+Losses of a cell and of the dense model are compared window by window: an error is the standard error of the mean
+difference, of the windows at hand. It is what other windows of these texts would change, not other texts or samples.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 
 import lrattn
-from bench import models, report, texts
-from lrattn.integrations.transformers import latent_attention
+from bench import models, probe, quality_plot, quality_table, report, texts
+from bench.quality_plan import LENGTH, PLANS, SAMPLES, Settings, cells, find, row_of
+from lrattn.integrations.transformers.either import attending
 from lrattn.integrations.transformers.load import read_windows
-from lrattn.integrations.transformers.perplexity import perplexity
-from lrattn.summary import summarize
+from lrattn.integrations.transformers.perplexity import losses
+from lrattn.moments import GATHERED
 
 PATH = report.RESULTS / "quality.json"
-LENGTH = 1024
-PUBLISHED = (("svd", "uniform"), ("palu", "fisher"), ("recalkv", "fisher"))
-ABLATION = (("recalkv-neither", "fisher"), ("recalkv-hsr", "fisher"), ("recalkv-ovc", "fisher"), ("recalkv", "fisher"))
-RULES = (("palu", "uniform"), ("palu", "fisher"), ("palu", "spectrum"), ("recalkv-hsr", "spectrum"))
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is measured on a model: windows of 1024 tokens, and the kept shares."""
-
-    name: str
-    load: Callable[[], Any]
-    calibrate: int
-    evaluate: int
-    keeps: tuple[float, ...]
-    group_size: int = 4
-    choices: tuple[tuple[str, str], ...] = tuple(dict.fromkeys(PUBLISHED + ABLATION + RULES))
-
-
-PLANS = {
-    "smollm2": Plan("SmolLM2-135M-Instruct, 3 kv heads", models.smollm2, 16, 16, (0.7, 0.5, 0.4, 0.3)),
-    "qwen2.5-coder": Plan(
-        "Qwen2.5-Coder-0.5B-Instruct, 2 kv heads, biases",
-        models.qwen25_coder,
-        12,
-        8,
-        (0.5, 0.3),
-        choices=(*PUBLISHED, ("recalkv-neither", "fisher"), ("palu", "spectrum"), ("recalkv-hsr", "spectrum")),
-    ),
-    "smollm2-mha": Plan(
-        "SmolLM2 as 9 shuffled kv heads, groups of 3",
-        models.smollm2_mha,
-        16,
-        8,
-        (0.3, 0.2),
-        3,
-        tuple(
-            dict.fromkeys((("palu", "fisher"), *ABLATION, ("recalkv-greedy", "fisher"), ("recalkv-hsr", "spectrum")))
-        ),
-    ),
-}
+PAGE = Path(__file__).parents[1] / "docs" / "quality.md"
 
 
 def main() -> None:
@@ -80,165 +43,180 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", choices=PLANS, default=list(PLANS))
     parser.add_argument("--keep", type=float, nargs="+", help="only these of the plan")
     parser.add_argument("--method", nargs="+", choices=lrattn.methods.METHODS, help="only these of the plan")
+    parser.add_argument("--sample", nargs="+", choices=SAMPLES, help="only these calibration samples of the plan")
+    parser.add_argument("--windows", type=int, help="of each text, instead of the plan's: for a trial")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no cell after so many")
     parser.add_argument("--again", action="store_true", help="measure cells anew")
-    parser.add_argument("--plot-only", action="store_true")
+    parser.add_argument("--plot-only", action="store_true", help="measure nothing")
+    parser.add_argument("--out", type=Path, default=PATH)
     args = parser.parse_args()
     if not args.plot_only:
-        for name in args.model:
-            measure(name, args)
-    results = json.loads(PATH.read_text())
-    print("\n\n".join(table(results, name) for name in PLANS if any(c["model"] == name for c in results["cells"])))
-    plot(results, PATH.with_suffix(".png"))
+        measure(wanted(args), args.out, 60 * args.minutes, again=args.again)
+    results = report.load(args.out)
+    print("\n\n".join(quality_table.sections(results).values()))
+    quality_plot.plot(results, args.out)
+    if args.out == PATH:
+        PAGE.write_text(quality_table.pasted(PAGE.read_text(), results))
 
 
-def cells(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Settings of the cells asked for; the dense model first."""
-    plan = PLANS[name]
-    common = {
-        "model": name,
-        "text": texts.ABOUT,
-        "length": LENGTH,
-        "calibrate": plan.calibrate,
-        "evaluate": plan.evaluate,
-        "group_size": plan.group_size,
-    }
-    yield {**common, "method": "dense", "ranks": "", "keep": 1.0}
-    for keep in plan.keeps:
-        for method, ranks in plan.choices:
-            if (not args.keep or keep in args.keep) and (not args.method or method in args.method):
-                yield {**common, "method": method, "ranks": ranks, "keep": keep}
+def wanted(args: argparse.Namespace) -> list[Settings]:
+    """The cells asked for, the important ones first; the dense model's always."""
+
+    def asked(cell: Settings) -> bool:
+        chosen = ((args.keep, "keep"), (args.method, "method"), (args.sample, "sample"))
+        return cell["method"] == "dense" or all(not only or cell[name] in only for only, name in chosen)
+
+    staged = [pair for name in args.model for pair in cells(name) if asked(pair[1])]
+    changed = {} if args.windows is None else {"windows": args.windows}
+    return [cell | changed for _, cell in sorted(staged, key=lambda pair: pair[0])]
 
 
-def measure(name: str, args: argparse.Namespace) -> None:
-    """Measures the cells that are not there yet, and saves after each."""
-    held = json.loads(PATH.read_text())["cells"] if PATH.is_file() else []
-    wanted = list(cells(name, args))
-    keys = {key(c) for c in wanted}
-    if args.again:
-        held = [c for c in held if key(c) not in keys]
-    missing = [c for c in wanted if key(c) not in {key(c) for c in held}]
-    if not missing:
-        return
-    plan, commit = PLANS[name], report.commit()  # of the code that is loaded, however long this runs
-    torch.manual_seed(0)
-    model, tokenizer = plan.load()
-    calibration = read_windows(tokenizer, texts.wikipedia("calibration"), LENGTH, plan.calibrate).split(1)
-    evaluation = read_windows(tokenizer, texts.wikipedia("evaluation"), LENGTH, plan.evaluate)
-    state = models.CACHE / f"{name}-{plan.calibrate}x{LENGTH}.moments"
-    moments = lrattn.calibrate(model, calibration, gather=["fisher"], state=state)
+def measure(wanted: Sequence[Settings], path: Path, seconds: float, *, again: bool = False) -> None:
+    """Measures the cells that are not in the file, and saves after each."""
+    held = report.load(path)["cells"] if path.is_file() else []
+    if again:
+        held = [c for c in held if all(find([c], **cell) is None for cell in wanted)]
+    missing = [cell for cell in wanted if find(held, **cell) is None]
+    begin, commit = time.monotonic(), report.commit()  # of the code that is loaded, however long this runs
+    subject: Subject | None = None
     for n, settings in enumerate(missing, 1):
-        label = "{method} {ranks} {keep}".format(**settings)
-        print(f"{name}: cell {n} of {len(missing)}, {label}", flush=True)
-        measured = run(model, calibration, evaluation, moments, settings, label, held)
-        held.append({**settings, **measured, "commit": commit})
-        report.save(PATH, {"cells": held})
+        if time.monotonic() - begin > seconds:
+            print(f"stopped with {len(missing) - n + 1} of {len(missing)} cells left", flush=True)
+            return
+        print(f"cell {n} of {len(missing)}: {told(settings)}", flush=True)
+        if subject is None or subject.name != settings["model"]:
+            subject = Subject(settings["model"])
+        started = time.perf_counter()
+        measured = run(subject, settings, held)
+        held.append({**settings, **measured, "seconds": round(time.perf_counter() - started, 1), "commit": commit})
+        report.save(path, {"texts": texts.__doc__, "cells": held})
 
 
-def run(
-    model: Any,
-    calibration: Any,
-    evaluation: torch.Tensor,
-    moments: lrattn.Moments,
-    settings: dict[str, Any],
-    label: str,
-    held: list[dict[str, Any]],
-) -> dict[str, Any]:
+def told(cell: Settings) -> str:
+    near = f", dense window {cell['recent']} + {cell['sinks']}" if cell["recent"] else ""
+    sample = f", sample {cell['sample']}" if cell["sample"] else ""
+    counted = " counted" if cell["counted"] else ""
+    return f"{cell['model']}, {row_of(cell).label} at keep {cell['keep']}{sample}{near}{counted}"
+
+
+class Subject:
+    """A model, the texts as it reads them, and the moments of the sample in use."""
+
+    def __init__(self, name: str) -> None:
+        torch.manual_seed(0)
+        self.name = name
+        self.model, self.tokenizer = PLANS[name].load()
+        self.held: tuple[Any, lrattn.Moments] | None = None
+
+    @cached_property
+    def planted(self) -> torch.Tensor:
+        return probe.sequences(probe.passages_text(self.tokenizer))
+
+    def evaluation(self, text: str, count: int) -> torch.Tensor:
+        return read_windows(self.tokenizer, texts.TEXTS[text]("evaluation"), LENGTH, count)
+
+    def calibration(self, name: str) -> Sequence[torch.Tensor]:
+        sample = SAMPLES[name]
+        windows = read_windows(
+            self.tokenizer, texts.TEXTS[sample.text]("calibration"), LENGTH, sample.first + sample.windows
+        )[sample.first :]
+        if len(windows) != sample.windows:
+            raise ValueError(f"sample {name}: expected {sample.windows} windows, got {len(windows)}")
+        return windows.split(1)
+
+    def moments(self, sample: str, far: tuple[int, int]) -> lrattn.Moments:
+        """Kept under .cache by model, sample, window and what was gathered."""
+        if self.held is None or self.held[0] != (sample, far):
+            gather = ["metric"] if any(far) else sorted(GATHERED)
+            name = f"{self.name}-sample{sample}-far{far[0]}+{far[1]}-{'+'.join(gather)}.moments"
+            self.held = None  # before the next: they are hundreds of megabytes
+            moments = lrattn.calibrate(
+                self.model, self.calibration(sample), gather=gather, far=far, state=models.CACHE / name
+            )
+            self.held = (sample, far), moments
+        return self.held[1]
+
+
+def run(subject: Subject, cell: Settings, held: list[Settings]) -> dict[str, Any]:
+    """What a cell measures; or why there are no such factors."""
+    if cell["method"] == "dense":
+        return evaluated(subject, cell, None, None)
+    dense = find(held, model=cell["model"], method="dense", windows=cell["windows"], length=cell["length"])
+    row, near = row_of(cell), cell["recent"] + cell["sinks"]
+    moments = subject.moments(cell["sample"], row.far)
     begin = time.perf_counter()
-    if settings["method"] == "dense":
-        return {"perplexity": perplexity(model, evaluation, label)}
-    chosen = {name: settings[name] for name in ("method", "keep", "group_size", "ranks")}
-    factors = lrattn.compress(model, calibration, **chosen, moments=moments, progress=False)
-    seconds = time.perf_counter() - begin
-    digest = digest_of(factors)
-    same = [c for c in held if c["model"] == settings["model"] and c.get("factors") == digest]
-    if same:  # the same factors under another name: with one key group HSR has nothing to do
-        value = same[0]["perplexity"]
-    else:
-        with latent_attention(model, factors):
-            value = perplexity(model, evaluation, label)
-    summary = summarize(factors)
-    return {
-        "perplexity": value,
+    try:
+        factors = lrattn.compress(
+            subject.model,
+            subject.calibration(cell["sample"]),
+            row.method,
+            cell["keep"] - (near / cell["length"] if cell["counted"] else 0),
+            cell["group_size"],
+            ranks=row.ranks,
+            shared=row.shared,
+            far=row.far,
+            moments=moments,
+            progress=False,
+            **({"refine": row.refine} if row.refine else {}),
+        )
+    except ValueError as error:
+        return {"impossible": str(error)}
+    layers = factors.layers
+    found = {
+        "compress_seconds": round(time.perf_counter() - begin, 1),
+        "factors": digest_of(factors),
         "achieved_keep": factors.keep,
-        "key_share": summary["key_share"],
-        "key_groups": len(factors.layers[0].keys.ranks),
-        "factors": digest,
-        "compress_seconds": seconds,
+        "whole_keep": factors.keep + near / cell["length"],  # with the bytes of the dense window, at this length
+        "key_share": sum(x.keys.width for x in layers) / factors.numbers_per_token,  # of the latents, what keys read
+        "widths": [[x.keys.width, x.values.width] for x in layers],  # of rows that are shared, the values read all
+        "rows_shared": layers[0].shared,
+        "key_groups": len(layers[0].keys.ranks),
+        "predicted": sum(factors.predicted) if factors.predicted else None,
+        "predicted_layers": [float(f"{x:.4g}") for x in factors.predicted],
     }
+    names = ("model", "recent", "sinks", "length", "windows", "probe")
+    same = find(held, factors=found["factors"], **{name: cell[name] for name in names})
+    if same is not None:  # the same factors under another name: with one key group HSR has nothing to do
+        return found | {name: same[name] for name in ("texts", "probe_at") if name in same}
+    return found | evaluated(subject, cell, factors, dense)
 
 
-def key(cell: dict[str, Any]) -> str:
-    names = ("model", "text", "length", "calibrate", "evaluate", "group_size", "method", "ranks", "keep")
-    return json.dumps([cell[name] for name in names])
+def evaluated(
+    subject: Subject, cell: Settings, factors: lrattn.Factors | None, dense: Settings | None
+) -> dict[str, Any]:
+    """Losses of both texts' windows, over the dense model's where there is one, and the probe."""
+    label = row_of(cell).label
+    found: dict[str, Any] = {"texts": {}}
+    with attending(subject.model, factors, cell["recent"], cell["sinks"]):
+        for text in texts.TEXTS:
+            nll = losses(subject.model, subject.evaluation(text, cell["windows"]), f"{label}, {text}")
+            found["texts"][text] = compared(nll, None if dense is None else dense["texts"][text]["losses"])
+        if cell["probe"]:
+            rows = probe.measure(subject.model, subject.planted, label)
+            found["probe_at"] = [{name: round(x, 5) for name, x in row.items()} for row in rows]
+    return found
+
+
+def compared(nll: Sequence[float], dense: Sequence[float] | None) -> dict[str, Any]:
+    """Mean loss a token, and how far it is over another model's on the same windows, with the standard error."""
+    mean = fmean(nll)
+    found = {"losses": [round(x, 6) for x in nll], "nll": mean, "perplexity": math.exp(mean)}
+    if dense is not None:
+        gaps = [a - b for a, b in zip(nll, dense, strict=True)]
+        found |= {"excess": fmean(gaps), "error": stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.inf}
+    return found
 
 
 def digest_of(factors: lrattn.Factors) -> str:
+    """sha256 of what attention computes with: equal for the same factors under other names."""
     digest = hashlib.sha256()
     for layer in factors.layers:
+        digest.update(repr((layer.shared, layer.rotated)).encode())
         for side in (layer.keys, layer.values):
             digest.update(repr((side.ranks, side.head_order)).encode())
             for x in (side.up, side.down):
-                digest.update(x.contiguous().numpy().tobytes())
+                digest.update(b"none" if x is None else x.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def dense_of(results: dict[str, Any], name: str) -> float:
-    return next(c["perplexity"] for c in results["cells"] if c["model"] == name and c["method"] == "dense")
-
-
-def found(results: dict[str, Any], name: str, method: str, ranks: str, keep: float) -> dict[str, Any] | None:
-    wanted = {"model": name, "method": method, "ranks": ranks, "keep": keep}
-    return next((c for c in results["cells"] if wanted.items() <= c.items()), None)
-
-
-def table(results: dict[str, Any], name: str) -> str:
-    """Perplexity by method and keep, and which rows are the same factors."""
-    plan, dense = PLANS[name], dense_of(results, name)
-    head = f"{'method':<17} {'ranks':<9}" + "".join(f"{f'keep {keep}':>12}" for keep in plan.keeps)
-    lines = [f"{plan.name}: dense {dense:.2f}, {plan.evaluate} windows of {LENGTH} tokens", "", head]
-    for method, ranks in plan.choices:
-        row = [found(results, name, method, ranks, keep) for keep in plan.keeps]
-        if any(row):
-            numbers = "".join(f"{c['perplexity']:>12.2f}" if c else f"{'-':>12}" for c in row)
-            alone = all(c is None or c["key_groups"] == 1 for c in row)
-            note = "   one key group: HSR changes nothing" if alone and method in ("recalkv-hsr", "recalkv") else ""
-            lines.append(f"{method:<17} {ranks:<9}{numbers}{note}")
-    return "\n".join(lines)
-
-
-def curves(results: dict[str, Any], plan: Plan, name: str) -> Iterator[tuple[tuple[str, str], str, list[Any]]]:
-    """A method and its rank rule, all methods that made the same factors, and its points (keep, perplexity).
-
-    svd is left out: it is off the scale by orders of magnitude. It is in the table.
-    """
-    same: dict[Any, list[tuple[str, str]]] = {}
-    for method, ranks in plan.choices:
-        row = [c for keep in plan.keeps if (c := found(results, name, method, ranks, keep))]
-        if row and method != "svd":
-            same.setdefault(tuple((c["keep"], c["factors"], c["perplexity"]) for c in row), []).append((method, ranks))
-    for points, choices in same.items():
-        yield choices[0], " = ".join(method for method, _ in choices), [(keep, p) for keep, _, p in points]
-
-
-def plot(results: dict[str, Any], path: Path) -> None:
-    """Loss over the dense model, in nats a token, against keep: one panel a model."""
-    names = [name for name in PLANS if any(c["model"] == name for c in results["cells"])]
-    figure, axes = plt.subplots(1, len(names), figsize=(5.2 * len(names), 4.4), layout="constrained", squeeze=False)
-    for axis, name in zip(axes[0], names, strict=True):
-        plan, dense = PLANS[name], dense_of(results, name)
-        for n, ((_, ranks), together, points) in enumerate(curves(results, plan, name)):
-            style = {"spectrum": "-", "fisher": "--", "uniform": ":"}[ranks]
-            excess = [math.log(p / dense) for _, p in points]
-            axis.plot(
-                [k for k, _ in points], excess, style, marker="osv^D<>PX"[n % 9], label=f"{together}, {ranks} ranks"
-            )
-        axis.set(xlabel="keep: bytes of the latent cache / dense", ylim=0, xticks=plan.keeps)
-        axis.set_title(f"{plan.name}\ndense perplexity {dense:.2f}", fontsize="medium")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
-    axes[0][0].set_ylabel("loss over the dense model, nats a token")
-    figure.savefig(path, dpi=150)
-    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

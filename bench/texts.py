@@ -1,4 +1,8 @@
-"""Real text that installs as a package: Wikipedia articles of 2016 (CC BY-SA) inside gensim's test data."""
+"""Real text that installs as a package, inside gensim's test data: Wikipedia articles (CC BY-SA), and news.
+
+news: the Lee background corpus, 300 short documents of the Australian Broadcasting Corporation. Every second article or
+document is for calibration, the others for evaluation.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from bench.models import CACHE, package_dir, written_once
 
 ABOUT = "Wikipedia articles of 2016: even ones to calibrate, odd ones to evaluate"
 DUMP = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+NEWS = "test/test_data/lee_background.cor"
 NOT_PROSE = ("ref", "table", "gallery", "math")
 
 
@@ -25,6 +30,16 @@ def wikipedia(half: str) -> str:
             with written_once(CACHE / f"wikipedia-{name}.txt") as text:
                 text.write_text("\n\n".join(map(_prose, chosen)))
     return saved.read_text()
+
+
+def news(half: str) -> str:
+    """Every second document: half "calibration" has the even ones, "evaluation" the odd ones. None comes twice."""
+    lines = (package_dir("gensim") / NEWS).read_text().splitlines()
+    documents = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    return "\n\n".join(documents[("calibration", "evaluation").index(half) :: 2])
+
+
+TEXTS = {"wikipedia": wikipedia, "news": news}
 
 
 def _articles() -> list[str]:

@@ -25,6 +25,9 @@ examples (`make demo` unpacks this model and these texts):
   python -m lrattn generate .cache/smollm2 --factors factors.safetensors --chat --prompt "What is a volcano?"
 """
 
+SHARED = {"auto": None, "no": False, "ride": "ride", "joint": True}
+FAR = "the dense window the cache will have: gradients count beyond it (default 0 0)"
+
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -77,6 +80,9 @@ def _parser() -> Parser:
     added.add_argument("--method", default=DEFAULT, choices=METHODS, help=f"default {DEFAULT}")
     added.add_argument("--keep", type=_share, default=0.5, help="bytes of the latent cache / dense (default 0.5)")
     added.add_argument("--ranks", choices=RULES, help=f"what shares them out (default: the method's, most {RULES[0]})")
+    added.add_argument("--shared", default="auto", choices=SHARED, help="keys and values in one row (default auto)")
+    added.add_argument("--far", type=int, nargs=2, default=(0, 0), metavar=("RECENT", "SINKS"), help=FAR)
+    added.add_argument("--refine", type=int, default=0, metavar="STEPS", help="distil the factors (default 0: no)")
     added.add_argument("--group-size", type=int, default=4, help="kv heads that share a key latent (default 4)")
     added.add_argument("--shards", type=int, default=1, help="tensor-parallel ranks no key group may lie across")
     added.add_argument("--state", type=Path, help="calibration file: written as it goes, gone on from if it exists")
@@ -125,6 +131,9 @@ def _compress(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         args.keep,
         args.group_size,
         ranks=args.ranks,
+        shared=SHARED[args.shared],
+        far=tuple(args.far),
+        refine=args.refine,
         state=args.state,
         shards=args.shards,
     )

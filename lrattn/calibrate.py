@@ -91,7 +91,7 @@ def calibrate(
     if sums.differentiates and not any(
         bool(x.any()) for name in GRADIENTS for x in held.sums.get(f"{name}.values", ())
     ):
-        raise ValueError("batches: expected sequences of two tokens or more, whose loss has a gradient, got none")
+        raise ValueError("batches: expected sequences of two tokens or more, longer than the window, got none")
     if state is not None:
         held.save(state)
     return held
@@ -275,12 +275,12 @@ class _Sums:
             if name == "fisher":
                 self.sums[f"fisher.{side}"][i].add_((grad.T @ rows).square().cpu())
             else:
-                self.sums[f"metric.{side}"][i].add_((grad[1:].T @ grad[1:]).double().cpu())
-                weight = grad.square().sum(1, keepdim=True)
-                self.sums[f"weighted.{side}"][i].add_(((rows * weight).T @ rows).double().cpu())
-        if not all(
-            bool(self.sums[f"{name}.{side}"][i].isfinite().all()) for name in GRADIENTS if name in self.gathered
-        ):
+                rows, grad = rows.double(), grad.double()  # a sink outweighs a common token by more than float32 holds
+                size = grad.norm(dim=1, keepdim=True)
+                unit = grad[1:] / size[1:].clamp_min(torch.finfo(size.dtype).tiny)
+                self.sums[f"metric.{side}"][i].add_((grad[1:].T @ unit).cpu())
+                self.sums[f"weighted.{side}"][i].add_(((rows * size).T @ rows).cpu())
+        if not bool(self.sums[f"{name}.{side}"][i].isfinite().all()):
             raise ValueError("batches: a gradient is not finite; calibrate a model of a wider dtype")
 
 

@@ -19,6 +19,7 @@ from lrattn.parts import AttentionParts, attention_parts
 from lrattn.problem import FORMS, Form, Problem
 from lrattn.propagate import Propagation
 from lrattn.ranks import RULES, LayerShape, budget, condition, fisher, group_size_within, spectrum, uniform
+from lrattn.refine import refine as distil
 
 JOINT_WITHIN = 256  # latents a row may have for keys to be rebuilt from all of it: see docs/decisions.md
 LEVEL = 0.5  # of the budget of joint rows that is the same for every layer
@@ -36,6 +37,7 @@ def compress(
     ranks: str | None = None,
     shared: Form | None = None,
     far: tuple[int, int] = (0, 0),
+    refine: int = 0,
     moments: Moments | None = None,
     state: str | os.PathLike[str] | None = None,
     shards: int = 1,
@@ -57,6 +59,7 @@ def compress(
             latent; True, one latent for both, which loses least and takes the longest to rebuild keys from. None: True
             where a group's row has at most 256 latents, else "ride". Other methods keep them apart.
         far: (recent, sinks) of the dense window that the cache will have, see `calibrate`; for method "lrattn".
+        refine: steps of distillation that follow, see lrattn.refine; on the same batches.
         moments: of an earlier `calibrate` of this model, which is then not repeated.
         state: a file for the calibration to go on from, see `calibrate`.
         shards: tensor-parallel ranks that the heads will be divided over; no group of keys lies across them.
@@ -78,6 +81,9 @@ def compress(
     form = _form(shared, recipe, parts, keep, group_size, shards)
     shapes = [_shape(part, recipe, form, group_size, shards) for part in parts]
     budget(shapes, keep)  # refused before any work
+    if not isinstance(refine, int) or refine < 0 or (refine and (batches is None or recipe.rotated)):
+        expected = "0" if batches is None or recipe.rotated else "a number of steps"
+        raise ValueError(f"refine: expected {expected} with method {method!r} and these batches, got {refine!r}")
     if isinstance(batches, Moments):
         raise ValueError("batches: expected token batches, got Moments, which are given as moments=")
     batches = None if batches is None else list(batches)
@@ -116,7 +122,10 @@ def compress(
         if stream is not None:
             stream.advance(layers[-1])
     predicted = tuple(problem.lost for problem in problems) if recipe.in_nats else ()
-    return Factors(tuple(layers), method, str(getattr(model.config, "_name_or_path", "")), ranks, predicted)
+    factors = Factors(tuple(layers), method, str(getattr(model.config, "_name_or_path", "")), ranks, predicted)
+    if refine and batches is not None:
+        factors = distil(model, factors, batches, steps=refine, recent=far[0], sinks=far[1], progress=progress)
+    return factors
 
 
 def _form(

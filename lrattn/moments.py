@@ -19,8 +19,8 @@ from lrattn import safefile
 GATHERED: dict[str, tuple[str, ...]] = {
     "fisher": ("fisher.keys", "fisher.values"),  # [n, E] float32: over sequences, squares of sum g x^T
     "metric": (
-        *("metric.keys", "metric.values"),  # [n, n]: g g^T, over all tokens but the first of each sequence
-        *("weighted.keys", "weighted.values"),  # [E, E]: |g|^2 x x^T, over all tokens
+        *("metric.keys", "metric.values"),  # [n, n]: g g^T / |g|, over all tokens but the first of each sequence
+        *("weighted.keys", "weighted.values"),  # [E, E]: |g| x x^T, over all tokens
     ),
     "rotated": (
         *("rotated.keys", "rotated.mean"),  # [n, n] and [n]: k k^T, and k
@@ -77,15 +77,14 @@ class Moments:
         return [(score(k), score(v)) for k, v in zip(keys, values, strict=True)]
 
     def metric(self, layer: int, side: str) -> tuple[Tensor, Tensor]:
-        """Of "keys" or "values": G [n, n], mean of g g^T, and C [E, E], mean of x x^T weighted by |g|^2 / trace G.
+        """Of "keys" or "values": G [n, n] and C [E, E] of the loss that lrattn/methods/gradient.py minimises.
 
-        Then tr(G dW C dW^T) / 2 is about what the loss of a token rises by when a projection W is off by dW (a
-        Kronecker form of its second derivative). The first token of a sequence takes part in C, by its own gradient,
-        and not in G: attention sinks have gradients hundreds of times larger than others, in directions of their own.
+        With m = mean |g|: G = m mean(g g^T / |g|), C = mean(|g| x x^T) / m. The first token of a sequence takes part in
+        C, by its own gradient, and not in G and m.
         """
         g = self.sums[f"metric.{side}"][layer] / max(self.tokens - self.sequences, 1)
-        c = self.sums[f"weighted.{side}"][layer] / max(self.tokens, 1)
-        return g, c / g.trace().clamp_min(torch.finfo(g.dtype).tiny)
+        mean = g.trace().clamp_min(torch.finfo(g.dtype).tiny)
+        return g * mean, self.sums[f"weighted.{side}"][layer] / max(self.tokens, 1) / mean
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file; the file at `path` is replaced only when the new one is whole."""

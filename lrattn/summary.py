@@ -8,12 +8,15 @@ from lrattn.factors import Factors
 
 
 def summarize(factors: Factors) -> dict[str, Any]:
-    """Where the bytes go: keep, the split between keys and values, and the ranks of every layer.
+    """Where the bytes go: keep, the split between keys and values, the ranks of every layer, and the loss foreseen.
 
-    Bytes are those of a token at 16 bits a number, norm columns included.
+    Bytes are those of a token at 16 bits a number, norm columns included. Rows that keys and
+    values share count as the values'. key_rank is the mean rank of a key group: what rebuilding keys takes time for.
+    Predicted losses are nats a token, to second order; None where the method foresees none.
     """
     keys = sum(layer.keys.width for layer in factors.layers if not layer.shared)
     values = sum(layer.values.width for layer in factors.layers)
+    groups = sum(len(layer.keys.ranks) for layer in factors.layers)
     return {
         "method": factors.method,
         "ranks": factors.rule,
@@ -24,6 +27,9 @@ def summarize(factors: Factors) -> dict[str, Any]:
         "dense_bytes_per_token": 2 * factors.dense_numbers_per_token,
         "key_share": keys / factors.numbers_per_token,
         "value_share": values / factors.numbers_per_token,
+        "shared": all(layer.shared for layer in factors.layers),
+        "key_rank": sum(layer.keys.width for layer in factors.layers) / groups,
+        "predicted_loss": sum(factors.predicted) if factors.predicted else None,
         "layers": [
             {
                 "kv_heads": layer.num_kv_heads,
@@ -32,21 +38,27 @@ def summarize(factors: Factors) -> dict[str, Any]:
                 "key_ranks": layer.keys.ranks,
                 "value_groups": layer.values.groups,
                 "value_ranks": layer.values.ranks,
+                "predicted_loss": factors.predicted[i] if factors.predicted else None,
                 "norm_columns": layer.k_width - layer.row_width,
                 "rotated": layer.rotated,
                 "keep": (layer.k_width + layer.v_width) / (2 * layer.num_kv_heads * layer.head_dim),
             }
-            for layer in factors.layers
+            for i, layer in enumerate(factors.layers)
         ],
     }
 
 
 def headline(summary: dict[str, Any]) -> str:
-    """The whole in four lines."""
+    """The whole in five lines."""
     count, first = len(summary["layers"]), summary["layers"][0]
     made = summary["method"] + (f", ranks {summary['ranks']}" if summary["ranks"] else "")
     norms = 1 - summary["key_share"] - summary["value_share"]
     split = f"keys {summary['key_share']:.1%}, values {summary['value_share']:.1%}"
+    if summary["shared"]:
+        split = f"rows that keys and values share {summary['value_share']:.1%}"
+    rotated = all(layer["rotated"] for layer in summary["layers"])
+    how = "queries meet a key group's" if rotated else "a key group is rebuilt from"
+    foreseen = summary["predicted_loss"]
     return "\n".join(
         [
             f"{made}{', of ' + summary['model'] if summary['model'] else ''}",
@@ -54,20 +66,28 @@ def headline(summary: dict[str, Any]) -> str:
             f"keep {summary['keep']:.3f}: {summary['bytes_per_token']:,} of {summary['dense_bytes_per_token']:,} bytes "
             "a token at 16 bits a number",
             split + (f", norm columns {norms:.1%}" if norms > 1e-9 else ""),
+            f"{how} {summary['key_rank']:.0f} latents"
+            + ("" if foreseen is None else f"; predicted loss {foreseen:.4f} nats a token"),
         ]
     )
 
 
 def table(summary: dict[str, Any]) -> str:
     """The headline, and a line for each layer."""
-    head = ("layer", "key ranks", "value ranks", "keep", "heads sharing a key latent")
+    values = "row ranks" if summary["shared"] else "value ranks"
+    foreseen = summary["predicted_loss"] is not None
+    head = ("layer", "key ranks", values, "keep", *(["loss"] if foreseen else []), "heads sharing a key latent")
     rows = [
-        (str(i), _ranks(x["key_ranks"]), _ranks(x["value_ranks"]), f"{x['keep']:.3f}", _order(x["key_groups"]))
+        (
+            *(str(i), _ranks(x["key_ranks"]), _ranks(x["value_ranks"]), f"{x['keep']:.3f}"),
+            *([f"{x['predicted_loss']:.5f}"] if foreseen else []),
+            _order(x["key_groups"]),
+        )
         for i, x in enumerate(summary["layers"])
     ]
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(4)]
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head) - 1)]
     lines = [
-        "  ".join([*(cell.rjust(w) for cell, w in zip(row, widths, strict=False)), row[4]]) for row in (head, *rows)
+        "  ".join([*(cell.rjust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]) for row in (head, *rows)
     ]
     return "\n".join([headline(summary), "", *lines])
 

@@ -131,7 +131,7 @@ def test_what_cannot_be_summed_is_refused():
     ):
         with pytest.raises(ValueError, match=reason):
             lrattn.calibrate(model, [wrong], progress=False)
-    with pytest.raises(ValueError, match="sequences of two tokens or more"):
+    with pytest.raises(ValueError, match="sequences of two tokens or more, longer than the window"):
         lrattn.calibrate(model, [ids[:, :1]], gather=["fisher"], progress=False)
     with torch.inference_mode():
         frozen = tiny.model("llama")
@@ -241,3 +241,86 @@ def test_nothing_is_held_that_grows_with_the_tokens():
     lrattn.calibrate(model, batches(), gather=["fisher"], progress=False)
     one_layer_of_inputs = 4 * 64 * 96 * 4
     assert max(held[2:]) < held[1] + one_layer_of_inputs
+
+
+def token_gradients(model, ids):
+    """Of one sequence, by autograd on what k_proj and v_proj return: per layer [t, n] twice; labels as calibrate's."""
+    outs = []
+
+    def keep(_, __, out):
+        out.retain_grad()
+        outs.append(out)
+
+    parts = attention_parts(model)
+    hooks = [p.linear(name).register_forward_hook(keep) for p in parts for name in ("k_proj", "v_proj")]
+    found = model(input_ids=ids[None], use_cache=False).logits
+    labels = calibration._drawn(found, ids[None], None)[0]
+    nn.functional.cross_entropy(found[0, :-1], labels, reduction="sum").backward()
+    for hook in hooks:
+        hook.remove()
+    return [x.grad[0].double() for x in outs], labels
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "qwen2-window"])
+def test_metrics_are_second_moments_of_the_gradients_of_keys_and_values(family):
+    model, ids = tiny.model(family), tiny.tokens(3, 20)
+    moments = lrattn.calibrate(model, [ids[:2], ids[2:]], gather=["metric"], progress=False)
+    inputs = [x.double().unflatten(0, (3, 20)) for x in inputs_of(model, ids)]
+    grads = [token_gradients(model, row)[0] for row in ids]
+    for i in range(3):
+        for j, side in enumerate(("keys", "values")):
+            g = [sequence[2 * i + j] for sequence in grads]
+            size = [x.norm(dim=1, keepdim=True) for x in g]
+            mean = sum(s[1:].sum() for s in size) / 57
+            unit = [x / s.clamp_min(1e-30) for x, s in zip(g, size, strict=True)]
+            metric = mean * sum(x[1:].T @ u[1:] for x, u in zip(g, unit, strict=True)) / 57
+            moment = sum((x * s).T @ x for x, s in zip(inputs[i], size, strict=True)) / 60 / mean
+            got_metric, got_moment = moments.metric(i, side)
+            torch.testing.assert_close(got_metric, metric, rtol=1e-3, atol=1e-5 * metric.abs().max().item())
+            torch.testing.assert_close(got_moment, moment, rtol=1e-3, atol=1e-5 * moment.abs().max().item())
+
+
+def test_labels_are_drawn_from_the_predictions():
+    """Many sequences of one token pair, whose predictions are known: labels come in their proportions."""
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(4000, 2, 4)
+    ids = torch.stack((torch.arange(4000), torch.arange(4000) % 7), 1)
+    drawn = calibration._drawn(logits, ids, None)
+    assert torch.equal(drawn, calibration._drawn(logits, ids, None))
+    shares = drawn.flatten().bincount(minlength=4) / 4000
+    torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.15, 0.05]), rtol=0, atol=0.03)
+
+
+def test_gradients_beyond_a_window_are_those_of_far_tokens():
+    """None where the window holds everything; of the sinks none; else those of a loss whose near keys are constants."""
+    model, ids = tiny.model("llama"), tiny.tokens(2, 20)
+    for far in ((20, 0), (0, 20)):
+        with pytest.raises(ValueError, match="longer than the window"):
+            lrattn.calibrate(model, [ids], gather=["metric"], far=far, progress=False)
+    others = lrattn.calibrate(model, [ids], gather=["metric"], far=(1, 0), progress=False)
+    some = lrattn.calibrate(model, [ids], gather=["metric"], far=(5, 2), progress=False)
+    whole = lrattn.calibrate(model, [ids], gather=["metric"], progress=False)
+    for i in range(3):
+        sizes = [m.sums["metric.values"][i].trace() for m in (some, others, whole)]
+        assert 0 < sizes[0] < sizes[1] < sizes[2]
+    assert some.far == (5, 2)
+    mask = torch.ones_like(ids)
+    mask[:, 0] = 0
+    with pytest.raises(ValueError, match="far: expected sequences without padding"):
+        lrattn.calibrate(
+            model, [{"input_ids": ids, "attention_mask": mask}], gather=["metric"], far=(5, 2), progress=False
+        )
+
+
+def test_rotated_moments_are_those_of_the_model_s_keys_and_queries():
+    model, ids = tiny.model("qwen3"), tiny.tokens(2, 20)
+    moments = lrattn.calibrate(model, [ids], gather=["rotated", "magnitudes"], progress=False)
+    at = torch.arange(20).expand(2, -1)
+    for i, (part, x) in enumerate(zip(attention_parts(model), inputs_of(model, ids), strict=True)):
+        x = x.detach().unflatten(0, (2, 20))
+        with torch.no_grad():
+            q, k = (part.rotated(side, x, at).double().flatten(0, 1) for side in "qk")
+        torch.testing.assert_close(moments.sums["magnitudes"][i], x.double().abs().sum((0, 1)), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(moments.sums["rotated.keys"][i], k.flatten(1).T @ k.flatten(1), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(moments.sums["rotated.mean"][i], k.flatten(1).sum(0), rtol=1e-5, atol=1e-6)
+        expected = torch.einsum("thmd,thme->hde", *[q.unflatten(1, (4, 2))] * 2)
+        torch.testing.assert_close(moments.sums["rotated.queries"][i], expected, rtol=1e-5, atol=1e-6)

@@ -1,5 +1,6 @@
 """Methods and compress: exact where exactness is known, optimal where optimality is known."""
 
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 import lrattn
 from lrattn import methods
+from lrattn.integrations.transformers import latent_attention
 from lrattn.methods.palu import decompose
 from lrattn.parts import attention_parts
 from lrattn.ranks import RULES
@@ -367,3 +369,72 @@ def test_progress_is_shown_and_can_be_turned_off(capsys):
     assert "calibrate" in shown and "factor" in shown
     lrattn.compress(model, [ids], progress=False)
     assert capsys.readouterr().err == ""
+
+
+def predicted(model, ids, **choice):
+    moments = lrattn.calibrate(model, [ids], gather=["metric"], progress=False)
+    return lrattn.compress(model, moments=moments, progress=False, **choice)
+
+
+@pytest.mark.parametrize("shared", [False, "ride", True])
+def test_the_predicted_loss_is_about_what_it_costs(shared):
+    """Divergence from the model's own predictions on the calibration text, where little is cut: to a factor of 3."""
+    model, ids = tiny.model("llama"), tiny.tokens(8, 60)
+    factors = predicted(model, ids, keep={False: 0.6, "ride": 0.33, True: 0.33}[shared], shared=shared)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits.log_softmax(-1)
+        with latent_attention(model, factors):
+            got = model(ids, use_cache=False).logits.log_softmax(-1)
+    measured = (expected.exp() * (expected - got)).sum(-1).mean().item()
+    assert measured / 3 < sum(factors.predicted) < measured * 3
+
+
+def test_sharing_a_row_is_foreseen_to_lose_less():
+    model, ids = tiny.model("mha"), tiny.tokens(8, 60)
+    apart, ride, joint = (
+        sum(predicted(model, ids, keep=0.16, shared=form).predicted) for form in (False, "ride", True)
+    )
+    assert max(ride, joint) < apart
+
+
+def test_the_form_is_joint_where_keys_are_rebuilt_in_time(monkeypatch):
+    """A group's row of up to so many latents; beyond it values ride on the key latent."""
+    monkeypatch.setattr(sys.modules["lrattn.compress"], "JOINT_WITHIN", 64)
+    model, ids = tiny.model("mha"), [tiny.tokens(2, 20)]  # 8 heads of 32: 512 numbers in one group of 8
+    for keep, group_size, joint in ((0.125, 8, True), (0.16, 8, False), (0.16, 4, True)):
+        factors = lrattn.compress(model, ids, keep=keep, group_size=group_size, ranks="uniform", progress=False)
+        assert all(layer.shared and (layer.keys.ranks == layer.values.ranks) == joint for layer in factors.layers)
+
+
+def test_copies_of_a_head_share_rows_at_no_loss():
+    """Clustered under the gradients' metric, keys and values at once."""
+    model, _, order = shuffled_mha()
+    factors = lrattn.compress(model, [tiny.tokens(4, 40)], keep=0.5, group_size=2, ranks="uniform", progress=False)
+    for layer, part in zip(factors.layers, attention_parts(model), strict=True):
+        assert all(len({order[h] // 2 for h in heads}) == 1 for heads in layer.keys.groups)
+        for side, name in zip(layer.sides, ("k_proj", "v_proj"), strict=True):
+            torch.testing.assert_close(side.dense(), part.weight(name), rtol=0, atol=1e-4)
+
+
+def test_latents_are_of_the_size_of_keys_and_values():
+    """Whatever the scale of the gradients: 16-bit numbers hold them."""
+    model, ids = tiny.model("llama"), tiny.tokens(4, 40)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e-4)  # gradients of 1e-8
+    x = torch.randn(100, 96)
+    for form in (False, "ride", True):
+        layer = predicted(model, ids, keep=0.3, shared=form).layers[1]
+        latents = [z for z in layer.project(x) if z is not None]
+        assert all(1e-2 < z.square().mean().sqrt() < 1e2 for z in latents)
+
+
+def test_refinement_follows_and_is_refused_where_it_cannot():
+    model, ids = tiny.model("llama"), tiny.tokens(4, 20)
+    assert lrattn.compress(model, [ids], keep=0.3, refine=2, progress=False).method == "lrattn, refined"
+    for arguments in (
+        {"batches": [ids], "refine": -1},
+        {"method": "svd", "refine": 2},
+        {"batches": [ids], "refine": 1.5},
+    ):
+        with pytest.raises(ValueError, match="refine: expected"):
+            lrattn.compress(model, **arguments, progress=False)

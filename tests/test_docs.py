@@ -9,7 +9,7 @@ import tiny
 import torch
 
 import lrattn
-from bench import head_groups, memory, quality, resources, scale, traffic
+from bench import head_groups, memory, quality, quality_plot, quality_table, resources, scale, traffic
 
 ROOT = Path(lrattn.__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -76,7 +76,6 @@ def test_the_readme_table_is_the_committed_run():
 @pytest.mark.parametrize(
     "page, bench, parts",
     [
-        ("quality.md", quality, lambda r: [quality.table(r, name) for name in quality.PLANS]),
         ("quality.md", head_groups, lambda r: [head_groups.table(r)]),
         ("memory.md", memory, lambda r: [memory.table(r)]),
         ("memory.md", scale, lambda r: [scale.table(r)]),
@@ -91,35 +90,16 @@ def test_tables_in_the_pages_are_the_committed_runs(page, bench, parts):
         assert f"```text\n{table}\n```" in text
 
 
+def test_tables_and_plots_of_quality_are_pasted_from_the_committed_cells():
+    page = (ROOT / "docs/quality.md").read_text()
+    results = json.loads(quality.PATH.read_text())
+    assert quality_table.pasted(page, results) == page
+    places = {name for _, name, *_ in quality_table.MARKED.findall(page)}
+    assert places >= set(quality_table.sections(results)) | {f"plot-{name}" for name in quality_plot.PLOTS}
+
+
 def test_what_the_pages_conclude_is_in_the_committed_runs():
-    """The sentences of docs/quality.md and docs/decisions.md that compare: true cell by cell."""
-    cells = json.loads(quality.PATH.read_text())["cells"]
-    by = {(c["model"], c["keep"], c["method"], c["ranks"]): c["perplexity"] for c in cells}
-    assert {c["model"] for c in cells} == set(quality.PLANS)
-    factors = {(c["model"], c["keep"], c["method"], c["ranks"]): c.get("factors") for c in cells}
-    pairs = {}
-    for model, keep, method, ranks in by:
-        for without, with_ in (
-            ("recalkv-neither", "recalkv-ovc"),
-            ("recalkv-neither", "recalkv"),
-            ("recalkv-hsr", "recalkv"),
-        ):
-            one_group = model != "smollm2-mha"  # then HSR does nothing, and OVC may be compared across it
-            if method == with_ and (one_group or (without == "recalkv-hsr") == (with_ == "recalkv")):
-                before, after = (model, keep, without, ranks), (model, keep, with_, ranks)
-                if before in by:
-                    pairs[factors[before], factors[after]] = by[after] - by[before]
-    assert len(pairs) == 10 and sum(change > 0 for change in pairs.values()) == 9  # OVC: worse in 9 of 10
-    for (model, keep, method, ranks), perplexity in by.items():
-        at = {(m, r): p for (n, k, m, r), p in by.items() if (n, k) == (model, keep)}
-        if ranks == "spectrum" and (method, "fisher") in at:
-            assert perplexity < at[method, "fisher"]  # spectrum ranks beat Fisher ranks
-        if method == "recalkv-hsr" and ranks == "fisher":
-            assert perplexity <= at["recalkv-neither", "fisher"]
-        if model == "smollm2-mha" and method == "recalkv-hsr" and ranks == "fisher":
-            assert (
-                perplexity < at["recalkv-neither", "fisher"] < at["palu", "fisher"]
-            )  # HSR helps; one value latent more
+    """The sentences of docs/decisions.md on clustering."""
     for row in json.loads(head_groups.PATH.read_text())["minilm"]["rows"]:
         kept = row["energy_kept"]
         assert kept["balanced"] >= max(kept["greedy"], kept["contiguous"]) - 1e-12

@@ -180,3 +180,42 @@ def test_group_size_is_the_largest_divisor_not_above():
     assert [ranks.group_size_within(h, 4) for h in (1, 2, 3, 8, 12, 7, 6)] == [1, 2, 3, 4, 4, 1, 3]
     with pytest.raises(ValueError, match="group_size"):
         ranks.group_size_within(8, 0)
+
+
+SHARED = [ranks.LayerShape(8, 64, 4, 4, 1024, shared=True)] * 4
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("rule", ranks.RULES)
+def test_rows_that_keys_and_values_share_are_counted_once(rule, keep):
+    chosen = by_rule(rule, SHARED, keep)
+    assert all(keys == () and len(rows) == 2 for keys, rows in chosen)
+    used, dense = sum(sum(rows) for _, rows in chosen), sum(s.dense for s in SHARED)
+    assert keep * dense - 16 < used <= keep * dense + 1e-6
+    assert ranks.LayerShape(8, 64, 4, 4, 300, shared=True).full_ranks[1] == 304  # E inputs make a row exact
+
+
+def by_layer(chosen):
+    return [sum(k) + sum(v) for k, v in chosen]
+
+
+@pytest.mark.parametrize("shapes", [SHAPES[1] * 2, SHARED], ids=["apart", "shared"])
+@pytest.mark.parametrize("keep", [0.2, 0.5, 0.8])
+def test_a_level_moves_layers_towards_equal_parts_and_keeps_the_budget(shapes, keep):
+    """Half of the way halfway; within a layer no exchange is better."""
+    energies = energies_for(shapes)
+    energies = [tuple([e * 10.0**i for e in side] for side in pair) for i, pair in enumerate(energies)]
+    free, half, even = (
+        by_layer(ranks.spectrum(shapes, keep, energies, in_nats=True, level=level)) for level in (0.0, 0.5, 1.0)
+    )
+    assert sum(free) == sum(half) == sum(even) and max(even) - min(even) <= 16 * len(shapes)
+    assert max(free) - min(free) > 32
+    assert all(abs(h - (f + e) / 2) <= 32 for f, h, e in zip(free, half, even, strict=True))
+
+
+def test_energies_in_nats_compare_as_they_are():
+    """Scaling a layer moves the ranks there; of shares of a projection's energy it does not."""
+    energies = energies_for(SHAPES[1])
+    scaled = [([e * 1e3 for e in energies[0][0]], energies[0][1]), *energies[1:]]
+    plain, more = (by_layer(ranks.spectrum(SHAPES[1], 0.5, e, in_nats=True)) for e in (energies, scaled))
+    assert more[0] > plain[0] and sum(more) == sum(plain)

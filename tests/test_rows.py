@@ -41,7 +41,7 @@ def test_the_map_of_a_rank_is_the_best_in_the_metric_and_loses_its_tail(inputs):
         a = down[:, :rank].T
         right = w @ damped(c) @ a.T @ torch.linalg.inv(a @ damped(c) @ a.T)
         assert cost(w, up[:rank].T @ left, c, g) >= best * (1 - 1e-9) and cost(w, right @ a, c, g) >= best * (1 - 1e-9)
-        plain, up0, down0 = low_rank(w, c)
+        _, up0, down0 = low_rank(w, c)
         assert best <= cost(w, up0[:rank].T @ down0[:, :rank].T, c, g)
     torch.testing.assert_close(up.T @ down.T, w)
 

@@ -87,7 +87,7 @@ def ride(keys: Side, values: Side, rank: int, row: int) -> tuple[float, Tensor, 
 def _own(down: Tensor, values: Side, *, exact: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """B^T [rank, n], and energies, up and down of the columns that values add to a key latent of this down side."""
     root = factor(values.moment)
-    b = torch.linalg.lstsq(root.T @ down, root.T @ values.flat.T, driver="gelsd").solution
+    b = torch.linalg.lstsq(root.T @ down, root.T @ values.flat.T, driver="gelsy").solution
     return b, *low_rank(values.flat - b.T @ down.T, values.moment, values.metric, deficient=exact)
 
 

@@ -1,0 +1,182 @@
+"""What is measured on each model: blocks of rows, each a way to make factors, at some kept shares.
+
+A new row is one line in one of the tuples below. Stages say what is measured first, over all models: a run may be
+stopped anytime.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from bench import models
+from lrattn.problem import Form
+
+LENGTH = 1024  # tokens of a window
+NEAR = (64, 4)  # recent tokens and sinks of the dense window
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What calibration reads: windows of a text's calibration half, from the `first` on."""
+
+    text: str
+    first: int
+    windows: int
+
+
+SAMPLES = {
+    "0": Sample("wikipedia", 0, 16),
+    "1": Sample("wikipedia", 16, 16),
+    "2": Sample("wikipedia", 32, 16),
+    "64": Sample("wikipedia", 0, 64),
+    "news": Sample("news", 0, 16),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way to make factors: arguments of lrattn.compress. refine: its steps, passed on where there are some."""
+
+    method: str
+    ranks: str = "spectrum"
+    shared: Form | None = None
+    far: tuple[int, int] = (0, 0)
+    refine: int = 0
+
+    @property
+    def label(self) -> str:
+        """Two words or three, for a table or a curve."""
+        form = {None: "", False: " apart", "ride": " ride", True: " joint"}[self.shared]
+        ranks = f" {self.ranks}" if self.shared is None and self.ranks else ""
+        return f"{self.method}{form}{ranks}{f' +{self.refine}' if self.refine else ''}{' far' if any(self.far) else ''}"
+
+
+@dataclass(frozen=True)
+class Block:
+    """Every row at every kept share, of every calibration sample.
+
+    near: recent tokens and sinks of a dense window. counted: its bytes at LENGTH tokens are within the kept share, else
+    beside it. probe: bench.probe, too.
+    """
+
+    stage: int
+    rows: tuple[Row, ...]
+    keeps: tuple[float, ...]
+    samples: tuple[str, ...] = ("0",)
+    near: tuple[int, int] = (0, 0)
+    counted: bool = False
+    probe: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """windows: of each evaluation text."""
+
+    title: str
+    load: Callable[[], Any]
+    windows: int
+    blocks: tuple[Block, ...]
+    group_size: int = 4
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """Of all blocks without a dense window, each once."""
+        return tuple(dict.fromkeys(row for b in self.blocks if not any(b.near) for row in b.rows))
+
+    @property
+    def keeps(self) -> tuple[float, ...]:
+        """Of all blocks, from the largest."""
+        return tuple(sorted({keep for b in self.blocks for keep in b.keeps}, reverse=True))
+
+
+APART, RIDE, JOINT = (Row("lrattn", shared=form) for form in (False, "ride", True))
+PALU, RECALKV = Row("palu", "fisher"), Row("recalkv", "fisher")
+TOP = (PALU, RECALKV, APART, RIDE, JOINT)
+REST = (
+    Row("palu", "spectrum"),
+    Row("palu", "uniform"),
+    Row("recalkv-hsr", "spectrum"),
+    Row("svd", "uniform"),
+)
+ABLATION = (
+    Row("recalkv-neither", "fisher"),
+    Row("recalkv-hsr", "fisher"),
+    Row("recalkv-ovc", "fisher"),
+    Row("recalkv-greedy", "fisher"),
+    Row("recalkv-hsr", "spectrum"),
+)
+BEYOND = (PALU, RECALKV, *(replace(row, far=NEAR) for row in (APART, RIDE, JOINT)), JOINT)  # beside a dense window
+
+PLANS = {
+    "smollm2": Plan(
+        "SmolLM2-135M-Instruct, 3 kv heads",
+        models.smollm2,
+        6,
+        (
+            Block(1, TOP, (0.5, 0.3), probe=True),
+            Block(2, BEYOND, (0.3,), near=NEAR, probe=True),
+            Block(2, BEYOND, (0.3,), near=NEAR, counted=True),
+            Block(3, REST, (0.5, 0.3)),
+            Block(4, TOP + REST, (0.7, 0.2)),
+            Block(5, (PALU, RECALKV, RIDE, JOINT), (0.3,), samples=("1", "2", "64", "news")),
+        ),
+    ),
+    "qwen2.5-coder": Plan(
+        "Qwen2.5-Coder-0.5B-Instruct, 2 kv heads, biases",
+        models.qwen25_coder,
+        4,
+        (Block(1, TOP, (0.5, 0.3)), Block(4, REST, (0.5, 0.3))),
+    ),
+    "smollm2-mha": Plan(
+        "SmolLM2 as 9 shuffled kv heads, groups of 3",
+        models.smollm2_mha,
+        6,
+        (Block(3, (PALU, RECALKV, *ABLATION, APART, JOINT), (0.3, 0.2)),),
+        group_size=3,
+    ),
+}
+DENSE = Row("dense", "")
+
+Settings = dict[str, Any]
+
+
+def cells(name: str) -> Iterator[tuple[int, Settings]]:
+    """Stage and settings of every cell of a model, the dense model's first; each once, at its first stage."""
+    plan = PLANS[name]
+    blocks = (Block(0, (DENSE,), (1.0,), samples=("",), probe=any(b.probe for b in plan.blocks)), *plan.blocks)
+    seen = []
+    for b in sorted(blocks, key=lambda b: b.stage):
+        for sample, keep, row in itertools.product(b.samples, b.keeps, b.rows):
+            settings = {
+                "model": name,
+                "sample": sample,
+                **settings_of(row),
+                "keep": keep,
+                "recent": b.near[0],
+                "sinks": b.near[1],
+                "counted": b.counted,
+                "group_size": plan.group_size,
+                "length": LENGTH,
+                "windows": plan.windows,
+                "probe": b.probe,
+            }
+            if settings not in seen:
+                seen.append(settings)
+                yield b.stage, settings
+
+
+def settings_of(row: Row) -> Settings:
+    return {"method": row.method, "ranks": row.ranks, "shared": row.shared, "far": list(row.far), "refine": row.refine}
+
+
+def row_of(settings: Settings) -> Row:
+    names = ("method", "ranks", "shared", "refine")
+    return Row(**{name: settings[name] for name in names}, far=tuple(settings["far"]))
+
+
+def find(cells: list[Settings], **wanted: Any) -> Settings | None:
+    """The first cell with these settings."""
+    return next((c for c in cells if wanted.items() <= c.items()), None)

@@ -1,0 +1,295 @@
+"""Plots of bench.quality's cells: small files, each with one question."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from bench.quality_plan import (
+    APART,
+    BEYOND,
+    JOINT,
+    PALU,
+    PLANS,
+    RECALKV,
+    RIDE,
+    Row,
+    Settings,
+    find,
+    row_of,
+    settings_of,
+)
+
+CURVES: dict[Row, tuple[str, str]] = {  # the rows that are drawn: colour, marker
+    Row("svd", "uniform"): ("0.6", "x"),
+    RECALKV: ("tab:orange", "s"),
+    PALU: ("tab:blue", "o"),
+    Row("palu", "spectrum"): ("tab:cyan", "^"),
+    APART: ("goldenrod", "v"),
+    RIDE: ("yellowgreen", "D"),
+    JOINT: ("darkgreen", "P"),
+}
+LOSS = "loss over the dense model, nats a token"
+KEEP = "keep: bytes of the latent cache / dense"
+
+
+class Plot(NamedTuple):
+    """about: for a page. shows: whether it has a use for a cell. draw: all cells -> the figure."""
+
+    about: str
+    shows: Callable[[Settings], bool]
+    draw: Callable[[list[Settings]], Figure]
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """A file beside the JSON for each plot that has something to show."""
+    for name in shown(results):
+        target = path.with_name(f"{path.stem}-{name}.png")
+        figure = PLOTS[name].draw(results["cells"])
+        figure.savefig(target, dpi=130)
+        plt.close(figure)
+        print(f"wrote {target}")
+
+
+def shown(results: dict[str, Any]) -> list[str]:
+    """The plots that have something to show."""
+    return [name for name, p in PLOTS.items() if any(map(p.shows, results["cells"]))]
+
+
+def is_point(cell: Settings) -> bool:
+    """Of the curves: measured, on the first sample, without a dense window."""
+    return "texts" in cell and row_of(cell) in CURVES and cell["sample"] == "0" and not cell["recent"]
+
+
+def is_near(cell: Settings) -> bool:
+    return "texts" in cell and cell["recent"] > 0
+
+
+def is_probed(cell: Settings) -> bool:
+    return bool(cell.get("probe_at")) and cell["method"] != "dense"
+
+
+def has_prediction(cell: Settings) -> bool:
+    return is_point(cell) and bool(cell["predicted_layers"])
+
+
+def curves(cells: list[Settings], text: str) -> Figure:
+    """Excess loss against keep, one panel a model. On a log axis the dense model lies below every line, at keep 1."""
+    names = models_of(cells, is_point)
+    figure, axes = panels(1, len(names), 5.4, 4.4)
+    for axis, name in zip(axes, names, strict=True):
+        ends = []
+        for row, (colour, marker) in CURVES.items():
+            points = [c for c in cells if is_point(c) and c["model"] == name and row_of(c) == row]
+            points = sorted((c for c in points if c["texts"][text]["excess"] > 0), key=lambda c: c["keep"])
+            if points:
+                keeps = [c["keep"] for c in points]
+                excess, error = ([c["texts"][text][of] for c in points] for of in ("excess", "error"))
+                axis.errorbar(keeps, excess, error, marker=marker, markersize=4, capsize=2, color=colour, lw=1.3)
+                ends.append((keeps[0], excess[0], row.label, colour))
+        least = min((keep for keep, *_ in ends), default=0.5)
+        log_scale(axis, "y")
+        axis.set(xlabel=KEEP, xlim=(least - 0.6 * (1 - least), 1.02), xticks=[*PLANS[name].keeps, 1.0])
+        axis.axvline(1, color="black", lw=1)
+        axis.annotate(
+            "dense: no loss",
+            (0.99, 0.03),
+            xycoords=("data", "axes fraction"),
+            rotation=90,
+            ha="right",
+            fontsize="small",
+        )
+        axis.set_title(f"{PLANS[name].title}: {text}", fontsize="medium")
+        axis.grid(alpha=0.3)
+        label_ends(axis, ends)
+    axes[0].set_ylabel(LOSS)
+    return figure
+
+
+def label_ends(axis: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """The name of each curve left of its first point (x, y, name, colour), in the order of the points."""
+    low, high = (math.log(y) for y in axis.get_ylim())
+    ends = sorted(ends, key=lambda end: end[1])
+    heights = spread([(math.log(y) - low) / (high - low) for _, y, *_ in ends], 0.055)
+    for (x, y, name, colour), height in zip(ends, heights, strict=True):
+        line = {"arrowstyle": "-", "color": colour, "lw": 0.6, "alpha": 0.7, "relpos": (1, 0.5)}
+        axis.annotate(
+            name, (x, y), (0.02, height), "data", "axes fraction", color=colour, va="center", size=8.5, arrowprops=line
+        )
+
+
+def spread(places: Sequence[float], gap: float) -> list[float]:
+    """Ascending places in [0, 1] moved as far apart as `gap`, up first and down again from the top."""
+    moved: list[float] = []
+    for place in places:
+        moved.append(max(place, moved[-1] + gap) if moved else max(place, gap / 2))
+    top = 1 - gap / 2
+    for i in reversed(range(len(moved))):
+        moved[i] = min(moved[i], top)
+        top = moved[i] - gap
+    return moved
+
+
+def window(cells: list[Settings]) -> Figure:
+    """Excess loss without a dense window, with one beside the same latents, and with its bytes counted."""
+    names = models_of(cells, is_near)
+    near = next(c for c in cells if is_near(c))
+    kinds = (
+        ("no window", "o", "0.5", {"recent": 0, "counted": False}),
+        ("counted in the kept share", "D", "tab:green", {"recent": near["recent"], "counted": True}),
+        ("beside the latents: more bytes", "s", "tab:blue", {"recent": near["recent"], "counted": False}),
+    )
+    figure, axes = panels(1, len(names), 6.2, 3.4)
+    for axis, name in zip(axes, names, strict=True):
+        keep = min(c["keep"] for c in cells if is_near(c) and c["model"] == name)
+        for label, marker, colour, settings in kinds:
+            at, losses, errors = [], [], []
+            for i, row in enumerate(BEYOND):
+                far = row.far if settings["recent"] else (0, 0)
+                made = settings_of(Row(row.method, row.ranks, row.shared, far, row.refine))
+                cell = find(cells, model=name, sample="0", keep=keep, **made, **settings)
+                if cell is not None and "texts" in cell:
+                    own = cell["texts"]["wikipedia"]
+                    at, losses, errors = [*at, i], [*losses, own["excess"]], [*errors, own["error"]]
+            axis.errorbar(losses, at, xerr=errors, fmt=marker, color=colour, label=label, markersize=5, capsize=2)
+        log_scale(axis, "x")
+        axis.set_yticks(range(len(BEYOND)), [row.label for row in BEYOND])
+        axis.invert_yaxis()
+        axis.set_xlabel(f"{LOSS} (wikipedia)")
+        about = f"keep {keep}, the last {near['recent']} and first {near['sinks']} tokens dense"
+        axis.set_title(f"{PLANS[name].title}\n{about}", fontsize="medium")
+        axis.grid(alpha=0.3, which="both", axis="x")
+        axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
+    return figure
+
+
+def probe(cells: list[Settings]) -> Figure:
+    """What a passage gains when it comes again, against the distance; the dense model is the line to reach."""
+    name = models_of(cells, is_probed)[0]
+    dense = find(cells, model=name, method="dense", probe=True)
+    probed = [c for c in cells if is_probed(c) and c["model"] == name and not c["counted"]]
+    kinds = sorted({(-c["keep"], c["recent"], c["sinks"]) for c in probed})
+    figure, axes = panels(1, len(kinds), 4.4, 3.8, sharey=True)
+    for axis, (minus_keep, recent, sinks) in zip(axes, kinds, strict=True):
+        shown_here = [(c, row_of(c)) for c in probed if (-c["keep"], c["recent"]) == (minus_keep, recent)]
+        own = [(c, row) for c, row in shown_here if recent == 0 or any(row.far) or row.method != "lrattn"]
+        for cell, row in own:
+            colour, marker = CURVES.get(Row(row.method, row.ranks, row.shared), ("0.6", "x"))
+            draw_gains(axis, cell["probe_at"], color=colour, marker=marker, label=row.label)
+        if dense is not None:
+            draw_gains(axis, dense["probe_at"], color="black", marker="", lw=2, label="dense")
+        window = f"\ndense window {recent} + {sinks}" if recent else "\nno dense window"
+        axis.set_title(f"keep {-minus_keep}{window}", fontsize="medium")
+        axis.set_xscale("log", base=2)
+        distances = [p["distance"] for p in own[0][0]["probe_at"]]
+        axis.set_xticks(distances, distances)
+        axis.minorticks_off()
+        axis.set(xlabel="tokens between a passage and its repetition", ylim=0)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("gain of reading it again, nats a token")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize="small")
+    figure.suptitle(PLANS[name].title, fontsize="medium")
+    return figure
+
+
+def draw_gains(axis: Axes, rows: Sequence[dict[str, float]], **style: Any) -> None:
+    places, gains, errors = ([row[of] for row in rows] for of in ("distance", "gain", "error"))
+    axis.errorbar(places, gains, errors, markersize=4, capsize=2, **style)
+
+
+def layers(cells: list[Settings]) -> Figure:
+    """Where the loss is predicted to arise, layer by layer, at the least kept share that has one."""
+    names = models_of(cells, has_prediction)
+    figure, axes = panels(1, len(names), 5.2, 3.6)
+    for axis, name in zip(axes, names, strict=True):
+        own = [c for c in cells if has_prediction(c) and c["model"] == name]
+        keep = 0.3 if any(c["keep"] == 0.3 for c in own) else min(c["keep"] for c in own)
+        for cell in (c for c in own if c["keep"] == keep):
+            colour, marker = CURVES[row_of(cell)]
+            lost = cell["predicted_layers"]
+            label = f"{row_of(cell).label}: {sum(lost):.2f} in all"
+            axis.plot(range(len(lost)), lost, color=colour, marker=marker, markersize=4, lw=1.2, label=label)
+        axis.set(xlabel="layer", ylim=(0, 1.35 * axis.get_ylim()[1]))
+        axis.set_title(f"{PLANS[name].title}, keep {keep}", fontsize="medium")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small", loc="upper left")
+    axes[0].set_ylabel("predicted loss, nats a token")
+    return figure
+
+
+def split(cells: list[Settings]) -> Figure:
+    """Latents of keys and values by layer, at keep 0.3 or the least there is: where the bytes went."""
+    name = models_of(cells, is_point)[0]
+    own = [c for c in cells if is_point(c) and c["model"] == name and c["method"] != "svd"]
+    keep = 0.3 if any(c["keep"] == 0.3 for c in own) else min(c["keep"] for c in own)
+    chosen = sorted((c for c in own if c["keep"] == keep), key=lambda c: list(CURVES).index(row_of(c)))
+    columns = min(3, len(chosen))
+    rows = -(-len(chosen) // columns)
+    figure, axes = panels(rows, columns, 4.2, 2.5, sharey=True, sharex=True)
+    for axis, cell in zip(axes, chosen, strict=False):
+        keys, values = zip(*cell["widths"], strict=True)
+        places = range(len(keys))
+        if cell["rows_shared"]:  # a row is as wide as the values' latents, and keys read its beginning
+            rest = [v - k for k, v in cell["widths"]]
+            axis.bar(places, keys, color="tab:purple", label="keys and values", width=0.9)
+            axis.bar(places, rest, bottom=keys, color="tab:orange", label="values alone", width=0.9)
+        else:
+            axis.bar(places, keys, color="tab:blue", label="keys alone", width=0.9)
+            axis.bar(places, values, bottom=keys, color="tab:orange", label="values alone", width=0.9)
+        axis.set_title(row_of(cell).label, fontsize="medium")
+        axis.grid(alpha=0.3, axis="y")
+    for axis in axes[len(chosen) :]:
+        axis.set_axis_off()
+    for row in range(rows):
+        axes[row * columns].set_ylabel("latents a token")
+    for axis in axes[max(len(chosen) - columns, 0) : len(chosen)]:
+        axis.set_xlabel("layer")
+        axis.tick_params(labelbottom=True)
+    found = [axis.get_legend_handles_labels() for axis in axes]
+    named = {label: handle for handles, labels in found for handle, label in zip(handles, labels, strict=True)}
+    figure.legend(named.values(), named.keys(), loc="outside upper right", ncols=3, fontsize="small")
+    figure.suptitle(f"{PLANS[name].title}, keep {keep}", fontsize="medium", x=0.02, ha="left")
+    return figure
+
+
+def log_scale(axis: Axes, name: str) -> None:
+    """Ticks at 1, 2 and 5 of each decade, as plain numbers."""
+    own = {"x": axis.xaxis, "y": axis.yaxis}[name]
+    axis.set(**{f"{name}scale": "log"})
+    own.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    own.set_major_formatter("{x:g}")
+    own.set_minor_formatter(NullFormatter())
+
+
+def models_of(cells: list[Settings], shows: Callable[[Settings], bool]) -> list[str]:
+    """Those with a cell to show, in the order of the plans."""
+    return [name for name in PLANS if any(c["model"] == name and shows(c) for c in cells)]
+
+
+def panels(rows: int, columns: int, width: float, height: float, **shared: bool) -> tuple[Figure, list[Axes]]:
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(width * columns, height * rows), layout="constrained", squeeze=False, **shared
+    )
+    return figure, list(axes.flat)
+
+
+PLOTS = {
+    "wikipedia": Plot("loss against keep on wikipedia", is_point, partial(curves, text="wikipedia")),
+    "news": Plot("loss against keep on news", is_point, partial(curves, text="news")),
+    "window": Plot("loss with a dense window", is_near, window),
+    "probe": Plot("gain of a passage read again, against distance", is_probed, probe),
+    "layers": Plot("predicted loss by layer", has_prediction, layers),
+    "split": Plot("latents of keys and values by layer", is_point, split),
+}

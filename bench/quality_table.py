@@ -1,0 +1,195 @@
+"""Tables of bench.quality's cells, and the page they are pasted into."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from bench import quality_plot
+from bench.quality_plan import BEYOND, NEAR, PLANS, SAMPLES, Row, Settings, find, row_of, settings_of
+
+MARKED = re.compile(r"(<!-- bench\.quality: ([\w.-]+) -->\n)(.*?)(<!-- end -->)", re.S)
+NONE = "No cells yet."
+
+
+def sections(results: dict[str, Any]) -> dict[str, str]:
+    """Markdown by name, for the cells that are there: a model's table, and each question's with its plot."""
+    cells = results["cells"]
+    found = {name: [table(cells, name)] for name in PLANS if dense_of(cells, name)}
+    found |= {
+        "window": [window(cells, name) for name in PLANS],
+        "samples": [samples(cells, name) for name in PLANS],
+        "probe": [probe(cells, name) for name in PLANS],
+        "predicted": [predicted(cells, name) for name in PLANS],
+    }
+    return {name: "\n\n".join(f"```text\n{t}\n```" for t in made if t) for name, made in found.items() if any(made)}
+
+
+def pasted(page: str, results: dict[str, Any]) -> str:
+    """The page with everything between its marks made anew: <!-- bench.quality: NAME --> .. <!-- end -->.
+
+    NAME is a section's, or plot-NAME for a plot of `quality_plot.PLOTS` that has something to show.
+    """
+    made = sections(results) | {
+        f"plot-{name}": f"![{quality_plot.PLOTS[name].about}](../bench/results/quality-{name}.png)"
+        for name in quality_plot.shown(results)
+    }
+    return MARKED.sub(lambda m: f"{m[1]}\n{made.get(m[2], NONE)}\n\n{m[4]}", page)
+
+
+def dense_of(cells: list[Settings], name: str) -> Settings | None:
+    return find(cells, model=name, method="dense", windows=PLANS[name].windows) or find(
+        cells, model=name, method="dense"
+    )
+
+
+def table(cells: list[Settings], name: str) -> str:
+    """Perplexity and excess loss of both texts by row and keep, without a dense window."""
+    plan, dense = PLANS[name], dense_of(cells, name)
+    assert dense is not None
+    lines = [f"{plan.title}: {dense['windows']} windows of {dense['length']} tokens a text"]
+    notes: list[str] = []
+    for text, own in dense["texts"].items():
+        head = "".join(f"{f'keep {keep}':>9}{'excess':>14}" for keep in plan.keeps)
+        lines += ["", f"{text}: dense {own['perplexity']:.2f}", f"{'':<27}{head}"]
+        for row in plan.rows:
+            found = [find(cells, **plain(name), **settings_of(row), keep=keep) for keep in plan.keeps]
+            if any(found):
+                lines.append(f"{row.label:<27}" + "".join(both(cell, text) for cell in found))
+    for row in plan.rows:
+        notes += [
+            f"{row.label} at keep {keep}: not possible ({cell['impossible']})"
+            for keep in plan.keeps
+            if (cell := find(cells, **plain(name), **settings_of(row), keep=keep)) and "impossible" in cell
+        ]
+    notes += [f"{one.label}: the same factors as {other.label}" for one, other in twins(cells, name)]
+    return "\n".join([*lines, *([""] if notes else []), *notes])
+
+
+def twins(cells: list[Settings], name: str) -> Iterator[tuple[Row, Row]]:
+    """Rows whose factors are those of an earlier row at every keep measured."""
+    made: dict[tuple[str, ...], Row] = {}
+    for row in PLANS[name].rows:
+        found = [find(cells, **plain(name), **settings_of(row), keep=keep) for keep in PLANS[name].keeps]
+        digests = tuple(f"{c['keep']} {c['factors']}" for c in found if c and "factors" in c)
+        if digests in made:
+            yield row, made[digests]
+        elif digests:
+            made[digests] = row
+
+
+def window(cells: list[Settings], name: str) -> str:
+    """What a dense window mends, at the same latents, and at the same bytes in all."""
+    recent, sinks = NEAR
+    kinds = (("no window", False), (f"beside {recent} + {sinks}", False), ("counted", True))
+    lines = []
+    for keep in PLANS[name].keeps:
+        for row in BEYOND:
+            near = {"recent": recent, "sinks": sinks}
+            without = find(cells, **plain(name), **settings_of(Row(row.method, row.ranks, row.shared)), keep=keep)
+            found = [
+                without,
+                *(
+                    find(cells, model=name, sample="0", keep=keep, counted=counted, **near, **settings_of(row))
+                    for _, counted in kinds[1:]
+                ),
+            ]
+            if any(found[1:]):
+                bytes_ = "".join(f"{c['whole_keep']:>6.3f}" if held(c) else f"{'-':>6}" for c in found)
+                losses = "".join(excess(c, text) for text in ("wikipedia", "news") for c in found)
+                lines.append(f"{keep:<5}{row.label:<18}{bytes_}{losses}")
+    if not lines:
+        return ""
+    head = [
+        f"{PLANS[name].title}: excess loss with the last {recent} and first {sinks} tokens dense",
+        "bytes: of latents and window at 1024 tokens over the dense cache's; no: without a window, +: beside the",
+        "latents, =: counted in the kept share; far: gradients taken beyond the window",
+        "",
+        f"{'':<23}{'bytes':<20}{'wikipedia':<42}news",
+        f"{'keep':<5}{'':<18}{'no':>6}{'+':>6}{'=':>6}" + f"{'no':>14}{'+':>14}{'=':>14}" * 2,
+    ]
+    return "\n".join([*head, *lines])
+
+
+def samples(cells: list[Settings], name: str) -> str:
+    """What another calibration sample changes."""
+    lines = []
+    for keep in PLANS[name].keeps:
+        for row in PLANS[name].rows:
+            found = [find(cells, **plain(name, sample), **settings_of(row), keep=keep) for sample in SAMPLES]
+            if any(found[1:]):
+                for text in ("wikipedia", "news"):
+                    lines.append(
+                        f"{keep:<5}{row.label:<17}{text:<10}" + "".join(f"{excess(c, text):>16}" for c in found)
+                    )
+    if not lines:
+        return ""
+    names = [f"{s.text} {s.first}-{s.first + s.windows - 1}" for s in SAMPLES.values()]
+    head = [
+        f"{PLANS[name].title}: excess loss by what was calibrated on (text, windows)",
+        "",
+        f"{'keep':<5}{'':<17}{'text':<10}" + "".join(f"{n:>16}" for n in names),
+    ]
+    return "\n".join([*head, *lines])
+
+
+def probe(cells: list[Settings], name: str) -> str:
+    """Gain of a passage read again, by distance; the dense model's first."""
+    probed = [c for c in cells if c["model"] == name and c.get("probe_at")]
+    lines = []
+    for cell in sorted(probed, key=lambda c: (-c["keep"], c["recent"], c["counted"])):
+        near = f"{cell['recent']} + {cell['sinks']}" if cell["recent"] else ""
+        gains = "".join(f"{p['gain']:>7.2f} ±{p['error']:.2f}{p['again_right']:>6.0%}" for p in cell["probe_at"])
+        lines.append(f"{row_of(cell).label:<17}{cell['keep']:>5}  {near:<8}{gains}")
+    if not lines:
+        return ""
+    distances = [p["distance"] for p in probed[0]["probe_at"]]
+    head = [
+        f"{PLANS[name].title}: nats a token that a passage of 64 tokens gains when it comes again",
+        "after so many others, ± the standard error of 4 passages; and the share of its tokens that are the likeliest",
+        "",
+        f"{'':<18}{'keep':<6}{'window':<8}" + "".join(f"{d:>7}{'':<6}right" for d in distances),
+    ]
+    return "\n".join([*head, *lines])
+
+
+def predicted(cells: list[Settings], name: str) -> str:
+    """Loss that the factors' own second order predicts, beside the loss measured. Both in nats a token."""
+    lines = []
+    for cell in sorted(cells, key=lambda c: -c["keep"]):
+        if cell["model"] == name and cell.get("predicted") and cell["sample"] == "0" and not cell["recent"]:
+            measured = "".join(excess(cell, text) for text in ("wikipedia", "news"))
+            lines.append(f"{cell['keep']:<5}{row_of(cell).label:<16}{cell['predicted']:>10.3f}{measured}")
+    if not lines:
+        return ""
+    head = f"{'keep':<5}{'':<16}{'predicted':>10}{'wikipedia':>14}{'news':>14}"
+    return "\n".join([f"{PLANS[name].title}: loss predicted and measured", "", head, *lines])
+
+
+def plain(name: str, sample: str = "0") -> Settings:
+    return {"model": name, "sample": sample, "recent": 0, "counted": False}
+
+
+def held(cell: Settings | None) -> bool:
+    return cell is not None and "texts" in cell
+
+
+def shown(cell: Settings | None, text: str, form: Callable[[dict[str, Any]], str], width: int) -> str:
+    """`form` of a cell's text, - where it was not measured, no where there are no such factors."""
+    if cell is None or not held(cell):
+        return f"{'-' if cell is None else 'no':>{width}}"
+    return f"{form(cell['texts'][text]):>{width}}"
+
+
+def excess(cell: Settings | None, text: str) -> str:
+    return shown(cell, text, lambda t: f"{t['excess']:.3f} ±{t['error']:.3f}", 14)
+
+
+def both(cell: Settings | None, text: str) -> str:
+    return shown(cell, text, lambda t: number(t["perplexity"]), 9) + excess(cell, text)
+
+
+def number(x: float) -> str:
+    """In at most eight characters."""
+    return f"{x:.2f}" if x < 1e4 else f"{x:.0f}" if x < 1e6 else f"{x:.1e}"
