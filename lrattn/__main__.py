@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lrattn import Factors, __version__, compress, safefile
+from lrattn import Factors, __version__, calibrate, compress, compressibility, safefile
 from lrattn.methods import DEFAULT, METHODS
 from lrattn.ranks import RULES
 from lrattn.summary import headline, summarize, table
@@ -25,6 +25,7 @@ examples (`make demo` unpacks this model and these texts):
   python -m lrattn generate .cache/smollm2 --factors factors.safetensors --chat --prompt "What is a volcano?"
 """
 
+MODEL = "folder, .gguf file, or model in the hub's local cache"
 SHARED = {"auto": None, "no": False, "ride": "ride", "joint": True}
 FAR = "the dense window the cache will have: gradients count beyond it (default 0 0)"
 
@@ -59,13 +60,13 @@ def _parser() -> Parser:
         added.add_argument("--json", action="store_true", help="print JSON to stdout")
         return added
 
-    def model(added: Parser) -> None:
-        added.add_argument("model", help="folder, .gguf file, or model in the hub's local cache")
+    def model(added: Parser, about: str = MODEL) -> None:
+        added.add_argument("model", help=about)
         added.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
         added.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default cpu)")
 
-    def text(added: Parser, windows: int) -> None:
-        added.add_argument("--text", type=Path, required=True, help="UTF-8 text file")
+    def text(added: Parser, windows: int, required: bool = True) -> None:
+        added.add_argument("--text", type=Path, required=required, help="UTF-8 text file")
         added.add_argument("--windows", type=int, default=windows, help=f"at most this many (default {windows})")
         added.add_argument("--length", type=int, default=1024, help="tokens a window (default 1024)")
 
@@ -103,8 +104,12 @@ def _parser() -> Parser:
     added.add_argument("--temperature", type=float, default=0.0, help="sample at this temperature (default 0: greedy)")
     added.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
 
-    added = command("info", _info, "What a factors file holds: method, keep, split of the bytes, ranks.")
-    added.add_argument("factors", type=Path)
+    about = "What a factors file holds; or how compressible a model's keys and values are on a text."
+    added = command("info", _info, about)
+    model(added, f"factors file; with --compressibility a model: {MODEL}")
+    added.add_argument("--compressibility", action="store_true", help="effective ranks of a model's keys and values")
+    text(added, 8, required=False)
+    added.add_argument("--plot", type=Path, help="image of the effective ranks to write")
     return parser
 
 
@@ -176,8 +181,35 @@ def _generate(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 
 def _info(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    summary = summarize(Factors.load(args.factors))
+    if args.compressibility:
+        return _compressibility(args)
+    for name in ("text", "plot"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"{name}: expected only with --compressibility, got {getattr(args, name)}")
+    summary = summarize(Factors.load(args.model))
     return table(summary), summary
+
+
+def _compressibility(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    from lrattn.integrations.transformers.load import load_model, read_text, read_windows
+
+    if args.text is None:
+        raise ValueError("text: expected a file with --compressibility, got None")
+    figure = None
+    if args.plot is not None:
+        safefile.check_target("plot", args.plot)
+        figure = compressibility.canvas(args.plot)
+    text = read_text(args.text)
+    model, tokenizer = load_model(args.model, args.dtype, args.device)
+    windows = read_windows(tokenizer, text, args.length, args.windows)
+    layers = compressibility.compressibility(model, calibrate(model, windows.split(1)))
+    results = {"model": args.model, "text": str(args.text), "windows": list(windows.shape), "layers": layers}
+    what = f"normalised effective ranks over {windows.shape[0]} windows of {windows.shape[1]} tokens"
+    lines = [what, "", compressibility.table(layers)]
+    if figure is not None:
+        compressibility.draw(figure, layers, args.plot)
+        lines.append(f"wrote {args.plot}")
+    return "\n".join(lines), results
 
 
 def _load_factors(args: argparse.Namespace) -> Factors | None:

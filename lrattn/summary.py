@@ -56,6 +56,8 @@ def headline(summary: dict[str, Any]) -> str:
     split = f"keys {summary['key_share']:.1%}, values {summary['value_share']:.1%}"
     if summary["shared"]:
         split = f"rows that keys and values share {summary['value_share']:.1%}"
+    rotated = all(layer["rotated"] for layer in summary["layers"])
+    how = "queries meet a key group's" if rotated else "a key group is rebuilt from"
     foreseen = summary["predicted_loss"]
     return "\n".join(
         [
@@ -64,7 +66,7 @@ def headline(summary: dict[str, Any]) -> str:
             f"keep {summary['keep']:.3f}: {summary['bytes_per_token']:,} of {summary['dense_bytes_per_token']:,} bytes "
             "a token at 16 bits a number",
             split + (f", norm columns {norms:.1%}" if norms > 1e-9 else ""),
-            f"a key group is rebuilt from {summary['key_rank']:.0f} latents"
+            f"{how} {summary['key_rank']:.0f} latents"
             + ("" if foreseen is None else f"; predicted loss {foreseen:.4f} nats a token"),
         ]
     )

@@ -20,7 +20,7 @@ LINES = 350
 ORDER = [
     "shapes", "dense", "rope", "safefile", "projection", "basis", "operands", "layer", "factors", "parts", "substitute",
     "moments", "calibrate", "clusters", "ranks", "methods", "propagate", "problem", "refine", "compress", "summary",
-    "cache",    "reference", "kernels", "ops", "checks", "attention", "integrations", "__main__",
+    "compressibility", "cache", "reference", "kernels", "ops", "checks", "attention", "integrations", "__main__",
 ]  # fmt: skip
 DUMPING_GROUNDS = {"utils", "helpers", "common", "misc", "base", "tools", "core"}
 FORBIDDEN_CALLS = {"eval", "exec", "pickle"}

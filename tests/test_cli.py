@@ -171,6 +171,18 @@ def test_bad_input_is_one_clear_line(files, capsys, tmp_path):
     assert "damaged" in refused(capsys, "eval", MODEL, "--text", text, "--factors", damaged)
     assert "no such file" in refused(capsys, "info", tmp_path / "missing.safetensors")
     assert "expected a file of format 'lrattn.factors'" in refused(capsys, "info", Path(MODEL) / "model.safetensors")
+    for option, value in (("text", text), ("plot", tmp_path / "a.png")):
+        assert f"{option}: expected only with --compressibility" in refused(
+            capsys, "info", factors, f"--{option}", value
+        )
+    ner = ["info", MODEL, "--compressibility"]
+    assert "text: expected a file with --compressibility, got None" in refused(capsys, *ner)
+    assert "plot: expected a file name that ends in" in refused(
+        capsys, *ner, "--text", text, "--plot", tmp_path / "a.x"
+    )
+    assert "plot: expected an existing folder" in refused(
+        capsys, *ner, "--text", text, "--plot", tmp_path / "no" / "a.png"
+    )
     assert "prompt: expected some text" in refused(capsys, "generate", MODEL, "--prompt", " ")
     for option, value in (("--tokens", 0), ("--beams", 0), ("--temperature", "nan"), ("--seed", 2**64)):
         assert option[2:] in refused(capsys, "generate", MODEL, "--prompt", "a", option, value)
@@ -188,6 +200,14 @@ def test_bad_input_is_one_clear_line(files, capsys, tmp_path):
     assert "state: expected an existing folder" in refused(capsys, "compress", MODEL, "--text", text, *out, *state)
     assert "required" in refused(capsys)
     assert not (tmp_path / "out").exists()
+
+
+def test_info_of_a_model_is_its_effective_ranks(files, capsys, tmp_path):
+    words = ["info", MODEL, "--compressibility", "--text", files / "calibration.txt", "--windows", 2, "--length", 256]
+    found = json.loads(run(capsys, *words, "--plot", tmp_path / "ranks.png", "--json"))
+    assert found["windows"] == [2, 256] and len(found["layers"]) == 30
+    assert all(0 < x["keys"] < x["values"] < 1 for x in found["layers"])
+    assert (tmp_path / "ranks.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_an_interrupt_is_one_line(capsys, monkeypatch):
