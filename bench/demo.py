@@ -1,6 +1,6 @@
 """The demo: a real model compressed, evaluated on held-out articles, and generating from its latent cache.
 
-python -m bench.demo [--keep 0.7 0.5] [--method palu] [--out demo-output] [--plot-only]
+python -m bench.demo [--keep 0.5 0.3] [--method lrattn] [--out demo-output] [--plot-only]
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TIMED_TOKENS = 64
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.7, 0.5])
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.3])
     parser.add_argument("--method", default=lrattn.methods.DEFAULT)
     parser.add_argument("--calibrate", type=int, default=16, help="windows of 1024 tokens")
     parser.add_argument("--evaluate", type=int, default=10, help="windows of 1024 tokens")
