@@ -17,18 +17,17 @@ from lrattn.parts import attention_parts
 FAMILIES = tuple(tiny.CONFIGS)
 
 
-def compressed(family, keep=0.5, seed=0, dtype=torch.float32):
+def compressed(family, keep=0.5, seed=0, dtype=torch.float32, method="palu", shared=None):
     model = tiny.model(family, seed, dtype)
-    return model, lrattn.compress(model, [tiny.tokens(4, 40)], keep=keep, group_size=2, progress=False)
+    return model, lrattn.compress(model, [tiny.tokens(4, 40)], method, keep, 2, shared=shared, progress=False)
 
 
 @torch.no_grad()
 def simulated(model, factors):
     twin = copy.deepcopy(model)
     for part, layer in zip(attention_parts(twin), factors.layers, strict=True):
-        for name, side in (("k_proj", layer.keys), ("v_proj", layer.values)):
-            weight = torch.cat([(side.down[:, c] @ side.block(g)).T for g, c in enumerate(side.columns)])
-            part.linear(name).weight.copy_(weight)
+        for name, side in zip(("k_proj", "v_proj"), layer.sides, strict=True):
+            part.linear(name).weight.copy_(side.dense().flatten(0, 1))
     return twin
 
 
@@ -43,16 +42,19 @@ def left_padded(lengths, width=20):
     return ids * mask, mask
 
 
+@pytest.mark.parametrize("shared", [None, False, "ride", True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens_are_those_of_the_simulated_model(family):
-    model, factors = compressed(family)
+def test_greedy_tokens_are_those_of_the_simulated_model(family, shared):
+    choice = {} if shared is None else {"method": "lrattn", "shared": shared, "keep": 0.5}
+    model, factors = compressed(family, **choice)
     twin, ids = simulated(model, factors), tiny.tokens(1, 20)
     expected = generate(twin, ids, output_logits=True, return_dict_in_generate=True)
     with latent_attention(model, factors):
         got = generate(model, ids, output_logits=True, return_dict_in_generate=True)
     assert torch.equal(got.sequences, expected.sequences)
     torch.testing.assert_close(torch.stack(got.logits), torch.stack(expected.logits), rtol=0, atol=1e-4)
-    assert not torch.equal(got.sequences, generate(model, ids)) or family == "gemma3"  # half the bytes do show
+    if shared is None:
+        assert not torch.equal(got.sequences, generate(model, ids)) or family == "gemma3"  # half the bytes do show
     assert isinstance(got.past_key_values, LatentCache)
 
 

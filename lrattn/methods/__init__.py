@@ -89,7 +89,7 @@ METHODS: dict[str, Method] = {
     "recalkv-hsr": _recalkv(balanced),  # the ablation: HSR alone, OVC alone, neither
     "recalkv-ovc": _recalkv(refit=recalkv.calibrate_values),
     "recalkv-neither": _recalkv(),
-    "kq-svd": Method(kq_svd.decompose, kq_svd.measure, groups=HEAD, gather=("rotated",), rotated=True),
+    "kq-svd": Method(kq_svd.decompose, kq_svd.measure, groups=HEAD, gather=("rotated",), rotated=True, ranks="uniform"),
     "eigen": Method(decompose_keys=eigen.decompose_keys, groups=HEAD),
     "asvd": Method(measure=asvd.measure, gather=("magnitudes",)),
     "svd-llm": Method(groups=LAYER),
