@@ -219,7 +219,7 @@ def layers(cells: list[Settings]) -> Figure:
         for cell in (c for c in own if c["keep"] == keep):
             colour, marker = CURVES[row_of(cell)]
             lost = cell["predicted_layers"]
-            label = f"{row_of(cell).label}: {sum(lost):.2f} in all"
+            label = f"{row_of(cell).label}: {sum(lost):.3f} in all"
             axis.plot(range(len(lost)), lost, color=colour, marker=marker, markersize=4, lw=1.2, label=label)
         axis.set(xlabel="layer", ylim=(0, 1.35 * axis.get_ylim()[1]))
         axis.set_title(f"{PLANS[name].title}, keep {keep}", fontsize="medium")
