@@ -114,11 +114,21 @@ def test_generate_from_latents_and_dense(choice, files, capsys):
 def test_info_reports_the_split(files, capsys):
     found = json.loads(run(capsys, "info", files / "f.safetensors", "--json"))
     assert found["dense_bytes_per_token"] == 23_040 and found["bytes_per_token"] == round(0.7 * 23_040)
-    keys, values = (sum(sum(x[f"{side}_ranks"]) for x in found["layers"]) for side in ("key", "value"))
-    assert 2 * (keys + values) == found["bytes_per_token"]
-    assert found["key_share"] == pytest.approx(keys / (keys + values)) and len(found["layers"]) == 30
+    rows = sum(sum(x["value_ranks"]) for x in found["layers"])
+    assert 2 * rows == found["bytes_per_token"] and found["shared"] and len(found["layers"]) == 30
+    assert found["predicted_loss"] == pytest.approx(sum(x["predicted_loss"] for x in found["layers"])) and rows
     table = run(capsys, "info", files / "f.safetensors")
-    assert "keep 0.700: 16,128 of 23,040 bytes" in table and f"keys {found['key_share']:.1%}" in table
+    assert "keep 0.700: 16,128 of 23,040 bytes" in table and f"predicted loss {found['predicted_loss']:.4f}" in table
+
+
+def test_info_reports_the_split_of_keys_and_values_apart(files, capsys, tmp_path):
+    apart = lrattn.compress(models.smollm2()[0], method="svd", keep=0.7, progress=False)
+    apart.save(tmp_path / "apart")
+    found = json.loads(run(capsys, "info", tmp_path / "apart", "--json"))
+    keys, values = (sum(sum(x[f"{side}_ranks"]) for x in found["layers"]) for side in ("key", "value"))
+    assert 2 * (keys + values) == found["bytes_per_token"] and found["predicted_loss"] is None
+    assert found["key_share"] == pytest.approx(keys / (keys + values))
+    assert f"keys {found['key_share']:.1%}" in run(capsys, "info", tmp_path / "apart")
 
 
 def test_an_interrupted_compress_goes_on_from_its_state(files, capsys, tmp_path):
@@ -129,7 +139,7 @@ def test_an_interrupted_compress_goes_on_from_its_state(files, capsys, tmp_path)
     run(capsys, *words, "--windows", 2, "--out", tmp_path / "c")
     assert lrattn.Moments.load(tmp_path / "state").sequences == 2
     b, c = (lrattn.Factors.load(tmp_path / name) for name in "bc")
-    torch.testing.assert_close(b.layers[5].keys.dense(), c.layers[5].keys.dense(), rtol=0, atol=1e-3)
+    torch.testing.assert_close(b.layers[5].sides[0].dense(), c.layers[5].sides[0].dense(), rtol=0, atol=1e-3)
 
 
 def test_bad_input_is_one_clear_line(files, capsys, tmp_path):

@@ -20,7 +20,7 @@ WINDOWS = [(0, 0), (1, 0), (5, 0), (16, 0), (0, 1), (0, 4), (1, 1), (1, 4), (5, 
 def compressed(family, keep=None, model=None):
     model = tiny.model(family) if model is None else model
     keep = LEAST.get(family, 0.3) if keep is None else keep
-    return model, lrattn.compress(model, [tiny.tokens(4, 40)], keep=keep, group_size=2, progress=False)
+    return model, lrattn.compress(model, [tiny.tokens(4, 40)], "palu", keep, 2, progress=False)
 
 
 def joint(factors):
