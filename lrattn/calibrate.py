@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from lrattn import safefile
 from lrattn.moments import GATHERED, GRADIENTS, Moments
-from lrattn.parts import AttentionParts, attention_parts, decoder_of, evaluating
+from lrattn.parts import AttentionParts, attention_parts, decoder_of, evaluating, frozen
 from lrattn.substitute import Window, substituted
 
 Batch = Tensor | Mapping[str, Any]
@@ -71,9 +71,7 @@ def calibrate(
             stack.callback(hook.remove)
         if sums.differentiates:
             stack.enter_context(substituted(model, sums.add_zeros, window))
-            for weight in [p for p in model.parameters() if p.requires_grad]:  # none of them costs a gradient
-                stack.callback(weight.requires_grad_, True)
-                weight.requires_grad_(False)
+            stack.enter_context(frozen(model))
         shown = tqdm(batches, desc="calibrate", unit="batch", disable=not progress)
         for ids, live, text in _unseen(shown, held):
             if window and live is not None and not bool(live.all()):

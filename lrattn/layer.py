@@ -130,10 +130,7 @@ class LayerFactors:
     @property
     def key_columns(self) -> tuple[slice, ...]:
         """Each key group's latents in a row of the key cache."""
-        if not self.shared:
-            return self.keys.columns
-        starts = [columns.start for columns in self.values.columns]
-        return tuple(slice(s, s + rank) for s, rank in zip(starts, self.keys.ranks, strict=True))
+        return _columns_in_rows(self.keys, self.values) if self.shared else self.keys.columns
 
     @property
     def sides(self) -> tuple[Projection, Projection]:
@@ -304,6 +301,10 @@ def sides_of(keys: Projection, values: Projection) -> tuple[Projection, Projecti
     """Keys and values of a layer, each with a write side of its own: keys without one read the values' row."""
     if keys.down is not None or values.down is None:
         return keys, values
-    starts = [columns.start for columns in values.columns]
-    down = [values.down[:, s : s + rank] for s, rank in zip(starts, keys.ranks, strict=True)]
-    return replace(keys, down=torch.cat(down, 1)), values
+    down = torch.cat([values.down[:, columns] for columns in _columns_in_rows(keys, values)], 1)
+    return replace(keys, down=down), values
+
+
+def _columns_in_rows(keys: Projection, values: Projection) -> tuple[slice, ...]:
+    """Where each key group's latents lie in rows that keys and values share: the first of the group's run."""
+    return tuple(slice(c.start, c.start + rank) for c, rank in zip(values.columns, keys.ranks, strict=True))

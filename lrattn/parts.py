@@ -85,6 +85,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter costs a gradient inside; on exit those that did do again."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for weight in weights:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)
+
+
+@contextmanager
 def shadowed(module: nn.Module, name: str, value: Callable[..., Any]) -> Iterator[None]:
     """Another method on this instance inside; on exit it has what it had before, or nothing of its own."""
     had = name in module.__dict__

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +19,8 @@ from lrattn.ranks import LayerShape, Ranks
 from lrattn.shapes import RANK_STEP, pad_rank
 
 WEIGHTS = {"keys": "k_proj", "values": "v_proj"}
-Form = (
-    bool | str
-)  # of a row: False: keys and values apart; "ride": values ride on the key latent; True: one joint latent
+# Of a row: False, keys and values apart; "ride", values ride on the key latent; True, one joint latent.
+Form = bool | str
 FORMS: tuple[Form, ...] = (False, "ride", True)
 
 
@@ -105,9 +103,9 @@ class Problem:
             grams.append((weight, moment))
         if len(grams) == 1:
             return outputs_gram(*grams[0])
-        (k, c), (v, d) = grams
-        scale, other = c.trace(), d.trace()
-        return outputs_gram(torch.cat((k * scale.sqrt(), v * other.sqrt()), 1), (c / scale + d / other) / 2)
+        (keys, c), (values, d) = grams
+        moment, k, v = rows.common_moment(c, d)
+        return outputs_gram(torch.cat((keys * k.sqrt(), values * v.sqrt()), 1), moment)
 
     def energies(self) -> tuple[list[Tensor], list[Tensor]]:
         """Of the key groups and of the value groups, or none and of the rows, each [n] descending."""
@@ -218,11 +216,11 @@ class Problem:
         up = torch.zeros(*like.shape[:1], max(ranks), like.shape[1], dtype=torch.float64)
         for heads, rank, block in zip(self.groups[side], ranks, ups, strict=True):
             up[list(heads), :rank] = block
-        given: dict[str, Any] = {"ranks": ranks, "head_order": order}
         rotated = side == "keys" and self.method.rotated
         return Projection(
             up=up.to(like),
             down=None if down is None else down.to(like).contiguous(),
             bias=None if rotated else self.part.bias(WEIGHTS[side]),
-            **given,
+            ranks=ranks,
+            head_order=order,
         )

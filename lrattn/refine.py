@@ -16,7 +16,7 @@ from lrattn import safefile
 from lrattn.calibrate import Batch, fingerprint, tokens_of
 from lrattn.factors import Factors
 from lrattn.layer import LayerFactors, sides_of
-from lrattn.parts import attention_parts, evaluating
+from lrattn.parts import attention_parts, evaluating, frozen
 from lrattn.projection import Projection
 from lrattn.substitute import Window, substituted
 
@@ -69,7 +69,7 @@ def refine(
     run = _Run(model, factors, window)
     run.begin(steps, judges, state)
     shown = tqdm(total=steps, initial=run.step, desc="refine", unit="step", disable=not progress)
-    with evaluating(model), shown as bar:
+    with evaluating(model), frozen(model), shown as bar:
         while run.step < steps:
             bar.set_postfix_str(f"divergence {run.best:.4f}, was {run.first:.4f}")
             run.learn(lessons[run.step % len(lessons)], _rate(run.step, steps))
@@ -150,15 +150,8 @@ class _Run:
 
     def learn(self, ids: Tensor, rate: float) -> None:
         """One step of Adam on one sequence."""
-        frozen = [p for p in self.model.parameters() if p.requires_grad]
-        for weight in frozen:
-            weight.requires_grad_(False)
-        try:
-            leaves = [x.requires_grad_() for x in self.tensors.values()]
-            grads = torch.autograd.grad(self.divergence(ids), leaves)
-        finally:
-            for weight in frozen:
-                weight.requires_grad_(True)
+        leaves = [x.requires_grad_() for x in self.tensors.values()]
+        grads = torch.autograd.grad(self.divergence(ids), leaves)
         self.step += 1
         for (name, x), grad in zip(self.tensors.items(), grads, strict=True):
             x.requires_grad_(False)

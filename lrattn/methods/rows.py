@@ -8,6 +8,7 @@ their own for what it leaves of them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -30,6 +31,17 @@ class Side:
     def flat(self) -> Tensor:
         return self.weight.flatten(0, 1)
 
+    @cached_property
+    def root(self) -> Tensor:
+        """L with L L^T the damped moment, [E, E]."""
+        return factor(self.moment)
+
+
+def common_moment(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean of two sides' moments [E, E], each brought to trace 1, and what each metric is multiplied by for it."""
+    k, v = keys.trace(), values.trace()
+    return (keys / k + values / v) / 2, k, v
+
 
 def joint(keys: Side, values: Side) -> tuple[Tensor, Tensor, Tensor]:
     """The best row of every rank for keys and values stacked: energies [m], up [C, m, 2 D] (keys first), down [E, m].
@@ -37,8 +49,7 @@ def joint(keys: Side, values: Side) -> tuple[Tensor, Tensor, Tensor]:
     W = [Wk; Wv], G = blockdiag(Gk, Gv), and C the mean of both sides' moments, each brought to trace 1 and its metric
     scaled to match: m = min(2 C D, E).
     """
-    k, v = keys.moment.trace(), values.moment.trace()
-    moment = (keys.moment / k + values.moment / v) / 2
+    moment, k, v = common_moment(keys.moment, values.moment)
     metric = torch.block_diag(keys.metric * k, values.metric * v)
     energies, up, down = low_rank(torch.cat((keys.flat, values.flat)), moment, metric)
     heads = len(keys.weight)
@@ -86,8 +97,7 @@ def ride(keys: Side, values: Side, rank: int, row: int) -> tuple[float, Tensor, 
 
 def _own(down: Tensor, values: Side, *, exact: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """B^T [rank, n], and energies, up and down of the columns that values add to a key latent of this down side."""
-    root = factor(values.moment)
-    b = torch.linalg.lstsq(root.T @ down, root.T @ values.flat.T, driver="gelsy").solution
+    b = torch.linalg.lstsq(values.root.T @ down, values.root.T @ values.flat.T, driver="gelsy").solution
     return b, *low_rank(values.flat - b.T @ down.T, values.moment, values.metric, deficient=exact)
 
 
