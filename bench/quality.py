@@ -28,11 +28,10 @@ import torch
 
 import lrattn
 from bench import models, probe, quality_plot, quality_table, report, texts
-from bench.quality_plan import LENGTH, PLANS, SAMPLES, Settings, cells, find, row_of
+from bench.quality_plan import LENGTH, PLANS, SAMPLES, Settings, cells, find, gathered, row_of
 from lrattn.integrations.transformers.either import attending
 from lrattn.integrations.transformers.load import read_windows
 from lrattn.integrations.transformers.perplexity import losses
-from lrattn.moments import GATHERED
 
 PATH = report.RESULTS / "quality.json"
 PAGE = Path(__file__).parents[1] / "docs" / "quality.md"
@@ -112,8 +111,8 @@ class Subject:
     def planted(self) -> torch.Tensor:
         return probe.sequences(probe.passages_text(self.tokenizer))
 
-    def evaluation(self, text: str, count: int) -> torch.Tensor:
-        return read_windows(self.tokenizer, texts.TEXTS[text]("evaluation"), LENGTH, count)
+    def evaluation(self, text: str, length: int, count: int) -> torch.Tensor:
+        return read_windows(self.tokenizer, texts.TEXTS[text]("evaluation"), length, count)
 
     def calibration(self, name: str) -> Sequence[torch.Tensor]:
         sample = SAMPLES[name]
@@ -127,7 +126,7 @@ class Subject:
     def moments(self, sample: str, far: tuple[int, int]) -> lrattn.Moments:
         """Kept under .cache by model, sample, window and what was gathered."""
         if self.held is None or self.held[0] != (sample, far):
-            gather = ["metric"] if any(far) else sorted(GATHERED)
+            gather = ["metric"] if any(far) else gathered(self.name, sample)
             name = f"{self.name}-sample{sample}-far{far[0]}+{far[1]}-{'+'.join(gather)}.moments"
             self.held = None  # before the next: they are hundreds of megabytes
             moments = lrattn.calibrate(
@@ -189,7 +188,7 @@ def evaluated(
     found: dict[str, Any] = {"texts": {}}
     with attending(subject.model, factors, cell["recent"], cell["sinks"]):
         for text in texts.TEXTS:
-            nll = losses(subject.model, subject.evaluation(text, cell["windows"]), f"{label}, {text}")
+            nll = losses(subject.model, subject.evaluation(text, cell["length"], cell["windows"]), f"{label}, {text}")
             found["texts"][text] = compared(nll, None if dense is None else dense["texts"][text]["losses"])
         if cell["probe"]:
             rows = probe.measure(subject.model, subject.planted, label)

@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bench import models
+from lrattn.methods import METHODS
 from lrattn.problem import Form
 
 LENGTH = 1024  # tokens of a window
+LONG = 4096
 NEAR = (64, 4)  # recent tokens and sinks of the dense window
 
 
@@ -59,8 +61,8 @@ class Row:
 class Block:
     """Every row at every kept share, of every calibration sample.
 
-    near: recent tokens and sinks of a dense window. counted: its bytes at LENGTH tokens are within the kept share, else
-    beside it. probe: bench.probe, too.
+    near: recent tokens and sinks of a dense window. counted: its bytes at `length` tokens are within the kept share,
+    else beside it. probe: bench.probe, too. length: tokens of an evaluation window. windows: instead of the plan's.
     """
 
     stage: int
@@ -70,6 +72,8 @@ class Block:
     near: tuple[int, int] = (0, 0)
     counted: bool = False
     probe: bool = False
+    length: int = LENGTH
+    windows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,15 @@ class Plan:
 
     @property
     def rows(self) -> tuple[Row, ...]:
-        """Of all blocks without a dense window, each once."""
-        return tuple(dict.fromkeys(row for b in self.blocks if not any(b.near) for row in b.rows))
+        """Of all blocks of plain windows without a dense window, each once."""
+        plain = (b for b in self.blocks if not any(b.near) and b.length == LENGTH)
+        return tuple(dict.fromkeys(row for b in plain for row in b.rows))
+
+    @property
+    def beyond(self) -> tuple[tuple[int, tuple[int, int], Row], ...]:
+        """Length, dense window and row of all blocks that have such a window, each once."""
+        near = (b for b in sorted(self.blocks, key=lambda b: b.length) if any(b.near))
+        return tuple(dict.fromkeys((b.length, b.near, row) for b in near for row in b.rows))
 
     @property
     def keeps(self) -> tuple[float, ...]:
@@ -101,7 +112,7 @@ REST = (
     Row("palu", "uniform"),
     Row("recalkv-hsr", "spectrum"),
     Row("svd", "uniform"),
-    *(Row(name) for name in ("kq-svd", "eigen", "asvd", "svd-llm", "kv-heads", "matryoshka-pca", "think")),
+    *(Row(name) for name in ("kq-svd", "eigen", "asvd", "svd-llm", "cskv", "kv-heads", "matryoshka-pca", "think")),
     Row("lorc", "condition"),
 )
 ABLATION = (
@@ -111,7 +122,9 @@ ABLATION = (
     Row("recalkv-greedy", "fisher"),
     Row("recalkv-hsr", "spectrum"),
 )
-BEYOND = (PALU, RECALKV, *(replace(row, far=NEAR) for row in (APART, RIDE, JOINT)), JOINT)  # beside a dense window
+FAR_JOINT = replace(JOINT, far=NEAR)
+BEYOND = (PALU, RECALKV, *(replace(row, far=NEAR) for row in (APART, RIDE)), FAR_JOINT, JOINT)  # beside a dense window
+SAMPLED = (Row("palu", "spectrum"), Row("kq-svd"), APART, RIDE, JOINT)  # which take one backward pass together
 
 PLANS = {
     "smollm2": Plan(
@@ -122,23 +135,32 @@ PLANS = {
             Block(1, TOP, (0.5,)),
             Block(1, TOP, (0.3,), probe=True),
             Block(2, BEYOND, (0.3,), near=NEAR, counted=True, probe=True),
-            Block(2, BEYOND, (0.3,), near=NEAR),
-            Block(3, REST, (0.5, 0.3)),
-            Block(4, TOP + REST, (0.7, 0.2)),
-            Block(5, (PALU, RECALKV, RIDE, JOINT), (0.3,), samples=("1", "2", "16", "64", "news")),
+            Block(2, (PALU, JOINT, FAR_JOINT), (0.3,), near=NEAR, counted=True, length=LONG, windows=2),
+            Block(2, (PALU, JOINT), (0.3,), length=LONG, windows=2),
+            Block(3, TOP, (0.5, 0.3), samples=("1", "2")),
+            Block(4, REST, (0.3,)),
+            Block(5, REST, (0.5,)),
+            Block(5, REST, (0.3,), near=NEAR, counted=True),
+            Block(5, (Row("cskv"),), (0.5, 0.3), near=(32, 0), counted=True),
+            Block(6, BEYOND, (0.3,), near=NEAR),
+            Block(6, SAMPLED, (0.3,), samples=("16", "64", "news")),
+            Block(7, TOP + REST, (0.2, 0.7)),
         ),
     ),
     "qwen2.5-coder": Plan(
         "Qwen2.5-Coder-0.5B-Instruct, 2 kv heads, biases",
         models.qwen25_coder,
         4,
-        (Block(1, TOP, (0.5, 0.3)), Block(4, REST, (0.5, 0.3))),
+        (Block(1, TOP, (0.5, 0.3)), Block(5, (PALU, JOINT, FAR_JOINT), (0.3,), near=NEAR, counted=True)),
     ),
     "smollm2-mha": Plan(
         "SmolLM2 as 9 shuffled kv heads, groups of 3",
         models.smollm2_mha,
         6,
-        (Block(3, (PALU, RECALKV, *ABLATION, APART, JOINT), (0.3, 0.2)),),
+        (
+            Block(4, (PALU, RECALKV, *ABLATION, APART, JOINT), (0.3,)),
+            Block(7, (PALU, RECALKV, *ABLATION, APART, JOINT), (0.2,)),
+        ),
         group_size=3,
     ),
 }
@@ -150,7 +172,11 @@ Settings = dict[str, Any]
 def cells(name: str) -> Iterator[tuple[int, Settings]]:
     """Stage and settings of every cell of a model, the dense model's first; each once, at its first stage."""
     plan = PLANS[name]
-    blocks = (Block(0, (DENSE,), (1.0,), samples=("",), probe=any(b.probe for b in plan.blocks)), *plan.blocks)
+    dense = Block(0, (DENSE,), (1.0,), samples=("",))
+    sizes = dict.fromkeys((b.length, b.windows) for b in plan.blocks)
+    probed = any(b.probe for b in plan.blocks)
+    own = (replace(dense, length=n, windows=w, probe=probed and n == LENGTH) for n, w in sizes)
+    blocks = (*own, *plan.blocks)
     seen = []
     for b in sorted(blocks, key=lambda b: b.stage):
         for sample, keep, row in itertools.product(b.samples, b.keeps, b.rows):
@@ -163,8 +189,8 @@ def cells(name: str) -> Iterator[tuple[int, Settings]]:
                 "sinks": b.near[1],
                 "counted": b.counted,
                 "group_size": plan.group_size,
-                "length": LENGTH,
-                "windows": plan.windows,
+                "length": b.length,
+                "windows": b.windows or plan.windows,
                 "probe": b.probe,
             }
             if settings not in seen:
@@ -179,6 +205,13 @@ def settings_of(row: Row) -> Settings:
 def row_of(settings: Settings) -> Row:
     names = ("method", "ranks", "shared", "refine")
     return Row(**{name: settings[name] for name in names}, far=tuple(settings["far"]))
+
+
+def gathered(name: str, sample: str) -> list[str]:
+    """What the rows of a model's plan without a dense window need of a calibration sample: names of moments."""
+    rows = {row for b in PLANS[name].blocks if sample in b.samples for row in b.rows if not any(row.far)}
+    needed = {x for row in rows for x in (*METHODS[row.method].gather, *(["fisher"] if row.ranks == "fisher" else []))}
+    return sorted(needed)
 
 
 def find(cells: list[Settings], **wanted: Any) -> Settings | None:

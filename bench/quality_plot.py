@@ -20,6 +20,8 @@ from bench.quality_plan import (
     APART,
     BEYOND,
     JOINT,
+    LENGTH,
+    NEAR,
     PALU,
     PLANS,
     RECALKV,
@@ -69,11 +71,13 @@ def shown(results: dict[str, Any]) -> list[str]:
 
 def is_point(cell: Settings) -> bool:
     """Of the curves: measured, on the first sample, without a dense window."""
-    return "texts" in cell and row_of(cell) in CURVES and cell["sample"] == "0" and not cell["recent"]
+    plain = {"sample": "0", "recent": 0, "length": LENGTH}
+    return "texts" in cell and row_of(cell) in CURVES and plain.items() <= cell.items()
 
 
 def is_near(cell: Settings) -> bool:
-    return "texts" in cell and cell["recent"] > 0
+    shown = {"recent": NEAR[0], "sinks": NEAR[1], "length": LENGTH}
+    return "texts" in cell and row_of(cell) in BEYOND and shown.items() <= cell.items()
 
 
 def is_probed(cell: Settings) -> bool:
@@ -144,11 +148,10 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
 def window(cells: list[Settings]) -> Figure:
     """Excess loss without a dense window, with one beside the same latents, and with its bytes counted."""
     names = models_of(cells, is_near)
-    near = next(c for c in cells if is_near(c))
     kinds = (
         ("no window", "o", "0.5", {"recent": 0, "counted": False}),
-        ("counted in the kept share", "D", "tab:green", {"recent": near["recent"], "counted": True}),
-        ("beside the latents: more bytes", "s", "tab:blue", {"recent": near["recent"], "counted": False}),
+        ("counted in the kept share", "D", "tab:green", {"recent": NEAR[0], "counted": True}),
+        ("beside the latents: more bytes", "s", "tab:blue", {"recent": NEAR[0], "counted": False}),
     )
     figure, axes = panels(1, len(names), 6.2, 3.4)
     for axis, name in zip(axes, names, strict=True):
@@ -158,7 +161,7 @@ def window(cells: list[Settings]) -> Figure:
             for i, row in enumerate(BEYOND):
                 far = row.far if settings["recent"] else (0, 0)
                 made = settings_of(Row(row.method, row.ranks, row.shared, far, row.refine))
-                cell = find(cells, model=name, sample="0", keep=keep, **made, **settings)
+                cell = find(cells, model=name, sample="0", keep=keep, length=LENGTH, **made, **settings)
                 if cell is not None and "texts" in cell:
                     own = cell["texts"]["wikipedia"]
                     at, losses, errors = [*at, i], [*losses, own["excess"]], [*errors, own["error"]]
@@ -167,7 +170,7 @@ def window(cells: list[Settings]) -> Figure:
         axis.set_yticks(range(len(BEYOND)), [row.label for row in BEYOND])
         axis.invert_yaxis()
         axis.set_xlabel(f"{LOSS} (wikipedia)")
-        about = f"keep {keep}, the last {near['recent']} and first {near['sinks']} tokens dense"
+        about = f"keep {keep}, the last {NEAR[0]} and first {NEAR[1]} tokens dense"
         axis.set_title(f"{PLANS[name].title}\n{about}", fontsize="medium")
         axis.grid(alpha=0.3, which="both", axis="x")
         axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
@@ -178,7 +181,7 @@ def probe(cells: list[Settings]) -> Figure:
     """What a passage gains when it comes again, against the distance; the dense model is the line to reach."""
     name = models_of(cells, is_probed)[0]
     dense = find(cells, model=name, method="dense", probe=True)
-    probed = [c for c in cells if is_probed(c) and c["model"] == name and not c["counted"]]
+    probed = [c for c in cells if is_probed(c) and c["model"] == name and c["counted"] == bool(c["recent"])]
     kinds = sorted({(-c["keep"], c["recent"], c["sinks"]) for c in probed})
     figure, axes = panels(1, len(kinds), 4.4, 3.8, sharey=True)
     for axis, (minus_keep, recent, sinks) in zip(axes, kinds, strict=True):

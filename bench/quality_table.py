@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from bench import quality_plot
-from bench.quality_plan import BEYOND, NEAR, PLANS, SAMPLES, Row, Settings, find, row_of, settings_of
+from bench.quality_plan import LENGTH, PLANS, SAMPLES, Row, Settings, find, row_of, settings_of
 
 MARKED = re.compile(r"(<!-- bench\.quality: ([\w.-]+) -->\n)(.*?)(<!-- end -->)", re.S)
+TEXTS = ("wikipedia", "news")
 NONE = "No cells yet."
 
 
@@ -38,10 +40,8 @@ def pasted(page: str, results: dict[str, Any]) -> str:
     return MARKED.sub(lambda m: f"{m[1]}\n{made.get(m[2], NONE)}\n\n{m[4]}", page)
 
 
-def dense_of(cells: list[Settings], name: str) -> Settings | None:
-    return find(cells, model=name, method="dense", windows=PLANS[name].windows) or find(
-        cells, model=name, method="dense"
-    )
+def dense_of(cells: list[Settings], name: str, length: int = LENGTH) -> Settings | None:
+    return find(cells, model=name, method="dense", length=length)
 
 
 def table(cells: list[Settings], name: str) -> str:
@@ -80,36 +80,40 @@ def twins(cells: list[Settings], name: str) -> Iterator[tuple[Row, Row]]:
 
 
 def window(cells: list[Settings], name: str) -> str:
-    """What a dense window mends, at the same latents, and at the same bytes in all."""
-    recent, sinks = NEAR
-    kinds = (("no window", False), (f"beside {recent} + {sinks}", False), ("counted", True))
-    lines = []
+    """What a dense window mends, at the same latents, and at the same bytes in all; by length of the windows read."""
+    found: dict[int, list[str]] = {}
     for keep in PLANS[name].keeps:
-        for row in BEYOND:
-            near = {"recent": recent, "sinks": sinks}
-            without = find(cells, **plain(name), **settings_of(Row(row.method, row.ranks, row.shared)), keep=keep)
-            found = [
-                without,
-                *(
-                    find(cells, model=name, sample="0", keep=keep, counted=counted, **near, **settings_of(row))
-                    for _, counted in kinds[1:]
-                ),
+        for length, (recent, sinks), row in PLANS[name].beyond:
+            own = {"model": name, "sample": "0", "keep": keep, "length": length}
+            near = {"recent": recent, "sinks": sinks, **settings_of(row)}
+            bare = {"recent": 0, "counted": False, **settings_of(replace(row, far=(0, 0)))}
+            three = [
+                find(cells, **own, **bare),
+                find(cells, **own, **near, counted=False),
+                find(cells, **own, **near, counted=True),
             ]
-            if any(found[1:]):
-                bytes_ = "".join(f"{c['whole_keep']:>6.3f}" if held(c) else f"{'-':>6}" for c in found)
-                losses = "".join(excess(c, text) for text in ("wikipedia", "news") for c in found)
-                lines.append(f"{keep:<5}{row.label:<18}{bytes_}{losses}")
-    if not lines:
+            if any(three[1:]):
+                bytes_ = "".join(f"{c['whole_keep']:>6.3f}" if c and held(c) else f"{'-':>6}" for c in three)
+                losses = "".join(excess(c, text) for text in TEXTS for c in three)
+                kind = f"{row.label:<27}{f'{recent}+{sinks}':<6}"
+                found.setdefault(length, []).append(f"{keep:<5}{kind}{bytes_}{losses}")
+    if not found:
         return ""
     head = [
-        f"{PLANS[name].title}: excess loss with the last {recent} and first {sinks} tokens dense",
-        "bytes: of latents and window at 1024 tokens over the dense cache's; no: without a window, +: beside the",
-        "latents, =: counted in the kept share; far: gradients taken beyond the window",
-        "",
-        f"{'':<23}{'bytes':<20}{'wikipedia':<42}news",
-        f"{'keep':<5}{'':<18}{'no':>6}{'+':>6}{'=':>6}" + f"{'no':>14}{'+':>14}{'=':>14}" * 2,
+        f"{PLANS[name].title}: excess loss with a window of recent + first tokens dense.",
+        "bytes: of latents and window over the dense cache's, at this length; no: without a window, +: with it beside",
+        "the latents, =: counted in the kept share; far: gradients taken beyond the window",
     ]
-    return "\n".join([*head, *lines])
+    for length, lines in found.items():
+        dense = dense_of(cells, name, length)
+        about = [f"{text}: dense {dense['texts'][text]['perplexity']:.2f}" if dense else text for text in TEXTS]
+        head += [
+            "",
+            f"{f'{length} tokens':<38}{'bytes':<20}{about[0]:<42}{about[1]}",
+            f"{'keep':<5}{'':<27}{'':<6}{'no':>6}{'+':>6}{'=':>6}" + f"{'no':>14}{'+':>14}{'=':>14}" * 2,
+            *lines,
+        ]
+    return "\n".join(head)
 
 
 def samples(cells: list[Settings], name: str) -> str:
@@ -119,7 +123,7 @@ def samples(cells: list[Settings], name: str) -> str:
         for row in PLANS[name].rows:
             found = [find(cells, **plain(name, sample), **settings_of(row), keep=keep) for sample in SAMPLES]
             if any(found[1:]):
-                for text in ("wikipedia", "news"):
+                for text in TEXTS:
                     lines.append(
                         f"{keep:<5}{row.label:<17}{text:<10}" + "".join(f"{excess(c, text):>16}" for c in found)
                     )
@@ -158,8 +162,8 @@ def predicted(cells: list[Settings], name: str) -> str:
     """Loss that the factors' own second order predicts, beside the loss measured. Both in nats a token."""
     lines = []
     for cell in sorted(cells, key=lambda c: -c["keep"]):
-        if cell["model"] == name and cell.get("predicted") and cell["sample"] == "0" and not cell["recent"]:
-            measured = "".join(excess(cell, text) for text in ("wikipedia", "news"))
+        if cell.get("predicted") and find([cell], **plain(name)):
+            measured = "".join(excess(cell, text) for text in TEXTS)
             lines.append(f"{cell['keep']:<5}{row_of(cell).label:<16}{cell['predicted']:>10.3f}{measured}")
     if not lines:
         return ""
@@ -168,7 +172,7 @@ def predicted(cells: list[Settings], name: str) -> str:
 
 
 def plain(name: str, sample: str = "0") -> Settings:
-    return {"model": name, "sample": sample, "recent": 0, "counted": False}
+    return {"model": name, "sample": sample, "recent": 0, "counted": False, "length": LENGTH}
 
 
 def held(cell: Settings | None) -> bool:
