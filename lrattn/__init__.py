@@ -24,6 +24,7 @@ from lrattn.compress import compress
 from lrattn.factors import Factors
 from lrattn.layer import LayerFactors
 from lrattn.moments import Moments
+from lrattn.nested import narrowed
 from lrattn.projection import KeyNorm, Projection
 from lrattn.refine import refine
 from lrattn.rope import Rope
@@ -40,6 +41,7 @@ __all__ = [
     "compress",
     "decode_attention",
     "merge_attention",
+    "narrowed",
     "rebuild",
     "refine",
     "workspace_bytes",

@@ -81,9 +81,9 @@ def compress(
     form = _form(shared, recipe, parts, keep, group_size, shards)
     shapes = [_shape(part, recipe, form, group_size, shards) for part in parts]
     budget(shapes, keep)  # refused before any work
-    if not isinstance(refine, int) or refine < 0 or (refine and (batches is None or recipe.rotated)):
-        expected = "0" if batches is None or recipe.rotated else "a number of steps"
-        raise ValueError(f"refine: expected {expected} with method {method!r} and these batches, got {refine!r}")
+    if not isinstance(refine, int) or refine < 0 or (refine and batches is None):
+        expected = "0 without batches" if batches is None else "a number of steps"
+        raise ValueError(f"refine: expected {expected}, got {refine!r}")
     if isinstance(batches, Moments):
         raise ValueError("batches: expected token batches, got Moments, which are given as moments=")
     batches = None if batches is None else list(batches)

@@ -110,6 +110,17 @@ class Projection:
             weight[list(heads)] = self.up[list(heads), :rank].mT @ self.down[:, columns].T
         return weight
 
+    def first(self, ranks: tuple[int, ...]) -> Projection:
+        """The first latents of each group, as many as `ranks` says."""
+        if len(ranks) != len(self.ranks) or any(n > rank for n, rank in zip(ranks, self.ranks, strict=True)):
+            raise ValueError(f"ranks: expected at most {self.ranks}, got {ranks}")
+        up = self.up.new_zeros(self.num_heads, max(ranks), self.head_dim)
+        for heads, rank in zip(self.groups, ranks, strict=True):
+            up[list(heads), :rank] = self.up[list(heads), :rank]
+        runs = (slice(c.start, c.start + n) for c, n in zip(self.columns, ranks, strict=True))
+        down = None if self.down is None else torch.cat([self.down[:, run] for run in runs], 1)
+        return replace(self, up=up, ranks=ranks, down=down)
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Projection:
         moved = {n: x.to(device, dtype) for n in ("up", "down", "bias") if (x := getattr(self, n)) is not None}
         return replace(self, **moved)

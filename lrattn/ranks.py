@@ -126,6 +126,12 @@ def spectrum(
     return _ranks(shapes, steps)
 
 
+def proportional(caps: Sequence[int], total: int) -> list[int]:
+    """Steps of 16 latents for groups of these many: the same share of each, one at least, `total` in all."""
+    shares = _adding_up(lambda at: [at * cap for cap in caps], 1.0, [1] * len(caps), caps, total)
+    return _rounded(shares)
+
+
 def condition(shapes: Sequence[LayerShape], keep: float, logs: Sequence[float]) -> list[Ranks]:
     """LoRC's rule (arXiv 2410.03111): early layers, whose errors all later ones multiply, keep more.
 
@@ -218,7 +224,12 @@ def _shares(weights: list[float], shapes: Sequence[LayerShape], keep: float) -> 
 
 def _met(shares: Callable[[float], list[float]], high: float, shapes: Sequence[LayerShape], keep: float) -> list[float]:
     """Shares at the argument in [0, high] where they add up to the budget, each held within what its group may have."""
-    leasts, caps, total = _leasts(shapes), _caps(shapes), budget(shapes, keep)
+    return _adding_up(shares, high, _leasts(shapes), _caps(shapes), budget(shapes, keep))
+
+
+def _adding_up(
+    shares: Callable[[float], list[float]], high: float, leasts: Sequence[int], caps: Sequence[int], total: int
+) -> list[float]:
     if total == sum(caps):
         return [float(cap) for cap in caps]
 

@@ -16,7 +16,8 @@ from lrattn import safefile
 from lrattn.calibrate import Batch, fingerprint, tokens_of
 from lrattn.factors import Factors
 from lrattn.layer import LayerFactors, sides_of
-from lrattn.parts import attention_parts, evaluating, frozen
+from lrattn.nested import check_nested, first, shared_out
+from lrattn.parts import evaluating, frozen
 from lrattn.projection import Projection
 from lrattn.substitute import Window, substituted
 
@@ -24,7 +25,9 @@ RATE = 5e-3  # of a tensor's root mean square, a step
 WARM = 4  # steps until the full rate; then it falls to zero along a cosine
 HELD_BACK = 8  # one sequence in so many is not trained on, and judges
 CHECK_EVERY = 8  # steps between two judgements
+SHARES = (1.0, 0.25, 0.75, 0.5)  # of nested latents, step by step
 BETAS = (0.9, 0.98)
+Linear = tuple[Tensor, Tensor | None]  # weight [n, inputs] and bias [n] or None
 
 
 @torch.inference_mode(False)
@@ -37,6 +40,7 @@ def refine(
     steps: int = 32,
     recent: int = 0,
     sinks: int = 0,
+    nested: bool = False,
     state: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Factors:
@@ -46,19 +50,25 @@ def refine(
     may be the ones given. Ranks, bytes and everything else stay as they are.
 
     Args:
-        model: the one the factors are of; it is not changed. factors: of keys before their rotation.
-        batches: token ids [b, t], or mappings with input_ids and maybe attention_mask: two sequences at least.
+        model: the one the factors are of; it is not changed.
+        batches: token ids [b, t], or mappings with input_ids and maybe attention_mask: two sequences at least. Best is
+            text that the factors were not calibrated on: on the other they are better already than they are elsewhere.
         steps: of Adam. A step costs about four forward passes of a sequence.
         recent, sinks: of the dense window that the cache will have: what is near a query is exact in training, too.
+        nested: a step trains the first quarter, half, three quarters or all of every group's latents, in turns, and the
+            factors are judged by all of these: for `narrowed`, at any keep below their own.
         state: a file written at every judgement; if it exists, training goes on where it was.
         progress: show a bar on stderr, with the divergence on the held-back sequences in nats a token.
 
-    Raises: ValueError for too few sequences, rotated factors, or a state of other factors, steps or text.
+    Raises: ValueError for too few sequences, values that ride on keys where `nested`, layers of which some are rotated
+    and others not, or a state of other factors, steps or text.
     """
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps!r}")
-    if any(layer.rotated for layer in factors.layers):
-        raise ValueError("factors: expected latents of keys before their rotation, got latents of rotated keys")
+    if len({layer.rotated for layer in factors.layers}) > 1:
+        raise ValueError("factors: expected rotated keys in all layers or in none, got some of each")
+    if nested:
+        check_nested(factors)
     if state is not None:
         safefile.check_target("state", state)
     window = Window(recent, sinks)
@@ -66,13 +76,13 @@ def refine(
     judges, lessons = sequences[::HELD_BACK], [s for i, s in enumerate(sequences) if i % HELD_BACK]
     if not lessons:
         raise ValueError(f"batches: expected two sequences of two tokens or more, got {len(sequences)}")
-    run = _Run(model, factors, window)
+    run = _Run(model, factors, window, SHARES if nested else (1.0,))
     run.begin(steps, judges, state)
     shown = tqdm(total=steps, initial=run.step, desc="refine", unit="step", disable=not progress)
     with evaluating(model), frozen(model), shown as bar:
         while run.step < steps:
             bar.set_postfix_str(f"divergence {run.best:.4f}, was {run.first:.4f}")
-            run.learn(lessons[run.step % len(lessons)], _rate(run.step, steps))
+            run.learn(lessons, _rate(run.step, steps))
             bar.update()
             if run.step % CHECK_EVERY == 0 or run.step == steps:
                 run.judge(judges)
@@ -97,9 +107,8 @@ def _sequences(batches: Iterable[Batch]) -> list[Tensor]:
 class _Run:
     """The factors in training: tensors "<layer>.<side>.<up or down>", Adam's two means of each, and the best so far."""
 
-    def __init__(self, model: nn.Module, factors: Factors, window: Window) -> None:
-        self.model, self.factors, self.window = model, factors, window
-        self.parts = attention_parts(model)
+    def __init__(self, model: nn.Module, factors: Factors, window: Window, shares: tuple[float, ...]) -> None:
+        self.model, self.factors, self.window, self.shares = model, factors, window, shares
         self.device = next(model.parameters()).device
         self.tensors = {name: x.detach().float().clone() for name, x in _tensors(factors)}
         self.scales = {name: max(x.square().mean().sqrt().item(), 1e-30) for name, x in self.tensors.items()}
@@ -110,7 +119,8 @@ class _Run:
     def begin(self, steps: int, judges: list[Tensor], state: str | os.PathLike[str] | None) -> None:
         """Goes on from the state, or judges the factors as they are."""
         digest = sum(x.double().sum().item() for x in self.tensors.values())
-        self.about = [fingerprint(self.model), digest, steps, self.window.recent, self.window.sinks, len(judges)]
+        near = [self.window.recent, self.window.sinks]
+        self.about = [fingerprint(self.model), digest, steps, *near, list(self.shares), len(judges)]
         if state is None or not Path(state).exists():
             self.judge(judges)
             self.first = self.best
@@ -132,50 +142,54 @@ class _Run:
         record = {"about": self.about, "step": self.step, "first": self.first, "best": self.best}
         safefile.write(state, "refinement", record, held)
 
-    def divergence(self, ids: Tensor) -> Tensor:
-        """Kullback-Leibler divergence of the predictions from the original model's, nats a token."""
+    def divergence(self, ids: Tensor, share: float) -> Tensor:
+        """Kullback-Leibler divergence of the predictions from the original model's, nats a token, with this share of
+        every group's latents."""
         ids = ids[None].to(self.device)
         with torch.no_grad():
             expected = self.model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
-        weights = self._weights()
+        weights, rotated = self._weights(share), self.factors.layers[0].rotated
 
-        def replaced(i: int, x: Tensor, _: Tensor, __: Tensor) -> tuple[Tensor, Tensor]:
-            k, v = weights[i]
-            biases = [self.parts[i].linear(name).bias for name in ("k_proj", "v_proj")]
-            return nn.functional.linear(x, k, biases[0]), nn.functional.linear(x, v, biases[1])
+        def replaced(i: int, x: Tensor, k: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+            keys, values = weights[i]
+            return nn.functional.linear(k if rotated else x, *keys), nn.functional.linear(x, *values)
 
-        with substituted(self.model, replaced, self.window):
+        with substituted(self.model, replaced, self.window, rotated=rotated):
             got = self.model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
         return nn.functional.kl_div(got, expected, reduction="batchmean", log_target=True)
 
-    def learn(self, ids: Tensor, rate: float) -> None:
-        """One step of Adam on one sequence."""
+    def learn(self, lessons: list[Tensor], rate: float) -> None:
+        """One step of Adam on one sequence, which meets another share of the latents in every round."""
         leaves = [x.requires_grad_() for x in self.tensors.values()]
-        grads = torch.autograd.grad(self.divergence(ids), leaves)
+        rounds, at = divmod(self.step, len(lessons))
+        ids, share = lessons[at], self.shares[(self.step + rounds) % len(self.shares)]
+        grads = torch.autograd.grad(self.divergence(ids, share), leaves)
         self.step += 1
         for (name, x), grad in zip(self.tensors.items(), grads, strict=True):
             x.requires_grad_(False)
-            first, second = self.means[name]
-            first.lerp_(grad, 1 - BETAS[0])
+            mean, second = self.means[name]
+            mean.lerp_(grad, 1 - BETAS[0])
             second.lerp_(grad.square(), 1 - BETAS[1])
             corrected = (second / (1 - BETAS[1] ** self.step)).sqrt().add_(1e-12)
-            x.sub_(first / (1 - BETAS[0] ** self.step) / corrected * (rate * self.scales[name]))
+            x.sub_(mean / (1 - BETAS[0] ** self.step) / corrected * (rate * self.scales[name]))
 
     @torch.no_grad()
     def judge(self, judges: list[Tensor]) -> None:
         """Keeps the factors if they are the best on the sequences held back."""
-        found = sum(self.divergence(ids).item() * len(ids) for ids in judges) / sum(map(len, judges))
+        losses = [self.divergence(ids, share).item() * len(ids) for ids in judges for share in self.shares]
+        found = sum(losses) / sum(map(len, judges)) / len(self.shares)
         if found < self.best:
             self.best = found
             self.kept = {name: x.clone() for name, x in self.tensors.items()}
 
-    def _weights(self) -> list[tuple[Tensor, Tensor]]:
-        """Of every layer, the weights [Hkv * D, E] of keys and values that the tensors stand for."""
+    def _weights(self, share: float) -> list[tuple[Linear, Linear]]:
+        """Of every layer, the maps of keys and values that the tensors stand for, with this share of their latents."""
         dtype, found = self.factors.layers[0].dtype, []
         for i, layer in enumerate(self.factors.layers):
-            sides = sides_of(*_projections(layer, i, self.tensors))
-            keys, values = (side.dense().flatten(0, 1).to(dtype) for side in sides)
-            found.append((keys, values))
+            cut = first(*_projections(layer, i, self.tensors), shared_out(layer, share), shared=layer.shared)
+            keys, values = (side.dense().flatten(0, 1).to(dtype) for side in sides_of(*cut))
+            biases = [None if x is None else x.flatten() for x in (layer.keys.bias, layer.values.bias)]
+            found.append(((keys, biases[0]), (values, biases[1])))
         return found
 
     def result(self) -> Factors:

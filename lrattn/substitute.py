@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lrattn.dense import Near, causal_attention
 from lrattn.parts import AttentionParts, attention_parts, shadowed
 
-# (layer, attention inputs [b, t, E], outputs of k_proj and v_proj [b, t, Hkv * D]) -> others in place of the two
+# (layer, attention inputs [b, t, E], keys and values [b, t, Hkv * D]) -> others in place of the two
 Replace = Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -35,17 +35,21 @@ class Window:
 
 
 @contextmanager
-def substituted(model: nn.Module, replace: Replace, window: Window = Window()) -> Iterator[None]:
+def substituted(
+    model: nn.Module, replace: Replace, window: Window = Window(), *, rotated: bool = False
+) -> Iterator[None]:
     """Inside, every attention layer runs on the keys and values that `replace` returns, before norm and rotation.
 
     With a window, each query still has its own layer's exact keys and values of the tokens in it: only what is far
-    from a query is replaced. Sequences are whole and without padding then. Gradients pass through both.
+    from a query is replaced. rotated: keys are given and returned after norm and rotation. With either, sequences are
+    whole and without padding. Gradients pass through all keys and values.
     """
     parts = attention_parts(model)
     with ExitStack() as stack:
         for i, part in enumerate(parts):
-            if window:
-                stack.enter_context(shadowed(part.module, "forward", _windowed(part, i, replace, window)))
+            if window or rotated:
+                forward = _attention(part, i, replace, window, rotated)
+                stack.enter_context(shadowed(part.module, "forward", forward))
             else:
                 for hook in _hooks(part, i, replace):
                     stack.callback(hook.remove)
@@ -69,19 +73,23 @@ def _hooks(part: AttentionParts, i: int, replace: Replace) -> Iterator[Any]:
     yield v_proj.register_forward_hook(values)
 
 
-def _windowed(part: AttentionParts, i: int, replace: Replace, window: Window) -> Callable[..., tuple[Tensor, None]]:
+def _attention(
+    part: AttentionParts, i: int, replace: Replace, window: Window, rotated: bool
+) -> Callable[..., tuple[Tensor, None]]:
     """The attention module's forward, near tokens exact and far ones replaced."""
+
+    def split(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, part.head_dim))
 
     def forward(hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
         at = positions.expand(len(hidden_states), -1)
         q = part.rotated("q", hidden_states, at)
-        exact = [part.linear(f"{side}_proj")(hidden_states) for side in "kv"]
-        others = replace(i, hidden_states, *exact)
-        (k, values), (far_k, far_values) = (
-            [x.unflatten(-1, (-1, part.head_dim)) for x in two] for two in (exact, others)
-        )
-        keys, far_keys = part.turned("k", k, at), part.turned("k", far_k, at)
+        k, v = (part.linear(f"{side}_proj")(hidden_states) for side in "kv")
+        keys = part.turned("k", split(k), at)
+        far_k, far_v = replace(i, hidden_states, keys.flatten(2) if rotated else k, v)
+        far_keys = split(far_k) if rotated else part.turned("k", split(far_k), at)
+        values, far_values = split(v), split(far_v)
         heads = [
             causal_attention(
                 q[b],
@@ -89,7 +97,7 @@ def _windowed(part: AttentionParts, i: int, replace: Replace, window: Window) ->
                 far_values[b],
                 part.scale,
                 part.window,
-                Near(keys[b], values[b], positions, window.recent, window.sinks),
+                Near(keys[b], values[b], positions, window.recent, window.sinks) if window else None,
             )
             for b in range(len(q))
         ]

@@ -9,6 +9,7 @@ import torch
 
 import lrattn
 from lrattn.integrations.transformers import latent_attention
+from lrattn.substitute import Window
 
 
 def divergence(model, factors, ids, **near):
@@ -36,6 +37,19 @@ def test_the_divergence_falls(family, shared):
     assert end.keep == start.keep and [x.keys.ranks for x in end.layers] == [x.keys.ranks for x in start.layers]
     assert divergence(model, end, ids[::8]) < 0.9 * divergence(model, start, ids[::8])
     assert end.method == "lrattn, refined" and end.predicted == ()
+
+
+@pytest.mark.parametrize("method", ["kq-svd", "kv-heads", "matryoshka-pca"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_factors_of_rotated_keys_are_trained_on_rotated_keys(family, method):
+    """What training divides by is what attention on the latents does; and it falls."""
+    model, ids = tiny.model(family), text()
+    start = lrattn.compress(model, [ids], method, 0.5, progress=False)
+    run = sys.modules["lrattn.refine"]._Run(model, start, Window(), (1.0,))
+    with torch.no_grad():
+        assert run.divergence(ids[0], 1.0).item() == pytest.approx(divergence(model, start, ids[:1]), rel=1e-3)
+    end = lrattn.refine(model, start, [ids], steps=40, progress=False)
+    assert divergence(model, end, ids[::8]) < 0.9 * divergence(model, start, ids[::8])
 
 
 def test_the_window_is_exact_in_training_too():

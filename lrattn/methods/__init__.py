@@ -96,6 +96,7 @@ METHODS: dict[str, Method] = {
     "lorc": Method(measure=svd.measure, groups=LAYER, needs_data=False, ranks="condition"),
     "cskv": Method(groups=LAYER),  # for a cache with recent=32
     "kv-heads": Method(measure=rotated.measure, groups=LAYER, gather=("rotated",), rotated=True),
+    "matryoshka": Method(measure=rotated.measure, groups=HEAD, gather=("rotated",), rotated=True),  # before training
     "matryoshka-pca": Method(
         measure=rotated.measure, groups=HEAD, gather=("rotated", "means"), rotated=True, centred=True
     ),
