@@ -28,7 +28,7 @@ import torch
 
 import lrattn
 from bench import models, probe, quality_plot, quality_table, report, texts
-from bench.quality_plan import LENGTH, PLANS, SAMPLES, Settings, cells, find, gathered, row_of
+from bench.quality_plan import AFTER, LENGTH, PLANS, SAMPLES, Settings, cells, find, gathered, row_of
 from lrattn.integrations.transformers.either import attending
 from lrattn.integrations.transformers.load import read_windows
 from lrattn.integrations.transformers.perplexity import losses
@@ -99,11 +99,11 @@ def told(cell: Settings) -> str:
 
 
 class Subject:
-    """A model, the texts as it reads them, and the moments of the sample in use."""
+    """A model, the texts as it reads them, and the moments of the sample in use. What takes long lies in a folder."""
 
     def __init__(self, name: str) -> None:
         torch.manual_seed(0)
-        self.name = name
+        self.name, self.folder = name, models.CACHE
         self.model, self.tokenizer = PLANS[name].load()
         self.held: tuple[Any, lrattn.Moments] | None = None
 
@@ -123,14 +123,44 @@ class Subject:
             raise ValueError(f"sample {name}: expected {sample.windows} windows, got {len(windows)}")
         return windows.split(1)
 
+    def factors(self, cell: Settings) -> lrattn.Factors:
+        """What the cell's row and keep say; those trained once for every keep are kept."""
+        row, near = row_of(cell), cell["recent"] + cell["sinks"]
+        keep = cell["keep"] - (near / cell["length"] if cell["counted"] else 0)
+        path = self.folder / f"{self.name}-sample{cell['sample']}-{row.label.replace(' ', '-')}.factors"
+        if row.nested and path.is_file():
+            return lrattn.narrowed(lrattn.Factors.load(path), keep)
+        factors = lrattn.compress(
+            self.model,
+            self.calibration(cell["sample"]),
+            row.method,
+            1.0 if row.nested else keep,
+            cell["group_size"],
+            ranks=row.ranks,
+            shared=row.shared,
+            far=row.far,
+            moments=self.moments(cell["sample"], row.far),
+            progress=False,
+        )
+        if row.refine:
+            recent, sinks = row.far
+            lessons = self.calibration(AFTER[cell["sample"]])
+            factors = lrattn.refine(
+                self.model, factors, lessons, steps=row.refine, recent=recent, sinks=sinks, nested=row.nested
+            )
+        if row.nested:
+            factors.save(path)
+            factors = lrattn.narrowed(factors, keep)
+        return factors
+
     def moments(self, sample: str, far: tuple[int, int]) -> lrattn.Moments:
-        """Kept under .cache by model, sample, window and what was gathered."""
+        """Kept by model, sample, window and what was gathered."""
         if self.held is None or self.held[0] != (sample, far):
             gather = ["metric"] if any(far) else gathered(self.name, sample)
             name = f"{self.name}-sample{sample}-far{far[0]}+{far[1]}-{'+'.join(gather)}.moments"
             self.held = None  # before the next: they are hundreds of megabytes
             moments = lrattn.calibrate(
-                self.model, self.calibration(sample), gather=gather, far=far, state=models.CACHE / name
+                self.model, self.calibration(sample), gather=gather, far=far, state=self.folder / name
             )
             self.held = (sample, far), moments
         return self.held[1]
@@ -141,23 +171,10 @@ def run(subject: Subject, cell: Settings, held: list[Settings]) -> dict[str, Any
     if cell["method"] == "dense":
         return evaluated(subject, cell, None, None)
     dense = find(held, model=cell["model"], method="dense", windows=cell["windows"], length=cell["length"])
-    row, near = row_of(cell), cell["recent"] + cell["sinks"]
-    moments = subject.moments(cell["sample"], row.far)
+    subject.moments(cell["sample"], row_of(cell).far)  # what follows is timed without them
     begin = time.perf_counter()
     try:
-        factors = lrattn.compress(
-            subject.model,
-            subject.calibration(cell["sample"]),
-            row.method,
-            cell["keep"] - (near / cell["length"] if cell["counted"] else 0),
-            cell["group_size"],
-            ranks=row.ranks,
-            shared=row.shared,
-            far=row.far,
-            moments=moments,
-            progress=False,
-            **({"refine": row.refine} if row.refine else {}),
-        )
+        factors = subject.factors(cell)
     except ValueError as error:
         return {"impossible": str(error)}
     layers = factors.layers
@@ -165,7 +182,8 @@ def run(subject: Subject, cell: Settings, held: list[Settings]) -> dict[str, Any
         "compress_seconds": round(time.perf_counter() - begin, 1),
         "factors": digest_of(factors),
         "achieved_keep": factors.keep,
-        "whole_keep": factors.keep + near / cell["length"],  # with the bytes of the dense window, at this length
+        "whole_keep": factors.keep
+        + (cell["recent"] + cell["sinks"]) / cell["length"],  # with the bytes of the dense window, at this length
         "key_share": sum(x.keys.width for x in layers) / factors.numbers_per_token,  # of the latents, what keys read
         "widths": [[x.keys.width, x.values.width] for x in layers],  # of rows that are shared, the values read all
         "rows_shared": layers[0].shared,

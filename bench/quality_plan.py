@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from bench import models
@@ -37,24 +37,30 @@ SAMPLES = {
     "64": Sample("wikipedia", 0, 64),
     "news": Sample("news", 0, 24),
 }
+AFTER = {"0": "1"}  # windows that distillation reads, after those of a sample
 
 
 @dataclass(frozen=True)
 class Row:
-    """A way to make factors: arguments of lrattn.compress. refine: its steps, passed on where there are some."""
+    """A way to make factors: arguments of lrattn.compress.
+
+    refine: steps of distillation, on the windows after the sample's. nested: once at full rank, for cuts to every keep.
+    """
 
     method: str
     ranks: str = "spectrum"
     shared: Form | None = None
     far: tuple[int, int] = (0, 0)
     refine: int = 0
+    nested: bool = False
 
     @property
     def label(self) -> str:
         """Two words or three, for a table or a curve."""
         form = {None: "", False: " apart", "ride": " ride", True: " joint"}[self.shared]
         ranks = f" {self.ranks}" if self.shared is None and self.ranks else ""
-        return f"{self.method}{form}{ranks}{f' +{self.refine}' if self.refine else ''}{' far' if any(self.far) else ''}"
+        trained = f" {'nested' if self.nested else 'refined'} {self.refine}" if self.refine else ""
+        return f"{self.method}{form}{ranks}{trained}{' far' if any(self.far) else ''}"
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,8 @@ ABLATION = (
 )
 FAR_JOINT = replace(JOINT, far=NEAR)
 BEYOND = (PALU, RECALKV, *(replace(row, far=NEAR) for row in (APART, RIDE)), FAR_JOINT, JOINT)  # beside a dense window
+NESTED = Row("matryoshka", "uniform", refine=64, nested=True)
+REFINED = (Row("palu", "spectrum", refine=32), replace(JOINT, refine=32))
 SAMPLED = (Row("palu", "spectrum"), Row("kq-svd"), APART, RIDE, JOINT)  # which take one backward pass together
 
 PLANS = {
@@ -137,9 +145,12 @@ PLANS = {
             Block(2, BEYOND, (0.3,), near=NEAR, counted=True, probe=True),
             Block(2, (PALU, JOINT, FAR_JOINT), (0.3,), near=NEAR, counted=True, length=LONG, windows=2),
             Block(2, (PALU, JOINT), (0.3,), length=LONG, windows=2),
+            Block(3, REFINED, (0.3,), probe=True),
+            Block(3, (replace(FAR_JOINT, refine=32),), (0.3,), near=NEAR, counted=True, probe=True),
             Block(3, TOP, (0.5, 0.3), samples=("1", "2")),
             Block(4, REST, (0.3,)),
             Block(5, REST, (0.5,)),
+            Block(5, (NESTED,), (0.5, 0.3)),
             Block(5, REST, (0.3,), near=NEAR, counted=True),
             Block(5, (Row("cskv"),), (0.5, 0.3), near=(32, 0), counted=True),
             Block(6, BEYOND, (0.3,), near=NEAR),
@@ -199,12 +210,11 @@ def cells(name: str) -> Iterator[tuple[int, Settings]]:
 
 
 def settings_of(row: Row) -> Settings:
-    return {"method": row.method, "ranks": row.ranks, "shared": row.shared, "far": list(row.far), "refine": row.refine}
+    return asdict(row) | {"far": list(row.far)}
 
 
 def row_of(settings: Settings) -> Row:
-    names = ("method", "ranks", "shared", "refine")
-    return Row(**{name: settings[name] for name in names}, far=tuple(settings["far"]))
+    return Row(**{f.name: settings[f.name] for f in fields(Row)} | {"far": tuple(settings["far"])})
 
 
 def gathered(name: str, sample: str) -> list[str]:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lrattn import Factors, __version__, calibrate, compress, compressibility, safefile
+from lrattn import Factors, __version__, calibrate, compress, compressibility, narrowed, safefile
 from lrattn.methods import DEFAULT, METHODS
 from lrattn.ranks import RULES
 from lrattn.summary import headline, summarize, table
@@ -72,6 +72,7 @@ def _parser() -> Parser:
 
     def factors(added: Parser, otherwise: str) -> None:
         added.add_argument("--factors", type=Path, help=f"factors file; without it the model {otherwise}")
+        added.add_argument("--keep", type=_share, help="fewer of the factors' latents (default: all)")
         added.add_argument("--recent", type=int, default=0, help="last tokens also held dense (default 0)")
         added.add_argument("--sinks", type=int, default=0, help="first tokens also held dense (default 0)")
 
@@ -84,6 +85,7 @@ def _parser() -> Parser:
     added.add_argument("--shared", default="auto", choices=SHARED, help="keys and values in one row (default auto)")
     added.add_argument("--far", type=int, nargs=2, default=(0, 0), metavar=("RECENT", "SINKS"), help=FAR)
     added.add_argument("--refine", type=int, default=0, metavar="STEPS", help="distil the factors (default 0: no)")
+    added.add_argument("--nested", action="store_true", help="distil all prefixes: for any --keep of eval and generate")
     added.add_argument("--group-size", type=int, default=4, help="kv heads that share a key latent (default 4)")
     added.add_argument("--shards", type=int, default=1, help="tensor-parallel ranks no key group may lie across")
     added.add_argument("--state", type=Path, help="calibration file: written as it goes, gone on from if it exists")
@@ -139,6 +141,7 @@ def _compress(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         shared=SHARED[args.shared],
         far=tuple(args.far),
         refine=args.refine,
+        nested=args.nested,
         state=args.state,
         shards=args.shards,
     )
@@ -214,10 +217,11 @@ def _compressibility(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 def _load_factors(args: argparse.Namespace) -> Factors | None:
     if args.factors is not None:
-        return Factors.load(args.factors)
-    for name in ("recent", "sinks"):
+        factors = Factors.load(args.factors)
+        return factors if args.keep is None else narrowed(factors, args.keep)
+    for name in ("keep", "recent", "sinks"):
         if getattr(args, name):
-            raise ValueError(f"{name}: expected 0 without --factors, got {getattr(args, name)}")
+            raise ValueError(f"{name}: expected none without --factors, got {getattr(args, name)}")
     return None
 
 

@@ -19,6 +19,7 @@ from lrattn.parts import AttentionParts, attention_parts
 from lrattn.problem import FORMS, Form, Problem
 from lrattn.propagate import Propagation
 from lrattn.ranks import RULES, LayerShape, budget, condition, fisher, group_size_within, spectrum, uniform
+from lrattn.refine import parted
 from lrattn.refine import refine as distil
 
 JOINT_WITHIN = 256  # latents a row may have for keys to be rebuilt from all of it: see docs/decisions.md
@@ -38,6 +39,7 @@ def compress(
     shared: Form | None = None,
     far: tuple[int, int] = (0, 0),
     refine: int = 0,
+    nested: bool = False,
     moments: Moments | None = None,
     state: str | os.PathLike[str] | None = None,
     shards: int = 1,
@@ -59,7 +61,9 @@ def compress(
             latent; True, one latent for both, which loses least and takes the longest to rebuild keys from. None: True
             where a group's row has at most 256 latents, else "ride". Other methods keep them apart.
         far: (recent, sinks) of the dense window that the cache will have, see `calibrate`; for method "lrattn".
-        refine: steps of distillation that follow, see lrattn.refine; on the same batches.
+        refine: steps of distillation that follow, see lrattn.refine, on the same batches. The first of every eight
+            sequences, which judges them, is not calibrated on.
+        nested: distil all prefixes of the latents together, for lrattn.narrowed.
         moments: of an earlier `calibrate` of this model, which is then not repeated.
         state: a file for the calibration to go on from, see `calibrate`.
         shards: tensor-parallel ranks that the heads will be divided over; no group of keys lies across them.
@@ -84,12 +88,18 @@ def compress(
     if not isinstance(refine, int) or refine < 0 or (refine and batches is None):
         expected = "0 without batches" if batches is None else "a number of steps"
         raise ValueError(f"refine: expected {expected}, got {refine!r}")
+    if nested and (not refine or form == "ride"):
+        expected = "False where values ride on keys" if refine else "False without refine="
+        raise ValueError(f"nested: expected {expected}, got {nested!r}")
     if isinstance(batches, Moments):
         raise ValueError("batches: expected token batches, got Moments, which are given as moments=")
     batches = None if batches is None else list(batches)
+    lessons = batches
+    if refine and batches is not None:
+        lessons = [ids[None] for ids in parted(batches)[1]]
     gather = {*recipe.gather, *(["fisher"] if ranks == "fisher" else [])}
-    if moments is None and batches is not None and (recipe.needs_data or gather):
-        moments = calibrate(model, batches, gather=gather, far=far, state=state, progress=progress)
+    if moments is None and lessons is not None and (recipe.needs_data or gather):
+        moments = calibrate(model, lessons, gather=gather, far=far, state=state, progress=progress)
     elif state is not None:
         raise ValueError(f"state: expected None where nothing is calibrated, got {state}")
     _check_data(model, method, gather, tuple(far), batches, moments, parts)
@@ -115,7 +125,7 @@ def compress(
         found = [problem.energies() for problem in shown]
         chosen = spectrum(shapes, keep, found, in_nats=recipe.in_nats, level=level)
 
-    stream = Propagation(model, batches) if recipe.refit is not None and batches else None
+    stream = Propagation(model, lessons) if recipe.refit is not None and lessons else None
     layers = []
     for problem, pair in zip(tqdm(problems, desc="factor", unit="layer", disable=not progress), chosen, strict=True):
         layers.append(problem.factor(pair, None if stream is None else stream.moment()))
@@ -124,7 +134,10 @@ def compress(
     predicted = tuple(problem.lost for problem in problems) if recipe.in_nats else ()
     factors = Factors(tuple(layers), method, str(getattr(model.config, "_name_or_path", "")), ranks, predicted)
     if refine and batches is not None:
-        factors = distil(model, factors, batches, steps=refine, recent=far[0], sinks=far[1], progress=progress)
+        recent, sinks = far
+        factors = distil(
+            model, factors, batches, steps=refine, recent=recent, sinks=sinks, nested=nested, progress=progress
+        )
     return factors
 
 

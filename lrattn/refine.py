@@ -51,8 +51,8 @@ def refine(
 
     Args:
         model: the one the factors are of; it is not changed.
-        batches: token ids [b, t], or mappings with input_ids and maybe attention_mask: two sequences at least. Best is
-            text that the factors were not calibrated on: on the other they are better already than they are elsewhere.
+        batches: token ids [b, t], or mappings with input_ids and maybe attention_mask: two sequences at least. The
+            first of every eight judges: the factors should not have been calibrated on it, see `parted`.
         steps: of Adam. A step costs about four forward passes of a sequence.
         recent, sinks: of the dense window that the cache will have: what is near a query is exact in training, too.
         nested: a step trains the first quarter, half, three quarters or all of every group's latents, in turns, and the
@@ -72,10 +72,7 @@ def refine(
     if state is not None:
         safefile.check_target("state", state)
     window = Window(recent, sinks)
-    sequences = [s for s in _sequences(batches) if len(s) > 1]
-    judges, lessons = sequences[::HELD_BACK], [s for i, s in enumerate(sequences) if i % HELD_BACK]
-    if not lessons:
-        raise ValueError(f"batches: expected two sequences of two tokens or more, got {len(sequences)}")
+    judges, lessons = parted(batches)
     run = _Run(model, factors, window, SHARES if nested else (1.0,))
     run.begin(steps, judges, state)
     shown = tqdm(total=steps, initial=run.step, desc="refine", unit="step", disable=not progress)
@@ -95,13 +92,19 @@ def _rate(step: int, steps: int) -> float:
     return RATE * min(1.0, (step + 1) / WARM) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def _sequences(batches: Iterable[Batch]) -> list[Tensor]:
-    """Every sequence of the batches without its padding, [t]."""
+def parted(batches: Iterable[Batch]) -> tuple[list[Tensor], list[Tensor]]:
+    """Sequences that judge and sequences to train on, each [t] without its padding.
+
+    Raises: ValueError if there are fewer than two of two tokens or more.
+    """
     found = []
     for batch in batches:
         ids, live = tokens_of(batch)
         found += [row if live is None else row[live[b]] for b, row in enumerate(ids)]
-    return found
+    found = [row for row in found if len(row) > 1]
+    if len(found) < 2:
+        raise ValueError(f"batches: expected two sequences of two tokens or more, got {len(found)}")
+    return found[::HELD_BACK], [row for i, row in enumerate(found) if i % HELD_BACK]
 
 
 class _Run:

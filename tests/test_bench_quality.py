@@ -1,6 +1,7 @@
 """What bench.quality and bench.probe say of their cells."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from statistics import fmean, stdev
 
@@ -10,7 +11,7 @@ import torch
 
 import lrattn
 from bench import probe, quality, quality_plan, quality_plot, quality_table, texts
-from bench.quality_plan import JOINT, PALU, PLANS, cells, find, row_of, settings_of
+from bench.quality_plan import JOINT, NESTED, PALU, PLANS, cells, find, row_of, settings_of
 from lrattn.integrations.transformers import latent_attention
 from lrattn.integrations.transformers.perplexity import losses, perplexity
 
@@ -54,11 +55,11 @@ def test_plans_measure_each_part_of_a_row_with_and_without_a_window():
         assert find(settings, **{n: cell[n] for n in names}, **plain)
 
 
-class Tokens:
+class Tokens(quality.Subject):
     """A subject without texts: windows of random tokens."""
 
-    def __init__(self):
-        self.model = tiny.model("llama")
+    def __init__(self, folder):
+        self.name, self.model, self.folder = "tiny", tiny.model("llama"), folder
 
     def evaluation(self, text, length, count):
         return tiny.tokens(count, length, seed=len(text))
@@ -68,7 +69,7 @@ class Tokens:
 
     def moments(self, sample, far):
         return lrattn.calibrate(
-            self.model, self.calibration(sample), gather=("fisher", "metric"), far=far, progress=False
+            self.model, self.calibration(sample), gather=("fisher", "metric", "rotated"), far=far, progress=False
         )
 
 
@@ -78,8 +79,8 @@ def cell_of(row, keep, **changed):
 
 
 @pytest.fixture(scope="module")
-def measured():
-    subject, held = Tokens(), []
+def measured(tmp_path_factory):
+    subject, held = Tokens(tmp_path_factory.mktemp("kept")), []
     near = {"recent": 8, "sinks": 2}
     for cell in (
         cell_of(quality_plan.DENSE, 1.0),
@@ -89,13 +90,16 @@ def measured():
         cell_of(PALU, 0.5, **near),
         cell_of(PALU, 0.5, **near, counted=True),
         cell_of(PALU, 0.01),
+        cell_of(replace(PALU, refine=9), 0.5),
+        cell_of(NESTED, 0.5),
+        cell_of(NESTED, 0.75),
     ):
         held.append(cell | quality.run(subject, cell, held))
     return held
 
 
 def test_cells_measure_what_their_settings_say(measured):
-    dense, whole, half, joint, beside, counted, never = measured
+    dense, whole, half, joint, beside, counted, never, refined, *nested = measured
     assert abs(whole["texts"]["news"]["excess"]) < 1e-5 < abs(half["texts"]["news"]["excess"])
     own = dense["texts"]["news"]
     assert own["perplexity"] == pytest.approx(math.exp(fmean(own["losses"])), rel=1e-5)
@@ -104,11 +108,22 @@ def test_cells_measure_what_their_settings_say(measured):
     assert beside["factors"] == half["factors"] != joint["factors"] and beside["texts"] != half["texts"]
     assert beside["whole_keep"] == 0.5 + 10 / 40
     assert 0.4 < counted["whole_keep"] <= 0.5 and counted["achieved_keep"] < 0.26
+    assert refined["achieved_keep"] == 0.5 and refined["texts"] != half["texts"]
+    assert [cell["achieved_keep"] for cell in nested] == [0.5, 0.75]
+    assert nested[0]["texts"]["news"]["excess"] > nested[1]["texts"]["news"]["excess"]
     assert never["impossible"].startswith("keep: expected at least") and "texts" not in never
 
 
-def test_a_window_of_a_cell_is_the_window_of_attention(measured):
-    subject = Tokens()
+def test_what_is_trained_for_every_keep_is_trained_once(tmp_path, monkeypatch):
+    subject, cell = Tokens(tmp_path), cell_of(NESTED, 0.5)
+    made = subject.factors(cell)
+    monkeypatch.setattr(lrattn, "refine", lambda *_, **__: pytest.fail("trained again"))
+    again, wider = subject.factors(cell), subject.factors(cell | {"keep": 0.75})
+    assert quality.digest_of(made) == quality.digest_of(again) and wider.keep == 0.75
+
+
+def test_a_window_of_a_cell_is_the_window_of_attention(measured, tmp_path):
+    subject = Tokens(tmp_path)
     half, beside = measured[2], measured[4]
     factors = lrattn.compress(subject.model, method="palu", ranks="fisher", keep=0.5, group_size=2,
                               moments=subject.moments("0", (0, 0)), progress=False)  # fmt: skip

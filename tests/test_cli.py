@@ -77,6 +77,14 @@ def test_eval_is_the_perplexity_of_the_latent_cache(files, capsys):
     assert dense["perplexity"] == pytest.approx(loss.exp().item(), rel=1e-4)
 
 
+def test_eval_of_fewer_latents(files, capsys):
+    words = ["eval", MODEL, "--text", files / "evaluation.txt", "--windows", 1, "--length", 64, "--json"]
+    words += ["--factors", files / "f.safetensors"]
+    whole, cut = (json.loads(run(capsys, *words, *more)) for more in ([], ["--keep", 0.4]))
+    assert cut["keep"] == pytest.approx(0.4, abs=1e-3) and cut["perplexity"] > whole["perplexity"]
+    assert "keep: expected a share in (0, 0.7" in refused(capsys, *words, "--keep", 0.9)
+
+
 def test_a_text_shorter_than_a_window_is_one_window(files, capsys, tmp_path):
     (tmp_path / "short.txt").write_text("A volcano is a rupture in the crust of a planet.")
     found = json.loads(run(capsys, "eval", MODEL, "--text", tmp_path / "short.txt", "--json"))
@@ -196,9 +204,12 @@ def test_bad_input_is_one_clear_line(files, capsys, tmp_path):
     assert "prompt: expected some text" in refused(capsys, "generate", MODEL, "--prompt", " ")
     for option, value in (("--tokens", 0), ("--beams", 0), ("--temperature", "nan"), ("--seed", 2**64)):
         assert option[2:] in refused(capsys, "generate", MODEL, "--prompt", "a", option, value)
+    assert "keep: expected none without --factors, got 0.4" in refused(
+        capsys, "eval", MODEL, "--text", text, "--keep", 0.4
+    )
     for option in ("recent", "sinks"):
         for command in (["eval", MODEL, "--text", text], ["generate", MODEL, "--prompt", "a"]):
-            assert f"{option}: expected 0 without --factors, got 4" in refused(capsys, *command, f"--{option}", 4)
+            assert f"{option}: expected none without --factors, got 4" in refused(capsys, *command, f"--{option}", 4)
             words = [*command, "--factors", factors, f"--{option}", -1]
             assert f"{option}: expected an integer from 0" in refused(capsys, *words)
     same = ["--out", tmp_path / "one", "--state", tmp_path / "one"]

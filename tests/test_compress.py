@@ -438,3 +438,21 @@ def test_refinement_follows_and_is_refused_where_it_cannot():
     ):
         with pytest.raises(ValueError, match="refine: expected"):
             lrattn.compress(model, **arguments, progress=False)
+    for arguments in ({}, {"refine": 2, "shared": "ride"}):
+        with pytest.raises(ValueError, match="nested: expected False"):
+            lrattn.compress(model, [ids], nested=True, **arguments, progress=False)
+    cut = lrattn.narrowed(lrattn.compress(model, [ids], keep=0.3, refine=2, nested=True, progress=False), 0.2)
+    assert 0.18 < cut.keep <= 0.2
+
+
+def test_what_judges_a_refinement_is_not_calibrated_on(monkeypatch):
+    """Other text in the first of eight sequences leaves the factors that training starts from as they are."""
+    model, ids = tiny.model("llama"), tiny.tokens(9, 20)
+    starts = []
+    monkeypatch.setattr(sys.modules["lrattn.compress"], "distil", lambda _, factors, *__, **___: starts.append(factors))
+    for rows in ([], [0, 8], [1]):
+        changed = ids.clone()
+        changed[rows] = tiny.tokens(len(rows), 20, seed=7)
+        lrattn.compress(model, changed.split(2), keep=0.3, refine=1, progress=False)
+    downs = [f.layers[1].values.down for f in starts]
+    assert torch.equal(downs[0], downs[1]) and not torch.equal(downs[0], downs[2])

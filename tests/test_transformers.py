@@ -394,6 +394,33 @@ def test_what_cannot_be_cached_is_refused_with_the_reason():
         model(ids, past_key_values=LatentCache(model, factors))
 
 
+@pytest.mark.parametrize("family", ["llama", "mha"])
+def test_factors_that_hardly_point_where_the_weights_do_are_told_from_others(family):
+    """A projection in a metric of three decades is rank 16 of its weight, and of no other layer's."""
+    model, factors = compressed(family)
+    weights = [part.weight("v_proj").double().flatten(0, 1) for part in attention_parts(model)]
+    values = []
+    for i, weight in enumerate(weights):
+        generator = torch.Generator().manual_seed(i)
+        basis = torch.linalg.qr(torch.randn(len(weight), len(weight), generator=generator, dtype=torch.float64))[0]
+        roots = torch.logspace(0, 1.5, len(weight), dtype=torch.float64)
+        q = torch.linalg.qr(torch.randn(len(weight), 16, generator=generator, dtype=torch.float64))[0]
+        up = (basis @ (basis.T @ q / roots[:, None])).T.float()  # [16, Hkv D]
+        down = weight.T @ (basis @ (roots[:, None] * (basis.T @ q)))
+        heads = up.unflatten(1, (-1, 32)).transpose(0, 1).contiguous()
+        values.append(lrattn.Projection(heads, (16,), down=down.float().contiguous()))
+    own = [replace(layer, shared=False, keys=layer.sides[0], values=v) for layer, v in zip(factors.layers, values)]
+    cosines = [
+        torch.nn.functional.cosine_similarity(v.dense().flatten(), w.float().flatten(), 0)
+        for v, w in zip(values, weights)
+    ]
+    assert min(cosines) < 0.1
+    LatentCache(model, lrattn.Factors(own))
+    other = replace(own[1], values=values[2])
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.v_proj, got that of other weights"):
+        LatentCache(model, lrattn.Factors((own[0], other, own[2])))
+
+
 def test_factors_of_another_model_are_refused():
     model, factors = compressed("llama")
     with pytest.raises(ValueError, match=r"factors: expected \(Hkv, D, E\) = \(4, 32, 96\) in layer 0"):

@@ -16,6 +16,7 @@ from lrattn.projection import Projection
 from lrattn.rope import Rope
 
 TOKENS = 8
+SHUFFLES = 32  # of a weight's inputs, to learn what chance makes of a cosine
 PROBES, ALIKE = 16, 0.1  # random inputs a layer; the cosine below which weights, or directions, are taken for unrelated
 _VERIFIED: WeakSet[nn.Module] = WeakSet()
 _COMPARED: WeakKeyDictionary[nn.Module, WeakSet[Factors]] = WeakKeyDictionary()
@@ -26,8 +27,9 @@ def check_fit(model: nn.Module, factors: Factors) -> None:
     """Raises ValueError if the factors are of another model, dtype or device.
 
     Factors of another model with the same shapes and rotation are told by their weights: on random inputs, low-rank
-    maps of a weight point where it points (by sqrt(rank / full rank), about), those of another weight anywhere. That
-    is computed once for a model and its factors; a cache is made in every generation.
+    maps of a weight point where it points (by sqrt(rank / full rank), about), those of another weight anywhere. Where
+    they hardly do, chance is the measure. That is computed once for a model and its factors; a cache is made in every
+    generation.
     """
     parts = attention_parts(model)
     if len(parts) != len(factors.layers):
@@ -65,8 +67,8 @@ def check_fit(model: nn.Module, factors: Factors) -> None:
 
 
 def _compare_weights(part: AttentionParts, layer: LayerFactors) -> None:
-    for name, cosine in zip(("k_proj", "v_proj"), _cosines(part, layer), strict=True):
-        if not cosine > ALIKE:
+    for name, side, cosine in zip(("k_proj", "v_proj"), layer.sides, _cosines(part, layer), strict=True):
+        if not cosine > ALIKE and not _beyond_chance(part, name, side, layer.rotated and side is layer.keys):
             raise ValueError(
                 f"factors: expected a low-rank map of {part.name}.{name}, got that of other weights (their outputs "
                 f"have a cosine of {cosine:.2f}); are they factors of another model?"
@@ -95,6 +97,22 @@ def _cosines(part: AttentionParts, layer: LayerFactors) -> list[float]:
         got = torch.cat([latents[:, columns[g]] @ side.block(g).float() for g in range(len(side.groups))], 1)
         found.append(nn.functional.cosine_similarity(got.flatten(), expected.flatten(), 0).item())
     return found
+
+
+def _beyond_chance(part: AttentionParts, name: str, side: Projection, rotated: bool) -> bool:
+    """Whether a map points where its weight does more than where that weight would with its inputs shuffled.
+
+    A map of few latents that is a projection in a metric of its own is long where it errs cheaply: its cosine is small
+    against 1, and yet large against those of chance, 1 / sqrt(rank * inputs) or so.
+    """
+    weight = part.weight(name).float()
+    if rotated:
+        weight = torch.eye(weight[..., 0].numel()).to(weight)
+    weight, made = weight.flatten(0, -2), side.dense().float().flatten(0, 1)
+    generator = torch.Generator().manual_seed(0)
+    shuffles = (torch.randperm(weight.shape[1], generator=generator).to(weight.device) for _ in range(SHUFFLES))
+    chance = max((made * weight[:, shuffle]).sum().abs().item() for shuffle in shuffles)
+    return (made * weight).sum().item() > 1.5 * chance
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
