@@ -55,7 +55,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer = models.smollm2()
     evaluation = read_windows(tokenizer, texts.wikipedia("evaluation"), LENGTH, args.evaluate)
     calibration = read_windows(tokenizer, texts.wikipedia("calibration"), LENGTH, args.calibrate)
-    moments = lrattn.calibrate(model, calibration.split(1), gather=["metric"])
+    recipe = lrattn.methods.METHODS[args.method]
+    moments = lrattn.calibrate(model, calibration.split(1), gather=recipe.gather, far=recipe.near)
     rows = [run(model, tokenizer, evaluation, None)]
     for keep in args.keep:
         factors = lrattn.compress(model, method=args.method, keep=keep, moments=moments)
@@ -90,6 +91,7 @@ def run(
             "method": method,
             "ranks": rule,
             "keep": keep,
+            "dense_tokens": 0 if factors is None else sum(factors.near),
             "text": tokenizer.decode(answer, skip_special_tokens=True).strip(),
             "tokens_per_second": TIMED_TOKENS / seconds,
             "cache_bytes": cache_bytes(model, evaluation.flatten(), new_cache(model, factors), label),
@@ -116,6 +118,7 @@ def table(results: dict[str, Any]) -> str:
         "",
         f"{results['model']}, {results['dtype']}; perplexity on {results['evaluation_windows'][0]} windows of "
         f"{results['evaluation_windows'][1]} tokens of held-out articles; bytes measured at {longest} tokens",
+        *(f"{r['method']} {r['keep']:.2f}: beside the latents, {r['dense_tokens']} tokens dense" for r in rows[1:2]),
         "",
         "method   keep   perplexity   cache bytes/token   dense bytes/token   measured share   tokens/s",
     ]

@@ -145,6 +145,7 @@ PLANS = {
             Block(2, BEYOND, (0.3,), near=NEAR, counted=True, probe=True),
             Block(2, (PALU, JOINT, FAR_JOINT), (0.3,), near=NEAR, counted=True, length=LONG, windows=2),
             Block(2, (PALU, JOINT), (0.3,), length=LONG, windows=2),
+            Block(2, (FAR_JOINT,), (0.3,)),
             Block(3, REFINED, (0.3,), probe=True),
             Block(3, (replace(FAR_JOINT, refine=32),), (0.3,), near=NEAR, counted=True, probe=True),
             Block(3, TOP, (0.5, 0.3), samples=("1", "2")),

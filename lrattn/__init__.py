@@ -1,6 +1,6 @@
 """Attention directly on low-rank KV caches. The pipeline:
 
-    factors = lrattn.compress(model, batches, keep=0.5)              # model and text -> Factors, offline
+    factors = lrattn.compress(model, batches, keep=0.5, far=(0, 0))  # model and text -> Factors, offline
     layer = factors.layers[0]                                        # up, down, ranks, rope of one layer
     k_cache, v_cache = lrattn.allocate_cache(layer, num_pages=64, page_size=16)
     zk, zv = layer.project(x)                                        # attention inputs [T, E] -> latents
@@ -9,6 +9,7 @@
     y = lrattn.decode_attention(q, k_cache, v_cache, layer, block_table=block_table, seq_lens=seq_lens)
 
 In transformers: `with latent_attention(model, factors): model.generate(...)` from lrattn.integrations.transformers.
+There caches also hold the last 64 and first 4 tokens dense, and factors are made for that, unless far=(0, 0) says no.
 """
 
 from lrattn.attention import (

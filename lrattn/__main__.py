@@ -27,7 +27,7 @@ examples (`make demo` unpacks this model and these texts):
 
 MODEL = "folder, .gguf file, or model in the hub's local cache"
 SHARED = {"auto": None, "no": False, "ride": "ride", "joint": True}
-FAR = "the dense window the cache will have: gradients count beyond it (default 0 0)"
+FAR = "the dense window the cache will hold: gradients count beyond it (default: the method's; 0 0 for none)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -73,8 +73,8 @@ def _parser() -> Parser:
     def factors(added: Parser, otherwise: str) -> None:
         added.add_argument("--factors", type=Path, help=f"factors file; without it the model {otherwise}")
         added.add_argument("--keep", type=_share, help="fewer of the factors' latents (default: all)")
-        added.add_argument("--recent", type=int, default=0, help="last tokens also held dense (default 0)")
-        added.add_argument("--sinks", type=int, default=0, help="first tokens also held dense (default 0)")
+        added.add_argument("--recent", type=int, help="last tokens also held dense (default: as the factors say)")
+        added.add_argument("--sinks", type=int, help="first tokens also held dense (default: as the factors say)")
 
     added = command("compress", _compress, "Factor a model's key and value projections, calibrated on a text.")
     model(added)
@@ -83,7 +83,7 @@ def _parser() -> Parser:
     added.add_argument("--keep", type=_share, default=0.5, help="bytes of the latent cache / dense (default 0.5)")
     added.add_argument("--ranks", choices=RULES, help=f"what shares them out (default: the method's, most {RULES[0]})")
     added.add_argument("--shared", default="auto", choices=SHARED, help="keys and values in one row (default auto)")
-    added.add_argument("--far", type=int, nargs=2, default=(0, 0), metavar=("RECENT", "SINKS"), help=FAR)
+    added.add_argument("--far", type=int, nargs=2, metavar=("RECENT", "SINKS"), help=FAR)
     added.add_argument("--refine", type=int, default=0, metavar="STEPS", help="distil the factors (default 0: no)")
     added.add_argument("--nested", action="store_true", help="distil all prefixes: for any --keep of eval and generate")
     added.add_argument("--group-size", type=int, default=4, help="kv heads that share a key latent (default 4)")
@@ -139,7 +139,7 @@ def _compress(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         args.group_size,
         ranks=args.ranks,
         shared=SHARED[args.shared],
-        far=tuple(args.far),
+        far=None if args.far is None else tuple(args.far),
         refine=args.refine,
         nested=args.nested,
         state=args.state,
@@ -226,9 +226,12 @@ def _load_factors(args: argparse.Namespace) -> Factors | None:
 
 
 def _what(factors: Factors | None, args: argparse.Namespace) -> dict[str, Any]:
-    near = {"recent": args.recent, "sinks": args.sinks}
+    from lrattn.integrations.transformers.window import near_of
+
     if factors is None:
-        return {"method": "dense", "ranks": "", "keep": 1.0, **near}
+        return {"method": "dense", "ranks": "", "keep": 1.0, "recent": 0, "sinks": 0}
+    recent, sinks = near_of(factors, args.recent, args.sinks)
+    near = {"recent": recent, "sinks": sinks}
     return {"method": factors.method, "ranks": factors.rule, "keep": factors.keep, **near}
 
 

@@ -44,7 +44,7 @@ def calibrate(
             cut. Labels are the next tokens for "fisher", as published, and for "metric" tokens drawn from the model's
             own predictions: then the mean of g g^T is the second derivative of its divergence from itself.
         far: (recent, sinks): gradients pass only through attention to tokens that a cache with that window would not
-            hold dense for the query. Sequences are without padding then.
+            hold dense for the query. Where a batch is padded its sequences run one by one then.
         state: a file that is written every minute and at the end. If it exists, sequences it has seen are skipped:
             an interrupted run goes on where it was, and more text can be added. What it has gathered goes on too.
         progress: show a bar on stderr.
@@ -74,13 +74,15 @@ def calibrate(
             stack.enter_context(frozen(model))
         shown = tqdm(batches, desc="calibrate", unit="batch", disable=not progress)
         for ids, live, text in _unseen(shown, held):
-            if window and live is not None and not bool(live.all()):
-                raise ValueError("far: expected sequences without padding, got some padded")
-            ids, live = ids.to(device), None if live is None else live.to(device)
-            arguments = {} if live is None else {"attention_mask": live.long()}
-            sums.begin(live)
-            out = run(input_ids=ids, use_cache=False, **arguments)
-            held = sums.end(held, ids, out.logits if sums.differentiates else None, text)
+            for rows, own in _unpadded(ids, live) if window else [(ids, live)]:
+                if not rows.numel():
+                    held = replace(held, sequences=held.sequences + 1, text=text)
+                    continue
+                rows, own = rows.to(device), None if own is None else own.to(device)
+                arguments = {} if own is None else {"attention_mask": own.long()}
+                sums.begin(own)
+                out = run(input_ids=rows, use_cache=False, **arguments)
+                held = sums.end(held, rows, out.logits if sums.differentiates else None, text)
             if state is not None and time.monotonic() - saved >= SAVE_EVERY:
                 held.save(state)
                 saved = time.monotonic()
@@ -89,7 +91,9 @@ def calibrate(
     if sums.differentiates and not any(
         bool(x.any()) for name in GRADIENTS for x in held.sums.get(f"{name}.values", ())
     ):
-        raise ValueError("batches: expected sequences of two tokens or more, longer than the window, got none")
+        raise ValueError(
+            f"batches: expected sequences of two tokens or more, longer than the window far={far}, got none"
+        )
     if state is not None:
         held.save(state)
     return held
@@ -189,6 +193,15 @@ def _unseen(batches: Iterable[Batch], held: Moments) -> Iterator[tuple[Tensor, T
         raise ValueError(
             f"state: expected batches to begin with the {held.sequences} sequences it has seen, got {passed}"
         )
+
+
+def _unpadded(ids: Tensor, live: Tensor | None) -> Iterator[tuple[Tensor, None]]:
+    """The batch as it is, or, where some is padding, its sequences one by one without it."""
+    if live is None or bool(live.all()):
+        yield ids, None
+        return
+    for row, kept in zip(ids, live, strict=True):
+        yield row[kept][None], None
 
 
 class _Sums:

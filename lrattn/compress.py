@@ -21,6 +21,7 @@ from lrattn.propagate import Propagation
 from lrattn.ranks import RULES, LayerShape, budget, condition, fisher, group_size_within, spectrum, uniform
 from lrattn.refine import parted
 from lrattn.refine import refine as distil
+from lrattn.substitute import Window
 
 JOINT_WITHIN = 256  # latents a row may have for keys to be rebuilt from all of it: see docs/decisions.md
 LEVEL = 0.5  # of the budget of joint rows that is the same for every layer
@@ -37,7 +38,7 @@ def compress(
     *,
     ranks: str | None = None,
     shared: Form | None = None,
-    far: tuple[int, int] = (0, 0),
+    far: tuple[int, int] | None = None,
     refine: int = 0,
     nested: bool = False,
     moments: Moments | None = None,
@@ -60,7 +61,9 @@ def compress(
         shared: the form of a row, for method "lrattn": False, keys and values apart; "ride", values also use the keys'
             latent; True, one latent for both, which loses least and takes the longest to rebuild keys from. None: True
             where a group's row has at most 256 latents, else "ride". Other methods keep them apart.
-        far: (recent, sinks) of the dense window that the cache will have, see `calibrate`; for method "lrattn".
+        far: (recent, sinks) of the dense window that the cache will hold: gradients are taken beyond it, see
+            `calibrate`, and it is the factors' `near`. (0, 0) for a cache without one. None: that of the moments where
+            they are given, else the method's own, (64, 4) for "lrattn".
         refine: steps of distillation that follow, see lrattn.refine, on the same batches. The first of every eight
             sequences, which judges them, is not calibrated on.
         nested: distil all prefixes of the latents together, for lrattn.narrowed.
@@ -81,6 +84,9 @@ def compress(
     if shared is not None and (shared not in FORMS or (shared and not recipe.in_nats)):
         expected = f"None or one of {FORMS}" if recipe.in_nats else f"None or False with method {method!r}"
         raise ValueError(f"shared: expected {expected}, got {shared!r}")
+    if far is None:
+        far = recipe.near if moments is None or not recipe.gather or "metric" not in recipe.gather else moments.far
+    near = Window(*far)
     parts = attention_parts(model)
     form = _form(shared, recipe, parts, keep, group_size, shards)
     shapes = [_shape(part, recipe, form, group_size, shards) for part in parts]
@@ -132,12 +138,10 @@ def compress(
         if stream is not None:
             stream.advance(layers[-1])
     predicted = tuple(problem.lost for problem in problems) if recipe.in_nats else ()
-    factors = Factors(tuple(layers), method, str(getattr(model.config, "_name_or_path", "")), ranks, predicted)
+    name = str(getattr(model.config, "_name_or_path", ""))
+    factors = Factors(tuple(layers), method, name, ranks, predicted, (near.recent, near.sinks))
     if refine and batches is not None:
-        recent, sinks = far
-        factors = distil(
-            model, factors, batches, steps=refine, recent=recent, sinks=sinks, nested=nested, progress=progress
-        )
+        factors = distil(model, factors, batches, steps=refine, nested=nested, progress=progress)
     return factors
 
 
@@ -190,8 +194,6 @@ def _check_data(
         got = "none" if moments is None else f"moments with {list(moments.gathered)}"
         raise ValueError(f"moments: expected batches, or moments of calibrate(gather={missing}), got {got}")
     differentiates = bool(gather & set(GRADIENTS))
-    if any(far) and not differentiates:
-        raise ValueError(f"far: expected (0, 0) with method {method!r}, which takes no gradients, got {far}")
     if moments is not None and differentiates and moments.far != far:
         raise ValueError(f"moments: expected gradients beyond a window far={far}, got {moments.far}")
     expected = [p.linear("k_proj").in_features for p in parts]

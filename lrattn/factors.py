@@ -23,6 +23,8 @@ class Factors:
         layers: one LayerFactors per attention layer, in order.
         method: what made them. model: name of the model they were made from. rule: what shared out the ranks.
         predicted: per layer, what it adds to the loss of a token, in nats, to second order; () where not known.
+        near: (recent, sinks), the dense window that a cache of these factors should hold: the last and first tokens a
+            query sees exactly. Caches in transformers hold it where they are not told otherwise.
     """
 
     layers: tuple[LayerFactors, ...]
@@ -30,16 +32,20 @@ class Factors:
     model: str = ""
     rule: str = ""
     predicted: tuple[float, ...] = ()
+    near: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
         object.__setattr__(self, "predicted", tuple(self.predicted))
+        object.__setattr__(self, "near", tuple(self.near))
         if not self.layers:
             raise ValueError("layers: expected at least one LayerFactors, got none")
         if self.predicted and len(self.predicted) != len(self.layers):
             raise ValueError(
                 f"predicted: expected one for each of {len(self.layers)} layers, got {len(self.predicted)}"
             )
+        if len(self.near) != 2 or any(not isinstance(n, int) or n < 0 for n in self.near):
+            raise ValueError(f"near: expected two numbers of tokens, recent and sinks, got {self.near}")
 
     @property
     def numbers_per_token(self) -> int:
@@ -80,7 +86,7 @@ class Factors:
             if layer.wo is not None:
                 tensors[f"{i}.wo"] = layer.wo
             layers.append(entry)
-        names = ("method", "model", "rule", "predicted")
+        names = ("method", "model", "rule", "predicted", "near")
         record = {name: getattr(self, name) for name in names} | {"layers": layers}
         safefile.write(path, "factors", record, tensors)
 
@@ -113,4 +119,5 @@ class Factors:
                     rotated=entry.get("rotated", False),
                 )
             )
-        return cls(tuple(layers), record["method"], record["model"], record["rule"], record.get("predicted", ()))
+        given = {name: record[name] for name in ("predicted", "near") if name in record}
+        return cls(tuple(layers), record["method"], record["model"], record["rule"], **given)

@@ -30,6 +30,7 @@ GATHERED: dict[str, tuple[str, ...]] = {
     "means": ("means",),  # [E]: x
 }
 GRADIENTS = ("fisher", "metric")  # those that take a backward pass
+UNFELT = 1e-20  # nats: what an error costs that no token felt
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,10 +81,13 @@ class Moments:
         """Of "keys" or "values": G [n, n] and C [E, E] of the loss that lrattn/methods/gradient.py minimises.
 
         With m = mean |g|: G = m mean(g g^T / |g|), C = mean(|g| x x^T) / m. The first token of a sequence takes part in
-        C, by its own gradient, and not in G and m.
+        C, by its own gradient, and not in G and m. Where the loss felt nothing, as of a layer whose sliding window is
+        within the dense one, C is the inputs' moment and G an identity that weighs next to nothing.
         """
         g = self.sums[f"metric.{side}"][layer] / max(self.tokens - self.sequences, 1)
-        mean = g.trace().clamp_min(torch.finfo(g.dtype).tiny)
+        mean = g.trace()
+        if mean == 0:
+            return torch.eye(len(g), dtype=g.dtype) * UNFELT, self.inputs[layer] / max(self.tokens, 1)
         return g * mean, self.sums[f"weighted.{side}"][layer] / max(self.tokens, 1) / mean
 
     def save(self, path: str | os.PathLike[str]) -> None:

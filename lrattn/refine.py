@@ -38,8 +38,8 @@ def refine(
     batches: Iterable[Batch],
     *,
     steps: int = 32,
-    recent: int = 0,
-    sinks: int = 0,
+    recent: int | None = None,
+    sinks: int | None = None,
     nested: bool = False,
     state: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -54,7 +54,8 @@ def refine(
         batches: token ids [b, t], or mappings with input_ids and maybe attention_mask: two sequences at least. The
             first of every eight judges: the factors should not have been calibrated on it, see `parted`.
         steps: of Adam. A step costs about four forward passes of a sequence.
-        recent, sinks: of the dense window that the cache will have: what is near a query is exact in training, too.
+        recent, sinks: of the dense window that the cache will hold: what is near a query is exact in training, too.
+            None: as the factors say (Factors.near).
         nested: a step trains the first quarter, half, three quarters or all of every group's latents, in turns, and the
             factors are judged by all of these: for `narrowed`, at any keep below their own.
         state: a file written at every judgement; if it exists, training goes on where it was.
@@ -71,7 +72,9 @@ def refine(
         check_nested(factors)
     if state is not None:
         safefile.check_target("state", state)
-    window = Window(recent, sinks)
+    window = Window(
+        *(own if given is None else given for own, given in zip(factors.near, (recent, sinks), strict=True))
+    )
     judges, lessons = parted(batches)
     run = _Run(model, factors, window, SHARES if nested else (1.0,))
     run.begin(steps, judges, state)

@@ -30,6 +30,7 @@ def summarize(factors: Factors) -> dict[str, Any]:
         "shared": all(layer.shared for layer in factors.layers),
         "key_rank": sum(layer.keys.width for layer in factors.layers) / groups,
         "predicted_loss": sum(factors.predicted) if factors.predicted else None,
+        "near": factors.near,
         "layers": [
             {
                 "kv_heads": layer.num_kv_heads,
@@ -49,7 +50,7 @@ def summarize(factors: Factors) -> dict[str, Any]:
 
 
 def headline(summary: dict[str, Any]) -> str:
-    """The whole in five lines."""
+    """The whole in five lines, or six with a dense window."""
     count, first = len(summary["layers"]), summary["layers"][0]
     made = summary["method"] + (f", ranks {summary['ranks']}" if summary["ranks"] else "")
     norms = 1 - summary["key_share"] - summary["value_share"]
@@ -59,6 +60,8 @@ def headline(summary: dict[str, Any]) -> str:
     rotated = all(layer["rotated"] for layer in summary["layers"])
     how = "queries meet a key group's" if rotated else "a key group is rebuilt from"
     foreseen = summary["predicted_loss"]
+    recent, sinks = summary["near"]
+    beside = [f"beside them, dense: the last {recent} and the first {sinks} tokens"] if recent or sinks else []
     return "\n".join(
         [
             f"{made}{', of ' + summary['model'] if summary['model'] else ''}",
@@ -68,6 +71,7 @@ def headline(summary: dict[str, Any]) -> str:
             split + (f", norm columns {norms:.1%}" if norms > 1e-9 else ""),
             f"{how} {summary['key_rank']:.0f} latents"
             + ("" if foreseen is None else f"; predicted loss {foreseen:.4f} nats a token"),
+            *beside,
         ]
     )
 

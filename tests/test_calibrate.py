@@ -303,12 +303,14 @@ def test_gradients_beyond_a_window_are_those_of_far_tokens():
         sizes = [m.sums["metric.values"][i].trace() for m in (some, others, whole)]
         assert 0 < sizes[0] < sizes[1] < sizes[2]
     assert some.far == (5, 2)
-    mask = torch.ones_like(ids)
-    mask[:, 0] = 0
-    with pytest.raises(ValueError, match="far: expected sequences without padding"):
-        lrattn.calibrate(
-            model, [{"input_ids": ids, "attention_mask": mask}], gather=["metric"], far=(5, 2), progress=False
-        )
+    mask = torch.cat((torch.zeros(3, 4, dtype=torch.int64), torch.ones(3, 20, dtype=torch.int64)), 1)
+    mask[1] = 0
+    padded = {"input_ids": torch.cat((tiny.tokens(3, 4, seed=2), ids[[0, 0, 1]]), 1), "attention_mask": mask}
+    found = lrattn.calibrate(model, [padded], gather=["metric"], far=(5, 2), progress=False)
+    assert (found.tokens, found.sequences) == (some.tokens, some.sequences + 1)
+    for name, sums in some.sums.items():
+        for x, y in zip(sums, found.sums[name], strict=True):
+            torch.testing.assert_close(y, x, rtol=1e-4, atol=1e-6 * x.abs().max().item())
 
 
 def test_rotated_moments_are_those_of_the_model_s_keys_and_queries():

@@ -9,7 +9,7 @@ import torch
 
 import lrattn
 from lrattn import methods
-from lrattn.integrations.transformers import latent_attention
+from lrattn.integrations.transformers import LatentCache, latent_attention
 from lrattn.methods.palu import decompose
 from lrattn.parts import attention_parts
 from lrattn.ranks import RULES
@@ -127,7 +127,7 @@ def test_ovc_keeps_full_rank_exact():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compress_reads_every_family(family):
     model = tiny.model(family)
-    factors = lrattn.compress(model, [tiny.tokens(4, 40)], keep=0.3, group_size=4, progress=False)
+    factors = lrattn.compress(model, [tiny.tokens(4, 40)], keep=0.3, group_size=4, far=(0, 0), progress=False)
     assert len(factors.layers) == 3 and factors.method == "lrattn" and len(factors.predicted) == 3
     full = all(layer.row_width == 96 for layer in factors.layers)  # a row of E latents is exact
     assert (full or 0.3 - 16 / factors.dense_numbers_per_token < factors.keep) and factors.keep <= 0.3
@@ -152,11 +152,11 @@ def test_bias_takes_no_part_in_the_low_rank_map():
 def test_compress_does_not_change_the_model_and_repeats_exactly():
     model, ids = tiny.model("llama"), tiny.tokens(2, 40)
     before = {name: x.clone() for name, x in model.state_dict().items()}
-    first, second = (lrattn.compress(model, [ids], progress=False) for _ in range(2))
+    first, second = (lrattn.compress(model, [ids], far=(0, 0), progress=False) for _ in range(2))
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
     assert all(torch.equal(a.keys.up, b.keys.up) for a, b in zip(first.layers, second.layers, strict=True))
     moments = lrattn.calibrate(model, [ids], gather=["metric"], progress=False)
-    third = lrattn.compress(model, moments=moments, progress=False)
+    third = lrattn.compress(model, moments=moments, far=(0, 0), progress=False)
     assert all(torch.equal(a.values.down, b.values.down) for a, b in zip(first.layers, third.layers, strict=True))
 
 
@@ -185,8 +185,8 @@ def least_keep(method):
 @pytest.mark.parametrize("family", ["mha", "qwen3", "qwen2"])
 def test_every_method_meets_the_budget_and_is_exact_at_full_rank(method, shared, ranks, family):
     model, batches, keep = tiny.model(family), [tiny.tokens(4, 40)], least_keep(methods.METHODS[method])
-    factors = lrattn.compress(model, batches, method, keep, 2, ranks=ranks, shared=shared, progress=False)
-    full = lrattn.compress(model, batches, method, 1.0, 2, ranks=ranks, shared=shared, progress=False)
+    factors = lrattn.compress(model, batches, method, keep, 2, ranks=ranks, shared=shared, far=(0, 0), progress=False)
+    full = lrattn.compress(model, batches, method, 1.0, 2, ranks=ranks, shared=shared, far=(0, 0), progress=False)
     least = min(keep - 16 / factors.dense_numbers_per_token, full.keep - 1e-9)
     assert least < factors.keep <= keep
     assert (factors.method, factors.rule) == (method, ranks)
@@ -218,7 +218,7 @@ def test_copies_of_a_head_share_a_latent_at_no_loss(method):
     model, narrow, order = shuffled_mha()
     ids = tiny.tokens(4, 40)
     torch.testing.assert_close(model(ids).logits, narrow(ids).logits, rtol=0, atol=1e-4)
-    factors = lrattn.compress(model, [ids], method, 0.5, 2, ranks="uniform", progress=False)
+    factors = lrattn.compress(model, [ids], method, 0.5, 2, ranks="uniform", far=(0, 0), progress=False)
     for layer, part in zip(factors.layers, attention_parts(model), strict=True):
         assert all(len({order[h] // 2 for h in heads}) == 1 for heads in layer.keys.groups)
         torch.testing.assert_close(layer.keys.dense(), part.weight("k_proj"), rtol=0, atol=1e-4)
@@ -324,13 +324,7 @@ def test_compress_refuses_with_the_reason():
         r"method: expected one of \[.*'lrattn', .*\], got 'pca'": {"batches": ids, "method": "pca"},
         r"ranks: expected one of .* got 'best'": {"batches": ids, "ranks": "best"},
         "batches: method 'palu' needs calibration batches": {"method": "palu"},
-        r"far: expected \(0, 0\) with method 'palu'": {"batches": ids, "method": "palu", "far": (8, 1)},
-        r"far: expected \(0, 0\) with method 'kq-svd'": {
-            "batches": ids,
-            "method": "kq-svd",
-            "keep": 0.8,
-            "far": (8, 1),
-        },
+        r"recent: expected a number of tokens": {"batches": ids, "method": "palu", "far": (-8, 1)},
         "shared: expected None or False with method 'palu'": {"batches": ids, "method": "palu", "shared": True},
         "shared: expected None or one of": {"batches": ids, "shared": "joint"},
         "batches: method 'recalkv' runs the compressed model on batches": {
@@ -364,11 +358,59 @@ def test_compress_refuses_with_the_reason():
 
 def test_progress_is_shown_and_can_be_turned_off(capsys):
     model, ids = tiny.model("llama"), tiny.tokens(2, 8)
-    lrattn.compress(model, [ids])
+    lrattn.compress(model, [ids], far=(0, 0))
     shown = capsys.readouterr().err
     assert "calibrate" in shown and "factor" in shown
-    lrattn.compress(model, [ids], progress=False)
+    lrattn.compress(model, [ids], far=(0, 0), progress=False)
     assert capsys.readouterr().err == ""
+
+
+def test_factors_say_which_window_they_are_for(tmp_path):
+    """The method's own or the one asked for, or the moments'; caches and distillation hold it unless told otherwise."""
+    model, ids = tiny.model("llama"), tiny.tokens(2, 90)
+    factors = lrattn.compress(model, [ids], keep=0.25, progress=False)
+    factors.save(tmp_path / "f.safetensors")
+    same = lrattn.Factors.load(tmp_path / "f.safetensors")
+    cut = lrattn.narrowed(factors, 0.2)
+    refined = lrattn.refine(model, factors, [ids], steps=1, progress=False)
+    for found in (factors, same, cut, refined, factors.to(dtype=torch.float64)):
+        assert found.near == (64, 4)
+    for method, far, near in (
+        ("palu", None, (0, 0)),
+        ("palu", (8, 1), (8, 1)),
+        ("cskv", None, (32, 0)),
+        ("lrattn", (0, 0), (0, 0)),
+    ):
+        assert lrattn.compress(model, [ids], method, far=far, progress=False).near == near
+    for far in ((0, 0), (6, 2)):
+        moments = lrattn.calibrate(model, [ids], gather=["metric"], far=far, progress=False)
+        assert lrattn.compress(model, moments=moments, progress=False).near == far
+    cache = LatentCache(model, factors)
+    assert (cache.recent, cache.sinks) == (64, 4)
+    cache = LatentCache(model, factors, sinks=0)
+    assert (cache.recent, cache.sinks) == (64, 0)
+    logits = []
+    for near in ({}, {"recent": 64, "sinks": 4}, {"recent": 0, "sinks": 0}):
+        with torch.no_grad(), latent_attention(model, factors, **near):
+            logits.append(model(ids, use_cache=False).logits)
+    assert torch.equal(logits[0], logits[1]) and not torch.allclose(logits[0], logits[2], atol=1e-3)
+    with pytest.raises(ValueError, match="near: expected two numbers of tokens"):
+        lrattn.Factors(factors.layers, near=(64, -1))
+
+
+def test_layers_whose_window_hides_far_tokens_cost_nothing():
+    """Local layers of 12 tokens see nothing that a dense window of 64 does not hold: the bytes go to the others."""
+    model, ids = tiny.model("gemma3"), tiny.tokens(2, 100)
+    factors = lrattn.compress(model, [ids], keep=0.25, shared=False, progress=False)
+    local = [part.window is not None for part in attention_parts(model)]
+    widths = [layer.values.width for layer in factors.layers]
+    assert any(local) and not all(local)
+    assert max(w for w, near in zip(widths, local, strict=True) if near) <= min(
+        w for w, near in zip(widths, local, strict=True) if not near
+    )
+    with torch.no_grad(), latent_attention(model, factors):
+        got = model(ids, use_cache=False).logits
+    assert got.isfinite().all()
 
 
 def predicted(model, ids, **choice):
@@ -402,14 +444,18 @@ def test_the_form_is_joint_where_keys_are_rebuilt_in_time(monkeypatch):
     monkeypatch.setattr(sys.modules["lrattn.compress"], "JOINT_WITHIN", 64)
     model, ids = tiny.model("mha"), [tiny.tokens(2, 20)]  # 8 heads of 32: 512 numbers in one group of 8
     for keep, group_size, joint in ((0.125, 8, True), (0.16, 8, False), (0.16, 4, True)):
-        factors = lrattn.compress(model, ids, keep=keep, group_size=group_size, ranks="uniform", progress=False)
+        factors = lrattn.compress(
+            model, ids, keep=keep, group_size=group_size, ranks="uniform", far=(0, 0), progress=False
+        )
         assert all(layer.shared and (layer.keys.ranks == layer.values.ranks) == joint for layer in factors.layers)
 
 
 def test_copies_of_a_head_share_rows_at_no_loss():
     """Clustered under the gradients' metric, keys and values at once."""
     model, _, order = shuffled_mha()
-    factors = lrattn.compress(model, [tiny.tokens(4, 40)], keep=0.5, group_size=2, ranks="uniform", progress=False)
+    factors = lrattn.compress(
+        model, [tiny.tokens(4, 40)], keep=0.5, group_size=2, ranks="uniform", far=(0, 0), progress=False
+    )
     for layer, part in zip(factors.layers, attention_parts(model), strict=True):
         assert all(len({order[h] // 2 for h in heads}) == 1 for heads in layer.keys.groups)
         for side, name in zip(layer.sides, ("k_proj", "v_proj"), strict=True):
@@ -430,7 +476,7 @@ def test_latents_are_of_the_size_of_keys_and_values():
 
 def test_refinement_follows_and_is_refused_where_it_cannot():
     model, ids = tiny.model("llama"), tiny.tokens(4, 20)
-    assert lrattn.compress(model, [ids], keep=0.3, refine=2, progress=False).method == "lrattn, refined"
+    assert lrattn.compress(model, [ids], keep=0.3, refine=2, far=(0, 0), progress=False).method == "lrattn, refined"
     for arguments in (
         {"batches": [ids], "refine": -1},
         {"method": "svd", "refine": 2},
@@ -441,7 +487,9 @@ def test_refinement_follows_and_is_refused_where_it_cannot():
     for arguments in ({}, {"refine": 2, "shared": "ride"}):
         with pytest.raises(ValueError, match="nested: expected False"):
             lrattn.compress(model, [ids], nested=True, **arguments, progress=False)
-    cut = lrattn.narrowed(lrattn.compress(model, [ids], keep=0.3, refine=2, nested=True, progress=False), 0.2)
+    cut = lrattn.narrowed(
+        lrattn.compress(model, [ids], keep=0.3, refine=2, nested=True, far=(0, 0), progress=False), 0.2
+    )
     assert 0.18 < cut.keep <= 0.2
 
 
@@ -453,6 +501,6 @@ def test_what_judges_a_refinement_is_not_calibrated_on(monkeypatch):
     for rows in ([], [0, 8], [1]):
         changed = ids.clone()
         changed[rows] = tiny.tokens(len(rows), 20, seed=7)
-        lrattn.compress(model, changed.split(2), keep=0.3, refine=1, progress=False)
+        lrattn.compress(model, changed.split(2), keep=0.3, refine=1, far=(0, 0), progress=False)
     downs = [f.layers[1].values.down for f in starts]
     assert torch.equal(downs[0], downs[1]) and not torch.equal(downs[0], downs[2])

@@ -12,9 +12,9 @@ import lrattn
 @pytest.mark.parametrize("method", ["svd", "palu", "svd-llm", "kq-svd", "matryoshka"])
 def test_a_prefix_is_the_factors_of_its_rank(family, method):
     model, ids = tiny.model(family), text()
-    wide = lrattn.compress(model, [ids], method, 0.8, ranks="uniform", progress=False)
+    wide = lrattn.compress(model, [ids], method, 0.8, ranks="uniform", far=(0, 0), progress=False)
     cut = lrattn.narrowed(wide, 0.5)
-    made = lrattn.compress(model, [ids], method, 0.5, ranks="uniform", progress=False)
+    made = lrattn.compress(model, [ids], method, 0.5, ranks="uniform", far=(0, 0), progress=False)
     found = 0
     for a, b in zip(cut.layers, made.layers, strict=True):
         for one, other in zip(a.sides, b.sides, strict=True):
@@ -28,7 +28,7 @@ def test_a_prefix_is_the_factors_of_its_rank(family, method):
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_the_budget_is_met_from_below(family, shared, tmp_path):
     model, ids = tiny.model(family), text()
-    wide = lrattn.compress(model, [ids], keep=0.9, shared=shared, progress=False)
+    wide = lrattn.compress(model, [ids], keep=0.9, shared=shared, far=(0, 0), progress=False)
     for keep in (0.9 * wide.keep, 0.7 * wide.keep, 0.5 * wide.keep):
         cut = lrattn.narrowed(wide, keep)
         assert keep - 16 / wide.dense_numbers_per_token < cut.keep <= keep
@@ -46,8 +46,8 @@ def test_the_budget_is_met_from_below(family, shared, tmp_path):
 
 def test_what_cannot_be_cut_is_refused():
     model, ids = tiny.model("llama"), text()
-    ride = lrattn.compress(model, [ids], keep=0.3, shared="ride", progress=False)
-    apart = lrattn.compress(model, [ids], keep=0.5, shared=False, progress=False)
+    ride = lrattn.compress(model, [ids], keep=0.3, shared="ride", far=(0, 0), progress=False)
+    apart = lrattn.compress(model, [ids], keep=0.5, shared=False, far=(0, 0), progress=False)
     with pytest.raises(ValueError, match="factors: expected rows whose latents all serve keys and values"):
         lrattn.narrowed(ride, 0.15)
     with pytest.raises(ValueError, match="factors: expected rows whose latents all"):
@@ -63,7 +63,9 @@ def test_what_cannot_be_cut_is_refused():
 def test_prefixes_are_trained_together(method):
     """Cuts lose less after nested training than before, and than after training of the whole alone."""
     model, ids = tiny.model("llama"), text(8)
-    start = lrattn.compress(model, [ids], method, 0.9, progress=False)  # all, or nearly: there is little to learn alone
+    start = lrattn.compress(
+        model, [ids], method, 0.9, far=(0, 0), progress=False
+    )  # all, or nearly: there is little to learn alone
     nested = lrattn.refine(model, start, [ids], steps=64, nested=True, progress=False)
     alone = lrattn.refine(model, start, [ids], steps=64, progress=False)
     for share in (0.6, 0.8):
@@ -74,7 +76,7 @@ def test_prefixes_are_trained_together(method):
 
 def test_a_run_is_gone_on_with_only_if_it_was_nested(tmp_path):
     model, ids, path = tiny.model("llama"), text(), tmp_path / "run.safetensors"
-    start = lrattn.compress(model, [ids], keep=0.6, shared=True, progress=False)
+    start = lrattn.compress(model, [ids], keep=0.6, shared=True, far=(0, 0), progress=False)
     lrattn.refine(model, start, [ids], steps=2, nested=True, state=path, progress=False)
     with pytest.raises(ValueError, match="state: expected a run of these factors"):
         lrattn.refine(model, start, [ids], steps=2, state=path, progress=False)

@@ -33,7 +33,7 @@ def generate(model, inputs, **kwargs):
 
 def test_full_rank_is_exact(real, moments):
     model, tokenizer = real
-    factors = lrattn.compress(model, moments=moments, keep=1.0, progress=False)
+    factors = lrattn.compress(model, moments=moments, keep=1.0, far=(0, 0), progress=False)
     ids = read_windows(tokenizer, texts.wikipedia("evaluation"), 256, 1)
     inputs = tokenizer(PROMPTS[1], return_tensors="pt")
     with torch.no_grad():
@@ -59,7 +59,7 @@ def simulated(model, factors, dtype):
 def test_latents_generate_what_the_simulated_model_generates(real, moments, method, keep):
     """Batched with left padding; half the bytes, the same tokens, no further from float64 than twice the simulation."""
     model, tokenizer = real
-    factors = lrattn.compress(model, method=method, moments=moments, keep=keep, progress=False)
+    factors = lrattn.compress(model, method=method, moments=moments, keep=keep, far=(0, 0), progress=False)
     inputs = tokenizer(PROMPTS, return_tensors="pt", padding=True, padding_side="left")
     expected, exact = (generate(simulated(model, factors, t), inputs) for t in (torch.float32, torch.float64))
     cache = LatentCache(model, factors)
@@ -85,7 +85,9 @@ def test_shuffled_copies_of_heads_are_put_together_again(real, method):
     wide, tokenizer = models.smollm2_mha()
     ids = read_windows(tokenizer, texts.wikipedia("evaluation"), 128, 1)
     windows = read_windows(tokenizer, texts.wikipedia("calibration"), 256, 2)
-    factors = lrattn.compress(wide, windows.split(1), method, keep=1 / 3, group_size=3, ranks="uniform", progress=False)
+    factors = lrattn.compress(
+        wide, windows.split(1), method, keep=1 / 3, group_size=3, ranks="uniform", far=(0, 0), progress=False
+    )
     order = models.mha_order()
     for layer in factors.layers:
         assert all(len({order[h] // 3 for h in heads}) == 1 for heads in layer.keys.groups)

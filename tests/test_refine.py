@@ -32,7 +32,7 @@ def text(sequences=4, length=48):
 @pytest.mark.parametrize("shared", [False, "ride", True])
 def test_the_divergence_falls(family, shared):
     model, ids = tiny.model(family), text()
-    start = lrattn.compress(model, [ids], keep=0.3, shared=shared, progress=False)
+    start = lrattn.compress(model, [ids], keep=0.3, shared=shared, far=(0, 0), progress=False)
     end = lrattn.refine(model, start, [ids], steps=40, progress=False)
     assert end.keep == start.keep and [x.keys.ranks for x in end.layers] == [x.keys.ranks for x in start.layers]
     assert divergence(model, end, ids[::8]) < 0.9 * divergence(model, start, ids[::8])
@@ -44,7 +44,7 @@ def test_the_divergence_falls(family, shared):
 def test_factors_of_rotated_keys_are_trained_on_rotated_keys(family, method):
     """What training divides by is what attention on the latents does; and it falls."""
     model, ids = tiny.model(family), text()
-    start = lrattn.compress(model, [ids], method, 0.5, progress=False)
+    start = lrattn.compress(model, [ids], method, 0.5, far=(0, 0), progress=False)
     run = sys.modules["lrattn.refine"]._Run(model, start, Window(), (1.0,))
     with torch.no_grad():
         assert run.divergence(ids[0], 1.0).item() == pytest.approx(divergence(model, start, ids[:1]), rel=1e-3)
@@ -58,7 +58,7 @@ def test_the_window_is_exact_in_training_too():
     start = lrattn.compress(model, [ids], keep=0.2, far=(6, 1), progress=False)
     near = {"recent": 6, "sinks": 1}
     with_window = lrattn.refine(model, start, [ids], steps=24, **near, progress=False)
-    without = lrattn.refine(model, start, [ids], steps=24, progress=False)
+    without = lrattn.refine(model, start, [ids], steps=24, recent=0, sinks=0, progress=False)
     losses = [divergence(model, f, ids, **near) for f in (with_window, without, start)]
     assert losses[0] < losses[1] and losses[0] < losses[2]
 
@@ -67,7 +67,7 @@ def test_never_worse_than_its_start(monkeypatch):
     """Steps so long that they ruin the factors: the ones given come back."""
     monkeypatch.setattr(sys.modules["lrattn.refine"], "RATE", 30.0)
     model, ids = tiny.model("llama"), text()
-    start = lrattn.compress(model, [ids], keep=0.3, progress=False)
+    start = lrattn.compress(model, [ids], keep=0.3, far=(0, 0), progress=False)
     end = lrattn.refine(model, start, [ids], steps=8, progress=False)
     for a, b in zip(start.layers, end.layers, strict=True):
         assert torch.equal(a.values.up, b.values.up) and torch.equal(a.values.down, b.values.down)
@@ -76,7 +76,7 @@ def test_never_worse_than_its_start(monkeypatch):
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     module = sys.modules["lrattn.refine"]
     model, ids = tiny.model("llama"), text()
-    start = lrattn.compress(model, [ids], keep=0.3, shared=False, progress=False)
+    start = lrattn.compress(model, [ids], keep=0.3, shared=False, far=(0, 0), progress=False)
     whole = lrattn.refine(model, start, [ids], steps=20, progress=False)
     learn, path = module._Run.learn, tmp_path / "run.safetensors"
 
@@ -98,7 +98,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
 
 def test_padding_takes_no_part():
     model, ids = tiny.model("llama"), text(8)
-    start = lrattn.compress(model, [ids], keep=0.3, progress=False)
+    start = lrattn.compress(model, [ids], keep=0.3, far=(0, 0), progress=False)
     mask = torch.cat((torch.zeros(8, 5, dtype=torch.int64), torch.ones_like(ids)), 1)
     padded = {"input_ids": torch.cat((tiny.tokens(8, 5, seed=4), ids), 1), "attention_mask": mask}
     a, b = (lrattn.refine(model, start, [batch], steps=6, progress=False) for batch in (ids, padded))
@@ -108,7 +108,7 @@ def test_padding_takes_no_part():
 
 def test_the_model_is_left_alone_and_bad_input_refused():
     model, ids = tiny.model("llama"), text(4)
-    start = lrattn.compress(model, [ids], keep=0.3, progress=False)
+    start = lrattn.compress(model, [ids], keep=0.3, far=(0, 0), progress=False)
     before = {name: x.clone() for name, x in model.state_dict().items()}
     with torch.no_grad():
         refined = lrattn.refine(model.train(), start, [ids], steps=2, progress=False)

@@ -27,7 +27,7 @@ def random(*shape, seed=0):
 
 def compressed(model, method, keep, **arguments):
     ids = [tiny.tokens(4, 40)]
-    return lrattn.compress(model, ids, method, keep, ranks="uniform", progress=False, **arguments)
+    return lrattn.compress(model, ids, method, keep, ranks="uniform", far=(0, 0), progress=False, **arguments)
 
 
 def seen(model):
@@ -126,7 +126,7 @@ def test_kq_svd_of_a_model_is_of_its_scores_and_of_what_values_add_to_the_output
 def test_eigen_attention_has_one_key_basis_a_layer():
     model = tiny.model("llama")
     for rule in ("uniform", "spectrum"):
-        factors = lrattn.compress(model, [tiny.tokens(4, 40)], "eigen", 0.63, ranks=rule, progress=False)
+        factors = lrattn.compress(model, [tiny.tokens(4, 40)], "eigen", 0.63, ranks=rule, far=(0, 0), progress=False)
         for layer, part, (x, *_) in zip(factors.layers, attention_parts(model), seen(model), strict=True):
             assert max(layer.keys.ranks) - min(layer.keys.ranks) <= 16 and len(layer.keys.ranks) == 4
             low, widest = min(layer.keys.ranks), max(layer.keys.up, key=lambda up: up.abs().sum())
@@ -211,7 +211,7 @@ def test_no_other_scaling_loses_less_than_whitening():
 
 def test_lorc_looks_at_weights_alone_and_early_layers_keep_more():
     model = tiny.model("qwen3")
-    factors = lrattn.compress(model, method="lorc", keep=0.5, progress=False)
+    factors = lrattn.compress(model, method="lorc", keep=0.5, far=(0, 0), progress=False)
     assert factors.rule == "condition" and 0.5 - 16 / factors.dense_numbers_per_token < factors.keep <= 0.5
     sizes = [layer.keys.width + layer.values.width for layer in factors.layers]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1]
@@ -221,7 +221,7 @@ def test_lorc_looks_at_weights_alone_and_early_layers_keep_more():
         assert_best(left, weight, rank_of(layer.keys))
         conditions = [torch.linalg.cond(part.weight(name).double().flatten(0, 1)) for name in ("k_proj", "v_proj")]
         assert log_condition(part) == pytest.approx(sum(c.log().item() for c in conditions))
-    chosen = lrattn.compress(model, method="lorc", keep=0.5, ranks="uniform", progress=False)
+    chosen = lrattn.compress(model, method="lorc", keep=0.5, ranks="uniform", far=(0, 0), progress=False)
     assert chosen.rule == "uniform" and len({layer.keys.width for layer in chosen.layers}) <= 2
 
 

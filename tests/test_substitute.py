@@ -32,7 +32,7 @@ def test_the_model_s_own_change_nothing(family, window):
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 def test_the_maps_of_factors_give_what_attention_on_their_latents_gives(family, window):
     model, ids = tiny.model(family), tiny.tokens(2, 30)
-    factors = lrattn.compress(model, [ids], keep=0.3, shared=False, progress=False)
+    factors = lrattn.compress(model, [ids], keep=0.3, shared=False, far=(0, 0), progress=False)
     weights = [[side.dense().flatten(0, 1) for side in layer.sides] for layer in factors.layers]
     parts = attention_parts(model)
 

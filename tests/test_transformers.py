@@ -19,7 +19,9 @@ FAMILIES = tuple(tiny.CONFIGS)
 
 def compressed(family, keep=0.5, seed=0, dtype=torch.float32, method="palu", shared=None):
     model = tiny.model(family, seed, dtype)
-    return model, lrattn.compress(model, [tiny.tokens(4, 40)], method, keep, 2, shared=shared, progress=False)
+    return model, lrattn.compress(
+        model, [tiny.tokens(4, 40)], method, keep, 2, shared=shared, far=(0, 0), progress=False
+    )
 
 
 @torch.no_grad()

@@ -55,6 +55,7 @@ class Method:
         centred: C is taken about the mean of the inputs, and what the latents lose of the mean is in the bias.
         whole_values: values are kept at full rank.
         ranks: the rule that shares them out where the caller names none.
+        near: (recent, sinks) of the dense window its cache holds where the caller names none.
     """
 
     decompose: Decompose = palu.decompose
@@ -71,6 +72,7 @@ class Method:
     centred: bool = False
     whole_values: bool = False
     ranks: str = "spectrum"
+    near: tuple[int, int] = (0, 0)
 
 
 def _recalkv(cluster: Cluster | None = None, refit: Refit | None = None) -> Method:
@@ -81,7 +83,14 @@ HEAD, LAYER = ("head", "head"), ("layer", "layer")
 
 
 METHODS: dict[str, Method] = {
-    "lrattn": Method(measure=gradient.measure, cluster=balanced, cluster_values=True, gather=("metric",), in_nats=True),
+    "lrattn": Method(
+        measure=gradient.measure,
+        cluster=balanced,
+        cluster_values=True,
+        gather=("metric",),
+        in_nats=True,
+        near=(64, 4),
+    ),
     "svd": Method(measure=svd.measure, needs_data=False),
     "palu": Method(),
     "recalkv": _recalkv(balanced, recalkv.calibrate_values),
@@ -94,7 +103,7 @@ METHODS: dict[str, Method] = {
     "asvd": Method(measure=asvd.measure, gather=("magnitudes",)),
     "svd-llm": Method(groups=LAYER),
     "lorc": Method(measure=svd.measure, groups=LAYER, needs_data=False, ranks="condition"),
-    "cskv": Method(groups=LAYER),  # for a cache with recent=32
+    "cskv": Method(groups=LAYER, near=(32, 0)),
     "kv-heads": Method(measure=rotated.measure, groups=LAYER, gather=("rotated",), rotated=True),
     "matryoshka": Method(measure=rotated.measure, groups=HEAD, gather=("rotated",), rotated=True),  # before training
     "matryoshka-pca": Method(

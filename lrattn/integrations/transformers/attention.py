@@ -16,7 +16,7 @@ from lrattn.dense import Near, causal_attention, masked_attention
 from lrattn.factors import Factors
 from lrattn.integrations.transformers.cache import LatentCache, Span
 from lrattn.integrations.transformers.verify import check_fit, verify
-from lrattn.integrations.transformers.window import check_near
+from lrattn.integrations.transformers.window import near_of
 from lrattn.parts import AttentionParts, attention_parts, decoder_of, shadowed
 
 Pair = tuple[Tensor, Tensor]  # keys and values, or out and lse
@@ -27,7 +27,12 @@ DECODE_ROWS = 64
 
 @contextmanager
 def latent_attention(
-    model: nn.Module, factors: Factors, backend: str | None = None, *, recent: int = 0, sinks: int = 0
+    model: nn.Module,
+    factors: Factors,
+    backend: str | None = None,
+    *,
+    recent: int | None = None,
+    sinks: int | None = None,
 ) -> Iterator[nn.Module]:
     """Inside, model(...) and model.generate(...) attend on latents; on exit, by whatever way, the model is as before.
 
@@ -39,20 +44,20 @@ def latent_attention(
         model: a transformers causal language model. factors: of that model, in its dtype and on its device.
         backend: passed to lrattn.decode_attention.
         recent, sinks: tokens seen by their exact keys and values, as LatentCache says: of the caches made here, and
-            of passes without a cache. A cache that is given has its own.
+            of passes without a cache. A cache that is given has its own. None: as the factors say (Factors.near).
 
     Raises: ValueError if the factors do not fit, the model's attention is not one that can be rebuilt, or for a
     negative number.
     """
     check_backend(backend)
-    check_near(recent, sinks)
+    near = near_of(factors, recent, sinks)
     parts = attention_parts(model)
     decoder = decoder_of(model)
     if any(isinstance(p.module.__dict__.get("forward"), _Forward) for p in parts):
         raise ValueError("model: already inside latent_attention; leave that block first")
     verify(model, parts)
     check_fit(model, factors)
-    session = _Session(model, decoder, parts, factors, recent, sinks)
+    session = _Session(model, decoder, parts, factors, near)
     with ExitStack() as undo:
         for i, part in enumerate(parts):
             undo.enter_context(shadowed(part.module, "forward", _Forward(session, part, i, backend)))
@@ -72,11 +77,10 @@ class _Session:
         decoder: nn.Module,
         parts: Sequence[AttentionParts],
         factors: Factors,
-        recent: int,
-        sinks: int,
+        near: tuple[int, int],
     ) -> None:
         self.model, self.decoder, self.factors = model, decoder, factors
-        self.default = self.near = (recent, sinks)  # of the context, of this pass
+        self.default = self.near = near  # recent and sinks of the context, of this pass
         self.config: Any = decoder.config
         self.names = list(inspect.signature(decoder.forward).parameters)
         ropes = [part.rope for part in parts] + [layer.rope for layer in factors.layers if layer.rope is not None]

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 from lrattn.cache import allocate_cache
 from lrattn.factors import Factors
 from lrattn.integrations.transformers.verify import check_fit
-from lrattn.integrations.transformers.window import DenseWindow, Places, check_near
+from lrattn.integrations.transformers.window import DenseWindow, Places, near_of
 
 
 class Span(NamedTuple):
@@ -39,6 +39,7 @@ class LatentCache(Cache):  # type: ignore[misc]
         recent, sinks: each query sees its `recent` last tokens, its own included, and the sequence's first `sinks`
             by their exact keys and values, and the others by their latents. Those tokens are held dense too, as many
             bytes as in an ordinary cache. With recent as long as the sequence attention is the original model's.
+            None: as the factors say (Factors.near), for "lrattn" 64 and 4 by default; 0 and 0 for latents alone.
 
     It grows as tokens come, and works inside `latent_attention(model, factors)` only. Every token has its latents:
     what `crop` brings back into the window, which holds it no longer, is taken from them.
@@ -46,14 +47,19 @@ class LatentCache(Cache):  # type: ignore[misc]
     """
 
     def __init__(
-        self, model: nn.Module, factors: Factors, page_size: int = 16, *, recent: int = 0, sinks: int = 0
+        self,
+        model: nn.Module,
+        factors: Factors,
+        page_size: int = 16,
+        *,
+        recent: int | None = None,
+        sinks: int | None = None,
     ) -> None:
         super().__init__(layers=[])
-        check_near(recent, sinks)
+        self.recent, self.sinks = near_of(factors, recent, sinks)
         check_fit(model, factors)
         self.factors = factors
         self.page_size = page_size
-        self.recent, self.sinks = recent, sinks
         self.reset()
 
     @torch.inference_mode(False)

@@ -13,7 +13,7 @@ from lrattn.integrations.transformers.cache import LatentCache
 
 
 def attending(
-    model: nn.Module, factors: Factors | None, recent: int = 0, sinks: int = 0
+    model: nn.Module, factors: Factors | None, recent: int | None = None, sinks: int | None = None
 ) -> AbstractContextManager[nn.Module]:
     """`latent_attention`; without factors the model is left as it is.
 
@@ -25,7 +25,9 @@ def attending(
     return latent_attention(model, factors, recent=recent, sinks=sinks)
 
 
-def new_cache(model: nn.Module, factors: Factors | None, recent: int = 0, sinks: int = 0) -> DynamicCache | LatentCache:
+def new_cache(
+    model: nn.Module, factors: Factors | None, recent: int | None = None, sinks: int | None = None
+) -> DynamicCache | LatentCache:
     """An empty cache: of latents, or dense without factors. Raises: ValueError as `attending`."""
     if factors is None:
         check_all_dense(recent, sinks)
@@ -33,7 +35,7 @@ def new_cache(model: nn.Module, factors: Factors | None, recent: int = 0, sinks:
     return LatentCache(model, factors, recent=recent, sinks=sinks)
 
 
-def check_all_dense(recent: int, sinks: int) -> None:
+def check_all_dense(recent: int | None, sinks: int | None) -> None:
     """Raises ValueError for tokens to hold dense beside no latents."""
     for name, tokens in (("recent", recent), ("sinks", sinks)):
         if tokens:

@@ -23,15 +23,15 @@ def generate(
     beams: int = 1,
     temperature: float = 0.0,
     seed: int = 0,
-    recent: int = 0,
-    sinks: int = 0,
+    recent: int | None = None,
+    sinks: int | None = None,
 ) -> dict[str, Any]:
     """At most `tokens` new tokens: greedy, by beam search over `beams`, or sampled at a temperature above 0.
 
     Args:
         factors: of the model, in its dtype and on its device; None for a dense cache.
         prompt: text; put in the tokenizer's chat template if `chat`.
-        recent, sinks: tokens held dense beside their latents; 0 without factors.
+        recent, sinks: tokens held dense beside their latents; None: as the factors say. None or 0 without factors.
 
     Returns: text, tokens, tokens_per_second (prefill included), cache_bytes: of the tensors held at the end.
     Raises: ValueError for an empty prompt, or numbers that make no sense.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lrattn.checks import check_integer
+from lrattn.factors import Factors
 from lrattn.layer import LayerFactors
 
 
@@ -121,7 +122,9 @@ class DenseWindow:
         )
 
 
-def check_near(recent: int, sinks: int) -> None:
-    """Raises ValueError unless both are numbers of tokens."""
-    check_integer("recent", recent, 0)
-    check_integer("sinks", sinks, 0)
+def near_of(factors: Factors, recent: int | None, sinks: int | None) -> tuple[int, int]:
+    """The two as given, or as the factors say where they are None. Raises ValueError unless they count tokens."""
+    for name, given in (("recent", recent), ("sinks", sinks)):
+        if given is not None:
+            check_integer(name, given, 0)
+    return factors.near[0] if recent is None else recent, factors.near[1] if sinks is None else sinks
