@@ -165,7 +165,8 @@ def window(cells: list[Settings]) -> Figure:
                 if cell is not None and "texts" in cell:
                     own = cell["texts"]["wikipedia"]
                     at, losses, errors = [*at, i], [*losses, own["excess"]], [*errors, own["error"]]
-            axis.errorbar(losses, at, xerr=errors, fmt=marker, color=colour, label=label, markersize=5, capsize=2)
+            if at:
+                axis.errorbar(losses, at, xerr=errors, fmt=marker, color=colour, label=label, markersize=5, capsize=2)
         log_scale(axis, "x")
         axis.set_yticks(range(len(BEYOND)), [row.label for row in BEYOND])
         axis.invert_yaxis()

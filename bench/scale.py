@@ -30,7 +30,7 @@ SHAPES = {
         "num_key_value_heads": 32, "head_dim": 128, "vocab_size": 32_000, "tie_word_embeddings": False,
     },
 }  # fmt: skip
-WAYS = (("palu", "spectrum"), ("recalkv", "fisher"))
+WAYS = (("palu", "spectrum"), ("recalkv", "fisher"), ("lrattn", "spectrum"))
 SEQUENCES, LENGTH = 2, 512
 
 
@@ -60,7 +60,8 @@ def one(shape: str, layers: int, method: str, ranks: str) -> dict[str, Any]:
     batches = torch.randint(0, sizes["vocab_size"], (SEQUENCES, LENGTH)).split(1)
     before = process.resident()["now"]
     begin = time.perf_counter()
-    moments = lrattn.calibrate(model, batches, gather=["fisher"] if ranks == "fisher" else [])
+    gather = {*lrattn.methods.METHODS[method].gather, *(["fisher"] if ranks == "fisher" else [])}
+    moments = lrattn.calibrate(model, batches, gather=gather)
     calibrated = time.perf_counter()
     factors = lrattn.compress(model, batches, method, 0.5, ranks=ranks, moments=moments)
     end = time.perf_counter()

@@ -94,9 +94,8 @@ def compress(
     if not isinstance(refine, int) or refine < 0 or (refine and batches is None):
         expected = "0 without batches" if batches is None else "a number of steps"
         raise ValueError(f"refine: expected {expected}, got {refine!r}")
-    if nested and (not refine or form == "ride"):
-        expected = "False where values ride on keys" if refine else "False without refine="
-        raise ValueError(f"nested: expected {expected}, got {nested!r}")
+    if nested and not refine:
+        raise ValueError(f"nested: expected False without refine=, got {nested!r}")
     if isinstance(batches, Moments):
         raise ValueError("batches: expected token batches, got Moments, which are given as moments=")
     batches = None if batches is None else list(batches)

@@ -1,8 +1,11 @@
 """Fewer latents of the same factors: a rank chosen when they are loaded.
 
-Latents of a group are sorted by what each is worth, so that the first r are factors of their own: one file, any budget
-below its own. For most methods they are the factors of that rank, with ranks in proportion instead of by a rule.
+Latents are sorted by what each is worth, so that the first of them are factors of their own: one file, any budget below
+its own. For most methods these are the factors of that rank, with ranks in proportion instead of by a rule.
 `refine(nested=True)` trains all prefixes together, as MatryoshkaKV (arXiv 2410.14731) does.
+
+A run is a stretch of latents in that order: those of a group of keys or of values; of rows that both share, those that
+keys read, and those that values read beside them.
 """
 
 from __future__ import annotations
@@ -17,56 +20,50 @@ from lrattn.shapes import RANK_STEP, round_up
 
 
 def narrowed(factors: Factors, keep: float) -> Factors:
-    """The first latents of every group, as many as `keep` allows, in proportion to those there are.
+    """The first latents of every run, as many as `keep` allows, in proportion to those there are.
 
     Args:
         keep: bytes of the latent cache / bytes of the dense cache: met from below to a step of 16 latents.
 
-    Raises: ValueError if values ride on the keys' latents (the row is sorted in two runs), or if keep is above that of
-    the factors, or too small for one step a group.
+    Raises: ValueError if keep is above that of the factors, or too small for one step of every run.
     """
-    check_nested(factors)
     if not 0 < keep <= factors.keep:
         raise ValueError(f"keep: expected a share in (0, {factors.keep:.4g}], what the factors have, got {keep}")
-    ranks = [rank for layer in factors.layers for rank in _ranks(layer)]
+    own = [runs(layer) for layer in factors.layers]
+    steps = [length // RANK_STEP for layer in own for length in layer]
     norms = sum(layer.k_width - layer.row_width for layer in factors.layers)
     total = int(keep * factors.dense_numbers_per_token - norms + 1e-6) // RANK_STEP
-    if total < len(ranks):
-        need = (RANK_STEP * len(ranks) + norms) / factors.dense_numbers_per_token
-        raise ValueError(f"keep: expected at least {need:.3f}, one step of {RANK_STEP} a group, got {keep}")
-    steps = iter(proportional([rank // RANK_STEP for rank in ranks], total))
+    least = sum(n > 0 for n in steps)
+    if total < least:
+        need = (RANK_STEP * least + norms) / factors.dense_numbers_per_token
+        raise ValueError(f"keep: expected at least {need:.3f}, one step of {RANK_STEP} a run, got {keep}")
+    chosen = iter(proportional(steps, total))
     layers = []
-    for layer in factors.layers:
-        own = tuple(RANK_STEP * next(steps) for _ in _ranks(layer))
-        keys, values = first(layer.keys, layer.values, own, shared=layer.shared)
+    for layer, lengths in zip(factors.layers, own, strict=True):
+        cut = tuple(RANK_STEP * next(chosen) for _ in lengths)
+        keys, values = first(layer.keys, layer.values, cut, shared=layer.shared)
         layers.append(replace(layer, keys=keys, values=values))
     return replace(factors, layers=tuple(layers), predicted=())
 
 
+def runs(layer: LayerFactors) -> tuple[int, ...]:
+    """Latents in each run of a layer: of keys group by group, then of values, or of values alone in shared rows."""
+    keys, values = layer.keys.ranks, layer.values.ranks
+    return (*keys, *(row - rank for row, rank in zip(values, keys, strict=True))) if layer.shared else (*keys, *values)
+
+
 def shared_out(layer: LayerFactors, share: float) -> tuple[int, ...]:
-    """Ranks of a layer's groups at this share of each, a step of 16 or more."""
-    return tuple(round_up(max(int(share * rank), 1), RANK_STEP) for rank in _ranks(layer))
+    """Latents of each run at this share of it, a step of 16 or more."""
+    return tuple(round_up(max(int(share * length), min(length, 1)), RANK_STEP) for length in runs(layer))
 
 
 def first(
-    keys: Projection, values: Projection, ranks: tuple[int, ...], *, shared: bool
+    keys: Projection, values: Projection, lengths: tuple[int, ...], *, shared: bool
 ) -> tuple[Projection, Projection]:
-    """The first latents of each group of keys, then of values; of the rows where they are shared, keys' own first."""
-    if shared:
-        return keys.first(tuple(map(min, keys.ranks, ranks))), values.first(ranks)
-    groups = len(keys.ranks)
-    return keys.first(ranks[:groups]), values.first(ranks[groups:])
-
-
-def check_nested(factors: Factors) -> None:
-    """Raises: ValueError unless the first latents of every row are its best."""
-    for i, layer in enumerate(factors.layers):
-        if layer.shared and layer.keys.ranks != layer.values.ranks:
-            raise ValueError(
-                f"factors: expected rows whose latents all serve keys and values, got in layer {i} rows of "
-                f"{layer.values.ranks} whose first {layer.keys.ranks} serve keys"
-            )
-
-
-def _ranks(layer: LayerFactors) -> tuple[int, ...]:
-    return layer.values.ranks if layer.shared else (*layer.keys.ranks, *layer.values.ranks)
+    """Keys and values with so many latents of each run."""
+    of_keys, of_values = lengths[: len(keys.ranks)], lengths[len(keys.ranks) :]
+    heads = [range(n) for n in of_keys]
+    if not shared:
+        return keys.take(heads), values.take([range(n) for n in of_values])
+    rest = [range(rank, rank + n) for rank, n in zip(keys.ranks, of_values, strict=True)]
+    return keys.take(heads), values.take([[*a, *b] for a, b in zip(heads, rest, strict=True)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -110,16 +111,14 @@ class Projection:
             weight[list(heads)] = self.up[list(heads), :rank].mT @ self.down[:, columns].T
         return weight
 
-    def first(self, ranks: tuple[int, ...]) -> Projection:
-        """The first latents of each group, as many as `ranks` says."""
-        if len(ranks) != len(self.ranks) or any(n > rank for n, rank in zip(ranks, self.ranks, strict=True)):
-            raise ValueError(f"ranks: expected at most {self.ranks}, got {ranks}")
+    def take(self, latents: Sequence[Sequence[int]]) -> Projection:
+        """Some latents of each group, by their place in its row."""
+        ranks = tuple(map(len, latents))
         up = self.up.new_zeros(self.num_heads, max(ranks), self.head_dim)
-        for heads, rank in zip(self.groups, ranks, strict=True):
-            up[list(heads), :rank] = self.up[list(heads), :rank]
-        runs = (slice(c.start, c.start + n) for c, n in zip(self.columns, ranks, strict=True))
-        down = None if self.down is None else torch.cat([self.down[:, run] for run in runs], 1)
-        return replace(self, up=up, ranks=ranks, down=down)
+        for heads, rank, kept in zip(self.groups, ranks, latents, strict=True):
+            up[list(heads), :rank] = self.up[list(heads)][:, list(kept)]
+        columns = [c.start + i for c, kept in zip(self.columns, latents, strict=True) for i in kept]
+        return replace(self, up=up, ranks=ranks, down=None if self.down is None else self.down[:, columns])
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Projection:
         moved = {n: x.to(device, dtype) for n in ("up", "down", "bias") if (x := getattr(self, n)) is not None}

@@ -127,8 +127,8 @@ def spectrum(
 
 
 def proportional(caps: Sequence[int], total: int) -> list[int]:
-    """Steps of 16 latents for groups of these many: the same share of each, one at least, `total` in all."""
-    shares = _adding_up(lambda at: [at * cap for cap in caps], 1.0, [1] * len(caps), caps, total)
+    """Steps of 16 latents for runs of these many: the same share of each, one at least of any, `total` in all."""
+    shares = _adding_up(lambda at: [at * cap for cap in caps], 1.0, [min(cap, 1) for cap in caps], caps, total)
     return _rounded(shares)
 
 

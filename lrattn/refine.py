@@ -16,7 +16,7 @@ from lrattn import safefile
 from lrattn.calibrate import Batch, fingerprint, tokens_of
 from lrattn.factors import Factors
 from lrattn.layer import LayerFactors, sides_of
-from lrattn.nested import check_nested, first, shared_out
+from lrattn.nested import first, shared_out
 from lrattn.parts import evaluating, frozen
 from lrattn.projection import Projection
 from lrattn.substitute import Window, substituted
@@ -61,15 +61,13 @@ def refine(
         state: a file written at every judgement; if it exists, training goes on where it was.
         progress: show a bar on stderr, with the divergence on the held-back sequences in nats a token.
 
-    Raises: ValueError for too few sequences, values that ride on keys where `nested`, layers of which some are rotated
-    and others not, or a state of other factors, steps or text.
+    Raises: ValueError for too few sequences, layers of which some are rotated and others not, or a state of other
+    factors, steps or text.
     """
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps!r}")
     if len({layer.rotated for layer in factors.layers}) > 1:
         raise ValueError("factors: expected rotated keys in all layers or in none, got some of each")
-    if nested:
-        check_nested(factors)
     if state is not None:
         safefile.check_target("state", state)
     window = Window(

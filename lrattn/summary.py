@@ -70,7 +70,7 @@ def headline(summary: dict[str, Any]) -> str:
             "a token at 16 bits a number",
             split + (f", norm columns {norms:.1%}" if norms > 1e-9 else ""),
             f"{how} {summary['key_rank']:.0f} latents"
-            + ("" if foreseen is None else f"; predicted loss {foreseen:.4f} nats a token"),
+            + ("" if foreseen is None else f"; predicted loss {foreseen:.2g} nats a token"),
             *beside,
         ]
     )
@@ -84,7 +84,7 @@ def table(summary: dict[str, Any]) -> str:
     rows = [
         (
             *(str(i), _ranks(x["key_ranks"]), _ranks(x["value_ranks"]), f"{x['keep']:.3f}"),
-            *([f"{x['predicted_loss']:.5f}"] if foreseen else []),
+            *([f"{x['predicted_loss']:.1e}"] if foreseen else []),
             _order(x["key_groups"]),
         )
         for i, x in enumerate(summary["layers"])

@@ -24,7 +24,7 @@ def test_a_prefix_is_the_factors_of_its_rank(family, method):
     assert found
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared", [False, "ride", True])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_the_budget_is_met_from_below(family, shared, tmp_path):
     model, ids = tiny.model(family), text()
@@ -46,17 +46,25 @@ def test_the_budget_is_met_from_below(family, shared, tmp_path):
 
 def test_what_cannot_be_cut_is_refused():
     model, ids = tiny.model("llama"), text()
-    ride = lrattn.compress(model, [ids], keep=0.3, shared="ride", far=(0, 0), progress=False)
     apart = lrattn.compress(model, [ids], keep=0.5, shared=False, far=(0, 0), progress=False)
-    with pytest.raises(ValueError, match="factors: expected rows whose latents all serve keys and values"):
-        lrattn.narrowed(ride, 0.15)
-    with pytest.raises(ValueError, match="factors: expected rows whose latents all"):
-        lrattn.refine(model, ride, [ids], steps=1, nested=True, progress=False)
     for keep, reason in ((0.6, "keep: expected a share in"), (0.0, "keep: expected a share in"), (0.01, "at least")):
         with pytest.raises(ValueError, match=reason):
             lrattn.narrowed(apart, keep)
-    with pytest.raises(ValueError, match="ranks: expected at most"):
-        apart.layers[0].keys.first(tuple(rank + 16 for rank in apart.layers[0].keys.ranks))
+
+
+def test_rows_that_values_ride_on_are_cut_in_both_runs():
+    """What keys read stays first in the row, and values read what they read of it before, and their own."""
+    model, ids = tiny.model("llama"), text()
+    wide = lrattn.compress(model, [ids], keep=0.3, shared="ride", far=(0, 0), progress=False)
+    cut = lrattn.narrowed(wide, 0.2)
+    layer, other = next((a, b) for a, b in zip(wide.layers, cut.layers, strict=True) if a.keys.ranks != a.values.ranks)
+    k, row, rank, cut_row = layer.keys.width, layer.values.width, other.keys.width, other.values.width
+    assert 0 < rank < k and 0 < cut_row - rank <= row - k
+    kept = [*range(rank), *range(k, k + cut_row - rank)]
+    assert torch.equal(other.values.down, layer.values.down[:, kept])
+    assert torch.equal(other.values.up, layer.values.up[:, kept]) and torch.equal(
+        other.keys.up, layer.keys.up[:, :rank]
+    )
 
 
 @pytest.mark.parametrize("method", ["lrattn", "matryoshka"])
