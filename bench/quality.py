@@ -85,6 +85,8 @@ def measure(wanted: Sequence[Settings], path: Path, seconds: float, *, again: bo
         print(f"cell {n} of {len(missing)}: {told(settings)}", flush=True)
         if subject is None or subject.name != settings["model"]:
             subject = Subject(settings["model"])
+            for path in subject.folder.glob(f"{subject.name}-*.factors") if again else ():
+                path.unlink()
         started = time.perf_counter()
         measured = run(subject, settings, held)
         held.append({**settings, **measured, "seconds": round(time.perf_counter() - started, 1), "commit": commit})
@@ -127,8 +129,11 @@ class Subject:
         """What the cell's row and keep say; those trained once for every keep are kept."""
         row, near = row_of(cell), cell["recent"] + cell["sinks"]
         keep = cell["keep"] - (near / cell["length"] if cell["counted"] else 0)
-        path = self.folder / f"{self.name}-sample{cell['sample']}-{row.label.replace(' ', '-')}.factors"
-        if row.nested and path.is_file():
+        path = (
+            self.folder
+            / f"{self.name}-sample{cell['sample']}-{row.label.replace(' ', '-')}-{cell['group_size']}.factors"
+        )
+        if row.nested and path.is_file():  # `measure(again=True)` takes it away
             return lrattn.narrowed(lrattn.Factors.load(path), keep)
         factors = lrattn.compress(
             self.model,

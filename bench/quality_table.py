@@ -12,6 +12,7 @@ from bench.quality_plan import LENGTH, PLANS, SAMPLES, Row, Settings, find, row_
 
 MARKED = re.compile(r"(<!-- bench\.quality: ([\w.-]+) -->\n)(.*?)(<!-- end -->)", re.S)
 TEXTS = ("wikipedia", "news")
+LABEL = 29  # characters of a row's name
 NONE = "No cells yet."
 
 
@@ -52,11 +53,11 @@ def table(cells: list[Settings], name: str) -> str:
     notes: list[str] = []
     for text, own in dense["texts"].items():
         head = "".join(f"{f'keep {keep}':>9}{'excess':>14}" for keep in plan.keeps)
-        lines += ["", f"{text}: dense {own['perplexity']:.2f}", f"{'':<27}{head}"]
+        lines += ["", f"{text}: dense {own['perplexity']:.2f}", f"{'':<{LABEL}}{head}"]
         for row in plan.rows:
             found = [find(cells, **plain(name), **settings_of(row), keep=keep) for keep in plan.keeps]
             if any(found):
-                lines.append(f"{row.label:<27}" + "".join(both(cell, text) for cell in found))
+                lines.append(f"{row.label:<{LABEL}}" + "".join(both(cell, text) for cell in found))
     for row in plan.rows:
         notes += [
             f"{row.label} at keep {keep}: not possible ({cell['impossible']})"
@@ -95,7 +96,7 @@ def window(cells: list[Settings], name: str) -> str:
             if any(three[1:]):
                 bytes_ = "".join(f"{c['whole_keep']:>6.3f}" if c and held(c) else f"{'-':>6}" for c in three)
                 losses = "".join(excess(c, text) for text in TEXTS for c in three)
-                kind = f"{row.label:<27}{f'{recent}+{sinks}':<6}"
+                kind = f"{row.label:<{LABEL}}{f'{recent}+{sinks}':<6}"
                 found.setdefault(length, []).append(f"{keep:<5}{kind}{bytes_}{losses}")
     if not found:
         return ""
@@ -109,8 +110,8 @@ def window(cells: list[Settings], name: str) -> str:
         about = [f"{text}: dense {dense['texts'][text]['perplexity']:.2f}" if dense else text for text in TEXTS]
         head += [
             "",
-            f"{f'{length} tokens':<38}{'bytes':<20}{about[0]:<42}{about[1]}",
-            f"{'keep':<5}{'':<27}{'':<6}{'no':>6}{'+':>6}{'=':>6}" + f"{'no':>14}{'+':>14}{'=':>14}" * 2,
+            f"{f'{length} tokens':<{LABEL + 11}}{'bytes':<20}{about[0]:<42}{about[1]}",
+            f"{'keep':<5}{'':<{LABEL}}{'':<6}{'no':>6}{'+':>6}{'=':>6}" + f"{'no':>14}{'+':>14}{'=':>14}" * 2,
             *lines,
         ]
     return "\n".join(head)
@@ -125,7 +126,7 @@ def samples(cells: list[Settings], name: str) -> str:
             if any(found[1:]):
                 for text in TEXTS:
                     lines.append(
-                        f"{keep:<5}{row.label:<17}{text:<10}" + "".join(f"{excess(c, text):>16}" for c in found)
+                        f"{keep:<5}{row.label:<{LABEL}}{text:<10}" + "".join(f"{excess(c, text):>16}" for c in found)
                     )
     if not lines:
         return ""
@@ -133,7 +134,7 @@ def samples(cells: list[Settings], name: str) -> str:
     head = [
         f"{PLANS[name].title}: excess loss by what was calibrated on (text, windows)",
         "",
-        f"{'keep':<5}{'':<17}{'text':<10}" + "".join(f"{n:>16}" for n in names),
+        f"{'keep':<5}{'':<{LABEL}}{'text':<10}" + "".join(f"{n:>16}" for n in names),
     ]
     return "\n".join([*head, *lines])
 
@@ -145,7 +146,7 @@ def probe(cells: list[Settings], name: str) -> str:
     for cell in sorted(probed, key=lambda c: (-c["keep"], c["recent"], c["counted"])):
         near = f"{cell['recent']} + {cell['sinks']}" if cell["recent"] else ""
         gains = "".join(f"{p['gain']:>7.2f} ±{p['error']:.2f}{p['again_right']:>6.0%}" for p in cell["probe_at"])
-        lines.append(f"{row_of(cell).label:<17}{cell['keep']:>5}  {near:<8}{gains}")
+        lines.append(f"{row_of(cell).label:<{LABEL}}{cell['keep']:>5}  {near:<8}{gains}")
     if not lines:
         return ""
     distances = [p["distance"] for p in probed[0]["probe_at"]]
@@ -153,7 +154,7 @@ def probe(cells: list[Settings], name: str) -> str:
         f"{PLANS[name].title}: nats a token that a passage of 64 tokens gains when it comes again",
         "after so many others, ± the standard error of 4 passages; and the share of its tokens that are the likeliest",
         "",
-        f"{'':<18}{'keep':<6}{'window':<8}" + "".join(f"{d:>7}{'':<6}right" for d in distances),
+        f"{'':<{LABEL}}{' keep':<7}{'window':<8}" + "".join(f"{d:>7}{'':<6}right" for d in distances),
     ]
     return "\n".join([*head, *lines])
 
@@ -164,10 +165,10 @@ def predicted(cells: list[Settings], name: str) -> str:
     for cell in sorted(cells, key=lambda c: -c["keep"]):
         if cell.get("predicted") and find([cell], **plain(name)):
             measured = "".join(excess(cell, text) for text in TEXTS)
-            lines.append(f"{cell['keep']:<5}{row_of(cell).label:<16}{cell['predicted']:>10.3f}{measured}")
+            lines.append(f"{cell['keep']:<5}{row_of(cell).label:<{LABEL}}{cell['predicted']:>10.3f}{measured}")
     if not lines:
         return ""
-    head = f"{'keep':<5}{'':<16}{'predicted':>10}{'wikipedia':>14}{'news':>14}"
+    head = f"{'keep':<5}{'':<{LABEL}}{'predicted':>10}{'wikipedia':>14}{'news':>14}"
     return "\n".join([f"{PLANS[name].title}: loss predicted and measured", "", head, *lines])
 
 

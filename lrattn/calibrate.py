@@ -44,7 +44,8 @@ def calibrate(
             cut. Labels are the next tokens for "fisher", as published, and for "metric" tokens drawn from the model's
             own predictions: then the mean of g g^T is the second derivative of its divergence from itself.
         far: (recent, sinks): gradients pass only through attention to tokens that a cache with that window would not
-            hold dense for the query. Where a batch is padded its sequences run one by one then.
+            hold dense for the query: for factors of the default window, that of METHODS["lrattn"].near. Where a batch
+            is padded its sequences run one by one then.
         state: a file that is written every minute and at the end. If it exists, sequences it has seen are skipped:
             an interrupted run goes on where it was, and more text can be added. What it has gathered goes on too.
         progress: show a bar on stderr.
@@ -58,9 +59,10 @@ def calibrate(
     unknown = sorted(set(gather) - set(GATHERED))
     if unknown:
         raise ValueError(f"gather: expected names out of {sorted(GATHERED)}, got {unknown}")
-    window = Window(*far)
+    window = Window.of(far)
     parts = attention_parts(model)
     held = _resume(model, parts, gather, window, state)
+    window = Window(*held.far)  # what is held goes on growing in its own
     sums = _Sums(parts, held)
     if sums.differentiates and any(p.is_inference() for p in model.parameters()):
         raise ValueError("model: expected parameters that gradients can pass, got some made in torch.inference_mode()")
@@ -91,9 +93,7 @@ def calibrate(
     if sums.differentiates and not any(
         bool(x.any()) for name in GRADIENTS for x in held.sums.get(f"{name}.values", ())
     ):
-        raise ValueError(
-            f"batches: expected sequences of two tokens or more, longer than the window far={far}, got none"
-        )
+        raise ValueError(f"batches: expected tokens that attention sees beyond the window far={tuple(far)}, got none")
     if state is not None:
         held.save(state)
     return held
@@ -144,7 +144,8 @@ def _resume(
     state: str | os.PathLike[str] | None,
 ) -> Moments:
     """The moments in the state file, or zeros."""
-    own, far = fingerprint(model), (window.recent, window.sinks)
+    own, wanted = fingerprint(model), bool(set(gather) & set(GRADIENTS))
+    far = (window.recent, window.sinks) if wanted else (0, 0)
     if state is not None:
         safefile.check_target("state", state)
     if state is not None and Path(state).exists():
@@ -153,7 +154,7 @@ def _resume(
             raise ValueError(f"state: expected moments of this model in {state}, got another model's")
         if missing := sorted(set(gather) - set(held.gathered)):
             raise ValueError(f"state: expected moments with {missing} in {state}, got some without")
-        if held.far != far:
+        if wanted and held.far != far:
             raise ValueError(f"state: expected gradients beyond a window (recent, sinks) of {far}, got {held.far}")
         return held
     zeros: dict[str, list[Tensor]] = {}

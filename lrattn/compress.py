@@ -62,10 +62,10 @@ def compress(
             latent; True, one latent for both, which loses least and takes the longest to rebuild keys from. None: True
             where a group's row has at most 256 latents, else "ride". Other methods keep them apart.
         far: (recent, sinks) of the dense window that the cache will hold: gradients are taken beyond it, see
-            `calibrate`, and it is the factors' `near`. (0, 0) for a cache without one. None: that of the moments where
-            they are given, else the method's own, (64, 4) for "lrattn".
+            `calibrate`, and it is the factors' `near`. (0, 0) for a cache without one. None: that of the gradients in
+            the moments, where some are given and used, else the method's own, (64, 4) for "lrattn".
         refine: steps of distillation that follow, see lrattn.refine, on the same batches. The first of every eight
-            sequences, which judges them, is not calibrated on.
+            sequences, which judges them, is not calibrated on, unless moments are given.
         nested: distil all prefixes of the latents together, for lrattn.narrowed.
         moments: of an earlier `calibrate` of this model, which is then not repeated.
         state: a file for the calibration to go on from, see `calibrate`.
@@ -84,9 +84,11 @@ def compress(
     if shared is not None and (shared not in FORMS or (shared and not recipe.in_nats)):
         expected = f"None or one of {FORMS}" if recipe.in_nats else f"None or False with method {method!r}"
         raise ValueError(f"shared: expected {expected}, got {shared!r}")
+    gather = {*recipe.gather, *(["fisher"] if ranks == "fisher" else [])}
     if far is None:
-        far = recipe.near if moments is None or not recipe.gather or "metric" not in recipe.gather else moments.far
-    near = Window(*far)
+        far = moments.far if moments is not None and gather & set(GRADIENTS) else recipe.near
+    near = Window.of(far)
+    far = (near.recent, near.sinks)
     parts = attention_parts(model)
     form = _form(shared, recipe, parts, keep, group_size, shards)
     shapes = [_shape(part, recipe, form, group_size, shards) for part in parts]
@@ -102,12 +104,11 @@ def compress(
     lessons = batches
     if refine and batches is not None:
         lessons = [ids[None] for ids in parted(batches)[1]]
-    gather = {*recipe.gather, *(["fisher"] if ranks == "fisher" else [])}
     if moments is None and lessons is not None and (recipe.needs_data or gather):
         moments = calibrate(model, lessons, gather=gather, far=far, state=state, progress=progress)
     elif state is not None:
         raise ValueError(f"state: expected None where nothing is calibrated, got {state}")
-    _check_data(model, method, gather, tuple(far), batches, moments, parts)
+    _check_data(model, method, gather, far, batches, moments, parts)
 
     problems = [
         Problem(part, shape, recipe, form, moments, i, shards)
@@ -138,7 +139,7 @@ def compress(
             stream.advance(layers[-1])
     predicted = tuple(problem.lost for problem in problems) if recipe.in_nats else ()
     name = str(getattr(model.config, "_name_or_path", ""))
-    factors = Factors(tuple(layers), method, name, ranks, predicted, (near.recent, near.sinks))
+    factors = Factors(tuple(layers), method, name, ranks, predicted, far)
     if refine and batches is not None:
         factors = distil(model, factors, batches, steps=refine, nested=nested, progress=progress)
     return factors

@@ -44,7 +44,7 @@ class Factors:
             raise ValueError(
                 f"predicted: expected one for each of {len(self.layers)} layers, got {len(self.predicted)}"
             )
-        if len(self.near) != 2 or any(not isinstance(n, int) or n < 0 for n in self.near):
+        if len(self.near) != 2 or any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in self.near):
             raise ValueError(f"near: expected two numbers of tokens, recent and sinks, got {self.near}")
 
     @property
@@ -61,6 +61,10 @@ class Factors:
     def keep(self) -> float:
         """Bytes of the latent cache / bytes of the dense cache, at 16 bits a number."""
         return self.numbers_per_token / self.dense_numbers_per_token
+
+    def near_or(self, recent: int | None, sinks: int | None) -> tuple[int, int]:
+        """The two as given, or as `near` says where they are None."""
+        return self.near[0] if recent is None else recent, self.near[1] if sinks is None else sinks
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Factors:
         return replace(self, layers=tuple(layer.to(device, dtype) for layer in self.layers))

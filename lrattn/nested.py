@@ -23,12 +23,13 @@ def narrowed(factors: Factors, keep: float) -> Factors:
     """The first latents of every run, as many as `keep` allows, in proportion to those there are.
 
     Args:
-        keep: bytes of the latent cache / bytes of the dense cache: met from below to a step of 16 latents.
+        keep: bytes of the latent cache / bytes of the dense cache: met from below to a step of 16 latents; all latents
+            where it allows more than there are.
 
-    Raises: ValueError if keep is above that of the factors, or too small for one step of every run.
+    Raises: ValueError for a keep outside (0, 1], or too small for one step of every run.
     """
-    if not 0 < keep <= factors.keep:
-        raise ValueError(f"keep: expected a share in (0, {factors.keep:.4g}], what the factors have, got {keep}")
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep: expected a share in (0, 1], got {keep}")
     own = [runs(layer) for layer in factors.layers]
     steps = [length // RANK_STEP for layer in own for length in layer]
     norms = sum(layer.k_width - layer.row_width for layer in factors.layers)
@@ -37,13 +38,13 @@ def narrowed(factors: Factors, keep: float) -> Factors:
     if total < least:
         need = (RANK_STEP * least + norms) / factors.dense_numbers_per_token
         raise ValueError(f"keep: expected at least {need:.3f}, one step of {RANK_STEP} a run, got {keep}")
-    chosen = iter(proportional(steps, total))
+    chosen = iter(proportional(steps, min(total, sum(steps))))
     layers = []
     for layer, lengths in zip(factors.layers, own, strict=True):
         cut = tuple(RANK_STEP * next(chosen) for _ in lengths)
         keys, values = first(layer.keys, layer.values, cut, shared=layer.shared)
         layers.append(replace(layer, keys=keys, values=values))
-    return replace(factors, layers=tuple(layers), predicted=())
+    return replace(factors, layers=tuple(layers), rule="", predicted=())
 
 
 def runs(layer: LayerFactors) -> tuple[int, ...]:

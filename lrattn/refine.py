@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -47,7 +48,7 @@ def refine(
     """Factors that lose less: Adam on `up` and `down` alone, on the divergence from the original model's predictions.
 
     A step takes one sequence. One sequence in eight is held back: the factors that do best on those are returned, which
-    may be the ones given. Ranks, bytes and everything else stay as they are.
+    may be the ones given. Ranks, bytes and all but their `near` window stay as they are.
 
     Args:
         model: the one the factors are of; it is not changed.
@@ -61,8 +62,8 @@ def refine(
         state: a file written at every judgement; if it exists, training goes on where it was.
         progress: show a bar on stderr, with the divergence on the held-back sequences in nats a token.
 
-    Raises: ValueError for too few sequences, layers of which some are rotated and others not, or a state of other
-    factors, steps or text.
+    Raises: ValueError for too few sequences, factors in another dtype or on another device than the model, layers of
+    which some are rotated and others not, or a state of other factors, steps, window or text.
     """
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps!r}")
@@ -70,12 +71,15 @@ def refine(
         raise ValueError("factors: expected rotated keys in all layers or in none, got some of each")
     if state is not None:
         safefile.check_target("state", state)
-    window = Window(
-        *(own if given is None else given for own, given in zip(factors.near, (recent, sinks), strict=True))
-    )
+    window = Window(*factors.near_or(recent, sinks))
+    own, kind = next(model.parameters()), factors.layers[0]
+    if (own.dtype, own.device) != (kind.dtype, kind.device):
+        raise ValueError(
+            f"factors: expected {own.dtype} on {own.device} as in the model, got {kind.dtype} on {kind.device}"
+        )
     judges, lessons = parted(batches)
     run = _Run(model, factors, window, SHARES if nested else (1.0,))
-    run.begin(steps, judges, state)
+    run.begin(steps, judges, lessons, state)
     shown = tqdm(total=steps, initial=run.step, desc="refine", unit="step", disable=not progress)
     with evaluating(model), frozen(model), shown as bar:
         while run.step < steps:
@@ -120,18 +124,24 @@ class _Run:
         self.kept = {name: x.clone() for name, x in self.tensors.items()}
         self.step, self.first, self.best = 0, math.inf, math.inf
 
-    def begin(self, steps: int, judges: list[Tensor], state: str | os.PathLike[str] | None) -> None:
+    def begin(
+        self, steps: int, judges: list[Tensor], lessons: list[Tensor], state: str | os.PathLike[str] | None
+    ) -> None:
         """Goes on from the state, or judges the factors as they are."""
         digest = sum(x.double().sum().item() for x in self.tensors.values())
         near = [self.window.recent, self.window.sinks]
-        self.about = [fingerprint(self.model), digest, steps, *near, list(self.shares), len(judges)]
+        text = hashlib.sha256()
+        for ids in (*judges, *lessons):
+            text.update(len(ids).to_bytes(8, "little") + ids.cpu().numpy().tobytes())
+        self.about = [fingerprint(self.model), digest, steps, *near, list(self.shares), text.hexdigest()]
         if state is None or not Path(state).exists():
             self.judge(judges)
             self.first = self.best
             return
-        record, held = safefile.read(state, "refinement")
+        record, tensors = safefile.read(state, "refinement")
         if record["about"] != self.about:
             raise ValueError(f"state: expected a run of these factors, steps and text in {state}, got another's")
+        held = {name: x.to(self.device) for name, x in tensors.items()}
         self.step, self.first, self.best = record["step"], record["first"], record["best"]
         for name in self.tensors:
             self.tensors[name], self.kept[name] = held[f"now.{name}"], held[f"best.{name}"]
@@ -146,12 +156,14 @@ class _Run:
         record = {"about": self.about, "step": self.step, "first": self.first, "best": self.best}
         safefile.write(state, "refinement", record, held)
 
-    def divergence(self, ids: Tensor, share: float) -> Tensor:
-        """Kullback-Leibler divergence of the predictions from the original model's, nats a token, with this share of
-        every group's latents."""
-        ids = ids[None].to(self.device)
-        with torch.no_grad():
-            expected = self.model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
+    @torch.no_grad()
+    def expected(self, ids: Tensor) -> Tensor:
+        """The original model's predictions, [t, V] log-probabilities."""
+        logits: Tensor = self.model(input_ids=ids[None].to(self.device), use_cache=False).logits[0]
+        return logits.float().log_softmax(-1)
+
+    def divergence(self, ids: Tensor, expected: Tensor, share: float) -> Tensor:
+        """Kullback-Leibler divergence from the predictions expected, nats a token, with this share of every run."""
         weights, rotated = self._weights(share), self.factors.layers[0].rotated
 
         def replaced(i: int, x: Tensor, k: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,15 +171,15 @@ class _Run:
             return nn.functional.linear(k if rotated else x, *keys), nn.functional.linear(x, *values)
 
         with substituted(self.model, replaced, self.window, rotated=rotated):
-            got = self.model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
+            got = self.model(input_ids=ids[None].to(self.device), use_cache=False).logits[0].float().log_softmax(-1)
         return nn.functional.kl_div(got, expected, reduction="batchmean", log_target=True)
 
     def learn(self, lessons: list[Tensor], rate: float) -> None:
         """One step of Adam on one sequence, which meets another share of the latents in every round."""
         leaves = [x.requires_grad_() for x in self.tensors.values()]
         rounds, at = divmod(self.step, len(lessons))
-        ids, share = lessons[at], self.shares[(self.step + rounds) % len(self.shares)]
-        grads = torch.autograd.grad(self.divergence(ids, share), leaves)
+        share = self.shares[(at + rounds) % len(self.shares)]
+        grads = torch.autograd.grad(self.divergence(lessons[at], self.expected(lessons[at]), share), leaves)
         self.step += 1
         for (name, x), grad in zip(self.tensors.items(), grads, strict=True):
             x.requires_grad_(False)
@@ -180,8 +192,11 @@ class _Run:
     @torch.no_grad()
     def judge(self, judges: list[Tensor]) -> None:
         """Keeps the factors if they are the best on the sequences held back."""
-        losses = [self.divergence(ids, share).item() * len(ids) for ids in judges for share in self.shares]
-        found = sum(losses) / sum(map(len, judges)) / len(self.shares)
+        found = 0.0
+        for ids in judges:
+            expected = self.expected(ids)
+            found += len(ids) * sum(self.divergence(ids, expected, share).item() for share in self.shares)
+        found /= sum(map(len, judges)) * len(self.shares)
         if found < self.best:
             self.best = found
             self.kept = {name: x.clone() for name, x in self.tensors.items()}
@@ -204,7 +219,13 @@ class _Run:
             keys, values = _projections(layer, i, kept)
             keys, values = replace(keys, bias=layer.keys.bias), replace(values, bias=layer.values.bias)
             layers.append(replace(layer, keys=keys, values=values))
-        return replace(self.factors, layers=tuple(layers), method=f"{self.factors.method}, refined", predicted=())
+        return replace(
+            self.factors,
+            layers=tuple(layers),
+            method=f"{self.factors.method}, refined",
+            predicted=(),
+            near=(self.window.recent, self.window.sinks),
+        )
 
 
 def _tensors(factors: Factors) -> Iterator[tuple[str, Tensor]]:

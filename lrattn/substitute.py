@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,13 @@ class Window:
             n = getattr(self, name)
             if not isinstance(n, int) or isinstance(n, bool) or n < 0:
                 raise ValueError(f"{name}: expected a number of tokens, 0 or more, got {n!r}")
+
+    @classmethod
+    def of(cls, far: Sequence[int]) -> Window:
+        """Of two numbers, recent and sinks. Raises: ValueError for anything else."""
+        if not isinstance(far, Sequence) or len(far) != 2:
+            raise ValueError(f"far: expected (recent, sinks), got {far!r}")
+        return cls(*far)
 
     def __bool__(self) -> bool:
         return self.recent > 0 or self.sinks > 0

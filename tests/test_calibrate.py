@@ -131,7 +131,7 @@ def test_what_cannot_be_summed_is_refused():
     ):
         with pytest.raises(ValueError, match=reason):
             lrattn.calibrate(model, [wrong], progress=False)
-    with pytest.raises(ValueError, match="sequences of two tokens or more, longer than the window"):
+    with pytest.raises(ValueError, match="tokens that attention sees beyond the window"):
         lrattn.calibrate(model, [ids[:, :1]], gather=["fisher"], progress=False)
     with torch.inference_mode():
         frozen = tiny.model("llama")
@@ -294,7 +294,7 @@ def test_gradients_beyond_a_window_are_those_of_far_tokens():
     """None where the window holds everything; of the sinks none; else those of a loss whose near keys are constants."""
     model, ids = tiny.model("llama"), tiny.tokens(2, 20)
     for far in ((20, 0), (0, 20)):
-        with pytest.raises(ValueError, match="longer than the window"):
+        with pytest.raises(ValueError, match=r"beyond the window far=\(\d+, \d+\), got none"):
             lrattn.calibrate(model, [ids], gather=["metric"], far=far, progress=False)
     others = lrattn.calibrate(model, [ids], gather=["metric"], far=(1, 0), progress=False)
     some = lrattn.calibrate(model, [ids], gather=["metric"], far=(5, 2), progress=False)
@@ -311,6 +311,23 @@ def test_gradients_beyond_a_window_are_those_of_far_tokens():
     for name, sums in some.sums.items():
         for x, y in zip(sums, found.sums[name], strict=True):
             torch.testing.assert_close(y, x, rtol=1e-4, atol=1e-6 * x.abs().max().item())
+
+
+def test_a_state_without_gradients_serves_any_window(tmp_path):
+    """Methods differ in their window: only gradients depend on it. What is held goes on in its own."""
+    model, ids, state = tiny.model("llama"), tiny.tokens(3, 20), tmp_path / "state"
+    lrattn.calibrate(model, [ids[:2]], gather=["metric"], far=(5, 2), state=state, progress=False)
+    whole = lrattn.calibrate(model, [ids], state=state, progress=False)
+    once = lrattn.calibrate(model, [ids], gather=["metric"], far=(5, 2), progress=False)
+    assert whole.far == once.far == (5, 2)
+    for x, y in zip(whole.sums["metric.keys"], once.sums["metric.keys"], strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-9)
+    with pytest.raises(ValueError, match=r"state: expected gradients beyond a window .* of \(0, 0\), got \(5, 2\)"):
+        lrattn.calibrate(model, [ids], gather=["metric"], state=state, progress=False)
+    assert lrattn.calibrate(model, [ids], far=(5, 2), progress=False).far == (0, 0)
+    for wrong in (5, (5,), (5, 2, 1), None):
+        with pytest.raises(ValueError, match=r"far: expected \(recent, sinks\)"):
+            lrattn.calibrate(model, [ids], far=wrong, progress=False)
 
 
 def test_rotated_moments_are_those_of_the_model_s_keys_and_queries():

@@ -385,6 +385,11 @@ def test_factors_say_which_window_they_are_for(tmp_path):
     for far in ((0, 0), (6, 2)):
         moments = lrattn.calibrate(model, [ids], gather=["metric"], far=far, progress=False)
         assert lrattn.compress(model, moments=moments, progress=False).near == far
+    moments = lrattn.calibrate(model, [ids], gather=["fisher"], far=(8, 1), progress=False)
+    assert lrattn.compress(model, method="palu", ranks="fisher", moments=moments, progress=False).near == (8, 1)
+    state = tmp_path / "state"
+    for method in ("lrattn", "palu", "cskv"):
+        lrattn.compress(model, [ids], method, state=state, progress=False)
     cache = LatentCache(model, factors)
     assert (cache.recent, cache.sinks) == (64, 4)
     cache = LatentCache(model, factors, sinks=0)
@@ -394,8 +399,9 @@ def test_factors_say_which_window_they_are_for(tmp_path):
         with torch.no_grad(), latent_attention(model, factors, **near):
             logits.append(model(ids, use_cache=False).logits)
     assert torch.equal(logits[0], logits[1]) and not torch.allclose(logits[0], logits[2], atol=1e-3)
-    with pytest.raises(ValueError, match="near: expected two numbers of tokens"):
-        lrattn.Factors(factors.layers, near=(64, -1))
+    for wrong in ((64, -1), (64,), (True, 0)):
+        with pytest.raises(ValueError, match="near: expected two numbers of tokens"):
+            lrattn.Factors(factors.layers, near=wrong)
 
 
 def test_layers_whose_window_hides_far_tokens_cost_nothing():
@@ -405,9 +411,8 @@ def test_layers_whose_window_hides_far_tokens_cost_nothing():
     local = [part.window is not None for part in attention_parts(model)]
     widths = [layer.values.width for layer in factors.layers]
     assert any(local) and not all(local)
-    assert max(w for w, near in zip(widths, local, strict=True) if near) <= min(
-        w for w, near in zip(widths, local, strict=True) if not near
-    )
+    felt, unfelt = ([w for w, own in zip(widths, local, strict=True) if own is near] for near in (False, True))
+    assert max(unfelt) < min(felt)
     with torch.no_grad(), latent_attention(model, factors):
         got = model(ids, use_cache=False).logits
     assert got.isfinite().all()

@@ -47,7 +47,9 @@ def test_factors_of_rotated_keys_are_trained_on_rotated_keys(family, method):
     start = lrattn.compress(model, [ids], method, 0.5, far=(0, 0), progress=False)
     run = sys.modules["lrattn.refine"]._Run(model, start, Window(), (1.0,))
     with torch.no_grad():
-        assert run.divergence(ids[0], 1.0).item() == pytest.approx(divergence(model, start, ids[:1]), rel=1e-3)
+        assert run.divergence(ids[0], run.expected(ids[0]), 1.0).item() == pytest.approx(
+            divergence(model, start, ids[:1]), rel=1e-3
+        )
     end = lrattn.refine(model, start, [ids], steps=40, progress=False)
     assert divergence(model, end, ids[::8]) < 0.9 * divergence(model, start, ids[::8])
 
@@ -57,8 +59,10 @@ def test_the_window_is_exact_in_training_too():
     model, ids = tiny.model("llama"), text()
     start = lrattn.compress(model, [ids], keep=0.2, far=(6, 1), progress=False)
     near = {"recent": 6, "sinks": 1}
+    assert start.near == (6, 1)
     with_window = lrattn.refine(model, start, [ids], steps=24, **near, progress=False)
     without = lrattn.refine(model, start, [ids], steps=24, recent=0, sinks=0, progress=False)
+    assert with_window.near == (6, 1) and without.near == (0, 0)
     losses = [divergence(model, f, ids, **near) for f in (with_window, without, start)]
     assert losses[0] < losses[1] and losses[0] < losses[2]
 
@@ -94,6 +98,8 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     for wrong in ({"steps": 21}, {"steps": 20, "recent": 3}):
         with pytest.raises(ValueError, match="state: expected a run of these factors, steps and text"):
             lrattn.refine(model, start, [ids], state=path, progress=False, **wrong)
+    with pytest.raises(ValueError, match="state: expected a run of these factors, steps and text"):
+        lrattn.refine(model, start, [text() + 1], steps=20, state=path, progress=False)
 
 
 def test_padding_takes_no_part():
@@ -119,7 +125,8 @@ def test_the_model_is_left_alone_and_bad_input_refused():
         ({"batches": [ids[:1]]}, "batches: expected two sequences"),
         ({"batches": [ids], "steps": 0}, "steps: expected at least 1"),
         ({"batches": [ids], "recent": -1}, "recent: expected"),
+        ({"batches": [ids], "factors": start.to(dtype=torch.float64)}, "factors: expected torch.float32 on cpu"),
     ):
         with pytest.raises(ValueError, match=reason):
-            lrattn.refine(model, start, **arguments, progress=False)
+            lrattn.refine(model, **{"factors": start} | arguments, progress=False)
     assert math.isfinite(divergence(model.eval(), refined, ids))

@@ -16,7 +16,7 @@ from lrattn.projection import Projection
 from lrattn.rope import Rope
 
 TOKENS = 8
-SHUFFLES = 32  # of a weight's inputs, to learn what chance makes of a cosine
+SHUFFLES = 32  # of a weight's outputs, to learn what chance makes of a cosine
 PROBES, ALIKE = 16, 0.1  # random inputs a layer; the cosine below which weights, or directions, are taken for unrelated
 _VERIFIED: WeakSet[nn.Module] = WeakSet()
 _COMPARED: WeakKeyDictionary[nn.Module, WeakSet[Factors]] = WeakKeyDictionary()
@@ -100,18 +100,19 @@ def _cosines(part: AttentionParts, layer: LayerFactors) -> list[float]:
 
 
 def _beyond_chance(part: AttentionParts, name: str, side: Projection, rotated: bool) -> bool:
-    """Whether a map points where its weight does more than where that weight would with its inputs shuffled.
+    """Whether a map points where its weight does more than where that weight would with its outputs shuffled.
 
     A map of few latents that is a projection in a metric of its own is long where it errs cheaply: its cosine is small
-    against 1, and yet large against those of chance, 1 / sqrt(rank * inputs) or so.
+    against 1, and yet large against those of chance. Outputs are shuffled, not inputs: large inputs are large in every
+    layer.
     """
     weight = part.weight(name).float()
     if rotated:
         weight = torch.eye(weight[..., 0].numel()).to(weight)
     weight, made = weight.flatten(0, -2), side.dense().float().flatten(0, 1)
     generator = torch.Generator().manual_seed(0)
-    shuffles = (torch.randperm(weight.shape[1], generator=generator).to(weight.device) for _ in range(SHUFFLES))
-    chance = max((made * weight[:, shuffle]).sum().abs().item() for shuffle in shuffles)
+    shuffles = (torch.randperm(len(weight), generator=generator).to(weight.device) for _ in range(SHUFFLES))
+    chance = max((made * weight[shuffle]).sum().abs().item() for shuffle in shuffles)
     return (made * weight).sum().item() > 1.5 * chance
 
 

@@ -127,4 +127,4 @@ def near_of(factors: Factors, recent: int | None, sinks: int | None) -> tuple[in
     for name, given in (("recent", recent), ("sinks", sinks)):
         if given is not None:
             check_integer(name, given, 0)
-    return factors.near[0] if recent is None else recent, factors.near[1] if sinks is None else sinks
+    return factors.near_or(recent, sinks)
