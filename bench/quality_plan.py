@@ -163,7 +163,11 @@ PLANS = {
         "Qwen2.5-Coder-0.5B-Instruct, 2 kv heads, biases",
         models.qwen25_coder,
         4,
-        (Block(1, TOP, (0.5, 0.3)), Block(5, (PALU, JOINT, FAR_JOINT), (0.3,), near=NEAR, counted=True)),
+        (
+            Block(1, TOP, (0.5, 0.3)),
+            Block(5, (PALU, JOINT, FAR_JOINT), (0.3,), near=NEAR, counted=True),
+            Block(6, (Row("palu", "spectrum"),), (0.5, 0.3)),
+        ),
     ),
     "smollm2-mha": Plan(
         "SmolLM2 as 9 shuffled kv heads, groups of 3",
