@@ -23,6 +23,7 @@ def narrowed(factors: Factors, keep: float) -> Factors:
     """The first latents of every run, as many as `keep` allows, in proportion to those there are.
 
     Args:
+        factors: of any method; they are left as they are.
         keep: bytes of the latent cache / bytes of the dense cache: met from below to a step of 16 latents; all latents
             where it allows more than there are.
 

@@ -9,7 +9,7 @@ import tiny
 import torch
 
 import lrattn
-from bench import head_groups, memory, quality, quality_plot, quality_table, resources, scale, traffic
+from bench import demo, head_groups, memory, quality, quality_plot, quality_table, resources, scale, traffic
 
 ROOT = Path(lrattn.__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -68,6 +68,7 @@ def test_the_readme_table_is_the_committed_run():
     for row in results["rows"]:
         longest = max(row["cache_bytes"], key=int)
         held = row["cache_bytes"][longest] / int(longest)
+        assert f"{row['perplexity']:.2f}" in demo.table(results)
         assert re.search(
             rf"\| {row['method']} \| {row['keep']:.2f} \| {row['perplexity']:.2f} \| {held:,.0f} \|", text
         ), row
