@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lrattn import ranks
 
@@ -219,3 +221,14 @@ def test_energies_in_nats_compare_as_they_are():
     scaled = [([e * 1e3 for e in energies[0][0]], energies[0][1]), *energies[1:]]
     plain, more = (by_layer(ranks.spectrum(SHAPES[1], 0.5, e, in_nats=True)) for e in (energies, scaled))
     assert more[0] > plain[0] and sum(more) == sum(plain)
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=12), st.floats(0, 1))
+def test_runs_are_cut_in_proportion_and_none_away(caps, share):
+    least, most = sum(cap > 0 for cap in caps), sum(caps)
+    total = least + round(share * (most - least))
+    steps = ranks.proportional(caps, total)
+    assert sum(steps) == total
+    assert all(min(cap, 1) <= n <= cap for n, cap in zip(steps, caps, strict=True))
+    of_most = [n for n, cap in zip(steps, caps, strict=True) if cap == max(caps)]
+    assert max(of_most) - min(of_most) <= 1
