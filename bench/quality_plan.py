@@ -118,6 +118,7 @@ REST = (
     Row("palu", "uniform"),
     Row("recalkv-hsr", "spectrum"),
     Row("svd", "uniform"),
+    Row("kq-svd", "uniform"),  # its own rule
     *(Row(name) for name in ("kq-svd", "eigen", "asvd", "svd-llm", "cskv", "kv-heads", "matryoshka-pca", "think")),
     Row("lorc", "condition"),
 )
