@@ -190,7 +190,8 @@ def probe(cells: list[Settings]) -> Figure:
         own = [(c, row) for c, row in shown_here if recent == 0 or any(row.far) or row.method != "lrattn"]
         for cell, row in own:
             colour, marker = CURVES.get(Row(row.method, row.ranks, row.shared), ("0.6", "x"))
-            draw_gains(axis, cell["probe_at"], color=colour, marker=marker, label=row.label)
+            line = "--" if row.refine else "-"
+            draw_gains(axis, cell["probe_at"], color=colour, marker=marker, ls=line, label=row.label)
         if dense is not None:
             draw_gains(axis, dense["probe_at"], color="black", marker="", lw=2, label="dense")
         window = f"\ndense window {recent} + {sinks}" if recent else "\nno dense window"
