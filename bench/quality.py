@@ -127,12 +127,10 @@ class Subject:
 
     def factors(self, cell: Settings) -> lrattn.Factors:
         """What the cell's row and keep say; those trained once for every keep are kept."""
-        row, near = row_of(cell), cell["recent"] + cell["sinks"]
-        keep = cell["keep"] - (near / cell["length"] if cell["counted"] else 0)
-        path = (
-            self.folder
-            / f"{self.name}-sample{cell['sample']}-{row.label.replace(' ', '-')}-{cell['group_size']}.factors"
-        )
+        row = row_of(cell)
+        keep = cell["keep"] - (window_share(cell) if cell["counted"] else 0)
+        label = f"{row.label.replace(' ', '-')}-{cell['group_size']}"
+        path = self.folder / f"{self.name}-sample{cell['sample']}-{label}.factors"
         if row.nested and path.is_file():  # `measure(again=True)` takes it away
             return lrattn.narrowed(lrattn.Factors.load(path), keep)
         factors = lrattn.compress(
@@ -187,8 +185,7 @@ def run(subject: Subject, cell: Settings, held: list[Settings]) -> dict[str, Any
         "compress_seconds": round(time.perf_counter() - begin, 1),
         "factors": digest_of(factors),
         "achieved_keep": factors.keep,
-        "whole_keep": factors.keep
-        + (cell["recent"] + cell["sinks"]) / cell["length"],  # with the bytes of the dense window, at this length
+        "whole_keep": factors.keep + window_share(cell),
         "key_share": sum(x.keys.width for x in layers) / factors.numbers_per_token,  # of the latents, what keys read
         "widths": [[x.keys.width, x.values.width] for x in layers],  # of rows that are shared, the values read all
         "rows_shared": layers[0].shared,
@@ -201,6 +198,11 @@ def run(subject: Subject, cell: Settings, held: list[Settings]) -> dict[str, Any
     if same is not None:  # the same factors under another name: with one key group HSR has nothing to do
         return found | {name: same[name] for name in ("texts", "probe_at") if name in same}
     return found | evaluated(subject, cell, factors, dense)
+
+
+def window_share(cell: Settings) -> float:
+    """Bytes of the dense window over the dense cache's, at the cell's length."""
+    return (cell["recent"] + cell["sinks"]) / cell["length"]
 
 
 def evaluated(

@@ -226,8 +226,7 @@ def row_of(settings: Settings) -> Row:
 def gathered(name: str, sample: str) -> list[str]:
     """What the rows of a model's plan without a dense window need of a calibration sample: names of moments."""
     rows = {row for b in PLANS[name].blocks if sample in b.samples for row in b.rows if not any(row.far)}
-    needed = {x for row in rows for x in (*METHODS[row.method].gather, *(["fisher"] if row.ranks == "fisher" else []))}
-    return sorted(needed)
+    return sorted(set().union(*(METHODS[row.method].gathered(row.ranks) for row in rows)))
 
 
 def find(cells: list[Settings], **wanted: Any) -> Settings | None:

@@ -60,8 +60,7 @@ def one(shape: str, layers: int, method: str, ranks: str) -> dict[str, Any]:
     batches = torch.randint(0, sizes["vocab_size"], (SEQUENCES, LENGTH)).split(1)
     before = process.resident()["now"]
     begin = time.perf_counter()
-    gather = {*lrattn.methods.METHODS[method].gather, *(["fisher"] if ranks == "fisher" else [])}
-    moments = lrattn.calibrate(model, batches, gather=gather)
+    moments = lrattn.calibrate(model, batches, gather=lrattn.methods.METHODS[method].gathered(ranks))
     calibrated = time.perf_counter()
     factors = lrattn.compress(model, batches, method, 0.5, ranks=ranks, moments=moments)
     end = time.perf_counter()

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,10 @@ def calibrate(
             stack.enter_context(frozen(model))
         shown = tqdm(batches, desc="calibrate", unit="batch", disable=not progress)
         for ids, live, text in _unseen(shown, held):
-            for rows, own in _unpadded(ids, live) if window else [(ids, live)]:
+            passes: list[tuple[Tensor, Tensor | None]] = [(ids, live)]
+            if window and live is not None and not bool(live.all()):
+                passes = [(row[None], None) for row in unpadded(ids, live)]
+            for rows, own in passes:
                 if not rows.numel():
                     held = replace(held, sequences=held.sequences + 1, text=text)
                     continue
@@ -113,6 +116,11 @@ def tokens_of(batch: Batch) -> tuple[Tensor, Tensor | None]:
     return ids.long().clone(), None if mask is None else mask.bool()  # backward keeps them: not the caller's
 
 
+def unpadded(ids: Tensor, live: Tensor | None) -> list[Tensor]:
+    """Each sequence [t] of token ids [b, t] without its padding."""
+    return list(ids) if live is None else [row[kept] for row, kept in zip(ids, live, strict=True)]
+
+
 def _told(x: Any) -> str:
     return f"{list(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
 
@@ -145,7 +153,7 @@ def _resume(
 ) -> Moments:
     """The moments in the state file, or zeros."""
     own, wanted = fingerprint(model), bool(set(gather) & set(GRADIENTS))
-    far = (window.recent, window.sinks) if wanted else (0, 0)
+    far = astuple(window) if wanted else (0, 0)
     if state is not None:
         safefile.check_target("state", state)
     if state is not None and Path(state).exists():
@@ -181,8 +189,7 @@ def _unseen(batches: Iterable[Batch], held: Moments) -> Iterator[tuple[Tensor, T
     text, passed = "", 0
     for batch in batches:
         ids, live = tokens_of(batch)
-        for b, row in enumerate(ids.cpu()):
-            kept = row if live is None else row[live[b].cpu()]
+        for kept in unpadded(ids.cpu(), None if live is None else live.cpu()):
             text = hashlib.sha256(text.encode() + kept.numpy().tobytes()).hexdigest()
             passed += 1
             if passed == held.sequences and text != held.text:
@@ -194,15 +201,6 @@ def _unseen(batches: Iterable[Batch], held: Moments) -> Iterator[tuple[Tensor, T
         raise ValueError(
             f"state: expected batches to begin with the {held.sequences} sequences it has seen, got {passed}"
         )
-
-
-def _unpadded(ids: Tensor, live: Tensor | None) -> Iterator[tuple[Tensor, None]]:
-    """The batch as it is, or, where some is padding, its sequences one by one without it."""
-    if live is None or bool(live.all()):
-        yield ids, None
-        return
-    for row, kept in zip(ids, live, strict=True):
-        yield row[kept][None], None
 
 
 class _Sums:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import astuple
 
 import torch
 from torch import nn
@@ -84,11 +85,10 @@ def compress(
     if shared is not None and (shared not in FORMS or (shared and not recipe.in_nats)):
         expected = f"None or one of {FORMS}" if recipe.in_nats else f"None or False with method {method!r}"
         raise ValueError(f"shared: expected {expected}, got {shared!r}")
-    gather = {*recipe.gather, *(["fisher"] if ranks == "fisher" else [])}
+    gather = recipe.gathered(ranks)
     if far is None:
         far = moments.far if moments is not None and gather & set(GRADIENTS) else recipe.near
-    near = Window.of(far)
-    far = (near.recent, near.sinks)
+    far = astuple(Window.of(far))
     parts = attention_parts(model)
     form = _form(shared, recipe, parts, keep, group_size, shards)
     shapes = [_shape(part, recipe, form, group_size, shards) for part in parts]

@@ -15,7 +15,7 @@ from dataclasses import replace
 from lrattn.factors import Factors
 from lrattn.layer import LayerFactors
 from lrattn.projection import Projection
-from lrattn.ranks import proportional
+from lrattn.ranks import affordable, proportional
 from lrattn.shapes import RANK_STEP, round_up
 
 
@@ -29,16 +29,11 @@ def narrowed(factors: Factors, keep: float) -> Factors:
 
     Raises: ValueError for a keep outside (0, 1], or too small for one step of every run.
     """
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep: expected a share in (0, 1], got {keep}")
     own = [runs(layer) for layer in factors.layers]
     steps = [length // RANK_STEP for layer in own for length in layer]
     norms = sum(layer.k_width - layer.row_width for layer in factors.layers)
-    total = int(keep * factors.dense_numbers_per_token - norms + 1e-6) // RANK_STEP
     least = sum(n > 0 for n in steps)
-    if total < least:
-        need = (RANK_STEP * least + norms) / factors.dense_numbers_per_token
-        raise ValueError(f"keep: expected at least {need:.3f}, one step of {RANK_STEP} a run, got {keep}")
+    total = affordable(keep, factors.dense_numbers_per_token, norms, least, f"one step of {RANK_STEP} a run")
     chosen = iter(proportional(steps, min(total, sum(steps))))
     layers = []
     for layer, lengths in zip(factors.layers, own, strict=True):

@@ -182,17 +182,27 @@ def budget(shapes: Sequence[LayerShape], keep: float) -> int:
     Raises: ValueError if keep is outside (0, 1] or too small to give every group one step, or all of values that a
     method leaves whole.
     """
+    full = sum(_caps(shapes))
+    if keep == 1:
+        return full
+    what = "one step of 16 a group and the norm columns"
+    what = f"all of the values, {what}" if any(s.whole_values for s in shapes) else what
+    norms, dense = sum(s.norm_width for s in shapes), sum(s.dense for s in shapes)
+    return min(affordable(keep, dense, norms, sum(_leasts(shapes)), what), full)
+
+
+def affordable(keep: float, dense: int, norms: int, least: int, what: str) -> int:
+    """Steps of 16 latents within keep * dense numbers a token, beside so many norm columns.
+
+    Raises: ValueError if keep is outside (0, 1] or allows fewer than `least` steps: `what` says what those are.
+    """
     if not 0 < keep <= 1:
         raise ValueError(f"keep: expected a share in (0, 1], got {keep}")
-    leasts, caps = _leasts(shapes), _caps(shapes)
-    norms, dense = sum(s.norm_width for s in shapes), sum(s.dense for s in shapes)
-    steps = sum(caps) if keep == 1 else int(keep * dense - norms + 1e-6) // RANK_STEP
-    if steps < sum(leasts):
-        need = (RANK_STEP * sum(leasts) + norms) / dense
-        what = "one step of 16 a group and the norm columns"
-        what = f"all of the values, {what}" if any(s.whole_values for s in shapes) else what
+    steps = int(keep * dense - norms + 1e-6) // RANK_STEP
+    if steps < least:
+        need = (RANK_STEP * least + norms) / dense
         raise ValueError(f"keep: expected at least {need:.3f}, {what}, got {keep}")
-    return min(steps, sum(caps))
+    return steps
 
 
 def _caps(shapes: Sequence[LayerShape]) -> list[int]:

@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lrattn import safefile
-from lrattn.calibrate import Batch, fingerprint, tokens_of
+from lrattn.calibrate import Batch, fingerprint, tokens_of, unpadded
 from lrattn.factors import Factors
 from lrattn.layer import LayerFactors, sides_of
 from lrattn.nested import first, shared_out
@@ -102,11 +102,7 @@ def parted(batches: Iterable[Batch]) -> tuple[list[Tensor], list[Tensor]]:
 
     Raises: ValueError if there are fewer than two of two tokens or more.
     """
-    found = []
-    for batch in batches:
-        ids, live = tokens_of(batch)
-        found += [row if live is None else row[live[b]] for b, row in enumerate(ids)]
-    found = [row for row in found if len(row) > 1]
+    found = [row for batch in batches for row in unpadded(*tokens_of(batch)) if len(row) > 1]
     if len(found) < 2:
         raise ValueError(f"batches: expected two sequences of two tokens or more, got {len(found)}")
     return found[::HELD_BACK], [row for i, row in enumerate(found) if i % HELD_BACK]
@@ -129,11 +125,17 @@ class _Run:
     ) -> None:
         """Goes on from the state, or judges the factors as they are."""
         digest = sum(x.double().sum().item() for x in self.tensors.values())
-        near = [self.window.recent, self.window.sinks]
         text = hashlib.sha256()
         for ids in (*judges, *lessons):
             text.update(len(ids).to_bytes(8, "little") + ids.cpu().numpy().tobytes())
-        self.about = [fingerprint(self.model), digest, steps, *near, list(self.shares), text.hexdigest()]
+        self.about = [
+            fingerprint(self.model),
+            digest,
+            steps,
+            *astuple(self.window),
+            list(self.shares),
+            text.hexdigest(),
+        ]
         if state is None or not Path(state).exists():
             self.judge(judges)
             self.first = self.best
@@ -224,7 +226,7 @@ class _Run:
             layers=tuple(layers),
             method=f"{self.factors.method}, refined",
             predicted=(),
-            near=(self.window.recent, self.window.sinks),
+            near=astuple(self.window),
         )
 
 

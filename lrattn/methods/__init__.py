@@ -74,6 +74,10 @@ class Method:
     ranks: str = "spectrum"
     near: tuple[int, int] = (0, 0)
 
+    def gathered(self, ranks: str) -> set[str]:
+        """What calibration has to sum for it, with that rule of ranks."""
+        return {*self.gather, *(["fisher"] if ranks == "fisher" else [])}
+
 
 def _recalkv(cluster: Cluster | None = None, refit: Refit | None = None) -> Method:
     return Method(cluster=cluster, groups=("given", "layer"), refit=refit)
