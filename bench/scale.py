@@ -1,9 +1,10 @@
 """What compressing a large model takes: peak memory and time a layer, on random models of real shapes.
 
-python -m bench.scale
+python -m bench.scale [--again]
 
-Each case runs in a process of its own. A 1B model is run whole; a 7B model by its first 2 and its first 4 layers, from
-which 32 layers are extrapolated: those figures are estimates, and are called so.
+Each case runs in a process of its own, and is kept in the JSON: --again measures what is there anew. A 1B model is run
+whole; a 7B model by its first 2 and its first 4 layers, from which 32 layers are extrapolated: those figures are
+estimates, and are called so.
 """
 
 from __future__ import annotations
@@ -31,11 +32,13 @@ SHAPES = {
     },
 }  # fmt: skip
 WAYS = (("palu", "spectrum"), ("recalkv", "fisher"), ("lrattn", "spectrum"))
+SETTINGS = ("shape", "layers", "method", "ranks")
 SEQUENCES, LENGTH = 2, 512
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--again", action="store_true", help="measure every case anew")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one is not None:
@@ -43,13 +46,17 @@ def main() -> None:
         print(json.dumps(one(shape, int(layers), method, ranks)))
         return
     cases = [(shape, layers, *way) for way in WAYS for shape, layers in (("1B", 16), ("7B", 2), ("7B", 4))]
-    rows = []
+    held = [] if args.again or not PATH.is_file() else report.load(PATH)["rows"]
+    known = {tuple(row[name] for name in SETTINGS): row for row in held}
     for n, case in enumerate(cases, 1):
+        if case in known:
+            continue
         print(f"case {n} of {len(cases)}: {case}", flush=True)
-        rows.append(process.apart("bench.scale", "--one", *map(str, case)))
-    estimates = [estimate(rows, method) for method, _ in WAYS]
-    report.save(PATH, {"dtype": "float32", "tokens": SEQUENCES * LENGTH, "rows": rows, "estimates": estimates})
-    print(table(json.loads(PATH.read_text())))
+        known[case] = {**process.apart("bench.scale", "--one", *map(str, case)), "commit": report.commit()}
+        rows = [known[case] for case in cases if case in known]
+        found = {"rows": rows, "estimates": estimates(rows)}
+        report.save(PATH, {"dtype": "float32", "tokens": SEQUENCES * LENGTH, **found})
+    print(table(report.load(PATH)))
 
 
 def one(shape: str, layers: int, method: str, ranks: str) -> dict[str, Any]:
@@ -80,18 +87,21 @@ def one(shape: str, layers: int, method: str, ranks: str) -> dict[str, Any]:
     }
 
 
-def estimate(rows: list[dict[str, Any]], method: str) -> dict[str, Any]:
+def estimates(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of every method with both shortened 7B models."""
+    of_7b = {(r["method"], r["layers"]): r for r in rows if r["shape"] == "7B"}
+    return [estimate(of_7b[m, 2], of_7b[m, 4]) for m, _ in WAYS if {(m, 2), (m, 4)} <= of_7b.keys()]
+
+
+def estimate(two: dict[str, Any], four: dict[str, Any]) -> dict[str, Any]:
     """A 7B model by the line through its 2 and its 4 layers. In bfloat16 only the model's own bytes are halved."""
-    two, four = (
-        next(r for r in rows if r["method"] == method and (r["shape"], r["layers"]) == ("7B", n)) for n in (2, 4)
-    )
     layers = SHAPES["7B"]["num_hidden_layers"]
 
     def at_full_depth(name: str) -> float:
         return two[name] + (layers - 2) * (four[name] - two[name]) / 2
 
     return {
-        "method": method,
+        "method": two["method"],
         "layers": layers,
         "peak_float32": at_full_depth("peak"),
         "peak_bfloat16": at_full_depth("peak") - at_full_depth("model_bytes") / 2,

@@ -82,8 +82,11 @@ def test_a_ride_loses_what_it_says_and_never_more_than_apart(row):
         assert lost <= separate(keys, values, rank, row) * (1 + 1e-9)
 
 
-def test_splits_take_the_best_key_rank_and_their_gains_are_what_is_saved():
+@pytest.mark.parametrize("rank", [64, 20])
+def test_splits_take_the_best_key_rank_and_their_gains_are_what_is_saved(rank):
+    """Also where keys have no more than 20 directions: the latents beyond those are rounding."""
     keys, values = side(0, 4, 16, 100), side(10, 4, 16, 100)
+    keys = Side((random(64, rank, seed=3) @ random(rank, 100, seed=4)).view(4, 16, 100), keys.moment, keys.metric)
     gains, ranks = splits(keys, values)
     assert len(gains) == 100 and len(ranks) == 7 and (gains >= 0).all()
     nothing = separate(keys, values, 0, 0)

@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lrattn.methods.weighted import factor, low_rank
+from lrattn.methods.weighted import factor, low_rank, roots
 from lrattn.shapes import RANK_STEP, round_up
 
 SPLITS = 24  # key ranks tried for a ride, about
@@ -66,11 +66,14 @@ def splits(keys: Side, values: Side) -> tuple[Tensor, list[int]]:
     energies, _, down = low_rank(keys.flat, keys.moment, keys.metric)
     n, width = len(energies), min(2 * len(keys.flat), keys.weight.shape[2])
     step = max(RANK_STEP, round_up(n // SPLITS, RANK_STEP))
+    known, _, seen = _seen(down, values)
+    left = seen @ roots(values.metric)[0]
     tails: dict[int, Tensor] = {}  # key rank -> loss by the number of the values' own columns
     for rank in {*range(RANK_STEP, n, step), n}:
-        own = _own(down[:, :rank], values, exact=False)[1]
+        rest = left[min(rank, known) :]
+        own = torch.linalg.eigvalsh(rest.T @ rest).flip(0).clamp_min(0)
         tails[rank] = energies[rank:].sum() + torch.cat((_tail(own), own.new_zeros(1)))
-    lost, ranks = [energies.sum() + low_rank(values.flat, values.moment, values.metric)[0].sum()], []
+    lost, ranks = [energies.sum() + left.square().sum()], []
     for row in range(RANK_STEP, round_up(width, RANK_STEP) + 1, RANK_STEP):
         fits = {rank: tail[min(row - rank, len(tail) - 1)].item() for rank, tail in tails.items() if rank <= row}
         ranks.append(min(fits, key=lambda rank: fits[rank]))
@@ -88,17 +91,30 @@ def ride(keys: Side, values: Side, rank: int, row: int) -> tuple[float, Tensor, 
     Returns: the loss, key up [C, rank, D], value up [C, row, D], down [E, row]; a row may come out shorter.
     """
     energies, key_up, down = low_rank(keys.flat, keys.moment, keys.metric)
-    b, own, up, own_down = _own(down[:, :rank], values, exact=True)
+    known, r, seen = _seen(down[:, :rank], values)
+    b = values.weight.new_zeros(rank, len(values.flat))
+    b[:known] = torch.linalg.solve_triangular(r[:known, :known], seen[:known], upper=True)
+    rest = values.flat - b.T @ down[:, :rank].T
+    own, up, own_down = low_rank(rest, values.moment, values.metric, deficient=True)
     lost = energies[rank:].sum() + own[row - rank :].sum()
     up = torch.cat((b, up[: row - rank]))
     key_up, up = (x.unflatten(1, (len(keys.weight), -1)).transpose(0, 1) for x in (key_up[:rank], up))
     return lost.item(), key_up, up, torch.cat((down[:, :rank], own_down[:, : row - rank]), 1)
 
 
-def _own(down: Tensor, values: Side, *, exact: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """B^T [rank, n], and energies, up and down of the columns that values add to a key latent of this down side."""
-    b = torch.linalg.lstsq(values.root.T @ down, values.root.T @ values.flat.T, driver="gelsy").solution
-    return b, *low_rank(values.flat - b.T @ down.T, values.moment, values.metric, deficient=exact)
+def _seen(down: Tensor, values: Side) -> tuple[int, Tensor, Tensor]:
+    """The values as every key latent sees them: with L of the values' moment, L^T [A, Wv^T] = Q [R, S].
+
+    For A_r, the first r columns of A, least squares is B_r^T = R[:r, :r]^-1 S[:r], and S[r:] is what it leaves. Where
+    the keys lack rank the last columns of A are rounding, and see nothing.
+
+    Args: down: A, [E, m], columns in descending order.
+    Returns: how many latents see something; R [k, m]; S [k, n], k = min(E, m + n).
+    """
+    both = torch.linalg.qr(values.root.T @ torch.cat((down, values.flat.T), 1), mode="r").R
+    r, s = both.split((down.shape[1], len(values.flat)), 1)
+    pivots = r.diagonal().abs()
+    return int((pivots > torch.finfo(r.dtype).eps * len(down) * pivots.max()).sum()), r, s
 
 
 def _tail(energies: Tensor) -> Tensor:
