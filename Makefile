@@ -39,7 +39,7 @@ bench-quality: $(VENV)/.quality
 
 bench-memory: $(VENV)/.demo
 	$(RUN) -m bench.memory
-	$(RUN) -m bench.scale
+	$(RUN) -m bench.scale --again
 
 $(VENV)/.torch: bench/install_torch.py
 	$(PYTHON) -m venv $(VENV)

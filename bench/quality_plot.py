@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from bench.quality_plan import (
     JOINT,
     LENGTH,
     NEAR,
+    NESTED,
     PALU,
     PLANS,
     RECALKV,
@@ -33,14 +35,25 @@ from bench.quality_plan import (
     settings_of,
 )
 
-CURVES: dict[Row, tuple[str, str]] = {  # the rows that are drawn: colour, marker
-    Row("svd", "uniform"): ("0.6", "x"),
+CURVES: dict[Row, tuple[str, str]] = {  # the rows of all plots but `window`: colour, marker
     RECALKV: ("tab:orange", "s"),
     PALU: ("tab:blue", "o"),
     Row("palu", "spectrum"): ("tab:cyan", "^"),
     APART: ("goldenrod", "v"),
     RIDE: ("yellowgreen", "D"),
     JOINT: ("darkgreen", "P"),
+}
+AGAINST_BYTES: dict[Row, tuple[str, str]] = CURVES | {
+    Row("svd", "uniform"): ("0.6", "x"),
+    Row("lorc", "condition"): ("0.6", "<"),
+    Row("asvd"): ("0.6", ">"),
+    Row("matryoshka-pca"): ("0.6", "h"),
+    NESTED: ("0.6", "H"),
+    Row("kq-svd", "uniform"): ("0.6", "d"),
+    Row("eigen"): ("0.6", "*"),
+    Row("kv-heads"): ("0.6", "p"),
+    Row("think"): ("0.6", "8"),
+    replace(JOINT, refine=32): ("limegreen", "X"),
 }
 LOSS = "loss over the dense model, nats a token"
 KEEP = "keep: bytes of the latent cache / dense"
@@ -69,10 +82,14 @@ def shown(results: dict[str, Any]) -> list[str]:
     return [name for name, p in PLOTS.items() if any(map(p.shows, results["cells"]))]
 
 
+def is_plain(cell: Settings) -> bool:
+    """Measured, on the first sample, without a dense window."""
+    return "texts" in cell and {"sample": "0", "recent": 0, "length": LENGTH}.items() <= cell.items()
+
+
 def is_point(cell: Settings) -> bool:
-    """Of the curves: measured, on the first sample, without a dense window."""
-    plain = {"sample": "0", "recent": 0, "length": LENGTH}
-    return "texts" in cell and row_of(cell) in CURVES and plain.items() <= cell.items()
+    """Of CURVES."""
+    return is_plain(cell) and row_of(cell) in CURVES
 
 
 def is_near(cell: Settings) -> bool:
@@ -91,11 +108,11 @@ def has_prediction(cell: Settings) -> bool:
 def curves(cells: list[Settings], text: str) -> Figure:
     """Excess loss against keep, one panel a model. On a log axis the dense model lies below every line, at keep 1."""
     names = models_of(cells, is_point)
-    figure, axes = panels(1, len(names), 5.4, 4.4)
+    figure, axes = panels(1, len(names), 5.6, 5)
     for axis, name in zip(axes, names, strict=True):
         ends = []
-        for row, (colour, marker) in CURVES.items():
-            points = [c for c in cells if is_point(c) and c["model"] == name and row_of(c) == row]
+        for row, (colour, marker) in AGAINST_BYTES.items():
+            points = [c for c in cells if is_plain(c) and c["model"] == name and row_of(c) == row]
             points = sorted((c for c in points if c["texts"][text]["excess"] > 0), key=lambda c: c["keep"])
             if points:
                 keeps = [c["keep"] for c in points]
@@ -125,7 +142,7 @@ def label_ends(axis: Axes, ends: Sequence[tuple[float, float, str, str]]) -> Non
     """The name of each curve left of its first point (x, y, name, colour), in the order of the points."""
     low, high = (math.log(y) for y in axis.get_ylim())
     ends = sorted(ends, key=lambda end: end[1])
-    heights = spread([(math.log(y) - low) / (high - low) for _, y, *_ in ends], 0.055)
+    heights = spread([(math.log(y) - low) / (high - low) for _, y, *_ in ends], 0.05)
     for (x, y, name, colour), height in zip(ends, heights, strict=True):
         line = {"arrowstyle": "-", "color": colour, "lw": 0.6, "alpha": 0.7, "relpos": (1, 0.5)}
         axis.annotate(
@@ -237,7 +254,7 @@ def layers(cells: list[Settings]) -> Figure:
 def split(cells: list[Settings]) -> Figure:
     """Latents of keys and values by layer, at keep 0.3 or the least there is: where the bytes went."""
     name = models_of(cells, is_point)[0]
-    own = [c for c in cells if is_point(c) and c["model"] == name and c["method"] != "svd"]
+    own = [c for c in cells if is_point(c) and c["model"] == name]
     keep = 0.3 if any(c["keep"] == 0.3 for c in own) else min(c["keep"] for c in own)
     chosen = sorted((c for c in own if c["keep"] == keep), key=lambda c: list(CURVES).index(row_of(c)))
     columns = min(3, len(chosen))

@@ -102,8 +102,8 @@ def window(cells: list[Settings], name: str) -> str:
         return ""
     head = [
         f"{PLANS[name].title}: excess loss with a window of recent + first tokens dense.",
-        "bytes: of latents and window over the dense cache's, at this length; no: without a window, +: with it beside",
-        "the latents, =: counted in the kept share; far: gradients taken beyond the window",
+        "bytes: of latents and window over the dense cache's, at this length; no: without a window, of factors made",
+        "for none; +: with it beside the latents; =: counted in the kept share; far: gradients taken beyond the window",
     ]
     for length, lines in found.items():
         dense = dense_of(cells, name, length)
