@@ -22,7 +22,8 @@ from lrattn.parts import evaluating, frozen
 from lrattn.projection import Projection
 from lrattn.substitute import Window, substituted
 
-RATE = 5e-3  # of a tensor's root mean square, a step
+RATE = 5e-3  # of a tensor's root mean square, a step, at most
+FAR = 0.25  # nats a token: factors that start nearer to the model take shorter steps
 WARM = 4  # steps until the full rate; then it falls to zero along a cosine
 HELD_BACK = 8  # one sequence in so many is not trained on, and judges
 CHECK_EVERY = 8  # steps between two judgements
@@ -84,7 +85,7 @@ def refine(
     with evaluating(model), frozen(model), shown as bar:
         while run.step < steps:
             bar.set_postfix_str(f"divergence {run.best:.4f}, was {run.first:.4f}")
-            run.learn(lessons, _rate(run.step, steps))
+            run.learn(lessons, _rate(run.step, steps, run.first))
             bar.update()
             if run.step % CHECK_EVERY == 0 or run.step == steps:
                 run.judge(judges)
@@ -93,8 +94,10 @@ def refine(
     return run.result()
 
 
-def _rate(step: int, steps: int) -> float:
-    return RATE * min(1.0, (step + 1) / WARM) * (1 + math.cos(math.pi * step / steps)) / 2
+def _rate(step: int, steps: int, first: float) -> float:
+    """In proportion to the distance to go, whose square the divergence at the start grows with."""
+    longest = RATE * math.sqrt(min(max(first, 0.0) / FAR, 1.0))
+    return longest * min(1.0, (step + 1) / WARM) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def parted(batches: Iterable[Batch]) -> tuple[list[Tensor], list[Tensor]]:
