@@ -127,11 +127,13 @@ ABLATION = (
     Row("recalkv-hsr", "fisher"),
     Row("recalkv-ovc", "fisher"),
     Row("recalkv-greedy", "fisher"),
+    Row("recalkv-neither", "spectrum"),
     Row("recalkv-hsr", "spectrum"),
 )
 FAR_JOINT = replace(JOINT, far=NEAR)
 BEYOND = (PALU, RECALKV, *(replace(row, far=NEAR) for row in (APART, RIDE)), FAR_JOINT, JOINT)  # beside a dense window
-NESTED = Row("matryoshka", "uniform", refine=64, nested=True)
+UNTRAINED = Row("matryoshka", "uniform")
+NESTED = replace(UNTRAINED, refine=64, nested=True)
 REFINED = (Row("palu", "spectrum", refine=32), replace(JOINT, refine=32))
 SAMPLED = (Row("palu", "spectrum"), Row("kq-svd"), APART, RIDE, JOINT)  # which take one backward pass together
 
@@ -152,9 +154,11 @@ PLANS = {
             Block(3, TOP, (0.5, 0.3), samples=("1", "2")),
             Block(4, REST, (0.3,)),
             Block(5, REST, (0.5,)),
-            Block(5, (NESTED,), (0.5, 0.3)),
+            Block(5, (UNTRAINED, NESTED), (0.5, 0.3)),
             Block(5, REST, (0.3,), near=NEAR, counted=True),
             Block(5, (Row("cskv"),), (0.5, 0.3), near=(32, 0), counted=True),
+            Block(5, (Row("cskv"),), (0.3,), near=(32, 4), counted=True),
+            Block(5, (Row("cskv"),), (0.3,), near=(64, 0), counted=True),
             Block(6, BEYOND, (0.3,), near=NEAR),
             Block(6, SAMPLED, (0.3,), samples=("16", "64", "news")),
             Block(7, TOP + REST, (0.2, 0.7)),

@@ -35,7 +35,7 @@ from bench.quality_plan import (
     settings_of,
 )
 
-CURVES: dict[Row, tuple[str, str]] = {  # the rows of all plots but `window`: colour, marker
+CURVES: dict[Row, tuple[str, str]] = {  # colour and marker of the rows that layers and split show
     RECALKV: ("tab:orange", "s"),
     PALU: ("tab:blue", "o"),
     Row("palu", "spectrum"): ("tab:cyan", "^"),

@@ -46,16 +46,15 @@ def main() -> None:
         print(json.dumps(one(shape, int(layers), method, ranks)))
         return
     cases = [(shape, layers, *way) for way in WAYS for shape, layers in (("1B", 16), ("7B", 2), ("7B", 4))]
-    held = [] if args.again or not PATH.is_file() else report.load(PATH)["rows"]
-    known = {tuple(row[name] for name in SETTINGS): row for row in held}
+    held = report.load(PATH)["rows"] if PATH.is_file() else []
+    rows = {tuple(row[name] for name in SETTINGS): row for row in held}
     for n, case in enumerate(cases, 1):
-        if case in known:
+        if case in rows and not args.again:
             continue
         print(f"case {n} of {len(cases)}: {case}", flush=True)
-        known[case] = {**process.apart("bench.scale", "--one", *map(str, case)), "commit": report.commit()}
-        rows = [known[case] for case in cases if case in known]
-        found = {"rows": rows, "estimates": estimates(rows)}
-        report.save(PATH, {"dtype": "float32", "tokens": SEQUENCES * LENGTH, **found})
+        rows[case] = {**process.apart("bench.scale", "--one", *map(str, case)), "commit": report.commit()}
+        found = [rows[case] for case in cases if case in rows]
+        report.save(PATH, {"dtype": "float32", "tokens": SEQUENCES * LENGTH, "rows": found})
     print(table(report.load(PATH)))
 
 
@@ -122,7 +121,7 @@ def table(results: dict[str, Any]) -> str:
         times = f"{r['calibrate_seconds'] / r['layers']:>19.2f} {r['factor_seconds'] / r['layers']:>16.2f}"
         lines.append(f"{r['shape']:<6} {r['layers']:>6} {r['method']:<8} {r['ranks']:<9} {sizes} {times}")
     lines.append("")
-    for e in results["estimates"]:
+    for e in estimates(results["rows"]):
         peaks = f"{e['peak_float32'] / gib:.0f} GiB in float32, {e['peak_bfloat16'] / gib:.0f} GiB in bfloat16"
         times = f"{e['calibrate_seconds']:.0f} s to calibrate, {e['factor_seconds']:.0f} s to factor"
         lines.append(f"7B, {e['layers']} layers, {e['method']}, estimated from 2 and 4 layers: peak {peaks}; {times}")

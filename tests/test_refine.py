@@ -67,6 +67,18 @@ def test_the_window_is_exact_in_training_too():
     assert losses[0] < losses[1] and losses[0] < losses[2]
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_factors_near_the_model_take_steps_short_enough_to_gain(family):
+    """Steps of the longest kind overshoot here, and give back the start. None are needed from an exact one."""
+    model, ids = tiny.model(family), text(8)
+    start = lrattn.compress(model, [ids], keep=0.6, shared=False, far=(0, 0), progress=False)
+    assert 1e-3 < divergence(model, start, ids[::8]) < 0.03
+    end = lrattn.refine(model, start, [ids], steps=24, progress=False)
+    assert divergence(model, end, ids[::8]) < 0.9 * divergence(model, start, ids[::8])
+    exact = lrattn.compress(model, [ids], keep=1.0, far=(0, 0), refine=2, progress=False)
+    assert abs(divergence(model, exact, ids)) < 1e-5
+
+
 def test_never_worse_than_its_start(monkeypatch):
     """Steps so long that they ruin the factors: the ones given come back."""
     monkeypatch.setattr(sys.modules["lrattn.refine"], "RATE", 30.0)

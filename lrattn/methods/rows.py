@@ -17,6 +17,7 @@ from lrattn.methods.weighted import factor, low_rank, roots
 from lrattn.shapes import RANK_STEP, round_up
 
 SPLITS = 24  # key ranks tried for a ride, about
+SEEN = 1e-4  # of the largest pivot: below it are rounding, and columns too small for latents of 16 bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,10 +92,11 @@ def ride(keys: Side, values: Side, rank: int, row: int) -> tuple[float, Tensor, 
     Returns: the loss, key up [C, rank, D], value up [C, row, D], down [E, row]; a row may come out shorter.
     """
     energies, key_up, down = low_rank(keys.flat, keys.moment, keys.metric)
-    known, r, seen = _seen(down[:, :rank], values)
-    b = values.weight.new_zeros(rank, len(values.flat))
+    a = down[:, :rank]
+    known, r, seen = _seen(a, values)
+    b = a.new_zeros(a.shape[1], len(values.flat))
     b[:known] = torch.linalg.solve_triangular(r[:known, :known], seen[:known], upper=True)
-    rest = values.flat - b.T @ down[:, :rank].T
+    rest = values.flat - b.T @ a.T
     own, up, own_down = low_rank(rest, values.moment, values.metric, deficient=True)
     lost = energies[rank:].sum() + own[row - rank :].sum()
     up = torch.cat((b, up[: row - rank]))
@@ -106,15 +108,16 @@ def _seen(down: Tensor, values: Side) -> tuple[int, Tensor, Tensor]:
     """The values as every key latent sees them: with L of the values' moment, L^T [A, Wv^T] = Q [R, S].
 
     For A_r, the first r columns of A, least squares is B_r^T = R[:r, :r]^-1 S[:r], and S[r:] is what it leaves. Where
-    the keys lack rank the last columns of A are rounding, and see nothing.
+    the keys lack rank the last columns of A are rounding, and no value is made of them.
 
-    Args: down: A, [E, m], columns in descending order.
-    Returns: how many latents see something; R [k, m]; S [k, n], k = min(E, m + n).
+    Args: down: A, [E, m], in the order of `low_rank`.
+    Returns: how many columns of A come before the first that is next to nothing beside those before it; R [k, m];
+    S [k, n], k = min(E, m + n).
     """
     both = torch.linalg.qr(values.root.T @ torch.cat((down, values.flat.T), 1), mode="r").R
     r, s = both.split((down.shape[1], len(values.flat)), 1)
     pivots = r.diagonal().abs()
-    return int((pivots > torch.finfo(r.dtype).eps * len(down) * pivots.max()).sum()), r, s
+    return int((pivots > SEEN * pivots.max()).cumprod(0).sum()), r, s
 
 
 def _tail(energies: Tensor) -> Tensor:
