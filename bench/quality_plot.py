@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -44,16 +43,16 @@ CURVES: dict[Row, tuple[str, str]] = {  # colour and marker of the rows that lay
     JOINT: ("darkgreen", "P"),
 }
 AGAINST_BYTES: dict[Row, tuple[str, str]] = CURVES | {
-    Row("svd", "uniform"): ("0.6", "x"),
-    Row("lorc", "condition"): ("0.6", "<"),
-    Row("asvd"): ("0.6", ">"),
-    Row("matryoshka-pca"): ("0.6", "h"),
-    NESTED: ("0.6", "H"),
-    Row("kq-svd", "uniform"): ("0.6", "d"),
-    Row("eigen"): ("0.6", "*"),
-    Row("kv-heads"): ("0.6", "p"),
-    Row("think"): ("0.6", "8"),
     replace(JOINT, refine=32): ("limegreen", "X"),
+    Row("kv-heads"): ("tab:olive", "p"),
+    NESTED: ("tab:purple", "H"),
+    Row("matryoshka-pca"): ("plum", "h"),
+    Row("eigen"): ("tab:pink", "*"),
+    Row("kq-svd", "uniform"): ("tab:red", "d"),
+    Row("think"): ("black", "8"),
+    Row("asvd"): ("tab:brown", ">"),
+    Row("lorc", "condition"): ("0.35", "<"),
+    Row("svd", "uniform"): ("0.65", "x"),
 }
 LOSS = "loss over the dense model, nats a token"
 KEEP = "keep: bytes of the latent cache / dense"
@@ -108,20 +107,19 @@ def has_prediction(cell: Settings) -> bool:
 def curves(cells: list[Settings], text: str) -> Figure:
     """Excess loss against keep, one panel a model. On a log axis the dense model lies below every line, at keep 1."""
     names = models_of(cells, is_point)
-    figure, axes = panels(1, len(names), 5.6, 5)
+    figure, axes = panels(1, len(names), 4.6, 4.8)
+    shown_rows = {}
     for axis, name in zip(axes, names, strict=True):
-        ends = []
         for row, (colour, marker) in AGAINST_BYTES.items():
             points = [c for c in cells if is_plain(c) and c["model"] == name and row_of(c) == row]
             points = sorted((c for c in points if c["texts"][text]["excess"] > 0), key=lambda c: c["keep"])
             if points:
                 keeps = [c["keep"] for c in points]
                 excess, error = ([c["texts"][text][of] for c in points] for of in ("excess", "error"))
-                axis.errorbar(keeps, excess, error, marker=marker, markersize=4, capsize=2, color=colour, lw=1.3)
-                ends.append((keeps[0], excess[0], row.label, colour))
-        least = min((keep for keep, *_ in ends), default=0.5)
+                style = {"marker": marker, "markersize": 4, "color": colour, "lw": 1.3 if row in CURVES else 0.9}
+                shown_rows[row] = axis.errorbar(keeps, excess, error, capsize=2, **style)
         log_scale(axis, "y")
-        axis.set(xlabel=KEEP, xlim=(least - 0.6 * (1 - least), 1.02), xticks=[*PLANS[name].keeps, 1.0])
+        axis.set(xlabel=KEEP, xlim=(None, 1.02), xticks=[*PLANS[name].keeps, 1.0])
         axis.axvline(1, color="black", lw=1)
         axis.annotate(
             "dense: no loss",
@@ -131,35 +129,14 @@ def curves(cells: list[Settings], text: str) -> Figure:
             ha="right",
             fontsize="small",
         )
-        axis.set_title(f"{PLANS[name].title}: {text}", fontsize="medium")
+        axis.set_title(f"{PLANS[name].title}\n{text}", fontsize="medium")
         axis.grid(alpha=0.3)
-        label_ends(axis, ends)
     axes[0].set_ylabel(LOSS)
+    own = [row for row in AGAINST_BYTES if row in shown_rows]
+    figure.legend(
+        [shown_rows[row] for row in own], [row.label for row in own], loc="outside right center", fontsize="small"
+    )
     return figure
-
-
-def label_ends(axis: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """The name of each curve left of its first point (x, y, name, colour), in the order of the points."""
-    low, high = (math.log(y) for y in axis.get_ylim())
-    ends = sorted(ends, key=lambda end: end[1])
-    heights = spread([(math.log(y) - low) / (high - low) for _, y, *_ in ends], 0.05)
-    for (x, y, name, colour), height in zip(ends, heights, strict=True):
-        line = {"arrowstyle": "-", "color": colour, "lw": 0.6, "alpha": 0.7, "relpos": (1, 0.5)}
-        axis.annotate(
-            name, (x, y), (0.02, height), "data", "axes fraction", color=colour, va="center", size=8.5, arrowprops=line
-        )
-
-
-def spread(places: Sequence[float], gap: float) -> list[float]:
-    """Ascending places in [0, 1] moved as far apart as `gap`, up first and down again from the top."""
-    moved: list[float] = []
-    for place in places:
-        moved.append(max(place, moved[-1] + gap) if moved else max(place, gap / 2))
-    top = 1 - gap / 2
-    for i in reversed(range(len(moved))):
-        moved[i] = min(moved[i], top)
-        top = moved[i] - gap
-    return moved
 
 
 def window(cells: list[Settings]) -> Figure:
