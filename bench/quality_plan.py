@@ -160,6 +160,7 @@ PLANS = {
             Block(5, (Row("cskv"),), (0.3,), near=(32, 4), counted=True),
             Block(5, (Row("cskv"),), (0.3,), near=(64, 0), counted=True),
             Block(6, BEYOND, (0.3,), near=NEAR),
+            Block(6, (FAR_JOINT, PALU, Row("palu", "spectrum")), (0.5, 0.2), near=NEAR, counted=True),
             Block(6, SAMPLED, (0.3,), samples=("16", "64", "news")),
             Block(7, TOP + REST, (0.2, 0.7)),
         ),
