@@ -149,7 +149,7 @@ def window(cells: list[Settings]) -> Figure:
     )
     figure, axes = panels(1, len(names), 6.2, 3.4)
     for axis, name in zip(axes, names, strict=True):
-        keep = min(c["keep"] for c in cells if is_near(c) and c["model"] == name)
+        keep = keep_of([c for c in cells if is_near(c) and c["model"] == name])
         for label, marker, colour, settings in kinds:
             at, losses, errors = [], [], []
             for i, row in enumerate(BEYOND):
@@ -214,7 +214,7 @@ def layers(cells: list[Settings]) -> Figure:
     figure, axes = panels(1, len(names), 5.2, 3.6)
     for axis, name in zip(axes, names, strict=True):
         own = [c for c in cells if has_prediction(c) and c["model"] == name]
-        keep = 0.3 if any(c["keep"] == 0.3 for c in own) else min(c["keep"] for c in own)
+        keep = keep_of(own)
         for cell in (c for c in own if c["keep"] == keep):
             colour, marker = CURVES[row_of(cell)]
             lost = cell["predicted_layers"]
@@ -232,7 +232,7 @@ def split(cells: list[Settings]) -> Figure:
     """Latents of keys and values by layer, at keep 0.3 or the least there is: where the bytes went."""
     name = models_of(cells, is_point)[0]
     own = [c for c in cells if is_point(c) and c["model"] == name]
-    keep = 0.3 if any(c["keep"] == 0.3 for c in own) else min(c["keep"] for c in own)
+    keep = keep_of(own)
     chosen = sorted((c for c in own if c["keep"] == keep), key=lambda c: list(CURVES).index(row_of(c)))
     columns = min(3, len(chosen))
     rows = -(-len(chosen) // columns)
@@ -270,6 +270,12 @@ def log_scale(axis: Axes, name: str) -> None:
     own.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     own.set_major_formatter("{x:g}")
     own.set_minor_formatter(NullFormatter())
+
+
+def keep_of(cells: list[Settings]) -> float:
+    """The share where most is measured, or else the least there is."""
+    keeps = {c["keep"] for c in cells}
+    return 0.3 if 0.3 in keeps else min(keeps)
 
 
 def models_of(cells: list[Settings], shows: Callable[[Settings], bool]) -> list[str]:
