@@ -234,6 +234,11 @@ def gathered(name: str, sample: str) -> list[str]:
     return sorted(set().union(*(METHODS[row.method].gathered(row.ranks) for row in rows)))
 
 
+def plain(name: str, sample: str = "0") -> Settings:
+    """Of cells without a dense window."""
+    return {"model": name, "sample": sample, "recent": 0, "counted": False, "length": LENGTH}
+
+
 def find(cells: list[Settings], **wanted: Any) -> Settings | None:
     """The first cell with these settings."""
     return next((c for c in cells if wanted.items() <= c.items()), None)

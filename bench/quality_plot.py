@@ -30,6 +30,7 @@ from bench.quality_plan import (
     Row,
     Settings,
     find,
+    plain,
     row_of,
     settings_of,
 )
@@ -83,7 +84,7 @@ def shown(results: dict[str, Any]) -> list[str]:
 
 def is_plain(cell: Settings) -> bool:
     """Measured, on the first sample, without a dense window."""
-    return "texts" in cell and {"sample": "0", "recent": 0, "length": LENGTH}.items() <= cell.items()
+    return "texts" in cell and plain(cell["model"]).items() <= cell.items()
 
 
 def is_point(cell: Settings) -> bool:
@@ -108,7 +109,6 @@ def curves(cells: list[Settings], text: str) -> Figure:
     """Excess loss against keep, one panel a model. On a log axis the dense model lies below every line, at keep 1."""
     names = models_of(cells, is_point)
     figure, axes = panels(1, len(names), 4.6, 4.8)
-    shown_rows = {}
     for axis, name in zip(axes, names, strict=True):
         for row, (colour, marker) in AGAINST_BYTES.items():
             points = [c for c in cells if is_plain(c) and c["model"] == name and row_of(c) == row]
@@ -117,7 +117,7 @@ def curves(cells: list[Settings], text: str) -> Figure:
                 keeps = [c["keep"] for c in points]
                 excess, error = ([c["texts"][text][of] for c in points] for of in ("excess", "error"))
                 style = {"marker": marker, "markersize": 4, "color": colour, "lw": 1.3 if row in CURVES else 0.9}
-                shown_rows[row] = axis.errorbar(keeps, excess, error, capsize=2, **style)
+                axis.errorbar(keeps, excess, error, capsize=2, label=row.label, **style)
         log_scale(axis, "y")
         axis.set(xlabel=KEEP, xlim=(None, 1.02), xticks=[*PLANS[name].keeps, 1.0])
         axis.axvline(1, color="black", lw=1)
@@ -132,10 +132,7 @@ def curves(cells: list[Settings], text: str) -> Figure:
         axis.set_title(f"{PLANS[name].title}\n{text}", fontsize="medium")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(LOSS)
-    own = [row for row in AGAINST_BYTES if row in shown_rows]
-    figure.legend(
-        [shown_rows[row] for row in own], [row.label for row in own], loc="outside right center", fontsize="small"
-    )
+    one_legend(figure, axes, "outside right center")
     return figure
 
 
@@ -197,8 +194,7 @@ def probe(cells: list[Settings]) -> Figure:
         axis.set(xlabel="tokens between a passage and its repetition", ylim=0)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("gain of reading it again, nats a token")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", fontsize="small")
+    one_legend(figure, axes[:1], "outside right center")
     figure.suptitle(PLANS[name].title, fontsize="medium")
     return figure
 
@@ -256,11 +252,16 @@ def split(cells: list[Settings]) -> Figure:
     for axis in axes[max(len(chosen) - columns, 0) : len(chosen)]:
         axis.set_xlabel("layer")
         axis.tick_params(labelbottom=True)
-    found = [axis.get_legend_handles_labels() for axis in axes]
-    named = {label: handle for handles, labels in found for handle, label in zip(handles, labels, strict=True)}
-    figure.legend(named.values(), named.keys(), loc="outside upper right", ncols=3, fontsize="small")
+    one_legend(figure, axes, "outside upper right", ncols=3)
     figure.suptitle(f"{PLANS[name].title}, keep {keep}", fontsize="medium", x=0.02, ha="left")
     return figure
+
+
+def one_legend(figure: Figure, axes: Sequence[Axes], place: str, ncols: int = 1) -> None:
+    """Of these panels, each name once."""
+    found = [axis.get_legend_handles_labels() for axis in axes]
+    named = {label: handle for handles, labels in found for handle, label in zip(handles, labels, strict=True)}
+    figure.legend(named.values(), named.keys(), loc=place, ncols=ncols, fontsize="small")
 
 
 def log_scale(axis: Axes, name: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from bench import quality_plot
-from bench.quality_plan import LENGTH, PLANS, SAMPLES, Row, Settings, find, row_of, settings_of
+from bench.quality_plan import LENGTH, PLANS, SAMPLES, Row, Settings, find, plain, row_of, settings_of
 
 MARKED = re.compile(r"(<!-- bench\.quality: ([\w.-]+) -->\n)(.*?)(<!-- end -->)", re.S)
 TEXTS = ("wikipedia", "news")
@@ -170,10 +170,6 @@ def predicted(cells: list[Settings], name: str) -> str:
         return ""
     head = f"{'keep':<5}{'':<{LABEL}}{'predicted':>10}{'wikipedia':>14}{'news':>14}"
     return "\n".join([f"{PLANS[name].title}: loss predicted and measured", "", head, *lines])
-
-
-def plain(name: str, sample: str = "0") -> Settings:
-    return {"model": name, "sample": sample, "recent": 0, "counted": False, "length": LENGTH}
 
 
 def held(cell: Settings | None) -> bool:

@@ -101,7 +101,7 @@ def ride(keys: Side, values: Side, rank: int, row: int) -> tuple[float, Tensor, 
     lost = energies[rank:].sum() + own[row - rank :].sum()
     up = torch.cat((b, up[: row - rank]))
     key_up, up = (x.unflatten(1, (len(keys.weight), -1)).transpose(0, 1) for x in (key_up[:rank], up))
-    return lost.item(), key_up, up, torch.cat((down[:, :rank], own_down[:, : row - rank]), 1)
+    return lost.item(), key_up, up, torch.cat((a, own_down[:, : row - rank]), 1)
 
 
 def _seen(down: Tensor, values: Side) -> tuple[int, Tensor, Tensor]:
