@@ -186,7 +186,8 @@ def run(subject: Subject, cell: Settings, held: list[Settings]) -> dict[str, Any
         "factors": digest_of(factors),
         "achieved_keep": factors.keep,
         "whole_keep": factors.keep + window_share(cell),
-        "key_share": sum(x.keys.width for x in layers) / factors.numbers_per_token,  # of the latents, what keys read
+        "key_share": sum(x.keys.width for x in layers)
+        / (factors.bytes_per_token / 2),  # of the latents, what keys read
         "widths": [[x.keys.width, x.values.width] for x in layers],  # of rows that are shared, the values read all
         "rows_shared": layers[0].shared,
         "key_groups": len(layers[0].keys.ranks),

@@ -23,6 +23,7 @@ from lrattn.cache import allocate_cache
 from lrattn.calibrate import calibrate
 from lrattn.compress import compress
 from lrattn.factors import Factors
+from lrattn.formats import Format
 from lrattn.layer import LayerFactors
 from lrattn.moments import Moments
 from lrattn.nested import narrowed
@@ -32,6 +33,7 @@ from lrattn.rope import Rope
 
 __all__ = [
     "Factors",
+    "Format",
     "KeyNorm",
     "LayerFactors",
     "Moments",

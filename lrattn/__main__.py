@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lrattn import Factors, __version__, calibrate, compress, compressibility, narrowed, safefile
+from lrattn.bits import Bits, ladder_of
+from lrattn.formats import WIDTHS
 from lrattn.methods import DEFAULT, METHODS
 from lrattn.ranks import RULES
 from lrattn.summary import headline, summarize, table
@@ -81,6 +83,8 @@ def _parser() -> Parser:
     text(added, 16)
     added.add_argument("--method", default=DEFAULT, choices=METHODS, help=f"default {DEFAULT}")
     added.add_argument("--keep", type=_share, default=0.5, help="bytes of the latent cache / dense (default 0.5)")
+    added.add_argument("--bytes-per-token", type=int, metavar="N", help="of the latent cache, instead of --keep")
+    added.add_argument("--bits", type=_bits, default=16, help="of a latent: 16, 8, 4, 2, several (8,4,2) or auto: all")
     added.add_argument("--ranks", choices=RULES, help=f"what shares them out (default: the method's, most {RULES[0]})")
     added.add_argument("--shared", default="auto", choices=SHARED, help="keys and values in one row (default auto)")
     added.add_argument("--far", type=int, nargs=2, metavar=("RECENT", "SINKS"), help=FAR)
@@ -121,6 +125,14 @@ def _share(text: str) -> float:
     return float(text)
 
 
+def _bits(text: str) -> Bits:
+    try:
+        chosen: Bits = text if text == "auto" else [int(n) for n in text.split(",")]
+        return ladder_of(chosen)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected auto, or numbers out of {WIDTHS} like 8,4,2, got {text}") from None
+
+
 def _compress(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     from lrattn.integrations.transformers.load import load_model, read_text, read_windows
 
@@ -144,6 +156,8 @@ def _compress(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         nested=args.nested,
         state=args.state,
         shards=args.shards,
+        bits=args.bits,
+        bytes_per_token=args.bytes_per_token,
     )
     factors.save(args.out)
     seconds = time.perf_counter() - begin

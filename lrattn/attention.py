@@ -39,7 +39,8 @@ def write_latents(
     """Stores latents in their slots, with the norm columns where the layer has a key norm.
 
     Args:
-        zk: [.., row_width], zv: [.., sum Rv] (None when shared), in the caches' dtype.
+        zk: [.., row_width], zv: [.., sum Rv] (None when shared), in the layer's dtype; packed here
+            where its latents are.
         k_cache: [N, P, k_width]; v_cache: [N, P, v_width] (None when shared).
         slot_mapping: [..] int32 or int64, page * P + offset; slots outside [0, N * P) are skipped. What a slot
             holds after it was given twice is undefined.
@@ -51,8 +52,8 @@ def write_latents(
     layer.check_presence("zv", zv)
     check_tensors(zk=zk, zv=zk if zv is None else zv, slot_mapping=slot_mapping)
     lead = zk.shape[:-1]
-    kind: dict[str, Any] = {"dtype": k_cache.dtype, "device": k_cache.device, "contiguous": True}
-    for name, x, width in (("zk", zk, layer.row_width), ("zv", zv, layer.v_width)):
+    kind: dict[str, Any] = {"dtype": layer.dtype, "device": k_cache.device, "contiguous": True}
+    for name, x, width in (("zk", zk, layer.row_width), ("zv", zv, layer.values.width)):
         if x is None:
             continue
         if not x.dim() or x.shape[-1] != width or x.shape[:-1] != lead:
@@ -63,7 +64,7 @@ def write_latents(
         raise ValueError(f"slot_mapping: expected shape {list(lead)}, int32 or int64, got {got}")
     check("slot_mapping", slot_mapping.reshape(-1), "n", {}, device=k_cache.device)
     zk, slots = zk.reshape(-1, layer.row_width), slot_mapping.reshape(-1)
-    zv = None if zv is None else zv.reshape(-1, layer.v_width)
+    zv = None if zv is None else zv.reshape(-1, layer.values.width)
     if backend == "reference":
         reference.write_latents(layer, zk, zv, k_cache, v_cache, slots)
     else:
@@ -90,7 +91,7 @@ def rebuild(
         num_tokens: sum T where the host knows it, so that a GPU is not waited for. More rows than that are not
             written; rows past the last token hold anything.
 
-    Returns: k, v: [sum T, Hkv, D] in the caches' dtype, sequences one after the other.
+    Returns: k, v: [sum T, Hkv, D] in the layer's dtype, sequences one after the other.
     Raises: ValueError naming the tensor, what was expected and what came.
     """
     backend = _backend(backend, layer)
@@ -291,7 +292,7 @@ def _check_decode(
     flat = q.dim() == 3
     q4 = q[:, None] if flat else q
     dims = {"B": block_table.shape[0], "D": layer.head_dim, "Hkv": layer.num_kv_heads}
-    check("q", q4, "B S Hq D", dims, dtype=k_cache.dtype, device=k_cache.device, contiguous=True)
+    check("q", q4, "B S Hq D", dims, dtype=layer.dtype, device=k_cache.device, contiguous=True)
     if not dims["Hq"] or dims["Hq"] % dims["Hkv"]:
         raise ValueError(f"q: expected a multiple of Hkv={dims['Hkv']} query heads, got {dims['Hq']}")
     if sinks is not None:
@@ -315,11 +316,13 @@ def _backend(backend: str | None, layer: LayerFactors) -> str:
     check_backend(backend)
     if not isinstance(layer, LayerFactors):
         raise ValueError(f"layer: expected LayerFactors, got {type(layer).__name__}")
-    fits = layer.dtype != torch.float64 and layer.head_dim <= MAX_HEAD_DIM
+    fits = layer.dtype != torch.float64 and layer.head_dim <= MAX_HEAD_DIM and not layer.packed
     if backend is None:
         return "triton" if layer.device.type == "cuda" and fits else "reference"
     if backend == "triton" and layer.dtype == torch.float64:
         raise ValueError("backend: expected 'reference' for float64 tensors, got 'triton'")
+    if backend == "triton" and layer.packed:
+        raise ValueError("backend: expected 'reference' for packed latents, got 'triton'")
     if backend == "triton" and not fits:
         raise ValueError(f"layer: expected at most {MAX_HEAD_DIM} dimensions a head, got {layer.head_dim}")
     return backend

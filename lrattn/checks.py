@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lrattn.layer import LayerFactors
-from lrattn.shapes import FLOATS, RANK_STEP, check
+from lrattn.shapes import RANK_STEP, check, check_tensors
 
 LARGEST = 2**63 - 1  # integer that an operator takes
 
@@ -23,14 +23,23 @@ def accumulator_types(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
 def check_caches(layer: LayerFactors, k_cache: Tensor, v_cache: Tensor | None, *, writable: bool = False) -> None:
     dims: dict[str, int] = {}
     kind: dict[str, Any] = {"device": layer.device, "contiguous": True, "writable": writable}
-    check("k_cache", k_cache, f"N P {layer.k_width}", dims, dtype=FLOATS, **kind)
-    if k_cache.dtype != layer.dtype:
-        raise ValueError(f"k_cache: expected the layer's dtype {layer.dtype}, got {k_cache.dtype}")
+    _check_cache("k_cache", k_cache, layer.k_width, layer.k_dtype, dims, kind)
     if dims["P"] % RANK_STEP or not dims["P"]:
         raise ValueError(f"k_cache: expected a page size that is a multiple of {RANK_STEP}, got {dims['P']}")
     layer.check_presence("v_cache", v_cache)
     if v_cache is not None:
-        check("v_cache", v_cache, f"N P {layer.v_width}", dims, dtype=k_cache.dtype, **kind)
+        _check_cache("v_cache", v_cache, layer.v_width, layer.v_dtype, dims, kind)
+
+
+def _check_cache(
+    name: str, cache: Tensor, width: int, dtype: torch.dtype, dims: dict[str, int], kind: dict[str, Any]
+) -> None:
+    """The dtype before the width: a cache of another format says so."""
+    check_tensors(**{name: cache})
+    if cache.dtype != dtype:
+        what = "uint8 for the layer's packed latents" if dtype == torch.uint8 else f"the layer's dtype {dtype}"
+        raise ValueError(f"{name}: expected {what}, got {cache.dtype}")
+    check(name, cache, f"N P {width}", dims, **kind)
 
 
 def check_tables(

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from dataclasses import astuple
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, replace
+from itertools import chain, islice
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from lrattn import methods
+from lrattn.bits import Bits, ladder_of, share_held, spend
 from lrattn.calibrate import Batch, calibrate, fingerprint
 from lrattn.factors import Factors
+from lrattn.layer import LayerFactors
 from lrattn.methods import METHODS, Method
 from lrattn.methods.lorc import log_condition
 from lrattn.moments import GRADIENTS, Moments
 from lrattn.parts import AttentionParts, attention_parts
 from lrattn.problem import FORMS, Form, Problem
 from lrattn.propagate import Propagation
-from lrattn.ranks import RULES, LayerShape, budget, condition, fisher, group_size_within, spectrum, uniform
+from lrattn.ranks import RULES, LayerShape, Ranks, budget, condition, fisher, group_size_within, spectrum, uniform
 from lrattn.refine import parted
 from lrattn.refine import refine as distil
 from lrattn.substitute import Window
 
 JOINT_WITHIN = 256  # latents a row may have for keys to be rebuilt from all of it: see docs/decisions.md
+KEEP = 0.5  # where the caller names no bytes
 LEVEL = 0.5  # of the budget of joint rows that is the same for every layer
 
 
@@ -34,7 +38,7 @@ def compress(
     model: nn.Module,
     batches: Iterable[Batch] | None = None,
     method: str = methods.DEFAULT,
-    keep: float = 0.5,
+    keep: float = KEEP,
     group_size: int = 4,
     *,
     ranks: str | None = None,
@@ -45,6 +49,8 @@ def compress(
     moments: Moments | None = None,
     state: str | os.PathLike[str] | None = None,
     shards: int = 1,
+    bits: Bits = 16,
+    bytes_per_token: int | None = None,
     progress: bool = True,
 ) -> Factors:
     """Factors of a model's key and value projections; the model itself is not changed.
@@ -71,6 +77,9 @@ def compress(
         moments: of an earlier `calibrate` of this model, which is then not repeated.
         state: a file for the calibration to go on from, see `calibrate`.
         shards: tensor-parallel ranks that the heads will be divided over; no group of keys lies across them.
+        bits: of a latent: 16, plain numbers; 8, 4 or 2 for all; or, for method "lrattn", what each block of 16 latents
+            may be given, "auto" for all of these. One reverse water-filling then spends the bytes (lrattn/bits.py).
+        bytes_per_token: of the latent cache, scales and padding included: instead of `keep`.
         progress: show bars on stderr.
 
     Returns: Factors in the model's dtype, on its device.
@@ -89,9 +98,19 @@ def compress(
     if far is None:
         far = moments.far if moments is not None and gather & set(GRADIENTS) else recipe.near
     far = astuple(Window.of(far))
+    ladder = ladder_of(bits)
+    if len(ladder) > 1 and not (recipe.in_nats and ranks == "spectrum"):
+        raise ValueError(f"bits: expected one number with method {method!r} and ranks {ranks!r}, got {bits!r}")
     parts = attention_parts(model)
-    form = _form(shared, recipe, parts, keep, group_size, shards)
-    shapes = [_shape(part, recipe, form, group_size, shards) for part in parts]
+    if bytes_per_token is not None:
+        dense = sum(4 * part.num_kv_heads * part.head_dim for part in parts)
+        if keep != KEEP or not isinstance(bytes_per_token, int) or not 0 < bytes_per_token <= dense:
+            expected = f"None beside keep={keep}" if keep != KEEP else f"1 .. {dense}"
+            raise ValueError(f"bytes_per_token: expected {expected}, got {bytes_per_token!r}")
+        keep = bytes_per_token / dense
+    held = share_held(keep, ladder)
+    form = _form(shared, recipe, parts, held, group_size, shards)
+    shapes = [replace(_shape(part, recipe, form, group_size, shards), bits=ladder[0]) for part in parts]
     budget(shapes, keep)  # refused before any work
     if not isinstance(refine, int) or refine < 0 or (refine and batches is None):
         expected = "0 without batches" if batches is None else "a number of steps"
@@ -123,20 +142,18 @@ def compress(
         chosen = fisher(shapes, keep, moments.fisher)
     for i, problem in enumerate(tqdm(problems, desc="group heads", unit="layer", disable=not progress)):
         side = 1 if form else 0
-        per_group = [int(keep * problem.shape.full_ranks[side])] if chosen is None else chosen[i][side]
+        per_group = [int(held * problem.shape.full_ranks[side])] if chosen is None else chosen[i][side]
         problem.group(sum(per_group) // len(per_group))
-    if chosen is None:
-        shown = tqdm(problems, desc="spectra", unit="layer", disable=not progress)
-        level = LEVEL if form is True else 0.0
-        found = [problem.energies() for problem in shown]
-        chosen = spectrum(shapes, keep, found, in_nats=recipe.in_nats, level=level)
-
-    stream = Propagation(model, lessons) if recipe.refit is not None and lessons else None
-    layers = []
-    for problem, pair in zip(tqdm(problems, desc="factor", unit="layer", disable=not progress), chosen, strict=True):
-        layers.append(problem.factor(pair, None if stream is None else stream.moment()))
-        if stream is not None:
-            stream.advance(layers[-1])
+    if chosen is None and recipe.in_nats and ladder != (16,):
+        layers = _by_bits(problems, keep, held, ladder, progress)
+    else:
+        if chosen is None:
+            shown = tqdm(problems, desc="spectra", unit="layer", disable=not progress)
+            level = LEVEL if form is True else 0.0
+            found = [problem.energies() for problem in shown]
+            chosen = spectrum(shapes, keep, found, in_nats=recipe.in_nats, level=level)
+        stream = Propagation(model, lessons) if recipe.refit is not None and lessons else None
+        layers = _by_ranks(problems, chosen, stream, progress)
     predicted = tuple(problem.lost for problem in problems) if recipe.in_nats else ()
     name = str(getattr(model.config, "_name_or_path", ""))
     factors = Factors(tuple(layers), method, name, ranks, predicted, far)
@@ -145,15 +162,41 @@ def compress(
     return factors
 
 
+def _by_ranks(
+    problems: list[Problem], chosen: Sequence[Ranks], stream: Propagation | None, progress: bool
+) -> list[LayerFactors]:
+    layers = []
+    for problem, pair in zip(tqdm(problems, desc="factor", unit="layer", disable=not progress), chosen, strict=True):
+        layers.append(problem.factor(pair, None if stream is None else stream.moment()))
+        if stream is not None:
+            stream.advance(layers[-1])
+    return layers
+
+
+def _by_bits(
+    problems: list[Problem], keep: float, held: float, ladder: tuple[int, ...], progress: bool
+) -> list[LayerFactors]:
+    """Layers whose latents have the bits that lose least within `keep` of the dense bytes."""
+    rows = [problem.bit_rows(held) for problem in tqdm(problems, desc="spectra", unit="layer", disable=not progress)]
+    dense = sum(2 * problem.shape.dense for problem in problems)
+    norms = sum(4 * problem.shape.heads * problem.shape.key_norm for problem in problems)
+    found = iter(spend(list(chain(*rows)), int(keep * dense + 1e-6) - norms, ladder))
+    shown = tqdm(problems, desc="factor", unit="layer", disable=not progress)
+    return [problem.spent(list(islice(found, len(own)))) for problem, own in zip(shown, rows, strict=True)]
+
+
 def _form(
-    shared: Form | None, recipe: Method, parts: list[AttentionParts], keep: float, group_size: int, shards: int
+    shared: Form | None, recipe: Method, parts: list[AttentionParts], held: float, group_size: int, shards: int
 ) -> Form:
-    """The form asked for, or the one that loses least among those whose keys are rebuilt in time."""
+    """The form asked for, or the one that loses least among those whose keys are rebuilt in time.
+
+    held: share of the latents that are kept.
+    """
     if shared is not None or not recipe.in_nats:
         return shared or False
     shapes = [_shape(part, recipe, True, group_size, shards) for part in parts]
     rows = sum(sum(s.groups) for s in shapes)
-    return True if keep * sum(s.dense for s in shapes) / rows <= JOINT_WITHIN else "ride"
+    return True if held * sum(s.dense for s in shapes) / rows <= JOINT_WITHIN else "ride"
 
 
 def _shape(part: AttentionParts, recipe: Method, form: Form, group_size: int, shards: int) -> LayerShape:

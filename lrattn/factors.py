@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lrattn import safefile
+from lrattn.formats import Format
 from lrattn.layer import LayerFactors
 from lrattn.projection import KeyNorm, Projection
 from lrattn.rope import Rope
@@ -48,19 +49,20 @@ class Factors:
             raise ValueError(f"near: expected two numbers of tokens, recent and sinks, got {self.near}")
 
     @property
-    def numbers_per_token(self) -> int:
-        """Numbers a token holds in the latent caches of all layers, norm columns included."""
-        return sum(layer.k_width + layer.v_width for layer in self.layers)
+    def bytes_per_token(self) -> int:
+        """Bytes a token holds in the latent caches of all layers: norm columns, scales and padding included, what is
+        not packed at 16 bits a number."""
+        return sum(layer.bytes_per_token for layer in self.layers)
 
     @property
-    def dense_numbers_per_token(self) -> int:
-        """Numbers a token holds in a dense cache."""
-        return sum(2 * layer.num_kv_heads * layer.head_dim for layer in self.layers)
+    def dense_bytes_per_token(self) -> int:
+        """Bytes a token holds in a dense cache of 16-bit numbers."""
+        return sum(4 * layer.num_kv_heads * layer.head_dim for layer in self.layers)
 
     @property
     def keep(self) -> float:
-        """Bytes of the latent cache / bytes of the dense cache, at 16 bits a number."""
-        return self.numbers_per_token / self.dense_numbers_per_token
+        """Bytes of the latent cache / bytes of the dense cache."""
+        return self.bytes_per_token / self.dense_bytes_per_token
 
     def near_or(self, recent: int | None, sinks: int | None) -> tuple[int, int]:
         """The two as given, or as `near` says where they are None."""
@@ -82,6 +84,8 @@ class Factors:
             for name in ("keys", "values"):
                 side: Projection = getattr(layer, name)
                 entry[name] = {"ranks": side.ranks, "head_order": side.head_order}
+                if side.formats:
+                    entry[name]["format"] = [f.segments for f in side.formats]
                 parts = {"up": side.up, "down": side.down, "bias": side.bias}
                 tensors |= {f"{i}.{name}.{part}": x for part, x in parts.items() if x is not None}
             if layer.key_norm is not None:
@@ -108,7 +112,7 @@ class Factors:
                     up=tensors[f"{i}.{name}.up"],
                     down=tensors.get(f"{i}.{name}.down"),
                     bias=tensors.get(f"{i}.{name}.bias"),
-                    **entry[name],
+                    **entry[name] | {"format": _formats(entry[name].get("format"))},
                 )
                 for name in ("keys", "values")
             }
@@ -125,3 +129,7 @@ class Factors:
             )
         given = {name: record[name] for name in ("predicted", "near") if name in record}
         return cls(tuple(layers), record["method"], record["model"], record["rule"], **given)
+
+
+def _formats(segments: list[list[tuple[int, int]]] | None) -> tuple[Format, ...] | None:
+    return None if segments is None else tuple(Format(tuple(map(tuple, group))) for group in segments)  # type: ignore[arg-type]

@@ -87,6 +87,10 @@ class LayerFactors:
             if dims["Hq"] % dims["Hkv"]:
                 raise ValueError(f"wo: expected a multiple of Hkv={dims['Hkv']} heads, got {dims['Hq']}")
         if self.shared:
+            if self.keys.format is not None:
+                raise ValueError(
+                    f"shared: expected keys.format to be None (values.format packs the row), got {self.keys.format}"
+                )
             if self.keys.groups != self.values.groups:
                 raise ValueError(f"shared: expected equal groups, got {self.keys.groups} and {self.values.groups}")
             if any(k > v for k, v in zip(self.keys.ranks, self.values.ranks, strict=True)):
@@ -118,14 +122,51 @@ class LayerFactors:
         return self.values.width if self.shared else self.keys.width
 
     @property
+    def row_side(self) -> Projection:
+        """The side whose latents the key cache holds: the values', in the only cache, when shared."""
+        return self.values if self.shared else self.keys
+
+    @property
+    def packed(self) -> bool:
+        """Whether some latents are."""
+        return bool(self.row_side.formats or self.values.formats)
+
+    @property
     def k_width(self) -> int:
-        """Columns of the key cache: latents, then the norm columns (1/rms as hi and lo part), padded to 16."""
-        return self.row_width + (0 if self.key_norm is None else norm_width(self.num_kv_heads))
+        """Columns of the key cache: latents, then the norm columns (1/rms as hi and lo part), padded to 16. Bytes where
+        latents are packed; norm columns are 16-bit numbers there, and not padded."""
+        normed = self.key_norm is not None
+        if self.row_side.formats:
+            return self.row_side.latent_bytes + 4 * self.num_kv_heads * normed
+        return self.row_width + norm_width(self.num_kv_heads) * normed
 
     @property
     def v_width(self) -> int:
-        """Columns of the value cache; 0 when shared."""
-        return 0 if self.shared else self.values.width
+        """Columns of the value cache, bytes where its latents are packed; 0 when shared."""
+        side = self.values
+        return 0 if self.shared else side.latent_bytes if side.formats else side.width
+
+    @property
+    def k_dtype(self) -> torch.dtype:
+        """Of the key cache: the layer's, or uint8 where its latents are packed."""
+        return torch.uint8 if self.row_side.formats else self.dtype
+
+    @property
+    def v_dtype(self) -> torch.dtype:
+        """Of the value cache."""
+        return torch.uint8 if self.values.formats else self.dtype
+
+    @property
+    def norm_bytes(self) -> int:
+        """Bytes of one token's norm columns, at 16 bits a number."""
+        if self.key_norm is None:
+            return 0
+        return 4 * self.num_kv_heads if self.row_side.formats else 2 * norm_width(self.num_kv_heads)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes a token holds in the caches: norm columns, scales and padding included, plain numbers at 16 bits."""
+        return self.row_side.latent_bytes + self.norm_bytes + (0 if self.shared else self.values.latent_bytes)
 
     @property
     def key_columns(self) -> tuple[slice, ...]:
@@ -280,21 +321,8 @@ class LayerFactors:
             if wo.shape[0] % world:
                 raise ValueError(f"shard: expected Hq={wo.shape[0]} to be divisible by world, got {world}")
             wo = wo.chunk(world)[rank].contiguous()
-        keys = self._select_rotated(chosen) if self.rotated else self.keys.select(chosen)
+        keys = self.keys.select_rotated(chosen) if self.rotated else self.keys.select(chosen)
         return replace(self, keys=keys, values=self.values.select(chosen), wo=wo)
-
-    def _select_rotated(self, chosen: list[int]) -> Projection:
-        """The keys of some heads, written from the keys of those heads alone."""
-        for members in self.keys.groups:
-            if 0 < len(set(members) & set(chosen)) < len(members):
-                raise ValueError(f"shard: expected whole key groups, whose latents need all heads, got {members} cut")
-        keys = self.keys.select(chosen)
-        if keys.down is None:
-            return keys
-        by_head = keys.down.unflatten(0, (self.num_kv_heads, -1))  # [Hkv, D, sum Rk]
-        if by_head[[h for h in range(self.num_kv_heads) if h not in chosen]].any():
-            raise ValueError(f"shard: expected keys.down to read heads {chosen} only for their latents, got others")
-        return replace(keys, down=by_head[chosen].flatten(0, 1))
 
 
 def sides_of(keys: Projection, values: Projection) -> tuple[Projection, Projection]:

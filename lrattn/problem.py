@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
+from lrattn.bits import Row, Spent
 from lrattn.clusters import Groups, contiguous, outputs_gram
+from lrattn.formats import ERRORS, Format, uniform
 from lrattn.layer import LayerFactors
 from lrattn.methods import Method, rows
-from lrattn.methods.weighted import roots
+from lrattn.methods.weighted import deviations, roots
 from lrattn.moments import Moments
 from lrattn.parts import AttentionParts
 from lrattn.projection import Projection
 from lrattn.ranks import LayerShape, Ranks
-from lrattn.shapes import RANK_STEP, pad_rank
+from lrattn.shapes import RANK_STEP, pad_rank, round_up
 
 WEIGHTS = {"keys": "k_proj", "values": "v_proj"}
 # Of a row: False, keys and values apart; "ride", values ride on the key latent; True, one joint latent.
@@ -49,7 +52,16 @@ class Problem:
             "values": contiguous(shape.heads, shape.value_group),
         }
         self.splits: list[list[int]] = []  # of a ride: each group's key rank by row width, in steps of 16
+        # Of the sides that are packed; a number is the bits of all latents.
+        self.formats: dict[str, Format | int] = {}
+        if shape.bits < 16:
+            self.formats = dict.fromkeys(self.written, shape.bits)
         self.lost = 0.0  # by the factors made: nats a token, where the method's energies are
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """The sides that rows are written by."""
+        return ("values",) if self.form else ("keys", "values")
 
     def weight(self, side: str) -> Tensor:
         """[Hkv, D, inputs] float64; of rotated keys the identity."""
@@ -71,6 +83,14 @@ class Problem:
             return None
         name = "rotated.mean" if side == "keys" and self.method.rotated else "means"
         return self.moments.sums[name][self.index] / self.moments.tokens
+
+    def _inputs(self, side: str) -> Tensor | None:
+        """Second moment of what a side's latents are written from, [inputs, inputs]; None where no text was read."""
+        if self.moments is None:
+            return None
+        rotated = side == "keys" and self.method.rotated
+        sums = self.moments.sums["rotated.keys"] if rotated else self.moments.inputs
+        return sums[self.index] / self.moments.tokens
 
     def group(self, rank: int) -> None:
         """Clusters the heads, each shard's among themselves, for groups of about this rank."""
@@ -118,11 +138,38 @@ class Problem:
             return [], [gains for gains, _ in found]
         return [], [rows.joint(keys, values)[0] for keys, values in self._sides()]
 
+    def bit_rows(self, held: float) -> list[Row]:
+        """What bits are spent on: the row of keys and that of values, or the one they share.
+
+        held: share of the latents that will have bits, about; it says how the row of a ride is divided.
+        """
+
+        def pooled(groups: Sequence[Tensor]) -> Tensor:
+            total = torch.stack(list(groups)).sum(0)
+            return pad_rank(total, 0, round_up(len(total), RANK_STEP))
+
+        if self.form != "ride":
+            return [Row((pooled(side),), len(side)) for side in self.energies() if side]
+        found = list(self._sides())
+        step = max(int(held * self.shape.full_ranks[1]) // RANK_STEP, 1)
+        rank = round_up(int(fmean(rows.splits(*sides)[1][step - 1] for sides in found)), RANK_STEP)
+        parts = zip(*(rows.noises(*sides, rank) for sides in found), strict=True)
+        return [Row(tuple(pooled(part) for part in parts), len(found))]
+
+    def spent(self, found: Sequence[Spent]) -> LayerFactors:
+        """Factors whose rows have the bits found for them, in the order of `bit_rows`."""
+        self.formats = {side: row.format for side, row in zip(self.written, found, strict=True)}
+        keys = () if self.form is True else found[0].ranks[:1]
+        key_ranks = keys * (self.shape.groups[1] if self.form else self.shape.groups[0])
+        layer = self.factor((key_ranks, (found[-1].format.rank,) * self.shape.groups[1]), None)
+        self.lost = sum(row.lost for row in found)
+        return layer
+
     def factor(self, ranks: Ranks, reached: Tensor | None) -> LayerFactors:
         """Factors at the ranks given; reached: [E, E], second moment of the compressed model's inputs, for a refit."""
         self.lost = 0.0
         if self.form:
-            keys, values = self._shared(ranks[1])
+            keys, values = self._shared(ranks[1], ranks[0])
         else:
             keys = self._projection("keys", ranks[0], None)
             values = self._projection("values", ranks[1], reached)
@@ -165,23 +212,28 @@ class Problem:
             keys, values = (rows.Side(w[list(heads)], c, self._block(g, heads)) for w, c, g in both)
             yield keys, values
 
-    def _shared(self, widths: tuple[int, ...]) -> tuple[Projection, Projection]:
+    def _shared(self, widths: tuple[int, ...], given: tuple[int, ...]) -> tuple[Projection, Projection]:
+        """given: key ranks of a ride; () for the best ones."""
         key_ranks, key_ups, ups, downs = [], [], [], []
         for g, (row, (keys, values)) in enumerate(zip(widths, self._sides(), strict=True)):
             if self.form == "ride":
                 splits = self.splits[g] if self.splits else rows.splits(keys, values)[1]
-                rank = splits[row // RANK_STEP - 1]
+                rank = given[g] if given else splits[row // RANK_STEP - 1]
                 lost, key_up, up, down = rows.ride(keys, values, rank, row)
             else:
                 rank = row
                 energies, both, down = rows.joint(keys, values)
-                lost, down = energies[row:].sum().item(), down[:, :row]
+                lost, down = 2 * _lost(energies, row, self.shape.bits), down[:, :row]
                 key_up, up = both[:, :row].chunk(2, 2)
             self.lost += lost / 2
+            key_up, up, down = pad_rank(key_up, 1, rank), pad_rank(up, 1, row), pad_rank(down, 1, row)
+            if self.formats:
+                size = deviations(down, self._inputs("values"))
+                key_up, up, down = key_up * size[:rank, None], up * size[:, None], down / size
             key_ranks.append(rank)
-            key_ups.append(pad_rank(key_up, 1, rank))
-            ups.append(pad_rank(up, 1, row))
-            downs.append(pad_rank(down, 1, row))
+            key_ups.append(key_up)
+            ups.append(up)
+            downs.append(down)
         order = self._order("values")
         keys_side = self._record("keys", key_ups, tuple(key_ranks), None, order)
         return keys_side, self._record("values", ups, widths, torch.cat(downs, 1), order)
@@ -191,10 +243,13 @@ class Problem:
         lost_mean = torch.zeros(self.shape.heads, self.shape.head_dim, dtype=torch.float64)
         decomposed = zip(self.groups[side], ranks, self._decomposed(side), strict=True)
         for heads, rank, (weight, energies, group_up, down) in decomposed:
-            self.lost += energies[rank:].sum().item() / 2
+            self.lost += _lost(energies, rank, self.shape.bits)
             group_up, down = pad_rank(group_up[:, :rank], 1, rank), pad_rank(down[:, :rank], 1, rank)
             if reached is not None and self.method.refit is not None:
                 group_up, down = self.method.refit(weight, down, reached)
+            if side in self.formats:
+                size = deviations(down, self._inputs(side))
+                group_up, down = group_up * size[:, None], down / size
             ups.append(group_up)
             downs.append(down)
             if mean is not None:
@@ -216,11 +271,18 @@ class Problem:
         up = torch.zeros(*like.shape[:1], max(ranks), like.shape[1], dtype=torch.float64)
         for heads, rank, block in zip(self.groups[side], ranks, ups, strict=True):
             up[list(heads), :rank] = block
-        rotated = side == "keys" and self.method.rotated
+        rotated, made = side == "keys" and self.method.rotated, self.formats.get(side)
         return Projection(
             up=up.to(like),
             down=None if down is None else down.to(like).contiguous(),
             bias=None if rotated else self.part.bias(WEIGHTS[side]),
             ranks=ranks,
             head_order=order,
+            format=made if not isinstance(made, int) else tuple(uniform(rank, made) for rank in ranks),
         )
+
+
+def _lost(energies: Tensor, rank: int, bits: int) -> float:
+    """Half of what the energies of one group cost with these latents, and bits for each of them."""
+    held = energies[:rank].sum().item() * (ERRORS[bits] if bits < 16 else 0.0)
+    return (held + energies[rank:].sum().item()) / 2

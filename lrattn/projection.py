@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrattn.formats import Format
 from lrattn.shapes import FLOATS, RANK_STEP, check
 
 
@@ -23,7 +24,8 @@ class Projection:
         down: [E, sum ranks], groups side by side; needed only to write latents.
         bias: [Hkv, D], added to every head; outside the low-rank part, so exact.
         head_order: kv heads listed group by group; None is 0 .. Hkv - 1.
-        format: storage format of the latents; None is plain numbers of the cache's dtype.
+        format: bits of the latents, one Format for each group or one for all; None is plain numbers of the cache's
+            dtype. Widths come in the same order in every group.
 
     Raises: ValueError naming the tensor, what was expected and what came.
     """
@@ -33,7 +35,7 @@ class Projection:
     down: Tensor | None = None
     bias: Tensor | None = None
     head_order: tuple[int, ...] | None = None
-    format: Any = None
+    format: Format | tuple[Format, ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ranks", tuple(self.ranks))
@@ -61,7 +63,17 @@ class Projection:
                     f"head_order: expected a permutation of 0..{self.num_heads - 1}, got {self.head_order}"
                 )
         if self.format is not None:
-            raise ValueError(f"format: expected None (plain latents), got {self.format!r}")
+            self._check_format()
+
+    def _check_format(self) -> None:
+        formats = (self.format,) * len(self.ranks) if isinstance(self.format, Format) else self.format
+        if not isinstance(formats, tuple | list) or not all(isinstance(f, Format) for f in formats):
+            raise ValueError(f"format: expected None, a Format or one for each group, got {self.format!r}")
+        object.__setattr__(self, "format", tuple(formats))
+        if (ranks := tuple(f.rank for f in formats)) != self.ranks:
+            raise ValueError(f"format: expected segments of the ranks {self.ranks}, got ranks {ranks}")
+        if len(widths := {tuple(bits for _, bits in f.segments) for f in formats}) > 1:
+            raise ValueError(f"format: expected the same widths in every group, got {sorted(widths)}")
 
     @property
     def num_heads(self) -> int:
@@ -80,6 +92,16 @@ class Projection:
     def width(self) -> int:
         """Latents of one token."""
         return sum(self.ranks)
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        """Of each group; none where latents are plain."""
+        return self.format or ()  # type: ignore[return-value]  # a tuple since construction
+
+    @property
+    def latent_bytes(self) -> int:
+        """Bytes of one token's latents, scales and padding included; plain ones at 16 bits."""
+        return sum(f.nbytes for f in self.formats) or 2 * self.width
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
@@ -112,7 +134,12 @@ class Projection:
         return weight
 
     def take(self, latents: Sequence[Sequence[int]]) -> Projection:
-        """Some latents of each group, by their place in its row."""
+        """Some latents of each group, by their place in its row.
+
+        Raises: ValueError for packed latents, of which a segment may be cut.
+        """
+        if self.format is not None:
+            raise ValueError(f"format: expected plain latents to take some of, got {self.format}")
         ranks = tuple(map(len, latents))
         up = self.up.new_zeros(self.num_heads, max(ranks), self.head_dim)
         for heads, rank, kept in zip(self.groups, ranks, latents, strict=True):
@@ -145,7 +172,24 @@ class Projection:
             down=None if self.down is None else torch.cat([self.down[:, self.columns[g]] for g in kept], 1),
             bias=None if self.bias is None else self.bias[heads].contiguous(),
             head_order=None if order == tuple(range(len(heads))) else order,
+            format=tuple(self.formats[g] for g in kept) if self.formats else None,
         )
+
+    def select_rotated(self, heads: list[int]) -> Projection:
+        """As `select`, of latents written from rotated keys: from the keys of those heads alone.
+
+        Raises: ValueError if groups would be cut, or latents read other heads.
+        """
+        for members in self.groups:
+            if 0 < len(set(members) & set(heads)) < len(members):
+                raise ValueError(f"shard: expected whole key groups, whose latents need all heads, got {members} cut")
+        chosen = self.select(heads)
+        if chosen.down is None:
+            return chosen
+        by_head = chosen.down.unflatten(0, (self.num_heads, -1))  # [Hkv, D, sum Rk]
+        if by_head[[h for h in range(self.num_heads) if h not in heads]].any():
+            raise ValueError(f"shard: expected keys.down to read heads {heads} only for their latents, got others")
+        return replace(chosen, down=by_head[heads].flatten(0, 1))
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lrattn.formats import ALIGNMENT
 from lrattn.shapes import RANK_STEP, norm_width, round_up
 
 Ranks = tuple[tuple[int, ...], tuple[int, ...]]  # of the key groups, of the value groups
@@ -29,6 +30,7 @@ class LayerShape:
     shared: bool = False
     rotated: bool = False  # latents of rotated keys, which are not linear in the inputs
     whole_values: bool = False  # only keys are compressed
+    bits: int = 16  # of a latent, the fewest there may be
 
     @property
     def groups(self) -> tuple[int, int]:
@@ -49,8 +51,11 @@ class LayerShape:
         return key, value
 
     @property
-    def norm_width(self) -> int:
-        return norm_width(self.heads) if self.key_norm else 0
+    def overhead(self) -> int:
+        """Bytes of a token that are not latents: norm columns, and scales where latents are packed."""
+        if self.bits == 16:
+            return 2 * norm_width(self.heads) * self.key_norm
+        return 4 * self.heads * self.key_norm + ALIGNMENT * sum(self.groups)
 
     @property
     def dense(self) -> int:
@@ -187,20 +192,24 @@ def budget(shapes: Sequence[LayerShape], keep: float) -> int:
         return full
     what = "one step of 16 a group and the norm columns"
     what = f"all of the values, {what}" if any(s.whole_values for s in shapes) else what
-    norms, dense = sum(s.norm_width for s in shapes), sum(s.dense for s in shapes)
-    return min(affordable(keep, dense, norms, sum(_leasts(shapes)), what), full)
+    overhead, dense = sum(s.overhead for s in shapes), 2 * sum(s.dense for s in shapes)
+    bits = {s.bits for s in shapes}
+    if len(bits) > 1:
+        raise ValueError(f"bits: expected one number for all layers, got {sorted(bits)}")
+    return min(affordable(keep, dense, overhead, sum(_leasts(shapes)), what, bits.pop()), full)
 
 
-def affordable(keep: float, dense: int, norms: int, least: int, what: str) -> int:
-    """Steps of 16 latents within keep * dense numbers a token, beside so many norm columns.
+def affordable(keep: float, dense: int, overhead: int, least: int, what: str, bits: int = 16) -> int:
+    """Steps of 16 latents of these bits within keep * dense bytes a token, beside so many bytes of overhead.
 
     Raises: ValueError if keep is outside (0, 1] or allows fewer than `least` steps: `what` says what those are.
     """
     if not 0 < keep <= 1:
         raise ValueError(f"keep: expected a share in (0, 1], got {keep}")
-    steps = int(keep * dense - norms + 1e-6) // RANK_STEP
+    step = RANK_STEP * bits // 8
+    steps = int(keep * dense - overhead + 1e-6) // step
     if steps < least:
-        need = (RANK_STEP * least + norms) / dense
+        need = (step * least + overhead) / dense
         raise ValueError(f"keep: expected at least {need:.3f}, {what}, got {keep}")
     return steps
 

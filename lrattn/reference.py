@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lrattn.cache import WHOLE_PAGES, inverse_rms, norm_columns, read_rows, write_rows
+from lrattn.cache import WHOLE_PAGES, key_rows, pack_keys, pack_values, read_rows, value_rows, write_rows
 from lrattn.layer import LayerFactors
 from lrattn.rope import rows_at
 from lrattn.shapes import accumulator, product_dtype
@@ -28,9 +28,9 @@ def write_latents(
     slots: Tensor,
 ) -> None:
     """zk [n, row_width], zv [n, sum Rv] -> rows `slots` [n] of the caches."""
-    write_rows(k_cache, torch.cat((zk, norm_columns(layer, zk)), 1), slots)
+    write_rows(k_cache, pack_keys(layer, zk), slots)
     if zv is not None and v_cache is not None:
-        write_rows(v_cache, zv, slots)
+        write_rows(v_cache, pack_values(layer, zv), slots)
 
 
 def rebuild(
@@ -47,13 +47,13 @@ def rebuild(
     for pages, length in zip(block_table, seq_lens.clamp(0, limit).tolist(), strict=True):
         _check_positions(layer, length, positions)
         _check_pages(k_cache, pages, 0, length)
-        rows = read_rows(k_cache, pages, 0, length)
-        at = torch.arange(length, device=rows.device)
+        zk, _ = key_rows(layer, read_rows(k_cache, pages, 0, length))
+        at = torch.arange(length, device=zk.device)
         if positions is not None:
             at = read_rows(positions[..., None], pages, 0, length)[:, 0]
-        zv = None if v_cache is None else read_rows(v_cache, pages, 0, length)
-        parts.append(layer.rebuild(rows[:, : layer.row_width], zv, at))
-    empty = k_cache.new_empty(0, layer.num_kv_heads, layer.head_dim)
+        zv = None if v_cache is None else value_rows(layer, read_rows(v_cache, pages, 0, length)).to(layer.dtype)
+        parts.append(layer.rebuild(zk.to(layer.dtype), zv, at))
+    empty = layer.keys.up.new_empty(0, layer.num_kv_heads, layer.head_dim)
     return torch.cat([empty, *(k for k, _ in parts)]), torch.cat([empty, *(v for _, v in parts)])
 
 
@@ -83,6 +83,8 @@ def blocks(layer: LayerFactors, query_heads: int, num_queries: int, page_size: i
     queries = max(1, min(num_queries, limit // 2 // per_query))
     tile = layer.keys.group_size * layer.head_dim
     row = (layer.k_width + layer.v_width) * size
+    if layer.packed:  # latents, and the codes they are made of
+        row += 3 * (layer.row_width + (0 if layer.shared else layer.values.width)) * size
     per_token = 3 * tile * size + 3 * query_heads * queries * size + 2 * row  # keys, scores, rows read and widened
     edges = 2 * page_size * row if page_size <= WHOLE_PAGES else 0  # of the pages that a block begins and ends in
     tokens = min(TILE_BYTES // (tile * size), max(limit // 2 - edges, 0) // per_token)
@@ -186,9 +188,9 @@ def _attend_span(
     latent = q.new_zeros(heads, rows, max(layer.values.ranks))
     for t0 in range(begin, end, step):
         t1 = min(t0 + step, end)
-        ck = read_rows(row.k_cache, row.pages, t0, t1)
-        cv = ck if row.v_cache is None else read_rows(row.v_cache, row.pages, t0, t1)
-        s = _scores(row, queries, ck, t0, t1)  # [Hkv, M S, n]
+        ck, inverse = key_rows(layer, read_rows(row.k_cache, row.pages, t0, t1))
+        cv = ck if row.v_cache is None else value_rows(layer, read_rows(row.v_cache, row.pages, t0, t1))
+        s = _scores(row, queries, ck, inverse, t0, t1)  # [Hkv, M S, n]
         seen = _seen(index, mask, t0, t1)
         if seen is not None:
             s.unflatten(1, (-1, len(index))).masked_fill_(~seen, -torch.inf)
@@ -218,8 +220,8 @@ def _absorb(layer: LayerFactors, q: Tensor) -> list[Tensor]:
     return ready
 
 
-def _scores(row: _Row, queries: list[Tensor], ck: Tensor, t0: int, t1: int) -> Tensor:
-    """Scaled, capped scores [Hkv, M S, n] of key rows [n, k_width]; not masked."""
+def _scores(row: _Row, queries: list[Tensor], ck: Tensor, inverse: Tensor | None, t0: int, t1: int) -> Tensor:
+    """Scaled, capped scores [Hkv, M S, n] of key latents [n, row_width] and 1 / rms [n, Hkv]; not masked."""
     layer, q = row.layer, queries[0]
     turns = None
     if layer.turns is not None:
@@ -239,8 +241,8 @@ def _scores(row: _Row, queries: list[Tensor], ck: Tensor, t0: int, t1: int) -> T
         bias = layer.keys.bias.to(q.dtype)
         bias = bias if layer.norm_weight is None else bias * layer.norm_weight
         s += q @ bias[..., None]
-    if layer.key_norm is not None:
-        s *= inverse_rms(layer, ck).T[:, None]
+    if inverse is not None:
+        s *= inverse.T[:, None]
     return s.div_(row.softcap).tanh_().mul_(row.softcap) if row.softcap else s
 
 

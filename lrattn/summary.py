@@ -10,12 +10,13 @@ from lrattn.factors import Factors
 def summarize(factors: Factors) -> dict[str, Any]:
     """Where the bytes go: keep, the split between keys and values, the ranks of every layer, and the loss foreseen.
 
-    Bytes are those of a token at 16 bits a number, norm columns included. Rows that keys and
-    values share count as the values'. key_rank is the mean rank of a key group: what rebuilding keys takes time for.
+    Bytes are those of a token, plain latents and norm columns at 16 bits a number, packed ones with their scales. Rows
+    that keys and values share count as the values'. key_bits, value_bits: (latents, bits) of the segments of each
+    packed group. key_rank is the mean rank of a key group: what rebuilding keys takes time for.
     Predicted losses are nats a token, to second order; None where the method foresees none.
     """
-    keys = sum(layer.keys.width for layer in factors.layers if not layer.shared)
-    values = sum(layer.values.width for layer in factors.layers)
+    keys = sum(layer.keys.latent_bytes for layer in factors.layers if not layer.shared)
+    values = sum(layer.values.latent_bytes for layer in factors.layers)
     groups = sum(len(layer.keys.ranks) for layer in factors.layers)
     return {
         "method": factors.method,
@@ -23,10 +24,10 @@ def summarize(factors: Factors) -> dict[str, Any]:
         "model": factors.model,
         "dtype": str(factors.layers[0].dtype).removeprefix("torch."),
         "keep": factors.keep,
-        "bytes_per_token": 2 * factors.numbers_per_token,
-        "dense_bytes_per_token": 2 * factors.dense_numbers_per_token,
-        "key_share": keys / factors.numbers_per_token,
-        "value_share": values / factors.numbers_per_token,
+        "bytes_per_token": factors.bytes_per_token,
+        "dense_bytes_per_token": factors.dense_bytes_per_token,
+        "key_share": keys / factors.bytes_per_token,
+        "value_share": values / factors.bytes_per_token,
         "shared": all(layer.shared for layer in factors.layers),
         "key_rank": sum(layer.keys.width for layer in factors.layers) / groups,
         "predicted_loss": sum(factors.predicted) if factors.predicted else None,
@@ -39,10 +40,12 @@ def summarize(factors: Factors) -> dict[str, Any]:
                 "key_ranks": layer.keys.ranks,
                 "value_groups": layer.values.groups,
                 "value_ranks": layer.values.ranks,
+                "key_bits": [f.segments for f in layer.keys.formats],
+                "value_bits": [f.segments for f in layer.values.formats],
                 "predicted_loss": factors.predicted[i] if factors.predicted else None,
-                "norm_columns": layer.k_width - layer.row_width,
+                "norm_columns": layer.norm_bytes // 2,
                 "rotated": layer.rotated,
-                "keep": (layer.k_width + layer.v_width) / (2 * layer.num_kv_heads * layer.head_dim),
+                "keep": layer.bytes_per_token / (4 * layer.num_kv_heads * layer.head_dim),
             }
             for i, layer in enumerate(factors.layers)
         ],
@@ -59,7 +62,7 @@ def headline(summary: dict[str, Any]) -> str:
         split = f"rows that keys and values share {summary['value_share']:.1%}"
     rotated = all(layer["rotated"] for layer in summary["layers"])
     how = "queries meet a key group's" if rotated else "a key group is rebuilt from"
-    foreseen = summary["predicted_loss"]
+    foreseen, packed = summary["predicted_loss"], _packed(summary)
     recent, sinks = summary["near"]
     beside = [f"beside them, dense: the last {recent} and the first {sinks} tokens"] if recent or sinks else []
     return "\n".join(
@@ -67,7 +70,7 @@ def headline(summary: dict[str, Any]) -> str:
             f"{made}{', of ' + summary['model'] if summary['model'] else ''}",
             f"{count} layers of {first['kv_heads']} kv heads of {first['head_dim']}, {summary['dtype']}",
             f"keep {summary['keep']:.3f}: {summary['bytes_per_token']:,} of {summary['dense_bytes_per_token']:,} bytes "
-            "a token at 16 bits a number",
+            + (f"a token, {16 * summary['keep']:.2f} bits a number" if packed else "a token at 16 bits a number"),
             split + (f", norm columns {norms:.1%}" if norms > 1e-9 else ""),
             f"{how} {summary['key_rank']:.0f} latents"
             + ("" if foreseen is None else f"; predicted loss {foreseen:.2g} nats a token"),
@@ -80,10 +83,13 @@ def table(summary: dict[str, Any]) -> str:
     """The headline, and a line for each layer."""
     values = "row ranks" if summary["shared"] else "value ranks"
     foreseen = summary["predicted_loss"] is not None
-    head = ("layer", "key ranks", values, "keep", *(["loss"] if foreseen else []), "heads sharing a key latent")
+    bits = ["latents x bits"] if _packed(summary) else []
+    head = ("layer", "key ranks", values, *bits, "keep", *(["loss"] if foreseen else []), "heads sharing a key latent")
     rows = [
         (
-            *(str(i), _ranks(x["key_ranks"]), _ranks(x["value_ranks"]), f"{x['keep']:.3f}"),
+            *(str(i), _ranks(x["key_ranks"]), _ranks(x["value_ranks"])),
+            *([_bits(x["key_bits"], x["value_bits"])] if bits else []),
+            f"{x['keep']:.3f}",
             *([f"{x['predicted_loss']:.1e}"] if foreseen else []),
             _order(x["key_groups"]),
         )
@@ -94,6 +100,16 @@ def table(summary: dict[str, Any]) -> str:
         "  ".join([*(cell.rjust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]) for row in (head, *rows)
     ]
     return "\n".join([headline(summary), "", *lines])
+
+
+def _packed(summary: dict[str, Any]) -> bool:
+    return any(x["key_bits"] or x["value_bits"] for x in summary["layers"])
+
+
+def _bits(*sides: list[tuple[tuple[int, int], ...]]) -> str:
+    """16x8 64x4 for 16 latents of 8 bits and 64 of 4; keys and values, and groups that differ, apart."""
+    groups = [dict.fromkeys(" ".join(f"{rank}x{bits}" for rank, bits in group) for group in side) for side in sides]
+    return " | ".join(" / ".join(side) for side in groups if side)
 
 
 def _ranks(ranks: tuple[int, ...]) -> str:

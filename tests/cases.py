@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from packing import poison, segments
 
 import lrattn
 
@@ -41,6 +42,8 @@ class Case:
     pages: int | None = None  # width of the block table, to which lengths are clamped; None: a page more than needed
     size: float = 1.0  # of queries and latents
     strided: bool = False
+    key_bits: tuple[int, ...] = ()  # widths of packed latents, in segments of each; (): plain. Of the row when shared
+    value_bits: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32  # the interpreter's; a GPU gets all
     call: dict[str, Any] = field(default_factory=dict)
 
@@ -77,6 +80,7 @@ def make_layer(case, dtype=torch.float64, seed=0):
         down=None if case.shared else normal(case.E, sum(case.key_ranks)),
         bias=normal(case.Hkv, case.D, scale=2.0) if case.bias else None,
         head_order=case.key_order,
+        format=None if case.shared else formats(case.key_ranks, case.key_bits),
     )
     values = lrattn.Projection(
         up=up(case.value_ranks, case.value_order),
@@ -84,6 +88,7 @@ def make_layer(case, dtype=torch.float64, seed=0):
         down=normal(case.E, sum(case.value_ranks)),
         bias=normal(case.Hkv, case.D) if case.bias else None,
         head_order=case.value_order,
+        format=formats(case.value_ranks, case.key_bits if case.shared else case.value_bits),
     )
     return lrattn.LayerFactors(
         keys=keys,
@@ -93,6 +98,10 @@ def make_layer(case, dtype=torch.float64, seed=0):
         key_norm=lrattn.KeyNorm(normal(case.D, scale=0.3) + 1, 1e-6) if case.key_norm else None,
         wo=loose(normal(case.Hkv * case.M, case.D, case.E, scale=case.D**-0.5)),
     )
+
+
+def formats(ranks, widths):
+    return tuple(lrattn.Format(segments(rank, widths)) for rank in ranks) if widths else None
 
 
 def held(case, b):
@@ -126,7 +135,7 @@ def make(case, dtype=torch.float64, seed=0):
     k_cache, v_cache = lrattn.allocate_cache(layer, num_pages, case.P)
     for cache in (k_cache, v_cache):
         if cache is not None:
-            cache.fill_(torch.nan)
+            cache.fill_(poison(cache.dtype))
     positions = torch.full((num_pages, case.P), -1, dtype=torch.int32) if case.positions else None
     last = MAX_POSITION if layer.rope is None else layer.rope.max_position
     for b, n in enumerate(counts):
@@ -134,7 +143,7 @@ def make(case, dtype=torch.float64, seed=0):
             table[b, i] = order.pop()
         t = torch.arange(n)
         slots = table[b, t // case.P].long() * case.P + t % case.P
-        zk, zv = normal(n, layer.row_width), None if case.shared else normal(n, layer.v_width)
+        zk, zv = normal(n, layer.row_width), None if case.shared else normal(n, layer.values.width)
         lrattn.write_latents(layer, zk, zv, k_cache, v_cache, slots)
         first, end = reach(case, b)
         unseen = (t < first) | (t >= end)
@@ -143,7 +152,7 @@ def make(case, dtype=torch.float64, seed=0):
             positions.view(-1)[slots] = chosen.masked_fill(unseen, -1)
         for cache in (k_cache, v_cache):
             if cache is not None:
-                cache.flatten(0, 1)[slots[unseen]] = torch.nan
+                cache.flatten(0, 1)[slots[unseen]] = poison(cache.dtype)
         table[b, : first // case.P] = GARBAGE
         table[b, (end + case.P - 1) // case.P :] = GARBAGE
     q = normal(len(case.lens), case.S, case.Hkv * case.M, case.D)
@@ -163,18 +172,27 @@ def make(case, dtype=torch.float64, seed=0):
 
 def strided(q, k_cache, v_cache, kwargs):
     """The same problem in slices of wider tensors: both caches in one with room between, q and tables cut out."""
-    width = sum(x.shape[-1] for x in (k_cache, v_cache) if x is not None)
-    pool = k_cache.new_full((len(k_cache), 2, k_cache.shape[1], width + 16), torch.nan)[:, 1]
-    kw = k_cache.shape[-1]
-    pool[..., :kw] = k_cache
-    if v_cache is not None:
-        pool[..., kw : kw + v_cache.shape[-1]] = v_cache
-        v_cache = pool[..., kw : kw + v_cache.shape[-1]]
+    k_cache, v_cache = in_one(k_cache, v_cache)
     wide = q.new_full((*q.shape[:2], 3, *q.shape[2:]), torch.nan)
     wide[:, :, 1] = q
     cut = {n: torch.stack((x, x), 1)[:, 1] for n in ("block_table", "seq_lens", "seq_starts", "positions")
            if (x := kwargs[n]) is not None}  # fmt: skip
-    return wide[:, :, 1], pool[..., :kw], v_cache, kwargs | cut
+    return wide[:, :, 1], k_cache, v_cache, kwargs | cut
+
+
+def in_one(k_cache, v_cache):
+    """Both caches as slices of one tensor, or each of its own where their dtypes differ; poison between."""
+    if v_cache is not None and v_cache.dtype != k_cache.dtype:
+        return in_one(k_cache, None)[0], in_one(v_cache, None)[0]
+    caches = [x for x in (k_cache, v_cache) if x is not None]
+    width = sum(x.shape[-1] for x in caches) + 16
+    pool = k_cache.new_full((len(k_cache), 2, k_cache.shape[1], width), poison(k_cache.dtype))[:, 1]
+    cut, at = [], 0
+    for x in caches:
+        cut.append(pool[..., at : at + x.shape[-1]])
+        cut[-1].copy_(x)
+        at += x.shape[-1]
+    return cut[0], cut[1] if v_cache is not None else None
 
 
 PLAIN = Case("plain")
@@ -229,6 +247,28 @@ CASES = [
     Case("everything", M=2, S=3, D=80, Hkv=4, key_ranks=(32, 16), value_ranks=(64,), key_order=(2, 1, 3, 0), bias=True,
          key_norm=True, positions=True, starts=(3, 0), sinks=True, lens=(50, 21), P=32,
          rope={"partial_rotary_factor": 0.5}, call={"softcap": 5.0, "window_size": 30, "num_splits": 2}),
+]  # fmt: skip
+
+
+PACKED = [
+    Case("bytes", key_bits=(8,), value_bits=(8,), M=2, lens=(33, 5)),
+    Case("nibbles, ragged", key_bits=(4,), value_bits=(4,), key_ranks=(16, 48), value_ranks=(32, 96), lens=(0, 1, 40)),
+    Case("two bits", key_bits=(2,), value_bits=(2,), key_ranks=(64,), value_ranks=(80,), lens=(50,)),
+    Case("all widths", key_bits=(16, 8, 4, 2), value_bits=(8, 4, 2), key_ranks=(96, 80), value_ranks=(112,), M=2),
+    Case("keys alone", key_bits=(8, 2), lens=(20, 3), strided=True),
+    Case("values alone", value_bits=(4, 2), lens=(20, 3), M=2, strided=True),
+    Case("strided", key_bits=(8, 4), value_bits=(4, 2), lens=(20, 3), strided=True),
+    Case("joint row", key_bits=(8, 4, 2), shared=True, key_ranks=(112, 128), value_ranks=(112, 128), M=3, lens=(33, 5)),
+    Case("riding row", key_bits=(8, 4, 8, 2), shared=True, key_ranks=(32,), value_ranks=(96,), M=2, lens=(33, 5)),
+    Case("five scales", key_bits=(8, 4, 2, 8, 4), shared=True, key_ranks=(48,), value_ranks=(80,), lens=(18,)),
+    Case("norm", key_bits=(8, 4), value_bits=(8,), key_norm=True, bias=True, key_ranks=(32, 48), M=2, lens=(21, 3)),
+    Case("norm, joint", key_bits=(8, 2), shared=True, key_norm=True, key_ranks=(48,), value_ranks=(48,), lens=(21,)),
+    Case("no rope", rope=None, key_bits=(8, 4), value_bits=(4, 2), key_ranks=(32,), M=2, lens=(30, 2), bias=True),
+    Case("no rope, joint", rope=None, key_bits=(16, 4), shared=True, key_ranks=(64,), value_ranks=(64,), key_norm=True),
+    Case("everything", M=2, S=3, D=80, key_ranks=(32, 48), value_ranks=(64,), key_order=(2, 1, 3, 0), bias=True,
+         key_norm=True, positions=True, starts=(3, 0), sinks=True, lens=(50, 21), P=32, key_bits=(4, 2),
+         value_bits=(8, 2), rope={"partial_rotary_factor": 0.5},
+         call={"softcap": 5.0, "window_size": 30, "num_splits": 2, "workspace_limit": 1}),
 ]  # fmt: skip
 
 

@@ -18,9 +18,9 @@ LINES = 350
 
 # A module may import modules that stand before it: the order of the data.
 ORDER = [
-    "shapes", "dense", "rope", "safefile", "projection", "basis", "operands", "layer", "factors", "parts", "substitute",
-    "moments", "calibrate", "clusters", "ranks", "methods", "propagate", "problem", "nested", "refine", "compress",
-    "summary", "compressibility", "cache", "reference", "kernels", "ops", "checks", "attention",
+    "shapes", "dense", "rope", "safefile", "formats", "projection", "basis", "operands", "layer", "factors", "parts",
+    "substitute", "moments", "calibrate", "clusters", "bits", "ranks", "methods", "propagate", "problem", "nested",
+    "refine", "compress", "summary", "compressibility", "cache", "reference", "kernels", "ops", "checks", "attention",
     "integrations", "__main__",
 ]  # fmt: skip
 DUMPING_GROUNDS = {"utils", "helpers", "common", "misc", "base", "tools", "core"}

@@ -130,7 +130,7 @@ def test_compress_reads_every_family(family):
     factors = lrattn.compress(model, [tiny.tokens(4, 40)], keep=0.3, group_size=4, far=(0, 0), progress=False)
     assert len(factors.layers) == 3 and factors.method == "lrattn" and len(factors.predicted) == 3
     full = all(layer.row_width == 96 for layer in factors.layers)  # a row of E latents is exact
-    assert (full or 0.3 - 16 / factors.dense_numbers_per_token < factors.keep) and factors.keep <= 0.3
+    assert (full or 0.3 - 32 / factors.dense_bytes_per_token < factors.keep) and factors.keep <= 0.3
     for layer, part in zip(factors.layers, attention_parts(model), strict=True):
         assert layer.keys.group_size == min(4, part.num_kv_heads)
         assert (layer.key_norm is not None) == (family in ("qwen3", "gemma3"))
@@ -187,7 +187,7 @@ def test_every_method_meets_the_budget_and_is_exact_at_full_rank(method, shared,
     model, batches, keep = tiny.model(family), [tiny.tokens(4, 40)], least_keep(methods.METHODS[method])
     factors = lrattn.compress(model, batches, method, keep, 2, ranks=ranks, shared=shared, far=(0, 0), progress=False)
     full = lrattn.compress(model, batches, method, 1.0, 2, ranks=ranks, shared=shared, far=(0, 0), progress=False)
-    least = min(keep - 16 / factors.dense_numbers_per_token, full.keep - 1e-9)
+    least = min(keep - 32 / factors.dense_bytes_per_token, full.keep - 1e-9)
     assert least < factors.keep <= keep
     assert (factors.method, factors.rule) == (method, ranks)
     weights = model_weights(model, methods.METHODS[method].rotated)

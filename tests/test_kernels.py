@@ -12,7 +12,7 @@ from matrix import COLUMNS, MATRIX, ROWS, allowed
 from pairwise import uncovered
 
 import lrattn
-from lrattn.cache import inverse_rms
+from lrattn.cache import key_rows
 
 RAGGED = Case("ragged", M=2, S=2, lens=(70, 33, 1, 0), key_ranks=(32, 16), value_ranks=(64, 16), bias=True, sinks=True)
 
@@ -306,7 +306,7 @@ def check_write(case, slots, kernel_dtype, device):
     assert torch.equal(k_cache[..., :width].nan_to_num(9.0), caches[0][..., :width].nan_to_num(9.0))
     assert v_cache is None or torch.equal(v_cache.nan_to_num(9.0), caches[1].nan_to_num(9.0))
     if layer.key_norm is not None:
-        held, expected = (inverse_rms(layer, x.flatten(0, 1)).double() for x in (k_cache, caches[0]))
+        held, expected = (key_rows(layer, x.flatten(0, 1))[1].double() for x in (k_cache, caches[0]))
         bound = 4 * torch.finfo(kernel_dtype).eps ** 2 + 1e-6
         torch.testing.assert_close(held, expected, rtol=bound, atol=0, equal_nan=True)
         tail = width + 2 * layer.num_kv_heads

@@ -75,7 +75,7 @@ def test_latents_generate_what_the_simulated_model_generates(real, moments, meth
     ours, theirs = (e.square().mean().sqrt().item() for e in errors)
     assert ours <= 2 * theirs
     dense = 30 * 2 * 3 * 64
-    assert factors.dense_numbers_per_token == dense and keep - 16 / dense < factors.keep <= keep
+    assert factors.dense_bytes_per_token == 2 * dense and keep - 16 / dense < factors.keep <= keep
     assert sum(x.shape[-1] for pair in cache.caches for x in pair if x is not None) <= keep * dense + 1e-6
 
 

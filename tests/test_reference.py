@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import CASES, PLAIN, Case, make, make_layer, variant
+from cases import CASES, PACKED, PLAIN, Case, make, make_layer, variant
 from closeness import assert_no_worse
 from oracle import attend
+from packing import plain
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -37,6 +38,18 @@ def test_decode_attention_equals_dense_attention(case):
     expected, expected_lse = truth(q, k_cache, v_cache, layer, kwargs)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
     torch.testing.assert_close(lse, expected_lse, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", PACKED, ids=str)
+def test_packed_latents_are_attended_to_as_what_their_bits_say(case):
+    problem = make(case)
+    layer, q, k_cache, v_cache, kwargs = problem
+    out, lse = lrattn.decode_attention(q, k_cache, v_cache, layer, return_lse=True, **kwargs)
+    own, *tensors, _ = plain(problem)
+    expected, expected_lse = truth(*tensors, own, kwargs)
+    close = 1e-4 if case.key_norm else 1e-10  # the norm is stored as two float16 numbers
+    torch.testing.assert_close(out, expected, rtol=0, atol=close)
+    torch.testing.assert_close(lse, expected_lse, rtol=0, atol=close)
 
 
 def call(case, **changes):

@@ -212,7 +212,7 @@ def test_no_other_scaling_loses_less_than_whitening():
 def test_lorc_looks_at_weights_alone_and_early_layers_keep_more():
     model = tiny.model("qwen3")
     factors = lrattn.compress(model, method="lorc", keep=0.5, far=(0, 0), progress=False)
-    assert factors.rule == "condition" and 0.5 - 16 / factors.dense_numbers_per_token < factors.keep <= 0.5
+    assert factors.rule == "condition" and 0.5 - 32 / factors.dense_bytes_per_token < factors.keep <= 0.5
     sizes = [layer.keys.width + layer.values.width for layer in factors.layers]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1]
     for layer, part in zip(factors.layers, attention_parts(model), strict=True):

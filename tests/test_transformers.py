@@ -146,10 +146,10 @@ def test_cache_bytes_are_those_of_its_tensors():
     assert cache.nbytes == 0
     with torch.no_grad(), latent_attention(model, factors):
         model(tiny.tokens(2, 64), past_key_values=cache)
-    per_token = 4 * factors.numbers_per_token
-    assert factors.numbers_per_token == sum(k.shape[-1] + v.shape[-1] for k, v in cache.caches)
+    per_token = 2 * factors.bytes_per_token
+    assert factors.bytes_per_token == 2 * sum(k.shape[-1] + v.shape[-1] for k, v in cache.caches)
     assert cache.nbytes == 128 * per_token + 2 * 4 * 4  # 64 tokens fill 4 pages of 16; and the block table
-    assert cache.nbytes / 128 / (4 * factors.dense_numbers_per_token) <= 0.5 + 0.01
+    assert cache.nbytes / 128 / (2 * factors.dense_bytes_per_token) <= 0.5 + 0.01
     assert cache.num_tokens == 128 and "lengths=[64, 64]" in repr(cache)
 
 
@@ -160,7 +160,7 @@ def test_growing_token_by_token_holds_little_more_than_needed():
     with torch.no_grad(), latent_attention(model, factors):
         for t in range(300):
             model(ids[:, t : t + 1], past_key_values=cache)
-    needed = -(-300 // 16) * 16 * 4 * factors.numbers_per_token
+    needed = -(-300 // 16) * 16 * 2 * factors.bytes_per_token
     assert needed <= cache.nbytes <= 1.25 * needed
 
 
@@ -315,7 +315,7 @@ def test_repeat_and_select_copy_sequences():
         got = model(ids[:, -1:].repeat_interleave(2, 0), past_key_values=cache).logits
         torch.testing.assert_close(got, expected.repeat_interleave(2, 0), rtol=0, atol=1e-4)
         cache.batch_select_indices(torch.tensor([3]))
-        assert cache.lengths == [21] and cache.nbytes < 25 * 16 * 4 * factors.numbers_per_token
+        assert cache.lengths == [21] and cache.nbytes < 25 * 16 * 2 * factors.bytes_per_token
         cache.reset()
         assert cache.nbytes == 0 and cache.get_seq_length() == 0
 

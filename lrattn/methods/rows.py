@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lrattn.methods.weighted import factor, low_rank, roots
-from lrattn.shapes import RANK_STEP, round_up
+from lrattn.shapes import RANK_STEP, pad_rank, round_up
 
 SPLITS = 24  # key ranks tried for a ride, about
 SEEN = 1e-4  # of the largest pivot: below it are rounding, and columns too small for latents of 16 bits
@@ -93,15 +93,35 @@ def ride(keys: Side, values: Side, rank: int, row: int) -> tuple[float, Tensor, 
     """
     energies, key_up, down = low_rank(keys.flat, keys.moment, keys.metric)
     a = down[:, :rank]
-    known, r, seen = _seen(a, values)
-    b = a.new_zeros(a.shape[1], len(values.flat))
-    b[:known] = torch.linalg.solve_triangular(r[:known, :known], seen[:known], upper=True)
-    rest = values.flat - b.T @ a.T
-    own, up, own_down = low_rank(rest, values.moment, values.metric, deficient=True)
+    b, own, up, own_down = _riding(a, values)
     lost = energies[rank:].sum() + own[row - rank :].sum()
     up = torch.cat((b, up[: row - rank]))
     key_up, up = (x.unflatten(1, (len(keys.weight), -1)).transpose(0, 1) for x in (key_up[:rank], up))
     return lost.item(), key_up, up, torch.cat((a, own_down[:, : row - rank]), 1)
+
+
+def noises(keys: Side, values: Side, rank: int) -> tuple[Tensor, Tensor]:
+    """What an error as large as a latent costs, in a ride whose keys use `rank` of the row: of those latents, [rank],
+    and of the values' own columns, [n].
+
+    Errors of a key latent are errors of the values that ride on it, too. Falling, to share out bits in order: where a
+    latent costs less than a later one, it counts as much.
+    """
+    energies, _, down = low_rank(keys.flat, keys.moment, keys.metric)
+    b, own, _, _ = _riding(down[:, :rank], values)
+    seen = (values.moment @ down[:, :rank] * down[:, :rank]).sum(0)
+    riding = seen * (b @ values.metric * b).sum(1)
+    costs = pad_rank(energies[:rank], 0, rank) + pad_rank(riding, 0, rank)
+    return costs.flip(0).cummax(0).values.flip(0), own
+
+
+def _riding(a: Tensor, values: Side) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the values make of key latents x A, A = `a` [E, m]: B [m, n]; and of what that leaves of them, the energies,
+    up and down of columns of their own."""
+    known, r, seen = _seen(a, values)
+    b = a.new_zeros(a.shape[1], len(values.flat))
+    b[:known] = torch.linalg.solve_triangular(r[:known, :known], seen[:known], upper=True)
+    return b, *low_rank(values.flat - b.T @ a.T, values.moment, values.metric, deficient=True)
 
 
 def _seen(down: Tensor, values: Side) -> tuple[int, Tensor, Tensor]:

@@ -47,6 +47,13 @@ def low_rank(
     return energies, up / size[:, None], down * size
 
 
+def deviations(down: Tensor, moment: Tensor | None) -> Tensor:
+    """Root mean squares of the latents x @ down, [m]: down [E, m], moment [E, E], None for the identity. 1 for a latent
+    that is always zero."""
+    size = (down * (down if moment is None else moment @ down)).sum(0).clamp_min(0).sqrt()
+    return torch.where(size > 0, size, 1.0)
+
+
 def damped(moment: Tensor, by: float = INPUT_DAMPING) -> Tensor:
     """A second moment [E, E] with `by` times its mean diagonal added to the diagonal."""
     return moment + by * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lrattn.attention import check_backend, decode_attention, merge_attention, rebuild, write_latents
+from lrattn.cache import stored
 from lrattn.dense import Near, causal_attention, masked_attention
 from lrattn.factors import Factors
 from lrattn.integrations.transformers.cache import LatentCache, Span
@@ -216,7 +217,7 @@ class _Forward:
             own = keys, part.heads("v", hidden_states)
         zk, zv = layer.project(hidden_states, keys if layer.rotated else None)
         if cache is None or not session.extends:
-            k, v = layer.rebuild(zk, zv, session.positions)
+            k, v = layer.rebuild(*stored(layer, zk, zv), session.positions)
             heads = self._dense(q, [k[b, run] for b, run in session.runs], [v[b, run] for b, run in session.runs], own)
         if cache is not None:
             self._write(zk, zv, *cache.caches[self.index])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from lrattn.cache import allocate_cache
+from lrattn.cache import allocate_cache, key_rows, value_rows
 from lrattn.factors import Factors
 from lrattn.integrations.transformers.verify import check_fit
 from lrattn.integrations.transformers.window import DenseWindow, Places, near_of
@@ -169,8 +169,8 @@ class LatentCache(Cache):  # type: ignore[misc]
         """Tokens of the dense window, from their latents."""
         slots = self._slots(zip(places.rows.tolist(), places.tokens.tolist(), strict=True))
         for i, (layer, (k_cache, v_cache)) in enumerate(zip(self.factors.layers, self.caches, strict=True)):
-            zk = k_cache.flatten(0, 1)[slots, : layer.row_width]
-            zv = None if v_cache is None else v_cache.flatten(0, 1)[slots]
+            zk = key_rows(layer, k_cache.flatten(0, 1)[slots])[0].to(layer.dtype)
+            zv = None if v_cache is None else value_rows(layer, v_cache.flatten(0, 1)[slots]).to(layer.dtype)
             self.window.put(i, places, *layer.rebuild(zk, zv, places.tokens))
 
     # What transformers asks of a Cache.

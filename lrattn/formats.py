@@ -1,0 +1,167 @@
+"""Packed latents: the bits of each, and the bytes of a row.
+
+A format gives the latents of a group, in their order, to segments of one width each: 16, 8, 4 or 2 bits. One token's
+latents of one group are then a run of bytes,
+
+    | segment | segment | .. | a byte of scale for each segment below 16 bits | zeros up to a multiple of 4 |
+
+and a segment of r latents at b bits is r b / 8 bytes in planes: byte j holds latents j, j + r b / 8, j + 2 r b / 8, ..,
+the first in its lowest bits. A plane is then a tile of its own: bytes are loaded once and shifted, never shuffled.
+
+    latent = (code - (2^b - 1) / 2) * scale,   code in 0 .. 2^b - 1,   scale = 2^((byte - 128) / 8)
+
+The quantiser is uniform and symmetric, with no code for zero. Each token has scales of its own. At 8 and 4 bits a
+segment's scale is the first that cuts nothing: cut outliers cost more than anything else there. At 2 bits it is the
+root mean square of its latents, the best step for a Gaussian (docs/decisions.md). Latents that are not finite come
+back as NaN, all of the segment: byte 255. Segments of 16 bits are numbers of the layer's dtype (float16 in wider
+layers), and have no scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lrattn.shapes import RANK_STEP, accumulator, round_up
+
+WIDTHS = (16, 8, 4, 2)  # bits
+OCTAVE = 8  # scales from one power of two to the next
+ONE = 128  # the byte of scale 1
+BROKEN = 255  # the byte of a segment that is not finite
+TINY = 2.0 ** (-ONE / OCTAVE)  # the smallest scale
+# Mean squared error over the variance of Gaussian latents, 64 to a segment; 0 bits are a latent left out.
+ERRORS = {0: 1.0, 2: 0.12, 4: 0.01, 8: 4e-5, 16: 4e-8}
+SHARED_BY = 2  # bits up to which a scale is the root mean square
+ALIGNMENT = 4  # bytes: a run is loaded in words of 32 bits
+
+
+@dataclass(frozen=True)
+class Format:
+    """Bits of the latents of one group.
+
+    Args:
+        segments: (rank, bits) of each, in the order of the latents; ranks are multiples of 16, bits 16, 8, 4 or 2.
+
+    Raises: ValueError for anything else.
+    """
+
+    segments: tuple[tuple[int, int], ...]
+
+    def __post_init__(self) -> None:
+        try:
+            segments = tuple((rank, bits) for rank, bits in self.segments)
+        except (TypeError, ValueError):
+            raise ValueError(f"segments: expected (rank, bits) of each, got {self.segments!r}") from None
+        object.__setattr__(self, "segments", segments)
+        if not segments:
+            raise ValueError("segments: expected one or more of (rank, bits), got none")
+        for rank, bits in segments:
+            if not _counts(rank) or rank < RANK_STEP or rank % RANK_STEP:
+                raise ValueError(f"segments: expected ranks that are positive multiples of {RANK_STEP}, got {rank!r}")
+            if not _counts(bits) or bits not in WIDTHS:
+                raise ValueError(f"segments: expected bits out of {WIDTHS}, got {bits!r}")
+
+    @property
+    def rank(self) -> int:
+        """Latents of a token."""
+        return sum(rank for rank, _ in self.segments)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a token's run, scales and padding included."""
+        return self.scales + round_up(sum(bits < 16 for _, bits in self.segments), ALIGNMENT)
+
+    @property
+    def scales(self) -> int:
+        """Where the bytes of scale begin in a run: behind the codes."""
+        return sum(sizes(self.segments))
+
+    def encode(self, z: Tensor) -> Tensor:
+        """Latents [.., rank] -> runs [.., nbytes] uint8."""
+        runs = z.new_zeros(*z.shape[:-1], self.nbytes, dtype=torch.uint8)
+        at, scale_at = 0, self.scales
+        for part, (_, bits), size in zip(z.split(self._ranks, -1), self.segments, sizes(self.segments), strict=True):
+            if bits == 16:
+                codes = part.to(half(z.dtype)).contiguous().view(torch.uint8)
+            else:
+                wide = part.to(accumulator(z.dtype))
+                steps = scale_steps(wide, bits)
+                codes = _planed(_codes(wide, scale_of(steps, wide.dtype), bits), bits)
+                runs[..., scale_at] = (steps + ONE).to(torch.uint8)[..., 0]
+                scale_at += 1
+            runs[..., at : at + size] = codes
+            at += size
+        return runs
+
+    def decode(self, runs: Tensor, dtype: torch.dtype) -> Tensor:
+        """Runs [.., nbytes] of a layer of `dtype` -> latents [.., rank], exact, in the dtype of its sums."""
+        acc, parts = accumulator(dtype), []
+        at, scale_at = 0, self.scales
+        for (_, bits), size in zip(self.segments, sizes(self.segments), strict=True):
+            held = runs[..., at : at + size]
+            if bits == 16:
+                parts.append(held.contiguous().view(half(dtype)).to(acc))
+            else:
+                shifts = torch.arange(0, 8, bits, device=runs.device, dtype=torch.uint8)
+                codes = (held[..., None, :] >> shifts[:, None]) & (2**bits - 1)
+                scale = scale_of(runs[..., scale_at, None].int() - ONE, acc)
+                parts.append((codes.flatten(-2).to(acc) - (2**bits - 1) / 2) * scale)
+                scale_at += 1
+            at += size
+        return torch.cat(parts, -1)
+
+    @property
+    def _ranks(self) -> list[int]:
+        return [rank for rank, _ in self.segments]
+
+
+def uniform(rank: int, bits: int) -> Format:
+    """All latents of a group at one width."""
+    return Format(((rank, bits),))
+
+
+def sizes(segments: tuple[tuple[int, int], ...]) -> list[int]:
+    """Bytes of the codes of each segment."""
+    return [rank * bits // 8 for rank, bits in segments]
+
+
+def half(dtype: torch.dtype) -> torch.dtype:
+    """The 16-bit numbers in packed rows of a layer."""
+    return dtype if dtype in (torch.bfloat16, torch.float16) else torch.float16
+
+
+def scale_of(steps: Tensor, dtype: torch.dtype) -> Tensor:
+    """2^(steps / 8), steps in eighths of an octave; NaN for the byte BROKEN."""
+    return torch.exp2(steps.to(dtype) / OCTAVE).masked_fill(steps == BROKEN - ONE, torch.nan)
+
+
+def scale_steps(z: Tensor, bits: int) -> Tensor:
+    """Of a segment's latents z [.., r], in eighths of an octave: [.., 1]; that of BROKEN where they are not finite."""
+    if bits <= SHARED_BY:
+        steps = (OCTAVE * z.square().mean(-1, keepdim=True).clamp_min(TINY**2).log2() / 2).round()
+    else:
+        largest = z.abs().amax(-1, keepdim=True) / 2 ** (bits - 1)
+        steps = (OCTAVE * largest.clamp_min(TINY).log2()).ceil()
+    finite = z.isfinite().all(-1, keepdim=True)
+    return steps.clamp(-ONE, BROKEN - 1 - ONE).where(finite, steps.new_tensor(BROKEN - ONE))
+
+
+def _codes(z: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """0 .. 2^bits - 1, as floating-point numbers."""
+    middle = 2 ** (bits - 1)
+    return ((z / scale).floor() + middle).nan_to_num(middle).clamp(0, 2 * middle - 1)
+
+
+def _planed(codes: Tensor, bits: int) -> Tensor:
+    """Codes [.., r] -> bytes [.., r bits / 8]: the planes of a byte one above the other."""
+    planes = codes.to(torch.uint8).unflatten(-1, (8 // bits, -1))  # [.., planes, bytes]
+    packed = planes[..., 0, :].clone()
+    for p in range(1, 8 // bits):
+        packed |= planes[..., p, :] << (p * bits)
+    return packed
+
+
+def _counts(n: object) -> bool:
+    return isinstance(n, int) and not isinstance(n, bool)
