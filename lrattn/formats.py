@@ -8,13 +8,13 @@ latents of one group are then a run of bytes,
 and a segment of r latents at b bits is r b / 8 bytes in planes: byte j holds latents j, j + r b / 8, j + 2 r b / 8, ..,
 the first in its lowest bits. A plane is then a tile of its own: bytes are loaded once and shifted, never shuffled.
 
-    latent = (code - (2^b - 1) / 2) * scale,   code in 0 .. 2^b - 1,   scale = 2^((byte - 128) / 8)
+    latent = (code - (2^b - 1) / 2) * scale,   code in 0 .. 2^b - 1,   scale = (1 + f / 8) 2^(e - 16),   byte = 8 e + f
 
-The quantiser is uniform and symmetric, with no code for zero. Each token has scales of its own. At 8 and 4 bits a
-segment's scale is the first that cuts nothing: cut outliers cost more than anything else there. At 2 bits it is the
-root mean square of its latents, the best step for a Gaussian (docs/decisions.md). Latents that are not finite come
-back as NaN, all of the segment: byte 255. Segments of 16 bits are numbers of the layer's dtype (float16 in wider
-layers), and have no scale.
+A byte of scale is a small float, exact in every dtype. The quantiser is uniform and symmetric, with no code for zero.
+Each token has scales of its own. At 8 and 4 bits a segment's scale is the least that cuts nothing: cut outliers cost
+more than anything else there. At 2 bits it is the one next to the root mean square of its latents, the best step for a
+Gaussian (docs/decisions.md). Latents that are not finite come back as NaN, all of the segment: byte 255. Segments of 16
+bits are numbers of the layer's dtype (float16 in wider layers), and have no scale.
 """
 
 from __future__ import annotations
@@ -27,13 +27,12 @@ from torch import Tensor
 from lrattn.shapes import RANK_STEP, accumulator, round_up
 
 WIDTHS = (16, 8, 4, 2)  # bits
-OCTAVE = 8  # scales from one power of two to the next
-ONE = 128  # the byte of scale 1
-BROKEN = 255  # the byte of a segment that is not finite
-TINY = 2.0 ** (-ONE / OCTAVE)  # the smallest scale
+BROKEN = 255  # the scale of a segment that is not finite
+FRACTION = 20  # bits of a float32 below those that a scale has
+LEAST = (127 - 16) << 23  # the smallest scale, 2^-16, as a float32's bits
+MEAN_BITS = 2  # up to so many bits the scale is the root mean square
 # Mean squared error over the variance of Gaussian latents, 64 to a segment; 0 bits are a latent left out.
 ERRORS = {0: 1.0, 2: 0.12, 4: 0.01, 8: 4e-5, 16: 4e-8}
-SHARED_BY = 2  # bits up to which a scale is the root mean square
 ALIGNMENT = 4  # bytes: a run is loaded in words of 32 bits
 
 
@@ -87,9 +86,9 @@ class Format:
                 codes = part.to(half(z.dtype)).contiguous().view(torch.uint8)
             else:
                 wide = part.to(accumulator(z.dtype))
-                steps = scale_steps(wide, bits)
-                codes = _planed(_codes(wide, scale_of(steps, wide.dtype), bits), bits)
-                runs[..., scale_at] = (steps + ONE).to(torch.uint8)[..., 0]
+                scale = scale_bytes(wide, bits)
+                codes = _planed(_codes(wide, scale_of(scale, wide.dtype), bits), bits)
+                runs[..., scale_at] = scale[..., 0]
                 scale_at += 1
             runs[..., at : at + size] = codes
             at += size
@@ -106,7 +105,7 @@ class Format:
             else:
                 shifts = torch.arange(0, 8, bits, device=runs.device, dtype=torch.uint8)
                 codes = (held[..., None, :] >> shifts[:, None]) & (2**bits - 1)
-                scale = scale_of(runs[..., scale_at, None].int() - ONE, acc)
+                scale = scale_of(runs[..., scale_at, None], acc)
                 parts.append((codes.flatten(-2).to(acc) - (2**bits - 1) / 2) * scale)
                 scale_at += 1
             at += size
@@ -132,20 +131,20 @@ def half(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in (torch.bfloat16, torch.float16) else torch.float16
 
 
-def scale_of(steps: Tensor, dtype: torch.dtype) -> Tensor:
-    """2^(steps / 8), steps in eighths of an octave; NaN for the byte BROKEN."""
-    return torch.exp2(steps.to(dtype) / OCTAVE).masked_fill(steps == BROKEN - ONE, torch.nan)
+def scale_of(held: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scales that bytes stand for; NaN for BROKEN."""
+    bits = (held.int() << FRACTION) + LEAST
+    return bits.view(torch.float32).to(dtype).masked_fill(held == BROKEN, torch.nan)
 
 
-def scale_steps(z: Tensor, bits: int) -> Tensor:
-    """Of a segment's latents z [.., r], in eighths of an octave: [.., 1]; that of BROKEN where they are not finite."""
-    if bits <= SHARED_BY:
-        steps = (OCTAVE * z.square().mean(-1, keepdim=True).clamp_min(TINY**2).log2() / 2).round()
+def scale_bytes(z: Tensor, bits: int) -> Tensor:
+    """Of a segment's latents z [.., r]: [.., 1] uint8; BROKEN where they are not finite."""
+    if bits <= MEAN_BITS:
+        size, up = z.square().mean(-1, keepdim=True).sqrt(), 1 << (FRACTION - 1)
     else:
-        largest = z.abs().amax(-1, keepdim=True) / 2 ** (bits - 1)
-        steps = (OCTAVE * largest.clamp_min(TINY).log2()).ceil()
-    finite = z.isfinite().all(-1, keepdim=True)
-    return steps.clamp(-ONE, BROKEN - 1 - ONE).where(finite, steps.new_tensor(BROKEN - ONE))
+        size, up = z.abs().amax(-1, keepdim=True) / 2 ** (bits - 1), (1 << FRACTION) - 1
+    held = (size.float().contiguous().view(torch.int32) + up - LEAST) >> FRACTION
+    return held.clamp(0, BROKEN - 1).where(z.isfinite().all(-1, keepdim=True), BROKEN).to(torch.uint8)
 
 
 def _codes(z: Tensor, scale: Tensor, bits: int) -> Tensor:

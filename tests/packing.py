@@ -27,8 +27,8 @@ def read_run(run, parts, half):
             held = torch.tensor(run[at : at + 2 * rank], dtype=torch.uint8).view(half)
             latents += held.double().tolist()
         else:
-            exponent, size = run[scale_at], rank * bits // 8
-            scale = float("nan") if exponent == 255 else 2.0 ** ((exponent - 128) / 8)
+            e, f = divmod(run[scale_at], 8)
+            size, scale = rank * bits // 8, float("nan") if run[scale_at] == 255 else (1 + f / 8) * 2.0 ** (e - 16)
             codes = [run[at + i % size] >> (i // size * bits) & (2**bits - 1) for i in range(rank)]
             latents += [(code - (2**bits - 1) / 2) * scale for code in codes]
             scale_at += 1

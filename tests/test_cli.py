@@ -227,6 +227,15 @@ def test_bad_input_is_one_clear_line(files, capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_bits_are_asked_for_by_word_or_number(capsys, tmp_path):
+    words = "compress", MODEL, "--text", "t", "--out", tmp_path / "f"
+    for bad in ("3", "auto,4", "x", ""):
+        assert "expected auto, or numbers out of (16, 8, 4, 2) like 8,4,2, got" in refused(
+            capsys, *words, "--bits", bad
+        )
+    assert cli._bits("auto") == (2, 4, 8, 16) and cli._bits("8,2") == (2, 8) and cli._bits("4") == (4,)
+
+
 def test_info_of_a_model_is_its_effective_ranks(files, capsys, tmp_path):
     words = ["info", MODEL, "--compressibility", "--text", files / "calibration.txt", "--windows", 2, "--length", 256]
     found = json.loads(run(capsys, *words, "--plot", tmp_path / "ranks.png", "--json"))
@@ -281,7 +290,7 @@ def blocks():
 
 
 def test_the_transcripts_in_the_docs_are_what_the_commands_print(capsys, tmp_path, monkeypatch):
-    """Words are equal; numbers within 2 % and 1e-4, but for times, which are of the machine."""
+    """Words are equal; numbers within 5 %, since some have two digits, and 1e-4, but for times, which are of the machine."""
     monkeypatch.chdir(tmp_path)
     Path(".cache").symlink_to(models.CACHE)
     examples = [line.strip() for line in cli.EXAMPLES.splitlines() if line.startswith("  python -m")]
@@ -294,6 +303,6 @@ def test_the_transcripts_in_the_docs_are_what_the_commands_print(capsys, tmp_pat
             assert NUMBER.sub("#", line).split() == NUMBER.sub("#", known).split()
             if " s in all" not in line and " a second" not in line:
                 for a, b in zip(NUMBER.findall(line), NUMBER.findall(known), strict=True):
-                    assert float(a.replace(",", "")) == pytest.approx(float(b.replace(",", "")), rel=0.02, abs=1e-4), (
+                    assert float(a.replace(",", "")) == pytest.approx(float(b.replace(",", "")), rel=0.05, abs=1e-4), (
                         line
                     )
