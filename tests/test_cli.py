@@ -290,7 +290,7 @@ def blocks():
 
 
 def test_the_transcripts_in_the_docs_are_what_the_commands_print(capsys, tmp_path, monkeypatch):
-    """Words are equal; numbers within 5 %, since some have two digits, and 1e-4, but for times, which are of the machine."""
+    """Words are equal; numbers within 5 % (some have two digits) and 1e-4, but for times, which are of the machine."""
     monkeypatch.chdir(tmp_path)
     Path(".cache").symlink_to(models.CACHE)
     examples = [line.strip() for line in cli.EXAMPLES.splitlines() if line.startswith("  python -m")]
