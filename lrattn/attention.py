@@ -69,7 +69,7 @@ def write_latents(
         reference.write_latents(layer, zk, zv, k_cache, v_cache, slots)
     else:
         eps = 0.0 if layer.key_norm is None else layer.key_norm.eps
-        torch.ops.lrattn.write_latents(zk, zv, k_cache, v_cache, slots, *lists(layer.operands.keys), eps)
+        torch.ops.lrattn.write_latents(zk, zv, k_cache, v_cache, slots, *lists(*layer.operands), eps)
 
 
 @torch.no_grad()
@@ -316,13 +316,11 @@ def _backend(backend: str | None, layer: LayerFactors) -> str:
     check_backend(backend)
     if not isinstance(layer, LayerFactors):
         raise ValueError(f"layer: expected LayerFactors, got {type(layer).__name__}")
-    fits = layer.dtype != torch.float64 and layer.head_dim <= MAX_HEAD_DIM and not layer.packed
+    fits = layer.dtype != torch.float64 and layer.head_dim <= MAX_HEAD_DIM
     if backend is None:
         return "triton" if layer.device.type == "cuda" and fits else "reference"
     if backend == "triton" and layer.dtype == torch.float64:
         raise ValueError("backend: expected 'reference' for float64 tensors, got 'triton'")
-    if backend == "triton" and layer.packed:
-        raise ValueError("backend: expected 'reference' for packed latents, got 'triton'")
     if backend == "triton" and not fits:
         raise ValueError(f"layer: expected at most {MAX_HEAD_DIM} dimensions a head, got {layer.head_dim}")
     return backend

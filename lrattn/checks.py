@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrattn.formats import ALIGNMENT
 from lrattn.layer import LayerFactors
 from lrattn.shapes import RANK_STEP, check, check_tensors
 
@@ -40,6 +41,9 @@ def _check_cache(
         what = "uint8 for the layer's packed latents" if dtype == torch.uint8 else f"the layer's dtype {dtype}"
         raise ValueError(f"{name}: expected {what}, got {cache.dtype}")
     check(name, cache, f"N P {width}", dims, **kind)
+    if dtype == torch.uint8 and any(n % ALIGNMENT for n in (cache.storage_offset(), *cache.stride()[:2])):
+        got = f"strides {cache.stride()} from {cache.storage_offset()} on"
+        raise ValueError(f"{name}: expected rows at multiples of {ALIGNMENT} bytes, got {got}")
 
 
 def check_tables(

@@ -5,8 +5,7 @@ latents of one group are then a run of bytes,
 
     | segment | segment | .. | a byte of scale for each segment below 16 bits | zeros up to a multiple of 4 |
 
-and a segment of r latents at b bits is r b / 8 bytes in planes: byte j holds latents j, j + r b / 8, j + 2 r b / 8, ..,
-the first in its lowest bits. A plane is then a tile of its own: bytes are loaded once and shifted, never shuffled.
+and a segment of r latents at b bits is r b / 8 bytes: each holds the next 8 / b latents, the first in its lowest bits.
 
     latent = (code - (2^b - 1) / 2) * scale,   code in 0 .. 2^b - 1,   scale = (1 + f / 8) 2^(e - 16),   byte = 8 e + f
 
@@ -87,7 +86,7 @@ class Format:
             else:
                 wide = part.to(accumulator(z.dtype))
                 scale = scale_bytes(wide, bits)
-                codes = _planed(_codes(wide, scale_of(scale, wide.dtype), bits), bits)
+                codes = _joined(_codes(wide, scale_of(scale, wide.dtype), bits), bits)
                 runs[..., scale_at] = scale[..., 0]
                 scale_at += 1
             runs[..., at : at + size] = codes
@@ -104,7 +103,7 @@ class Format:
                 parts.append(held.contiguous().view(half(dtype)).to(acc))
             else:
                 shifts = torch.arange(0, 8, bits, device=runs.device, dtype=torch.uint8)
-                codes = (held[..., None, :] >> shifts[:, None]) & (2**bits - 1)
+                codes = (held[..., None] >> shifts) & (2**bits - 1)
                 scale = scale_of(runs[..., scale_at, None], acc)
                 parts.append((codes.flatten(-2).to(acc) - (2**bits - 1) / 2) * scale)
                 scale_at += 1
@@ -114,6 +113,26 @@ class Format:
     @property
     def _ranks(self) -> list[int]:
         return [rank for rank, _ in self.segments]
+
+
+def table(formats: tuple[Format, ...]) -> list[list[int]]:
+    """Where each group's segments lie in a row: its first byte, its latents, the first of them and its byte of scale;
+    the four of one segment after those of another."""
+    rows, begin = [], 0
+    for own in formats:
+        row, at, latent, scale_at = list[int](), begin, 0, begin + own.scales
+        for (rank, bits), size in zip(own.segments, sizes(own.segments), strict=True):
+            row += [at, rank, latent, scale_at]
+            at, latent, scale_at = at + size, latent + rank, scale_at + (bits < 16)
+        rows.append(row)
+        begin += own.nbytes
+    return rows
+
+
+def widest(formats: tuple[Format, ...]) -> tuple[int, ...]:
+    """Bits of each segment and the most latents that it has in a group: bits, latents, bits, latents, .."""
+    segments = zip(*(f.segments for f in formats), strict=True)
+    return tuple(n for parts in segments for n in (parts[0][1], max(rank for rank, _ in parts)))
 
 
 def uniform(rank: int, bits: int) -> Format:
@@ -153,13 +172,10 @@ def _codes(z: Tensor, scale: Tensor, bits: int) -> Tensor:
     return ((z / scale).floor() + middle).nan_to_num(middle).clamp(0, 2 * middle - 1)
 
 
-def _planed(codes: Tensor, bits: int) -> Tensor:
-    """Codes [.., r] -> bytes [.., r bits / 8]: the planes of a byte one above the other."""
-    planes = codes.to(torch.uint8).unflatten(-1, (8 // bits, -1))  # [.., planes, bytes]
-    packed = planes[..., 0, :].clone()
-    for p in range(1, 8 // bits):
-        packed |= planes[..., p, :] << (p * bits)
-    return packed
+def _joined(codes: Tensor, bits: int) -> Tensor:
+    """Codes [.., r] -> bytes [.., r bits / 8]."""
+    parts = codes.to(torch.uint8).unflatten(-1, (-1, 8 // bits))
+    return sum((parts[..., i] << (i * bits) for i in range(1, 8 // bits)), parts[..., 0])
 
 
 def _counts(n: object) -> bool:

@@ -101,6 +101,8 @@ def make_layer(case, dtype=torch.float64, seed=0):
 
 
 def formats(ranks, widths):
+    """One for each group, with the last of the widths that the smallest group has latents for."""
+    widths = widths[-(min(ranks) // 16) :]
     return tuple(lrattn.Format(segments(rank, widths)) for rank in ranks) if widths else None
 
 
@@ -255,6 +257,7 @@ PACKED = [
     Case("nibbles, ragged", key_bits=(4,), value_bits=(4,), key_ranks=(16, 48), value_ranks=(32, 96), lens=(0, 1, 40)),
     Case("two bits", key_bits=(2,), value_bits=(2,), key_ranks=(64,), value_ranks=(80,), lens=(50,)),
     Case("all widths", key_bits=(16, 8, 4, 2), value_bits=(8, 4, 2), key_ranks=(96, 80), value_ranks=(112,), M=2),
+    Case("sixteen last", key_bits=(8, 16), value_bits=(2, 4, 8, 16), value_ranks=(112,), lens=(20,)),
     Case("keys alone", key_bits=(8, 2), lens=(20, 3), strided=True),
     Case("values alone", value_bits=(4, 2), lens=(20, 3), M=2, strided=True),
     Case("strided", key_bits=(8, 4), value_bits=(4, 2), lens=(20, 3), strided=True),

@@ -28,8 +28,9 @@ def read_run(run, parts, half):
             latents += held.double().tolist()
         else:
             e, f = divmod(run[scale_at], 8)
-            size, scale = rank * bits // 8, float("nan") if run[scale_at] == 255 else (1 + f / 8) * 2.0 ** (e - 16)
-            codes = [run[at + i % size] >> (i // size * bits) & (2**bits - 1) for i in range(rank)]
+            scale = float("nan") if run[scale_at] == 255 else (1 + f / 8) * 2.0 ** (e - 16)
+            each = 8 // bits
+            codes = [run[at + i // each] >> (i % each * bits) & (2**bits - 1) for i in range(rank)]
             latents += [(code - (2**bits - 1) / 2) * scale for code in codes]
             scale_at += 1
         at += rank * bits // 8
@@ -54,9 +55,9 @@ def plain(problem):
     """A problem of cases.make whose latents are plain and the same, in float64."""
     layer, q, k_cache, v_cache, kwargs = problem
     norms = 0 if layer.key_norm is None else 2 * layer.num_kv_heads
-    k_side = layer.values if layer.shared else layer.keys
+    k_side, wide = layer.values if layer.shared else layer.keys, layer.to(dtype=torch.float64)
     k_cache = read_cache(k_cache, k_side.format, norms, layer.dtype) if k_side.format else k_cache.double()
     if v_cache is not None:
         v_cache = read_cache(v_cache, layer.values.format, 0, layer.dtype) if layer.values.format else v_cache.double()
-    keys, values = (replace(side, format=None) for side in (layer.keys, layer.values))
-    return replace(layer, keys=keys, values=values).to(dtype=torch.float64), q.double(), k_cache, v_cache, kwargs
+    keys, values = (replace(side, format=None) for side in (wide.keys, wide.values))
+    return replace(wide, keys=keys, values=values), q.double(), k_cache, v_cache, kwargs

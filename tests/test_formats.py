@@ -115,12 +115,12 @@ def test_a_run_of_ones_is_nan():
     assert MIXED.decode(torch.full((2, MIXED.nbytes), 255, dtype=torch.uint8), torch.bfloat16).isnan().all()
 
 
-def test_planes_lie_as_documented():
+def test_latents_lie_as_documented():
     z = torch.full((1, 32), 1.0)
     z[0, 9], z[0, 3] = -8.0, 7.5  # a scale of one at 4 bits: codes 0 and 15
     run = uniform(32, 4).encode(z)[0]
     codes = run[:16].tolist()
-    assert codes[9] == 9 << 4 | 0 and codes[3] == 9 << 4 | 15 and codes[0] == 9 << 4 | 9
+    assert codes[4] == 0 << 4 | 8 and codes[1] == 15 << 4 | 8 and codes[0] == 8 << 4 | 8
     assert run[16:].tolist() == [128, 0, 0, 0]
 
 
