@@ -26,15 +26,19 @@ def segment(packs, n):
 
 
 @triton.jit
-def load_scale(cache, packs, n, live):
-    """Scale of segment n of the rows `cache` points at, [BLOCK_T] float32; NaN where it is broken."""
-    held = tl.load(cache + tl.load(packs + 4 * n + 3), mask=live, other=0).to(tl.int32)
-    scale = ((held << SCALE_FRACTION) + SCALE_LEAST).to(tl.float32, bitcast=True)
-    return tl.where(held == BROKEN, float("nan"), scale)
+def load_scale(cache, packs, live, TILE: tl.constexpr):
+    """Scale of a tile's segment in the rows `cache` points at, [BLOCK_T] float32; NaN where it is broken."""
+    if TILE[1] == 16:
+        scale = tl.full(live.shape, 1.0, tl.float32)
+    else:
+        held = tl.load(cache + tl.load(packs + 4 * TILE[0] + 3), mask=live, other=0).to(tl.int32)
+        scale = ((held << SCALE_FRACTION) + SCALE_LEAST).to(tl.float32, bitcast=True)
+        scale = tl.where(held == BROKEN, float("nan"), scale)
+    return scale
 
 
 @triton.jit
-def load_tile(cache, packs, live, TILE: tl.constexpr, like, r0=0):
+def load_tile(cache, packs, live, scale, TILE: tl.constexpr, like, r0=0):
     """Latents of the rows `cache` points at: [BLOCK_T, size], in the dtype of pointer `like`.
 
     r0: latents beyond the tile's first, a multiple of its size.
@@ -55,7 +59,6 @@ def load_tile(cache, packs, live, TILE: tl.constexpr, like, r0=0):
         if TILE[1] == 2:
             even, odd = tl.join(x & 3, x >> 4 & 3), tl.join(x >> 2 & 3, x >> 6)
             x = tl.reshape(tl.join(even, odd), [x.shape[0], TILE[3]])
-        scale = load_scale(cache, packs, TILE[0], live)
         z = (x.to(tl.float32) - (2 ** TILE[1] - 1) / 2) * scale[:, None]
     return z.to(like.dtype.element_ty)
 
@@ -65,7 +68,9 @@ def load_tiles(cache, packs, live, TILES: tl.constexpr, like):
     """As load_tile, for all tiles."""
     z = ()
     for i in tl.static_range(len(TILES)):
-        z = z + (load_tile(cache, packs, live, TILES[i], like),)
+        if TILES[i][2] == 0:
+            scale = load_scale(cache, packs, live, TILES[i])
+        z = z + (load_tile(cache, packs, live, scale, TILES[i], like),)
     return z
 
 
@@ -126,9 +131,10 @@ def keys_streamed(cache, packs, live, rows, width, row, rank, c, d, D, TILES: tl
     k = tl.zeros([live.shape[0], d.shape[0]], tl.float32)
     for i in tl.static_range(len(TILES)):
         _, held, _ = segment(packs, TILES[i][0])
+        scale = load_scale(cache, packs, live, TILES[i])
         for r0 in range(0, held, TILES[i][3]):
             u = load_basis_tile(rows, width, row, rank, packs, c, d, D, TILES[i], like, r0)
-            k = tl.dot(load_tile(cache, packs, live, TILES[i], like, r0), u, k, input_precision="ieee")
+            k = tl.dot(load_tile(cache, packs, live, scale, TILES[i], like, r0), u, k, input_precision="ieee")
     return k
 
 
@@ -138,9 +144,10 @@ def scores_streamed(cache, packs, live, a, rank, in_q, TILES: tl.constexpr):
     score = tl.zeros([live.shape[0], in_q.shape[0]], tl.float32)
     for i in tl.static_range(len(TILES)):
         _, held, _ = segment(packs, TILES[i][0])
+        scale = load_scale(cache, packs, live, TILES[i])
         for r0 in range(0, held, TILES[i][3]):
             q = load_query_tile(a, packs, rank, in_q, TILES[i], r0)
-            score = tl.dot(load_tile(cache, packs, live, TILES[i], a, r0), q, score, input_precision="ieee")
+            score = tl.dot(load_tile(cache, packs, live, scale, TILES[i], a, r0), q, score, input_precision="ieee")
     return score
 
 

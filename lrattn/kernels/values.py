@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Rule, Tokens
-from lrattn.kernels.packed import latents_of, load_tile
+from lrattn.kernels.packed import latents_of, load_scale, load_tile
 from lrattn.kernels.tiles import (
     LENGTHS,
     SLICED,
@@ -86,7 +86,7 @@ def latent_values_kernel(
         p, fade, peak, total = softmax_step(score, peak, total, 1)
         p_cv = cv + page * cv_strides[0] + offset * cv_strides[1]
         if packs is not None:
-            z = load_tile(p_cv, packs, live, TILE, uv, i_r * BLOCK_R)
+            z = load_tile(p_cv, packs, live, load_scale(p_cv, packs, live, TILE), TILE, uv, i_r * BLOCK_R)
         else:
             z = load_latents(p_cv, column, rank, live, r)
         acc = tl.dot(p.to(z.dtype), z, acc * fade[:, None], input_precision="ieee")
