@@ -131,7 +131,7 @@ def absorbed_scores_kernel(
         p_ck = ck + page * ck_strides[0] + offset * ck_strides[1]
         if packs is not None:
             if RESIDENT:
-                score = product(load_tiles(p_ck, packs, live, ROW, a), a_tiles)
+                score = product(load_tiles(p_ck, rank, packs, live, ROW, a), a_tiles)
             else:
                 score = scores_streamed(p_ck, packs, live, p_a, rank, in_q, ROW)
         elif RESIDENT:

@@ -43,7 +43,7 @@ def pack_latents_kernel(
     p_row = cache + slot // P * cache_strides[0] + slot % P * cache_strides[1]
     at = tl.arange(0, BLOCK_R)
     for s in tl.static_range(len(BITS)):
-        start, rank, latent = segment(packs, s)
+        start, rank, latent = segment(packs, s, 1 << 30)
         if BITS[s] == 16:
             p_half = half_pointer(p_row + start, z)
             for r0 in range(0, rank, BLOCK_R):

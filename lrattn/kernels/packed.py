@@ -19,10 +19,11 @@ BROKEN = tl.constexpr(255)
 
 
 @triton.jit
-def segment(packs, n):
-    """Of segment n: its first byte in a row, its latents, the first of them."""
-    start, rank = tl.multiple_of(tl.load(packs + 4 * n), 4), tl.multiple_of(tl.load(packs + 4 * n + 1), 16)
-    return start, rank, tl.multiple_of(tl.load(packs + 4 * n + 2), 16)
+def segment(packs, n, rank):
+    """Of segment n: its first byte in a row, how many of its latents are among the group's first `rank`, its first."""
+    start, latent = tl.load(packs + 4 * n), tl.load(packs + 4 * n + 2)
+    held = tl.minimum(tl.load(packs + 4 * n + 1), rank - latent)
+    return tl.multiple_of(start, 4), tl.multiple_of(held, 16), tl.multiple_of(latent, 16)
 
 
 @triton.jit
@@ -38,21 +39,21 @@ def load_scale(cache, packs, live, TILE: tl.constexpr):
 
 
 @triton.jit
-def load_tile(cache, packs, live, scale, TILE: tl.constexpr, like, r0=0):
-    """Latents of the rows `cache` points at: [BLOCK_T, size], in the dtype of pointer `like`.
+def load_tile(cache, rank, packs, live, scale, TILE: tl.constexpr, like, r0=0):
+    """Of the group's first `rank` latents in the rows `cache` points at: [BLOCK_T, size], in the dtype of `like`.
 
     r0: latents beyond the tile's first, a multiple of its size.
     """
-    start, rank, _ = segment(packs, TILE[0])
+    start, held, _ = segment(packs, TILE[0], rank)
     first = r0 + TILE[2]
     cache = tl.multiple_of(cache, 4)
     if TILE[1] == 16:
         r = first + tl.arange(0, TILE[3])
         p = half_pointer(cache + start, like)
-        z = tl.load(p[:, None] + r[None, :], mask=live[:, None] & (r < rank)[None, :], other=0.0)
+        z = tl.load(p[:, None] + r[None, :], mask=live[:, None] & (r < held)[None, :], other=0.0)
     else:
         j = first // (8 // TILE[1]) + tl.arange(0, TILE[3] * TILE[1] // 8)
-        mask = live[:, None] & (j < rank * TILE[1] // 8)[None, :]
+        mask = live[:, None] & (j < held * TILE[1] // 8)[None, :]
         x = tl.load(cache[:, None] + (start + j)[None, :], mask=mask, other=0)
         if TILE[1] == 4:
             x = tl.reshape(tl.join(x & 15, x >> 4), [x.shape[0], TILE[3]])
@@ -64,32 +65,32 @@ def load_tile(cache, packs, live, scale, TILE: tl.constexpr, like, r0=0):
 
 
 @triton.jit
-def load_tiles(cache, packs, live, TILES: tl.constexpr, like):
+def load_tiles(cache, rank, packs, live, TILES: tl.constexpr, like):
     """As load_tile, for all tiles."""
     z = ()
     for i in tl.static_range(len(TILES)):
         if TILES[i][2] == 0:
             scale = load_scale(cache, packs, live, TILES[i])
-        z = z + (load_tile(cache, packs, live, scale, TILES[i], like),)
+        z = z + (load_tile(cache, rank, packs, live, scale, TILES[i], like),)
     return z
 
 
 @triton.jit
-def latents_of(packs, TILE: tl.constexpr, r0=0):
-    """Which latents of the group a tile's columns are, and whether they are any: [size] each."""
-    _, rank, latent = segment(packs, TILE[0])
+def latents_of(packs, rank, TILE: tl.constexpr, r0=0):
+    """Which latents of the group a tile's columns are, and whether they are among its first `rank`: [size] each."""
+    _, held, latent = segment(packs, TILE[0], rank)
     r = r0 + TILE[2] + tl.arange(0, TILE[3])
-    return latent + r, r < rank
+    return latent + r, r < held
 
 
 @triton.jit
 def load_basis_tile(rows, width, row, rank, packs, c, d, D, TILE: tl.constexpr, like, r0=0):
     """Rows of the basis from `row` on that a tile of latents meets, columns c + d (d < D): [size, len(d)]; zeros past
     `rank`."""
-    at, some = latents_of(packs, TILE, r0)
+    at, some = latents_of(packs, rank, TILE, r0)
     u = tl.load(
         rows + (row + at)[:, None] * width + (c + d)[None, :],
-        mask=(some & (at < rank))[:, None] & (d < D)[None, :],
+        mask=some[:, None] & (d < D)[None, :],
         other=0.0,
         eviction_policy="evict_last",
     )
@@ -108,8 +109,8 @@ def load_basis_tiles(rows, width, row, rank, packs, c, d, D, TILES: tl.constexpr
 @triton.jit
 def load_query_tile(a, packs, rank, in_q, TILE: tl.constexpr, r0=0):
     """Absorbed queries [BLOCK_Q, Rk] that `a` points at, as a tile of latents meets them: [size, BLOCK_Q]."""
-    at, some = latents_of(packs, TILE, r0)
-    x = tl.load(a[:, None] + at[None, :], mask=in_q[:, None] & (some & (at < rank))[None, :], other=0.0)
+    at, some = latents_of(packs, rank, TILE, r0)
+    x = tl.load(a[:, None] + at[None, :], mask=in_q[:, None] & some[None, :], other=0.0)
     return tl.trans(x)
 
 
@@ -130,11 +131,11 @@ def keys_streamed(cache, packs, live, rows, width, row, rank, c, d, D, TILES: tl
     """
     k = tl.zeros([live.shape[0], d.shape[0]], tl.float32)
     for i in tl.static_range(len(TILES)):
-        _, held, _ = segment(packs, TILES[i][0])
+        _, held, _ = segment(packs, TILES[i][0], rank)
         scale = load_scale(cache, packs, live, TILES[i])
         for r0 in range(0, held, TILES[i][3]):
             u = load_basis_tile(rows, width, row, rank, packs, c, d, D, TILES[i], like, r0)
-            k = tl.dot(load_tile(cache, packs, live, scale, TILES[i], like, r0), u, k, input_precision="ieee")
+            k = tl.dot(load_tile(cache, rank, packs, live, scale, TILES[i], like, r0), u, k, input_precision="ieee")
     return k
 
 
@@ -143,11 +144,13 @@ def scores_streamed(cache, packs, live, a, rank, in_q, TILES: tl.constexpr):
     """latents @ absorbed queries [BLOCK_Q, Rk] that `a` points at, as keys_streamed: [BLOCK_T, BLOCK_Q] float32."""
     score = tl.zeros([live.shape[0], in_q.shape[0]], tl.float32)
     for i in tl.static_range(len(TILES)):
-        _, held, _ = segment(packs, TILES[i][0])
+        _, held, _ = segment(packs, TILES[i][0], rank)
         scale = load_scale(cache, packs, live, TILES[i])
         for r0 in range(0, held, TILES[i][3]):
             q = load_query_tile(a, packs, rank, in_q, TILES[i], r0)
-            score = tl.dot(load_tile(cache, packs, live, scale, TILES[i], a, r0), q, score, input_precision="ieee")
+            score = tl.dot(
+                load_tile(cache, rank, packs, live, scale, TILES[i], a, r0), q, score, input_precision="ieee"
+            )
     return score
 
 
@@ -166,8 +169,8 @@ def _zeros(M: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def store_tiles(y, acc, weight, packs, live, TILES: tl.constexpr):
+def store_tiles(y, acc, weight, rank, packs, live, TILES: tl.constexpr):
     """acc * weight to the columns of their latents in the live rows `y` points at."""
     for i in tl.static_range(len(TILES)):
-        at, some = latents_of(packs, TILES[i])
+        at, some = latents_of(packs, rank, TILES[i])
         tl.store(y[:, None] + at[None, :], acc[i] * weight[:, None], mask=live[:, None] & some[None, :])

@@ -24,7 +24,7 @@ def load_row(cache, column, rank, packs, live, ROW: tl.constexpr, like):
     if packs is None:
         z = load_pieces(cache, column, rank, live, ROW)
     else:
-        z = load_tiles(cache, packs, live, ROW, like)
+        z = load_tiles(cache, rank, packs, live, ROW, like)
     return z
 
 
@@ -64,4 +64,4 @@ def store_row(y, acc, weight, rank, packs, live, ROW: tl.constexpr):
     if packs is None:
         store_pieces(y, acc, weight, rank, live, ROW)
     else:
-        store_tiles(y, acc, weight, packs, live, ROW)
+        store_tiles(y, acc, weight, rank, packs, live, ROW)

@@ -150,7 +150,7 @@ def latent_scores_kernel(
         for d0 in tl.static_range(0, D, BLOCK_D):
             if packs is not None:
                 if RESIDENT:
-                    k = product(load_tiles(p_ck, packs, live, ROW, x), u)
+                    k = product(load_tiles(p_ck, rank, packs, live, ROW, x), u)
                 else:
                     k = keys_streamed(p_ck, packs, live, uk, C * D, r0, rank, c, d0 + d, D, ROW, x)
             elif RESIDENT:

@@ -86,7 +86,8 @@ def latent_values_kernel(
         p, fade, peak, total = softmax_step(score, peak, total, 1)
         p_cv = cv + page * cv_strides[0] + offset * cv_strides[1]
         if packs is not None:
-            z = load_tile(p_cv, packs, live, load_scale(p_cv, packs, live, TILE), TILE, uv, i_r * BLOCK_R)
+            scale = load_scale(p_cv, packs, live, TILE)
+            z = load_tile(p_cv, rank, packs, live, scale, TILE, uv, i_r * BLOCK_R)
         else:
             z = load_latents(p_cv, column, rank, live, r)
         acc = tl.dot(p.to(z.dtype), z, acc * fade[:, None], input_precision="ieee")
@@ -97,7 +98,7 @@ def latent_values_kernel(
     p_y = y + i_b * y_strides[0] + i_s.to(tl.int64) * y_strides[1] + row * y_strides[2]
     acc /= tl.where(some, total, 1.0)[:, None]
     if packs is not None:
-        r, own = latents_of(packs, TILE, i_r * BLOCK_R)
+        r, own = latents_of(packs, rank, TILE, i_r * BLOCK_R)
     else:
         own = r < rank
     tl.store(p_y[:, None] + r[None, :], acc, mask=(in_q & some)[:, None] & own[None, :])
