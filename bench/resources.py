@@ -69,6 +69,14 @@ def sources_hash() -> str:
     return hashlib.sha256(b"\0".join(p.name.encode() + b"\0" + p.read_bytes() for p in SOURCES)).hexdigest()
 
 
+def packed(rank: int, bits: tuple[int, ...]) -> lrattn.Format:
+    """A rank in segments of these widths: three are of 1/4, 1/4 and 1/2 of it."""
+    steps, first = rank // 16, len(bits) - 1  # segments but the last
+    parts = [steps // (2 * first or 1)] * first
+    parts.append(steps - sum(parts))
+    return lrattn.Format(tuple((16 * part, width) for part, width in zip(parts, bits, strict=True)))
+
+
 class Problem(NamedTuple):
     """Shapes of a compilation. options: words of ALL, and "positions"; rule is a softcap, a window and starts."""
 
@@ -82,7 +90,7 @@ class Problem(NamedTuple):
     rope: bool = True
     shared: bool = False  # one row serves keys and values
     values: int = 0  # the rank of values, where it is not the keys'
-    bits: tuple[int, ...] = ()  # widths of packed latents: three are of 1/4, 1/4 and 1/2 of them; (): plain
+    bits: tuple[int, ...] = ()  # widths of packed latents, see `packed`; (): plain
 
     def has(self, word: str) -> bool:
         return word in self.options.split()
@@ -112,12 +120,7 @@ class Problem(NamedTuple):
         return self.values or self.rank
 
     def format(self, rank: int) -> lrattn.Format | None:
-        if not self.bits:
-            return None
-        steps, first = rank // 16, len(self.bits) - 1  # segments but the last
-        parts = [steps // (2 * first or 1)] * first
-        parts.append(steps - sum(parts))
-        return lrattn.Format(tuple((16 * part, bits) for part, bits in zip(parts, self.bits, strict=True)))
+        return packed(rank, self.bits) if self.bits else None
 
     def rows(self) -> int:
         """Hq S, query rows of a sequence."""

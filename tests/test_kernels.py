@@ -13,7 +13,7 @@ from packing import plain, poison
 from pairwise import uncovered
 
 import lrattn
-from lrattn.cache import key_rows
+from lrattn.cache import key_rows, value_rows
 
 RAGGED = Case("ragged", M=2, S=2, lens=(70, 33, 1, 0), key_ranks=(32, 16), value_ranks=(64, 16), bias=True, sinks=True)
 
@@ -319,6 +319,19 @@ def check_write(case, slots, kernel_dtype, device):
         torch.testing.assert_close(held, expected, rtol=bound, atol=0, equal_nan=True)
         tail = layer.k_width if layer.row_side.formats else width + 2 * layer.num_kv_heads
         assert torch.equal(k_cache[..., tail:].nan_to_num(9.0), caches[0][..., tail:].nan_to_num(9.0))
+
+
+def test_latents_that_are_not_finite_are_packed_as_such(device):
+    """As NaN, all of their segment of their token, and nothing else."""
+    layer = make_layer(Case("broken", key_bits=(8, 2), value_bits=(4,)), torch.float32).to(device)
+    zk, zv = torch.randn(3, 32, device=device), torch.randn(3, 48, device=device)
+    zk[1, 3], zv[2, 9] = torch.inf, torch.nan
+    caches, expected = ([x.fill_(7) for x in lrattn.allocate_cache(layer, 1, 16)] for _ in range(2))
+    lrattn.write_latents(layer, zk, zv, *caches, torch.arange(3, device=device), backend="triton")
+    lrattn.write_latents(layer, zk, zv, *expected, torch.arange(3, device=device), backend="reference")
+    back, own = (key_rows(layer, x[0].flatten(0, 1)[:3])[0] for x in (caches, expected))
+    assert torch.equal(back.isnan(), own.isnan()) and back[1, :16].isnan().all() and back.isnan().sum() == 16
+    assert value_rows(layer, caches[1].flatten(0, 1)[:3]).isnan().sum() == 48
 
 
 def test_nothing_is_written_for_no_tokens(device):
