@@ -65,7 +65,8 @@ LATENT_SCORES = (
     Row(Launch(8, 1, block_r=64, block_d=64), ()),
     Row(Launch(8, 1, block_r=32, block_d=64), (), itemsize=4),
     Row(Launch(8, 1, block_r=64, block_d=128), HOPPER, queries=16, packed=True),
-    Row(Launch(8, 1, block_r=32, block_d=64), (), packed=True),
+    Row(Launch(8, 1, block_r=32, block_d=64), (), queries=32, packed=True),
+    Row(Launch(8, 1, block_r=32, block_d=32), (), packed=True),
     Row(Launch(8, 1, block_r=32, block_d=64), (), itemsize=4, packed=True),
 )
 ABSORBED_SCORES = (

@@ -11,6 +11,8 @@ from lrattn.kernels.tiles import LENGTHS, SLICED, half_pointer, load_run
 from lrattn.operands import Keys, Values
 from lrattn.shapes import cdiv
 
+NEAREST, UPWARDS = tl.constexpr(1 << 19), tl.constexpr((1 << 20) - 1)  # added before a scale's fraction is cut
+
 
 # fmt: off
 @triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=SLICED)
@@ -61,9 +63,9 @@ def pack_latents_kernel(
                 else:
                     size = tl.maximum(size, tl.max(tl.abs(x), 1))
             if BITS[s] <= MEAN_BITS:
-                held = tl.sqrt_rn(size / rank).to(tl.int32, bitcast=True) + (1 << (SCALE_FRACTION - 1))
+                held = tl.sqrt_rn(size / rank).to(tl.int32, bitcast=True) + NEAREST
             else:
-                held = (size / 2 ** (BITS[s] - 1)).to(tl.int32, bitcast=True) + ((1 << SCALE_FRACTION) - 1)
+                held = (size / 2 ** (BITS[s] - 1)).to(tl.int32, bitcast=True) + UPWARDS
             held = (held - SCALE_LEAST) >> SCALE_FRACTION
             held = tl.minimum(tl.maximum(held, 0), BROKEN - 1)
             scale = ((held << SCALE_FRACTION) + SCALE_LEAST).to(tl.float32, bitcast=True)
