@@ -120,7 +120,7 @@ def test_latents_lie_as_documented():
     z[0, 9], z[0, 3] = -8.0, 7.5  # a scale of one at 4 bits: codes 0 and 15
     run = uniform(32, 4).encode(z)[0]
     codes = run[:16].tolist()
-    assert codes[4] == 0 << 4 | 8 and codes[1] == 15 << 4 | 8 and codes[0] == 8 << 4 | 8
+    assert codes[4] == 0 << 4 | 9 and codes[1] == 15 << 4 | 9 and codes[0] == 9 << 4 | 9
     assert run[16:].tolist() == [128, 0, 0, 0]
 
 

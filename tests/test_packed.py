@@ -254,6 +254,21 @@ def test_a_cache_of_another_format_is_refused_and_untouched():
     assert all((x == 7).all() for x in (*caches, *packed))
 
 
+def test_kernels_refuse_packed_latents():
+    problem = make(PACKED[0], torch.float32)
+    layer, q, k_cache, v_cache, kwargs = problem
+    with pytest.raises(ValueError, match="backend: expected 'reference' for packed latents, got 'triton'"):
+        lrattn.decode_attention(q, k_cache, v_cache, layer, backend="triton", **kwargs)
+
+
+def test_rows_that_do_not_begin_at_words_are_refused():
+    layer = make_layer(Case("packed", key_bits=(8,), value_bits=(4,)), torch.float32)
+    _, v_cache = lrattn.allocate_cache(layer, 2, 16)
+    odd = torch.empty(2, 16, layer.k_width + 3, dtype=torch.uint8)[..., 3:]
+    with pytest.raises(ValueError, match=r"k_cache: expected rows at multiples of 4 bytes, got strides"):
+        lrattn.write_latents(layer, torch.randn(1, 32), torch.randn(1, 48), odd, v_cache, torch.arange(1))
+
+
 def test_packed_factors_are_not_narrowed():
     _, factors = compressed()
     with pytest.raises(ValueError, match="format: expected plain latents to take some of"):
