@@ -17,7 +17,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +44,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 META = torch.device("meta")
 PAGE, BATCH = 16, 2
 ALL = "bias norm rule"
+PACKED = (8, 4, 2)  # widths of packed rows
 EXTRAS = ["rule"], ["rule bias", "rule norm"], [ALL]  # the most options there can be, by a row's extras
 
 
@@ -65,6 +69,14 @@ def sources_hash() -> str:
     return hashlib.sha256(b"\0".join(p.name.encode() + b"\0" + p.read_bytes() for p in SOURCES)).hexdigest()
 
 
+def packed(rank: int, bits: tuple[int, ...]) -> lrattn.Format:
+    """A rank in segments of these widths: three are of 1/4, 1/4 and 1/2 of it."""
+    steps, first = rank // 16, len(bits) - 1  # segments but the last
+    parts = [steps // (2 * first or 1)] * first
+    parts.append(steps - sum(parts))
+    return lrattn.Format(tuple((16 * part, width) for part, width in zip(parts, bits, strict=True)))
+
+
 class Problem(NamedTuple):
     """Shapes of a compilation. options: words of ALL, and "positions"; rule is a softcap, a window and starts."""
 
@@ -78,6 +90,7 @@ class Problem(NamedTuple):
     rope: bool = True
     shared: bool = False  # one row serves keys and values
     values: int = 0  # the rank of values, where it is not the keys'
+    bits: tuple[int, ...] = ()  # widths of packed latents, see `packed`; (): plain
 
     def has(self, word: str) -> bool:
         return word in self.options.split()
@@ -87,9 +100,13 @@ class Problem(NamedTuple):
         heads = 2 * self.group
         bias = torch.zeros(heads, self.head, dtype=self.dtype) if self.has("bias") else None
         keys, values = (
-            lrattn.Projection(torch.zeros(heads, rank, self.head, dtype=self.dtype), (rank,) * 2, bias=bias)
+            lrattn.Projection(
+                torch.zeros(heads, rank, self.head, dtype=self.dtype), (rank,) * 2, bias=bias, format=self.format(rank)
+            )
             for rank in (self.rank, self.value_rank())
         )
+        if self.shared:
+            keys = replace(keys, format=None)
         layer = lrattn.LayerFactors(
             keys=keys,
             values=values,
@@ -102,6 +119,9 @@ class Problem(NamedTuple):
     def value_rank(self) -> int:
         return self.values or self.rank
 
+    def format(self, rank: int) -> lrattn.Format | None:
+        return packed(rank, self.bits) if self.bits else None
+
     def rows(self) -> int:
         """Hq S, query rows of a sequence."""
         return 2 * self.group * self.heads * self.steps
@@ -111,7 +131,7 @@ class Problem(NamedTuple):
 
     def cache(self, keys: Keys) -> torch.Tensor:
         width = 2 * max(self.rank, self.value_rank()) + (0 if keys.sizes.norm_column < 0 else 16)
-        return empty(8, PAGE, width, dtype=self.dtype)
+        return empty(8, PAGE, width, dtype=torch.uint8 if self.bits else self.dtype)
 
     def partial(self) -> tuple[torch.Tensor, torch.Tensor]:
         return fp32(BATCH, 2, self.rows(), self.value_rank()), fp32(BATCH, 2, self.rows())
@@ -212,9 +232,9 @@ def project_heads(p: Problem) -> None:
 
 
 def write_latents(p: Problem) -> None:
-    keys, _ = p.sides()
+    keys, side = p.sides()
     z, slots = empty(4, 2 * p.rank, dtype=p.dtype), empty(4, dtype=torch.int64)
-    write.write_latents(z, z, p.cache(keys), p.cache(keys), slots, keys, 1e-6)
+    write.write_latents(z, z, p.cache(keys), p.cache(keys), slots, keys, side, 1e-6)
 
 
 def rebuild_keys(p: Problem) -> None:
@@ -246,18 +266,18 @@ def compilations() -> Iterator[Compilation]:
             rank, head = (528 if row.rank == launch.ANY else row.rank), (256 if row.head == launch.ANY else row.head)
             for heads, steps in few if row.queries == 16 else few[:1] + many:
                 for options in ("", ALL, f"{ALL} positions")[: 3 if row.table else 2]:
-                    problem = Problem(rank, head, heads, steps, 1, dtype_of(row), options)
+                    problem = Problem(rank, head, heads, steps, 1, dtype_of(row), options, bits=bits_of(row))
                     yield Compilation(latent_scores, device, problem, row.itemsize == 2)
         for row in rows_for(launch.ABSORBED_SCORES, device):
             rank = 528 if row.rank == launch.ANY else row.rank
             for heads, steps in few if row.queries == 16 else few[:1] + many:
                 for options in ("", ALL):
-                    problem = Problem(rank, 128, heads, steps, 1, dtype_of(row), options, rope=False)
+                    problem = Problem(rank, 128, heads, steps, 1, dtype_of(row), options, False, bits=bits_of(row))
                     yield Compilation(absorbed_scores, device, problem, row.itemsize == 2)
         for row in rows_for(launch.LATENT_VALUES, device):
             rank = 528 if row.rank == launch.ANY else row.rank
             for heads, steps in few if row.queries == 16 else few[:1] + many:
-                problem = Problem(rank, 128, heads, steps, 1, dtype_of(row))
+                problem = Problem(rank, 128, heads, steps, 1, dtype_of(row), bits=bits_of(row))
                 yield Compilation(latent_values, device, problem, row.itemsize == 2 and heads * steps == 64)
         for row in rows_for(launch.FUSED_ABSORBED, device):
             for problem in fused_problems(row):
@@ -276,10 +296,11 @@ def compilations() -> Iterator[Compilation]:
                 yield Compilation(absorb_queries, device, large._replace(rope=False))
                 yield Compilation(combine_heads, device, large)
                 yield Compilation(project_heads, device, large)
-                yield Compilation(write_latents, device, large)
-                for head in (128, 256):
-                    yield Compilation(rebuild_keys, device, large._replace(head=head))
-                    yield Compilation(rebuild_values, device, large._replace(head=head))
+                for bits in ((), PACKED):
+                    yield Compilation(write_latents, device, large._replace(bits=bits))
+                    for head in (128, 256):
+                        yield Compilation(rebuild_keys, device, large._replace(head=head, bits=bits))
+                        yield Compilation(rebuild_values, device, large._replace(head=head, bits=bits))
             yield Compilation(merge_splits, device, Problem(96, 256, 16, 3, 1, dtype))
             yield Compilation(combine_latents, device, Problem(96, 256, 16, 3, 1, dtype))
 
@@ -289,13 +310,17 @@ def fused_problems(row: launch.Row) -> Iterator[Problem]:
     heads = row.queries if row.queries < launch.ANY else 64
     head = 128 if row.head == launch.ANY else row.head
     if row.rank:  # else it is for shared rows alone
-        yield Problem(row.rank, head, heads, dtype=dtype_of(row), values=row.values)
+        yield Problem(row.rank, head, heads, dtype=dtype_of(row), values=row.values, bits=bits_of(row))
     if row.shared:
-        yield Problem(row.values, head, heads, dtype=dtype_of(row), shared=True)
+        yield Problem(row.values, head, heads, dtype=dtype_of(row), shared=True, bits=bits_of(row))
 
 
 def rows_for(table: tuple[launch.Row, ...], device: str) -> list[launch.Row]:
     return [row for row in table if not row.devices or device in row.devices]
+
+
+def bits_of(row: launch.Row) -> tuple[int, ...]:
+    return PACKED if row.packed else ()
 
 
 def dtype_of(row: launch.Row) -> torch.dtype:
@@ -317,6 +342,11 @@ QUICK = [
     Compilation(project_heads, "sm90", Problem()),
     Compilation(write_latents, "sm90", Problem(options=ALL)),
     Compilation(rebuild_keys, "sm90", Problem(), True),
+    Compilation(latent_scores, "sm90", Problem(528, 128, options=ALL, bits=PACKED), True),
+    Compilation(latent_values, "sm90", Problem(256, 128, group=4, bits=PACKED)),
+    Compilation(absorbed_pass, "sm90", Problem(256, 128, group=4, rope=False, bits=PACKED), True),
+    Compilation(rebuilt_pass, "sm90", Problem(256, 64, shared=True, bits=PACKED), True),
+    Compilation(write_latents, "sm90", Problem(options=ALL, bits=PACKED)),
 ]
 
 
@@ -378,7 +408,7 @@ def describe(c: Compilation) -> dict[str, Any]:
     p = c.problem
     dtype = str(p.dtype).split(".")[-1]
     names = {"rank": p.rank, "values": p.value_rank(), "one_row": p.shared, "head": p.head, "M": p.heads, "S": p.steps}
-    return {**names, "dtype": dtype, "options": p.options or "none"}
+    return {**names, "dtype": dtype, "options": p.options or "none", "bits": " ".join(map(str, p.bits))}
 
 
 def resources(binary: Any) -> dict[str, Any]:
@@ -437,11 +467,14 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a few launches, nothing written")
     quick = parser.parse_args().quick
     rows, bad = [], []
-    for c in tqdm(QUICK if quick else list(dict.fromkeys(compilations())), unit="kernel", disable=None):
-        for row in compile_for(c):
-            rows.append(row)
-            if found := faults(c, row):
-                bad.append(f"{row['kernel']} {describe(c)} on {c.device}: {'; '.join(found)}")
+    chosen = QUICK if quick else list(dict.fromkeys(compilations()))
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        made = tqdm(pool.map(compile_for, chosen), total=len(chosen), unit="kernel", disable=None)
+        for c, compiled in zip(chosen, made, strict=True):
+            for row in compiled:
+                rows.append(row)
+                if found := faults(c, row):
+                    bad.append(f"{row['kernel']} {describe(c)} on {c.device}: {'; '.join(found)}")
     bad += [f"compiled anew for other lengths: {kernel}" for kernel in recompiled()]
     print(*bad, sep="\n")
     print(f"{len(rows)} kernels compiled, {len(bad)} unfit")

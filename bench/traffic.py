@@ -24,7 +24,7 @@ from tqdm import tqdm
 import lrattn
 from bench import report
 from bench.counting import counting
-from bench.resources import sources_hash
+from bench.resources import PACKED, packed, sources_hash
 from bench.ways import two_passes
 from lrattn.kernels import launch
 
@@ -71,6 +71,7 @@ class Way(NamedTuple):
     positions: bool = False
     forced: bool = False
     group: int = GROUP
+    bits: tuple[int, ...] = ()  # of packed latents: a quarter, a quarter and half of them
 
 
 WAYS = [
@@ -94,15 +95,21 @@ WAYS = [
     Way(LLAMA_3, "absorbed", 128, (128, 128), 1, rope=False),
     Way(LLAMA_3, "joint row, absorbed", 256, (256, 256), 1, rope=False, shared=True),
     Way(LLAMA_3, "joint row, absorbed", 512, (512, 512), 1, rope=False, shared=True),
+    Way(LLAMA_2, "packed, rebuilt", 256, (256, 256), bits=PACKED),
+    Way(LLAMA_3, "packed, rebuilt", 256, (256, 256), bits=PACKED),
+    Way(LLAMA_3, "packed, joint row", 256, (256, 256), shared=True, bits=PACKED),
+    Way(LLAMA_3, "packed, absorbed", 256, (256, 256), 1, rope=False, bits=PACKED),
+    Way(LLAMA_3, "packed, joint, abs.", 256, (256, 256), 1, rope=False, shared=True, bits=PACKED),
 ]
 
 
 def layer_of(way: Way) -> lrattn.LayerFactors:
-    def side(ranks: tuple[int, ...]) -> lrattn.Projection:
-        return lrattn.Projection(torch.zeros(HEADS, max(ranks), HEAD_DIM, dtype=DTYPE), ranks)
+    def side(ranks: tuple[int, ...], written: bool = True) -> lrattn.Projection:
+        formats = tuple(packed(rank, way.bits) for rank in ranks) if way.bits and written else None
+        return lrattn.Projection(torch.zeros(HEADS, max(ranks), HEAD_DIM, dtype=DTYPE), ranks, format=formats)
 
     return lrattn.LayerFactors(
-        keys=side((way.key_rank,) * (HEADS // way.group)),
+        keys=side((way.key_rank,) * (HEADS // way.group), not way.shared),
         values=side(way.value_ranks),
         rope=lrattn.Rope(1e4, HEAD_DIM, TOKENS) if way.rope else None,
         shared=way.shared,

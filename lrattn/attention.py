@@ -69,7 +69,7 @@ def write_latents(
         reference.write_latents(layer, zk, zv, k_cache, v_cache, slots)
     else:
         eps = 0.0 if layer.key_norm is None else layer.key_norm.eps
-        torch.ops.lrattn.write_latents(zk, zv, k_cache, v_cache, slots, *lists(layer.operands.keys), eps)
+        torch.ops.lrattn.write_latents(zk, zv, k_cache, v_cache, slots, *lists(*layer.operands), eps)
 
 
 @torch.no_grad()
@@ -133,8 +133,8 @@ def decode_attention(
     Args:
         q: [B, S, Hq, D] or [B, Hq, D] (then outputs drop the S axis), rotated, heads in the model's order. The last
             S tokens of each sequence are the queries' own, already written.
-        k_cache: [N, P, k_width]; v_cache: [N, P, v_width], None when the layer is shared. Of packed latents uint8.
-        layer: factors of the same dtype and device as q and plain caches.
+        k_cache: [N, P, k_width]; v_cache: [N, P, v_width], None when the layer is shared.
+        layer: factors of the same dtype and device as q and the caches.
         block_table: [B, pages] int32; entries past a sequence's length are never followed.
         seq_lens: [B] int32 tokens held; longer ones are clamped to the table and to max_seq_len.
         softmax_scale: multiplies the scores. Default D ** -0.5.
@@ -152,7 +152,7 @@ def decode_attention(
         out: buffer of the result's shape and q's dtype to write to and return.
         return_lse: also return lse [B, S, Hq], natural log, float32 (float64 for float64).
         backend: "triton", "reference", or None: triton for a layer on a GPU that its kernels can do
-            (no float64, D <= 256, plain latents).
+            (no float64, D <= 256).
 
     Returns: out, or (out, lse). A query that sees no token gives zeros and lse -inf (its sink logit with sinks).
     Raises: ValueError naming the argument, what was expected and what came.
@@ -316,13 +316,11 @@ def _backend(backend: str | None, layer: LayerFactors) -> str:
     check_backend(backend)
     if not isinstance(layer, LayerFactors):
         raise ValueError(f"layer: expected LayerFactors, got {type(layer).__name__}")
-    fits = layer.dtype != torch.float64 and layer.head_dim <= MAX_HEAD_DIM and not layer.packed
+    fits = layer.dtype != torch.float64 and layer.head_dim <= MAX_HEAD_DIM
     if backend is None:
         return "triton" if layer.device.type == "cuda" and fits else "reference"
     if backend == "triton" and layer.dtype == torch.float64:
         raise ValueError("backend: expected 'reference' for float64 tensors, got 'triton'")
-    if backend == "triton" and layer.packed:
-        raise ValueError("backend: expected 'reference' for packed latents, got 'triton'")
     if backend == "triton" and not fits:
         raise ValueError(f"layer: expected at most {MAX_HEAD_DIM} dimensions a head, got {layer.head_dim}")
     return backend

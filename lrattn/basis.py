@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lrattn.formats import Format, table
 from lrattn.projection import Projection
 from lrattn.shapes import accumulator, product_dtype
 
@@ -23,12 +24,16 @@ class Basis:
     heads: Tensor  # [Hkv] int32, place -> kv head
     places: Tensor  # [Hkv] int32, kv head -> place
     runs: Tensor  # [G, 3] int32: first column in a cache row, rank, first row of `rows`
+    packs: Tensor | None  # [G, 4 n] int32: n segments of packed rows, as formats.table has them
     blocks: tuple[Tensor, ...]  # per group [rank, C * D], views of `rows`
     biases: tuple[Tensor, ...]  # per group [C, D], views of `bias`; no groups without a bias
 
     @classmethod
-    def of(cls, side: Projection, columns: tuple[slice, ...], dims: Tensor) -> Basis:
-        """The basis of one side whose groups' latents begin where `columns` do; dims [D] orders each head's dims."""
+    def of(cls, side: Projection, columns: tuple[slice, ...], dims: Tensor, formats: tuple[Format, ...]) -> Basis:
+        """The basis of one side whose groups' latents begin where `columns` do; dims [D] orders each head's dims.
+
+        formats: of the rows it is read from, where they are packed.
+        """
         device, kind = side.up.device, product_dtype(side.up)
         order = torch.tensor([h for members in side.groups for h in members], dtype=torch.int32)
         blocks = [side.block(g).to(kind).unflatten(1, (-1, side.head_dim))[..., dims] for g in range(len(side.ranks))]
@@ -41,6 +46,7 @@ class Basis:
             heads=order.to(device),
             places=order.argsort().int().to(device),
             runs=torch.tensor(runs, dtype=torch.int32, device=device),
+            packs=torch.tensor(table(formats), dtype=torch.int32, device=device) if formats else None,
             blocks=rows.split(list(side.ranks)),
             biases=() if bias is None else bias.split(side.group_size),
         )

@@ -87,7 +87,8 @@ def pack_keys(layer: LayerFactors, zk: Tensor) -> Tensor:
     runs = pack(layer.row_side.formats, zk)
     if layer.key_norm is None:
         return runs
-    norms = norm_columns(layer, unpack(layer.row_side.formats, runs, layer.dtype))[:, : 2 * layer.num_kv_heads]
+    back = unpack(layer.row_side.formats, runs, layer.dtype).to(layer.dtype)  # as kernels unpack them
+    norms = norm_columns(layer, back)[:, : 2 * layer.num_kv_heads]
     return torch.cat((runs, norms.contiguous().view(torch.uint8)), 1)
 
 

@@ -41,8 +41,9 @@ def _check_cache(
         what = "uint8 for the layer's packed latents" if dtype == torch.uint8 else f"the layer's dtype {dtype}"
         raise ValueError(f"{name}: expected {what}, got {cache.dtype}")
     check(name, cache, f"N P {width}", dims, **kind)
-    if dtype == torch.uint8 and any(n % ALIGNMENT for n in (cache.storage_offset(), *cache.stride()[:2])):
-        got = f"strides {cache.stride()} from {cache.storage_offset()} on"
+    begin = 0 if torch.compiler.is_compiling() else cache.storage_offset()  # which dynamo does not trace
+    if dtype == torch.uint8 and any(n % ALIGNMENT for n in (begin, *cache.stride()[:2])):
+        got = f"strides {cache.stride()} from {begin} on"
         raise ValueError(f"{name}: expected rows at multiples of {ALIGNMENT} bytes, got {got}")
 
 

@@ -115,6 +115,26 @@ class Format:
         return [rank for rank, _ in self.segments]
 
 
+def table(formats: tuple[Format, ...]) -> list[list[int]]:
+    """Where each group's segments lie in a row: its first byte, its latents, the first of them and its byte of scale;
+    the four of one segment after those of another."""
+    rows, begin = [], 0
+    for own in formats:
+        row, at, latent, scale_at = list[int](), begin, 0, begin + own.scales
+        for (rank, bits), size in zip(own.segments, sizes(own.segments), strict=True):
+            row += [at, rank, latent, scale_at]
+            at, latent, scale_at = at + size, latent + rank, scale_at + (bits < 16)
+        rows.append(row)
+        begin += own.nbytes
+    return rows
+
+
+def widest(formats: tuple[Format, ...]) -> tuple[int, ...]:
+    """Bits of each segment and the most latents that it has in a group: bits, latents, bits, latents, .."""
+    segments = zip(*(f.segments for f in formats), strict=True)
+    return tuple(n for parts in segments for n in (parts[0][1], max(rank for rank, _ in parts)))
+
+
 def uniform(rank: int, bits: int) -> Format:
     """All latents of a group at one width."""
     return Format(((rank, bits),))

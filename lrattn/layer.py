@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lrattn.basis import Basis
+from lrattn.formats import widest
 from lrattn.operands import Operands
 from lrattn.projection import KeyNorm, Projection
 from lrattn.rope import Rope, rows_at
@@ -54,8 +55,8 @@ class LayerFactors:
         pairs = torch.arange(head_dim) if self.rope is None else self.rope.pair_order(head_dim)
         object.__setattr__(self, "pairs", pairs.to(device))
         whole = torch.arange(head_dim, device=device)
-        object.__setattr__(self, "key_basis", Basis.of(self.keys, self.key_columns, self.pairs))
-        object.__setattr__(self, "value_basis", Basis.of(self.values, self.values.columns, whole))
+        object.__setattr__(self, "key_basis", Basis.of(self.keys, self.key_columns, self.pairs, self.row_side.formats))
+        object.__setattr__(self, "value_basis", Basis.of(self.values, self.values.columns, whole, self.values.formats))
         weight = None if self.key_norm is None else self.key_norm.weight[self.pairs].to(accumulator(self.dtype))
         object.__setattr__(self, "norm_weight", weight)
         turns = None if self.rope is None else self.rope.turns(device, self.dtype)
@@ -63,8 +64,11 @@ class LayerFactors:
         offsets = None if self.rope is None else self.rope.offset_turns(device)
         object.__setattr__(self, "offset_turns", offsets)
         given = self.keys, self.values, (self.key_basis, self.value_basis), self.rope, self.shared, weight
-        norm_column = -1 if weight is None else self.row_width
-        object.__setattr__(self, "operands", Operands.of(*given, norm_column, (turns, offsets)))
+        norm_column = (
+            -1 if weight is None else self.k_width - self.norm_bytes if self.row_side.formats else self.row_width
+        )
+        packs = widest(self.row_side.formats), widest(self.values.formats)
+        object.__setattr__(self, "operands", Operands.of(*given, norm_column, (turns, offsets), packs))
 
     def _check(self) -> None:
         up, dims = self.keys.up, {"Hkv": self.keys.num_heads, "D": self.keys.head_dim}

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from lrattn.kernels.arguments import Call, Rule, Tokens
 from lrattn.layer import LayerFactors
-from lrattn.operands import KeySizes, Operands, keys_of, lists
+from lrattn.operands import Operands, Values, key_sizes_of, lists
 
 KEYS = "Tensor?[] key_tensors, int[] key_numbers"
 VALUES = "Tensor?[] value_tensors, int[] value_numbers"
@@ -23,8 +23,8 @@ DECODE = f"""Tensor q, Tensor k_cache, Tensor? v_cache, Tensor block_table, Tens
     Tensor? positions, Tensor? sinks, {KEYS}, {VALUES}, Tensor? wo, str project, float softmax_scale, float softcap,
     bool causal, SymInt max_seq_len, int window_size, int num_splits, int workspace_limit"""
 SCHEMAS = (
-    f"""write_latents(Tensor zk, Tensor? zv, Tensor(a!) k_cache, Tensor(b!)? v_cache, Tensor slots, {KEYS}, float eps)
-    -> ()""",
+    f"""write_latents(Tensor zk, Tensor? zv, Tensor(a!) k_cache, Tensor(b!)? v_cache, Tensor slots, {KEYS},
+    {VALUES}, float eps) -> ()""",
     f"""rebuild(Tensor k_cache, Tensor? v_cache, Tensor block_table, Tensor seq_lens, Tensor? positions, {KEYS},
     {VALUES}, SymInt num_tokens) -> (Tensor, Tensor)""",
     f"decode_attention({DECODE}) -> (Tensor, Tensor)",
@@ -51,12 +51,15 @@ def _write_latents(
     slots: Tensor,
     key_tensors: Any,
     key_numbers: Any,
+    value_tensors: Any,
+    value_numbers: Any,
     eps: float,
 ) -> None:
     from lrattn.kernels.write import write_latents
 
     with torch.cuda.device_of(k_cache):  # Triton launches on the current device
-        write_latents(zk, zv, k_cache, v_cache, slots, keys_of(key_tensors, key_numbers), eps)
+        sides = Operands.of_lists(key_tensors, key_numbers, value_tensors, value_numbers)
+        write_latents(zk, zv, k_cache, v_cache, slots, *sides, eps)
 
 
 def _rebuild(
@@ -79,7 +82,7 @@ def _rebuild(
     if num_tokens < 0:
         num_tokens = int(ends[-1]) if len(ends) else 0
     tokens = Tokens(block_table, seq_lens, None, positions, bound)
-    k, v = (k_cache.new_empty(num_tokens, keys.sizes.num_heads, keys.sizes.head_dim) for _ in range(2))
+    k, v = (values.up.new_empty(num_tokens, keys.sizes.num_heads, keys.sizes.head_dim) for _ in range(2))
     with torch.cuda.device_of(k_cache):
         rebuild_keys(k_cache, keys, tokens, ends, k)
         rebuild_values(k_cache if v_cache is None else v_cache, values, tokens, ends, v)
@@ -87,9 +90,10 @@ def _rebuild(
 
 
 def _rebuild_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-    k_cache, key_numbers, num_tokens = (arguments[i] for i in (0, 6, 9))
-    rows, sizes = library.get_ctx().new_dynamic_size() if num_tokens < 0 else num_tokens, KeySizes(*key_numbers)
-    k, v = (k_cache.new_empty(rows, sizes.num_heads, sizes.head_dim) for _ in range(2))
+    key_numbers, value_tensors, num_tokens = (arguments[i] for i in (6, 7, 9))
+    up = Values._make((*value_tensors, None)).up
+    rows, sizes = library.get_ctx().new_dynamic_size() if num_tokens < 0 else num_tokens, key_sizes_of(key_numbers)
+    k, v = (up.new_empty(rows, sizes.num_heads, sizes.head_dim) for _ in range(2))
     return k, v
 
 

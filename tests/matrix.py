@@ -31,6 +31,7 @@ COLUMNS = {
     "max_seq_len": [None, 33],
     "workspace_limit": [256 << 20, 1],
     "strided": [False, True],
+    "bits": [(), (8,), (4, 2), (16, 8, 2)],
     "dtype": [torch.float32, torch.float16],
 }
 KEY_RANKS = {"one chunk": (32, 32), "two chunks": (96, 96), "ragged": (16, 80), "streamed": (528, 528)}
@@ -92,6 +93,8 @@ def case_of(i, row):
         starts=tuple((3, 40, 0, 7, 1)[: len(lens)]) if row["starts"] else None,
         sinks=row["sinks"],
         strided=row["strided"],
+        key_bits=row["bits"],
+        value_bits=row["bits"],
         dtype=row["dtype"],
         call=call,
     )

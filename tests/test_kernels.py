@@ -6,13 +6,14 @@ from dataclasses import replace
 import dense
 import pytest
 import torch
-from cases import CASES, Case, make, make_layer
+from cases import CASES, PACKED, Case, in_one, make, make_layer
 from closeness import assert_no_worse
 from matrix import COLUMNS, MATRIX, ROWS, allowed
+from packing import plain, poison
 from pairwise import uncovered
 
 import lrattn
-from lrattn.cache import key_rows
+from lrattn.cache import key_rows, value_rows
 
 RAGGED = Case("ragged", M=2, S=2, lens=(70, 33, 1, 0), key_ranks=(32, 16), value_ranks=(64, 16), bias=True, sinks=True)
 
@@ -33,24 +34,29 @@ def attend(problem, **changes):
 
 def exact(problem):
     """The reference in float64, whose truth is tests/test_reference.py."""
-    layer, q, k_cache, v_cache, kwargs = on("cpu", *problem)
-    v_cache = None if v_cache is None else v_cache.double()
-    layer = layer.to(dtype=torch.float64)
-    return lrattn.decode_attention(
-        q.double(), k_cache.double(), v_cache, layer, return_lse=True, backend="reference", **kwargs
-    )
+    layer, q, k_cache, v_cache, kwargs = plain(on("cpu", *problem))
+    return lrattn.decode_attention(q, k_cache, v_cache, layer, return_lse=True, backend="reference", **kwargs)
 
 
 def check(case, dtype, device):
     problem = on(device, *make(case, dtype))
     out, lse = (x.cpu() for x in attend(problem))
     true, true_lse = exact(problem)
-    layer, *tensors, kwargs = problem
-    plain, plain_lse = (x.cpu() for x in dense.attend(*tensors, layer, **kwargs))
+    own, own_lse = (x.cpu() for x in attend_densely(problem))
     some = true_lse.isfinite()
     assert torch.equal(lse == -torch.inf, ~some)
-    assert_no_worse(out, plain, true)
-    assert_no_worse(lse[some], plain_lse[some], true_lse[some], dtype)
+    assert_no_worse(out, own, true)
+    assert_no_worse(lse[some], own_lse[some], true_lse[some], dtype)
+
+
+def attend_densely(problem):
+    """PyTorch in the problem's dtype, on latents as they are or as their bits say."""
+    layer, *tensors, kwargs = problem
+    if layer.packed:
+        wide, *tensors, _ = plain(on("cpu", *problem))
+        tensors = on(layer.device, *(None if x is None else x.to(layer.dtype) for x in tensors))
+        layer = wide.to(layer.device, layer.dtype)
+    return dense.attend(*tensors, layer, **kwargs)
 
 
 def dtypes(case, device):
@@ -63,7 +69,7 @@ def test_every_shape_an_engine_brings(case, device):
         check(case, dtype, device)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + PACKED, ids=str)
 def test_the_cases_of_the_reference(case, kernel_dtype, device):
     check(case, kernel_dtype, device)
 
@@ -242,7 +248,7 @@ def test_nothing_to_do(shape, device):
     assert out.shape == q.shape and (out == 0).all() and (lse == -torch.inf).all()
 
 
-@pytest.mark.parametrize("case", MATRIX[::3], ids=str)
+@pytest.mark.parametrize("case", MATRIX[::3] + PACKED, ids=str)
 def test_rebuild(case, device):
     for dtype in dtypes(case, device):
         check_rebuild(case, dtype, device)
@@ -252,11 +258,11 @@ def check_rebuild(case, kernel_dtype, device):
     layer, _, k_cache, v_cache, kwargs = on(device, *make(_whole(case), kernel_dtype))
     arguments = (k_cache, v_cache, layer, kwargs["block_table"], kwargs["seq_lens"], kwargs["positions"])
     got = lrattn.rebuild(*arguments, backend="triton")
-    plain = lrattn.rebuild(*arguments, backend="reference")
-    wide = (None if x is None else x.double() for x in (k_cache, v_cache))
-    true = lrattn.rebuild(*wide, layer.to(dtype=torch.float64), *arguments[3:], backend="reference")
+    own = lrattn.rebuild(*arguments, backend="reference")
+    wide, _, *caches, _ = plain(on("cpu", layer, k_cache, k_cache, v_cache, {}))
+    true = lrattn.rebuild(*caches, wide, *on("cpu", *arguments[3:]), backend="reference")
     for side in range(2):
-        assert_no_worse(got[side].cpu(), plain[side].cpu(), true[side].cpu())
+        assert_no_worse(got[side].cpu(), own[side].cpu(), true[side])
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
@@ -277,7 +283,11 @@ def _whole(case):
 
 
 @pytest.mark.parametrize("slots", [torch.int32, torch.int64])
-@pytest.mark.parametrize("case", MATRIX[::4] + [replace(c, dtype=torch.float16) for c in CASES if c.key_norm], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [*MATRIX[::4], *PACKED, *(replace(c, dtype=torch.float16) for c in CASES + PACKED if c.key_norm or c.key_bits)],
+    ids=str,
+)
 def test_write_latents(case, slots, device):
     for dtype in dtypes(case, device):
         check_write(case, slots, dtype, device)
@@ -287,30 +297,41 @@ def check_write(case, slots, kernel_dtype, device):
     """Latents bit for bit, the norm as precise as two numbers are, everything else untouched."""
     layer = make_layer(case, kernel_dtype).to(device)
     caches = lrattn.allocate_cache(layer, 3, case.P)
-    pool = torch.full((3, 2, case.P, layer.k_width + layer.v_width), torch.nan, dtype=kernel_dtype, device=device)[:, 1]
-    k_cache, v_cache = pool[..., : layer.k_width], pool[..., layer.k_width :]
-    v_cache = None if caches[1] is None else v_cache
+    for cache in caches:
+        if cache is not None:
+            cache.fill_(poison(cache.dtype))
+    k_cache, v_cache = in_one(*caches)
     g = torch.Generator().manual_seed(0)
     zk = torch.randn(4, 9, layer.row_width, generator=g).to(device, kernel_dtype)
-    zv = None if case.shared else torch.randn(4, 9, layer.v_width, generator=g).to(device, kernel_dtype)
+    zv = None if case.shared else torch.randn(4, 9, layer.values.width, generator=g).to(device, kernel_dtype)
     chosen = torch.randperm(3 * case.P, generator=g)[:36].to(slots)
     last = 3 * case.P - 1
     chosen[(chosen == last).int().argmax()], chosen[5], chosen[7] = last, -1, last + 1
     chosen = torch.stack((chosen, chosen), 1)[:, 0].view(4, 9).to(device)  # not contiguous
-    for cache in caches:
-        if cache is not None:
-            cache.fill_(torch.nan)
     lrattn.write_latents(layer, zk, zv, *caches, chosen, backend="reference")
     lrattn.write_latents(layer, zk, zv, k_cache, v_cache, chosen, backend="triton")
-    width = layer.row_width
+    width = layer.k_width - layer.norm_bytes if layer.row_side.formats else layer.row_width
     assert torch.equal(k_cache[..., :width].nan_to_num(9.0), caches[0][..., :width].nan_to_num(9.0))
     assert v_cache is None or torch.equal(v_cache.nan_to_num(9.0), caches[1].nan_to_num(9.0))
     if layer.key_norm is not None:
         held, expected = (key_rows(layer, x.flatten(0, 1))[1].double() for x in (k_cache, caches[0]))
         bound = 4 * torch.finfo(kernel_dtype).eps ** 2 + 1e-6
         torch.testing.assert_close(held, expected, rtol=bound, atol=0, equal_nan=True)
-        tail = width + 2 * layer.num_kv_heads
+        tail = layer.k_width if layer.row_side.formats else width + 2 * layer.num_kv_heads
         assert torch.equal(k_cache[..., tail:].nan_to_num(9.0), caches[0][..., tail:].nan_to_num(9.0))
+
+
+def test_latents_that_are_not_finite_are_packed_as_such(device):
+    """As NaN, all of their segment of their token, and nothing else."""
+    layer = make_layer(Case("broken", key_bits=(8, 2), value_bits=(4,)), torch.float32).to(device)
+    zk, zv = torch.randn(3, 32, device=device), torch.randn(3, 48, device=device)
+    zk[1, 3], zv[2, 9] = torch.inf, torch.nan
+    caches, expected = ([x.fill_(7) for x in lrattn.allocate_cache(layer, 1, 16)] for _ in range(2))
+    lrattn.write_latents(layer, zk, zv, *caches, torch.arange(3, device=device), backend="triton")
+    lrattn.write_latents(layer, zk, zv, *expected, torch.arange(3, device=device), backend="reference")
+    back, own = (key_rows(layer, x[0].flatten(0, 1)[:3])[0] for x in (caches, expected))
+    assert torch.equal(back.isnan(), own.isnan()) and back[1, :16].isnan().all() and back.isnan().sum() == 16
+    assert value_rows(layer, caches[1].flatten(0, 1)[:3]).isnan().sum() == 48
 
 
 def test_nothing_is_written_for_no_tokens(device):

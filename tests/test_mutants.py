@@ -89,6 +89,27 @@ KILLERS = {
         strided=True,
         call={"num_splits": 2},
     ),
+    "packed": Case(
+        "packed",
+        M=2,
+        key_ranks=(96, 112),
+        value_ranks=(96, 112),
+        key_order=(2, 0, 3, 1),
+        value_order=(2, 0, 3, 1),
+        lens=(100, 3),
+        shared=True,
+        key_bits=(8, 4, 2),
+    ),
+    "packed, streamed": Case(
+        "packed, streamed",
+        Hkv=2,
+        key_ranks=(320, 400),
+        value_ranks=(320, 400),
+        lens=(20, 3),
+        key_bits=(8, 4, 2),
+        value_bits=(8, 2),
+    ),
+    "packed, norm": Case("packed, norm", Hkv=2, key_norm=True, key_ranks=(32,), lens=(30,), key_bits=(8, 4)),
     "chunks": Case("chunks", Hkv=2, lens=(300,), call={"workspace_limit": 1, "num_splits": 2}),
 }
 
@@ -174,12 +195,34 @@ MUTANTS = [
     Mutant("write.py", "slot % P * cv_strides[1]", "slot % 16 * cv_strides[1]", "write"),
     Mutant("write.py", "(slot >= 0) & (slot < num_slots)", "(slot >= 0) & (slot < num_slots - 1)", "write"),
     Mutant("write.py", "(r >= pad_column) & (r < k_width)", "(r > pad_column) & (r < k_width)", "write norm"),
-    Mutant("write.py", "lo = (inverse - hi.to(tl.float32))", "lo = (inverse - inverse)", "write norm"),
-    Mutant("write.py", "p_ck + Hkv, lo", "p_ck + Hkv + 1, lo", "write norm"),
+    Mutant("write.py", "(inverse - hi.to(tl.float32))", "(inverse - inverse)", "write norm"),
+    Mutant("write.py", "p_norm + Hkv, (inverse", "p_norm + Hkv + 1, (inverse", "write norm"),
     Mutant("rebuild.py", "tl.load(ends + i_b) - length + t", "t", "rebuild"),
     Mutant("rebuild.py", "k_low * sin + k_high * cos", "k_low * sin - k_high * cos", "rebuild"),
     Mutant("rebuild.py", "head * x_strides[1]", "place * x_strides[1]", "rebuild"),
     Mutant("rebuild.py", "(at < rows)", "(at < rows - 1)", "known rows"),
+    Mutant("packed.py", "tl.join(x & 15, x >> 4)", "tl.join(x >> 4, x & 15)", "packed"),
+    Mutant("packed.py", "tl.join(even, odd)", "tl.join(odd, even)", "packed"),
+    Mutant("packed.py", "tl.join(x & 3, x >> 4 & 3)", "tl.join(x & 3, x >> 4 & 1)", "packed"),
+    Mutant("packed.py", "packs + 4 * TILE[0] + 3", "packs + 3", "packed"),
+    Mutant("packed.py", "(2 ** TILE[1] - 1) / 2", "2 ** TILE[1] / 2", "packed"),
+    Mutant("packed.py", "if TILES[i][2] == 0:", "if i == 0:", "packed"),
+    Mutant("packed.py", "range(0, held, TILES[i][3])", "range(0, TILES[i][3], TILES[i][3])", "packed, streamed"),
+    Mutant("packed.py", "k = tl.dot(load_tile(cache, rank, packs, live, scale, TILES[i], like, r0)",
+           "k = tl.dot(load_tile(cache, rank, packs, live, scale, TILES[i], like, 0)", "packed, streamed"),
+    Mutant("packed.py", "return latent + r, r < held", "return r, r < held", "packed"),
+    Mutant("rows.py", "packs += g * 4", "packs += 0 * 4", "packed"),
+    Mutant("values.py", "packs += g * 4 * SEGMENTS", "packs += 0 * g", "packed, streamed"),
+    Mutant("values.py", "latents_of(packs, rank, TILE, i_r * BLOCK_R)", "latents_of(packs, rank, TILE, 0)",
+           "packed, streamed"),
+    Mutant("tiles.py", "half_pointer(cache + tl.multiple_of(column, 4), like)", "half_pointer(cache, like)",
+           "packed, norm"),
+    Mutant("pack.py", "+ UPWARDS", "+ NEAREST", "pack"),
+    Mutant("pack.py", "+ NEAREST", "+ UPWARDS", "pack"),
+    Mutant("pack.py", "<< (k * BITS[s])", "<< (k * 2)", "pack"),
+    Mutant("pack.py", "size = tl.maximum(size, tl.max(tl.abs(x), 1))", "size = tl.max(tl.abs(x), 1)", "pack"),
+    Mutant("pack.py", "tl.where(bad > 0, BROKEN, held)", "held", "pack what is not finite"),
+    Mutant("write.py", "half_pointer(p_norm, zk)", "half_pointer(p_norm + 2, zk)", "pack norm"),
 ]  # fmt: skip
 # These reach for memory that is not theirs: a process of its own sees what happens.
 WILD = [
@@ -195,6 +238,8 @@ def run(killer):
     if killer == "write":
         wide = Case("write", P=32, Hkv=2, key_ranks=(32,), value_ranks=(48,))
         test_kernels.check_write(wide, torch.int64, torch.float32, CPU)
+    elif killer.startswith("pack") and not killer.startswith("packed"):
+        packing(killer)
     elif killer == "write norm":
         test_kernels.check_write(norm, torch.int32, torch.float16, CPU)
     elif killer == "rebuild":
@@ -205,7 +250,17 @@ def run(killer):
         long = Case("long parts", Hkv=2, lens=(300,), key_ranks=(16,), value_ranks=(16,))
         test_kernels.check(long, torch.float32, CPU)
     else:
-        test_kernels.check(KILLERS[killer], torch.float32, CPU)
+        dtype = torch.float16 if killer == "packed" else torch.float32  # float32 takes two passes
+        test_kernels.check(KILLERS[killer], dtype, CPU)
+
+
+def packing(killer):
+    """Raises AssertionError where packed rows are not written as the reference writes them."""
+    if killer == "pack what is not finite":
+        test_kernels.test_latents_that_are_not_finite_are_packed_as_such(CPU)
+    else:
+        case = KILLERS["packed, norm"] if killer == "pack norm" else KILLERS["packed, streamed"]
+        test_kernels.check_write(case, torch.int64, torch.float32, CPU)
 
 
 def copy_with(mutant, folder):

@@ -20,6 +20,7 @@ CASES = {
     "full": FULL,
     "shared": Case("shared", shared=True, key_ranks=(32,), value_ranks=(48,)),
     "absorbed": Case("absorbed", rope=None, bias=True),
+    "packed": Case("packed", lens=(20, 3), key_norm=True, key_bits=(8, 4), value_bits=(4, 2)),
 }
 
 
@@ -31,7 +32,7 @@ def arguments(problem, project="heads"):
     return (q, k_cache, v_cache, kwargs["block_table"], kwargs["seq_lens"], *optional, *sides, layer.wo, *numbers)
 
 
-@pytest.mark.parametrize("name", ["full", "shared"])
+@pytest.mark.parametrize("name", ["full", "shared", "packed"])
 def test_operators_are_what_they_say(name, device):
     """Schema, fake and autograd registration, and tracing with dynamic shapes, by PyTorch's own check."""
     problem = on(device, *make(CASES[name], torch.float32))
@@ -43,10 +44,10 @@ def test_operators_are_what_they_say(name, device):
         library.opcheck(torch.ops.lrattn.decode_attention_out.default, (*given, out))
     keys, values = map(lists, layer.operands)
     zk = torch.randn(3, layer.row_width, device=device)
-    zv = None if layer.shared else torch.randn(3, layer.v_width, device=device)
+    zv = None if layer.shared else torch.randn(3, layer.values.width, device=device)
     written = (zk, zv, k_cache.clone(), None if v_cache is None else v_cache.clone())
     slots = torch.arange(3, device=device)
-    library.opcheck(torch.ops.lrattn.write_latents.default, (*written, slots, *keys, 1e-6))
+    library.opcheck(torch.ops.lrattn.write_latents.default, (*written, slots, *keys, *values, 1e-6))
     positions = None if kwargs["positions"] is None else kwargs["positions"].clamp(min=0)
     tables = (kwargs["block_table"], kwargs["seq_lens"], positions)
     for rows in (-1, sum(CASES[name].lens)):
@@ -71,7 +72,7 @@ def test_compile_traces_the_whole_call(name, device):
         return *lrattn.merge_attention(*zip(first, second)), k.nan_to_num(0.0).sum() + v.nan_to_num(0.0).sum()
 
     zk = torch.randn(2, layer.row_width, device=device)
-    zv = None if layer.shared else torch.randn(2, layer.v_width, device=device)
+    zv = None if layer.shared else torch.randn(2, layer.values.width, device=device)
     expected = step(q, zk, zv, k_cache, v_cache, slots)
     got = torch.compile(step, fullgraph=True, backend="aot_eager")(q, zk, zv, k_cache, v_cache, slots)
     for a, b in zip(got, expected):
@@ -118,9 +119,9 @@ def test_a_call_reads_no_number_from_the_device(name, launches, monkeypatch):
     for project in ("heads", "latent", "hidden"):
         ops._decode_attention(*arguments(problem, project))
     zk = torch.empty(3, layer.row_width, dtype=q.dtype, device="meta")
-    zv = None if layer.shared else torch.empty(3, layer.v_width, dtype=q.dtype, device="meta")
+    zv = None if layer.shared else torch.empty(3, layer.values.width, dtype=q.dtype, device="meta")
     slots = torch.empty(3, dtype=torch.int64, device="meta")
-    ops._write_latents(zk, zv, k_cache, v_cache, slots, *lists(layer.operands.keys), 1e-6)
+    ops._write_latents(zk, zv, k_cache, v_cache, slots, *lists(*layer.operands), 1e-6)
     tables = (kwargs["block_table"], kwargs["seq_lens"], kwargs["positions"])
     ops._rebuild(k_cache, v_cache, *tables, *lists(*layer.operands), 23)
     names = {n for n, _ in launches}

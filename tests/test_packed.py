@@ -254,13 +254,6 @@ def test_a_cache_of_another_format_is_refused_and_untouched():
     assert all((x == 7).all() for x in (*caches, *packed))
 
 
-def test_kernels_refuse_packed_latents():
-    problem = make(PACKED[0], torch.float32)
-    layer, q, k_cache, v_cache, kwargs = problem
-    with pytest.raises(ValueError, match="backend: expected 'reference' for packed latents, got 'triton'"):
-        lrattn.decode_attention(q, k_cache, v_cache, layer, backend="triton", **kwargs)
-
-
 def test_rows_that_do_not_begin_at_words_are_refused():
     layer = make_layer(Case("packed", key_bits=(8,), value_bits=(4,)), torch.float32)
     _, v_cache = lrattn.allocate_cache(layer, 2, 16)

@@ -84,6 +84,18 @@ WAYS = [
         value_ranks=(128, 96), value_order=PLAIN.key_order),
     way("one pass, window, starts, queries", 0, rope=None, S=3, starts=(90, 0, 0, 0),
         call={"window_size": 40, "project": "latent", "num_splits": 3}, **JOINT),
+    # Packed rows: bytes of codes are read as latents are, and a scale with every tile of its segment.
+    way("packed", 2, strided=False, key_bits=(8, 4, 2), value_bits=(4, 2)),
+    way("packed, streamed rank, key norm", 2 * 2, norms=1, key_norm=True, key_ranks=(336,), value_ranks=(96, 112),
+        strided=False, key_bits=(16, 8, 2), value_bits=(8,), lens=(70, 0)),
+    way("packed, absorbed", 1, rope=None, strided=False, key_bits=(8, 2), value_bits=(4,), dtype=torch.float32),
+    way("packed, riding row", 2, strided=False, key_bits=(8, 4, 2), **RIDING),
+    way("packed, one pass, rebuilt, joint row", 0, 2, D=64, shared=True, key_ranks=(128, 96), value_ranks=(128, 96),
+        value_order=PLAIN.key_order, strided=False, key_bits=(8, 4, 2), dtype=torch.float16),
+    way("packed, one pass, absorbed", 1, rope=None, value_order=PLAIN.key_order, key_ranks=(96, 128),
+        value_ranks=(112, 128), strided=False, key_bits=(4, 2), value_bits=(8, 4), dtype=torch.float16),
+    way("packed, one pass, absorbed, riding row", 0, rope=None, strided=False, key_bits=(8, 2), dtype=torch.float16,
+        **RIDING),
     # Parts of the tokens, in space and in time.
     way("window", 2, **ONE | {"lens": (150, 40), "call": {"window_size": 70}}),
     way("starts", 2, **ONE | {"lens": (150, 64, 1, 0), "starts": (70, 1, 1, 0)}),
@@ -127,8 +139,15 @@ def live_slots(call):
 
 
 def columns(call):
-    """How often the columns of a live key row and of a live value row are read."""
+    """How often the columns of a live key row and of a live value row are read. Of packed rows those of their codes."""
     layer, way = call.layer, call.way
+    if layer.packed:
+        keys = packed_columns(layer.row_side, way.keys, layer.keys.ranks, layer.k_width)
+        if layer.shared:
+            return keys + packed_columns(layer.values, way.values, layer.values.ranks, layer.k_width), None
+        norms = layer.k_width - layer.norm_bytes
+        keys[norms : norms + 4 * layer.num_kv_heads] = way.norms
+        return keys, packed_columns(layer.values, way.values, layer.values.ranks, layer.v_width)
     keys, values = np.zeros(layer.k_width, int), np.zeros(layer.v_width, int)
     if layer.shared:
         at = np.cumsum((0, *layer.values.ranks))
@@ -143,6 +162,32 @@ def columns(call):
     return keys, values
 
 
+def packed_columns(side, times, ranks, width):
+    """Bytes of codes of each group's first latents, `ranks` of them, read so many times."""
+    reads, begin = np.zeros(width, int), 0
+    for own, rank in zip(side.formats, ranks):
+        at, left = begin, rank
+        for held, bits in own.segments:
+            some = min(held, max(left, 0)) * bits // 8
+            reads[at : at + some] = times
+            at, left = at + held * bits // 8, left - held
+        begin += own.nbytes
+    return reads
+
+
+def scales(call):
+    """Which columns of the caches are scales, and may be read more often."""
+    found = []
+    for cache, side in ((call.k_cache, call.layer.row_side), (call.v_cache, call.layer.values)):
+        if cache is not None:
+            mask, begin = np.zeros(cache.shape[2], bool), 0
+            for own in side.formats:
+                mask[begin + own.scales : begin + own.scales + sum(bits < 16 for _, bits in own.segments)] = True
+                begin += own.nbytes
+            found.append(mask)
+    return found
+
+
 def caches(call):
     """Each cache with how often its columns are read where a slot is live."""
     pairs = zip((call.k_cache, call.v_cache), columns(call))
@@ -151,8 +196,10 @@ def caches(call):
 
 def check_latents(call):
     slots, _ = live_slots(call)
-    for cache, reads in caches(call):
-        np.testing.assert_array_equal(call.seen.reads(cache), slots[:, :, None] * reads)
+    for (cache, reads), scale in zip(caches(call), scales(call)):
+        got = call.seen.reads(cache)
+        np.testing.assert_array_equal(got[..., ~scale], (slots[:, :, None] * reads)[..., ~scale])
+        np.testing.assert_array_equal(got[..., scale] > 0, slots[:, :, None] & np.ones(scale.sum(), bool))
 
 
 def test_a_live_latent_is_read_as_often_as_the_way_says_and_a_dead_one_never(call):
@@ -162,9 +209,11 @@ def test_a_live_latent_is_read_as_often_as_the_way_says_and_a_dead_one_never(cal
 def test_latents_fill_the_sectors_they_are_read_from(call):
     slots, _ = live_slots(call)
     for cache, _ in caches(call):
-        latents = cache[..., : call.layer.row_width if cache is call.k_cache else None]
+        plain = cache is call.k_cache and not call.layer.packed
+        latents = cache[..., : call.layer.row_width if plain else None]
         least = int(slots.sum()) * latents.shape[2] * cache.itemsize
-        assert SECTOR * call.seen.sectors(latents) <= 1.02 * least
+        ends = 2 * SECTOR * len(call.case.lens) * call.layer.packed  # a packed row may begin inside a sector
+        assert SECTOR * call.seen.sectors(latents) <= 1.02 * least + ends
 
 
 def check_table(call):

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Rule, Tokens
+from lrattn.kernels.packed import load_query_tiles, load_tiles, scores_streamed
+from lrattn.kernels.pieces import product
+from lrattn.kernels.rows import packs_of
 from lrattn.kernels.tiles import (
     LENGTHS,
     SLICED,
@@ -76,11 +79,12 @@ def absorbed_scores_kernel(
     lens, lens_stride,       # [B]              int32, tokens held
     starts, starts_stride,   # [B]              int32, first token attended to, or None
     runs, heads,             # [G, 3], [Hkv]    int32: column, rank, first row of uk; place -> kv head
+    packs,                   # [G, 4 n]         int32: segments of packed rows; None where they are plain
     s, s_strides,            # [B, Hq * S, T]   out, float32, T tokens of the chunk; -inf where not seen
     scale, softcap, bound, S, window, norm_column, first_tile, tiles, parts,
     C: tl.constexpr, M: tl.constexpr, P: tl.constexpr, Hkv: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, NORMED: tl.constexpr,
-    R1: tl.constexpr, R2: tl.constexpr, RESIDENT: tl.constexpr,
+    R1: tl.constexpr, R2: tl.constexpr, ROW: tl.constexpr, RESIDENT: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr,
 ):
     """s[b, h S + i, t] = softcap(scale * norm(ck[b, t, g] . a[b, h S + i] + constant[b, h S + i]))
@@ -88,6 +92,7 @@ def absorbed_scores_kernel(
     Grid: (row blocks * G, parts, B). A program owns BLOCK_Q of the C M S query rows of one group and one of `parts`
     equal parts of the sequence's tiles: with one row block each latent is read once.
     RESIDENT: a rank is R1 (+ R2) columns, powers of two, and the queries are read once; else R1 columns at a time.
+    Packed rows come in tiles, ROW.
     Needs: P a multiple of 16. Sums are float32.
     Reference: lrattn.reference._scores. Derivation: docs/kernels.md#absorbed-scores.
     """
@@ -106,7 +111,10 @@ def absorbed_scores_kernel(
     row = (head * M * S + i % (M * S)).to(tl.int64)
     r1 = tl.arange(0, R1)
     p_a = a + i_b * a_strides[0] + row * a_strides[1]
-    if RESIDENT:
+    packs = packs_of(packs, g, ROW)
+    if RESIDENT and packs is not None:
+        a_tiles = load_query_tiles(p_a, packs, rank, in_q, ROW)
+    elif RESIDENT:
         a1 = load_latents(p_a, 0, rank, in_q, r1)
         if R2 > 0:
             r2 = R1 + tl.arange(0, R2)
@@ -121,7 +129,12 @@ def absorbed_scores_kernel(
         live = (t >= begin) & (t < t_end)
         page, offset = slots(pages + i_b * pages_stride, t, live, P)
         p_ck = ck + page * ck_strides[0] + offset * ck_strides[1]
-        if RESIDENT:
+        if packs is not None:
+            if RESIDENT:
+                score = product(load_tiles(p_ck, rank, packs, live, ROW, a), a_tiles)
+            else:
+                score = scores_streamed(p_ck, packs, live, p_a, rank, in_q, ROW)
+        elif RESIDENT:
             score = tl.dot(load_latents(p_ck, column, rank, live, r1), tl.trans(a1), input_precision="ieee")
             if R2 > 0:
                 z = load_latents(p_ck, column, rank, live, r2)
@@ -134,8 +147,8 @@ def absorbed_scores_kernel(
         if constant is not None:
             score += shift[None, :]
         if NORMED:
-            inverse = load_inverse_rms(p_ck[:, None], norm_column, Hkv, head[None, :], live[:, None] & in_q[None, :])
-            score *= inverse
+            own = live[:, None] & in_q[None, :]
+            score *= load_inverse_rms(p_ck[:, None], norm_column, Hkv, head[None, :], own, packs, a)
         score = scaled(score, scale, softcap, CAPPED)
         mask = seen(t, live, query, begin, end, S, window, CAUSAL, WINDOWED)
         score = tl.where(mask, score, float("-inf"))
@@ -167,15 +180,17 @@ def absorbed_scores(
     """Scores of absorbed queries against tiles first_tile .. first_tile + tiles of each sequence, to s [B, Hq S, T]."""
     heads = keys.sizes.num_heads
     rows = a.shape[1] // keys.sizes.groups
-    choice = launch.absorbed_scores(keys.sizes.rank, rows, a.itemsize, launch.name(a.device))
+    rank = launch.columns(keys.sizes.packed, keys.sizes.rank)
+    choice = launch.absorbed_scores(rank, rows, a.itemsize, launch.name(a.device), keys.packs is not None)
     r1, r2 = launch.chunks(keys.sizes.rank) if choice.resident else (choice.block_r, 0)
     absorbed_scores_kernel[cdiv(rows, choice.block_q) * keys.sizes.groups, parts, a.shape[0]](
         a, a.stride(), constant, ck, ck.stride(), tokens.pages, tokens.pages.stride(0),
         tokens.lens, tokens.lens.stride(0), tokens.starts, tokens.starts_stride,
-        keys.runs, keys.heads, s, s.stride(), rule.scale, rule.softcap, tokens.bound, num_queries, rule.window,
-        keys.sizes.norm_column, first_tile, tiles, parts,
+        keys.runs, keys.heads, keys.packs, s, s.stride(), rule.scale, rule.softcap, tokens.bound, num_queries,
+        rule.window, keys.sizes.norm_column, first_tile, tiles, parts,
         C=keys.sizes.group_size, M=a.shape[1] // (heads * num_queries), P=ck.shape[1], Hkv=heads,
         CAUSAL=rule.causal, WINDOWED=rule.window > 0, CAPPED=rule.softcap > 0, NORMED=keys.sizes.norm_column >= 0,
-        R1=r1, R2=r2, RESIDENT=choice.resident, BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T,
+        R1=r1, R2=r2, ROW=launch.scored(keys.sizes.packed, choice), RESIDENT=choice.resident,
+        BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T,
         num_warps=choice.warps, num_stages=choice.stages,
     )  # fmt: skip

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Rule, Tokens
-from lrattn.kernels.pieces import add_weighted, load_pieces, product, store_pieces, transposed, zeros
+from lrattn.kernels.pieces import add_weighted, product
+from lrattn.kernels.rows import load_row, load_row_queries, packs_of, row_zeros, store_row
 from lrattn.kernels.tiles import (
     LENGTHS,
     SLICED,
@@ -35,6 +36,7 @@ def fused_absorbed_kernel(
     lens, lens_stride,       # [B]              int32, tokens held
     starts, starts_stride,   # [B]              int32, first token attended to, or None
     key_runs, value_runs,    # [G, 3]           int32: column, rank, first row of the basis
+    key_packs, value_packs,  # [G, 4 n]         int32: segments of packed rows; None where they are plain
     heads,                   # [Hkv]            int32, place -> kv head
     y, y_strides,            # [B, slots, Hq * S, Rv]  out, float32; rows whose lse is -inf are not written
     lse, lse_strides,        # [B, slots, Hq * S]      out, float32, natural log
@@ -46,8 +48,8 @@ def fused_absorbed_kernel(
 ):
     """y[b, i, h S + j] = softmax_t(softcap(scale * norm(ck[b, t, g] . a[b, h S + j] + constant))) @ cv[b, t, g]
 
-    with t in split i. KEYS and VALUES are the pieces of a rank. Without cv they are the same columns of one row, which
-    is loaded once; absorbed queries are zero past the key rank.
+    with t in split i. KEYS and VALUES are the pieces of a rank, or the tiles of packed rows. Without cv they are the
+    same columns of one row, which is loaded once; absorbed queries are zero past the key rank.
 
     Grid: (row blocks * G, splits, B). A program owns BLOCK_Q of the C M S query rows of one group and one split:
     with one row block each latent is read once.
@@ -72,38 +74,40 @@ def fused_absorbed_kernel(
     key_column, key_rank, _ = load_run(key_runs, g)
     value_column, value_rank, _ = load_run(value_runs, g)
     row_rank = key_rank if cv is not None else value_rank  # all of a shared row: its values begin as the keys do
-    x = transposed(load_pieces(a + i_b * a_strides[0] + row * a_strides[1], 0, key_rank, in_q, KEYS))
+    key_packs, value_packs = packs_of(key_packs, g, KEYS), packs_of(value_packs, g, VALUES)
+    x = load_row_queries(a + i_b * a_strides[0] + row * a_strides[1], key_rank, key_packs, in_q, KEYS)
     if constant is not None:
         shift = tl.load(constant + i_b * Hkv * M * S + row, mask=in_q, other=0.0)
     query = tl.where(in_q, i % S, -1)
     peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
-    acc = zeros(BLOCK_Q, VALUES)
+    acc = row_zeros(BLOCK_Q, value_packs, VALUES)
     for t0 in range(t_begin, t_end, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
         live = (t >= begin) & (t < t_end)
         page, offset = slots(pages + i_b * pages_stride, t, live, P)
         p_ck = ck + page * ck_strides[0] + offset * ck_strides[1]
-        z = load_pieces(p_ck, key_column, row_rank, live, KEYS)
+        z = load_row(p_ck, key_column, row_rank, key_packs, live, KEYS, a)
         score = product(z, x)
         if constant is not None:
             score += shift[None, :]
         if NORMED:
-            score *= load_inverse_rms(p_ck[:, None], norm_column, Hkv, head[None, :], live[:, None] & in_q[None, :])
+            own = live[:, None] & in_q[None, :]
+            score *= load_inverse_rms(p_ck[:, None], norm_column, Hkv, head[None, :], own, key_packs, a)
         score = scaled(score, scale, softcap, CAPPED)
         mask = seen(t, live, query, begin, end, S, window, CAUSAL, WINDOWED)
         score = tl.where(mask, score, float("-inf"))
         p, fade, peak, total = softmax_step(score, peak, total, 0)
-        p = tl.trans(p).to(ck.dtype.element_ty)
+        p = tl.trans(p).to(a.dtype.element_ty)
         if cv is not None:
             p_cv = cv + page * cv_strides[0] + offset * cv_strides[1]
-            z = load_pieces(p_cv, value_column, value_rank, live, VALUES)
+            z = load_row(p_cv, value_column, value_rank, value_packs, live, VALUES, a)
         acc = add_weighted(acc, fade, p, z)
 
     store_lse(p_lse, peak, total, in_q)
     some = total != 0
     p_y = y + i_b * y_strides[0] + i_s * y_strides[1] + row * y_strides[2]
-    store_pieces(p_y, acc, 1.0 / tl.where(some, total, 1.0), value_rank, in_q & some, VALUES)
+    store_row(p_y, acc, 1.0 / tl.where(some, total, 1.0), value_rank, value_packs, in_q & some, VALUES)
 # fmt: on
 
 
@@ -118,11 +122,11 @@ def fused_absorbed(
     fused_absorbed_kernel[cdiv(all_rows // key.groups, choice.block_q) * key.groups, splits, batch](
         a, a.stride(), constant, ck, ck.stride(), cv, (0, 0) if cv is None else cv.stride(),
         tokens.pages, tokens.pages.stride(0), tokens.lens, tokens.lens.stride(0), tokens.starts, tokens.starts_stride,
-        keys.runs, values.runs, keys.heads, y, y.stride(), lse, lse.stride(),
+        keys.runs, values.runs, keys.packs, values.packs, keys.heads, y, y.stride(), lse, lse.stride(),
         rule.scale, rule.softcap, tokens.bound, num_queries, rule.window, key.norm_column, first_tile, tiles, splits,
         C=key.group_size, M=all_rows // (key.num_heads * num_queries), P=ck.shape[1], Hkv=key.num_heads,
         CAUSAL=rule.causal, WINDOWED=rule.window > 0, CAPPED=rule.softcap > 0, NORMED=key.norm_column >= 0,
-        KEYS=launch.pieces(value.rank if cv is None else key.rank, choice.block_r),
-        VALUES=launch.pieces(value.rank, choice.block_r),
+        KEYS=launch.row(key.packed, value.rank if cv is None else key.rank, choice.block_r),
+        VALUES=launch.row(value.packed, value.rank, choice.block_r),
         BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T, num_warps=choice.warps, num_stages=choice.stages,
     )  # fmt: skip

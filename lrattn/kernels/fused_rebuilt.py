@@ -6,7 +6,8 @@ from torch import Tensor
 
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Rule, Tokens
-from lrattn.kernels.pieces import add_weighted, load_basis, load_pieces, product, store_pieces, zeros
+from lrattn.kernels.pieces import add_weighted, product
+from lrattn.kernels.rows import load_row, load_row_basis, packs_of, row_zeros, store_row
 from lrattn.kernels.tiles import (
     LENGTHS,
     SLICED,
@@ -36,6 +37,7 @@ def fused_rebuilt_kernel(
     starts, starts_stride,   # [B]              int32, first token attended to, or None
     uk,                      # [sum Rk, C * D]  key basis, pairs adjacent
     key_runs, value_runs,    # [G, 3]           int32: column, rank, first row of the basis
+    key_packs, value_packs,  # [G, 4 n]         int32: segments of packed rows; None where they are plain
     heads,                   # [Hkv]            int32, place -> kv head
     bias, weight,            # [Hkv, D], [D]    float32 by place, pairs adjacent; None without
     turns,                   # [max_position, ROTARY]  float32, cos and sin of a pair adjacent; offsets' if not TABLE
@@ -53,7 +55,8 @@ def fused_rebuilt_kernel(
 
     with t in split i, k = h // M. As in the scores, queries come turned back by each tile's first token and keys are
     turned by the offset only; with TABLE every token's own row is read instead. KEYS and VALUES are the pieces of a
-    rank. Without cv they are the same columns of one row, which is loaded once; the basis is zero past the key rank.
+    rank, or the tiles of packed rows. Without cv they are the same columns of one row, which is loaded once; the basis
+    is zero past the key rank.
 
     Grid: (row blocks * Hkv, splits, B). A program owns BLOCK_Q of the M S query rows of one kv head and one split; the
     heads of a group run side by side and meet its latents in L2. With one head a group each latent is read once.
@@ -78,27 +81,28 @@ def fused_rebuilt_kernel(
     key_column, key_rank, r0 = load_run(key_runs, place // C)
     value_column, value_rank, _ = load_run(value_runs, place // C)
     row_rank = key_rank if cv is not None else value_rank  # all of a shared row: its values begin as the keys do
+    key_packs, value_packs = packs_of(key_packs, place // C, KEYS), packs_of(value_packs, place // C, VALUES)
     d, j = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_D // 2)
-    u = load_basis(uk, C * D, r0, key_rank, place % C * D, d, D, KEYS, ck)
+    u = load_row_basis(uk, C * D, r0, key_rank, key_packs, place % C * D, d, D, KEYS, x)
     if not TABLE:
         cos, sin = load_turns(turns, tl.arange(0, BLOCK_T), BLOCK_T, d, ROTARY)
     first_x = x + i_b * x_strides[0] + (head * M * S).to(tl.int64) * BLOCK_D
     query = tl.where(in_q, i % S, -1)
     peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
-    acc = zeros(BLOCK_Q, VALUES)
+    acc = row_zeros(BLOCK_Q, value_packs, VALUES)
 
     for t0 in range(t_begin, t_end, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
         live = (t >= begin) & (t < t_end)
         page, offset = slots(pages + i_b * pages_stride, t, live, P)
         p_ck = ck + page * ck_strides[0] + offset * ck_strides[1]
-        z = load_pieces(p_ck, key_column, row_rank, live, KEYS)
+        z = load_row(p_ck, key_column, row_rank, key_packs, live, KEYS, x)
         k = product(z, u)
         if bias is not None:
             k += tl.load(bias + place * D + d, mask=d < D, other=0.0)[None, :]
         if weight is not None:  # the norm before rounding: a raw key may be too large for float16
-            inverse = load_inverse_rms(p_ck, norm_column, Hkv, head, live)
+            inverse = load_inverse_rms(p_ck, norm_column, Hkv, head, live, key_packs, x)
             k *= inverse[:, None] * tl.load(weight + d, mask=d < D, other=0.0)[None, :]
         p_x = first_x + (i * BLOCK_D)[:, None] + j[None, :]
         if TABLE:
@@ -111,24 +115,24 @@ def fused_rebuilt_kernel(
         x_low = tl.load(p_x, mask=in_q[:, None], other=0.0)
         x_high = tl.load(p_x + BLOCK_D // 2, mask=in_q[:, None], other=0.0)
         k_low, k_high = tl.split(tl.reshape(k, [BLOCK_T, BLOCK_D // 2, 2]))
-        turned = (k_low * cos - k_high * sin).to(ck.dtype.element_ty)
+        turned = (k_low * cos - k_high * sin).to(x.dtype.element_ty)
         score = tl.dot(turned, tl.trans(x_low), input_precision="ieee")
-        turned = (k_low * sin + k_high * cos).to(ck.dtype.element_ty)
+        turned = (k_low * sin + k_high * cos).to(x.dtype.element_ty)
         score = tl.dot(turned, tl.trans(x_high), score, input_precision="ieee")
         score = scaled(score, scale, softcap, CAPPED)
         mask = seen(t, live, query, begin, end, S, window, CAUSAL, WINDOWED)
         score = tl.where(mask, score, float("-inf"))
         p, fade, peak, total = softmax_step(score, peak, total, 0)
-        p = tl.trans(p).to(ck.dtype.element_ty)
+        p = tl.trans(p).to(x.dtype.element_ty)
         if cv is not None:
             p_cv = cv + page * cv_strides[0] + offset * cv_strides[1]
-            z = load_pieces(p_cv, value_column, value_rank, live, VALUES)
+            z = load_row(p_cv, value_column, value_rank, value_packs, live, VALUES, x)
         acc = add_weighted(acc, fade, p, z)
 
     store_lse(p_lse, peak, total, in_q)
     some = total != 0
     p_y = y + i_b * y_strides[0] + i_s * y_strides[1] + row * y_strides[2]
-    store_pieces(p_y, acc, 1.0 / tl.where(some, total, 1.0), value_rank, in_q & some, VALUES)
+    store_row(p_y, acc, 1.0 / tl.where(some, total, 1.0), value_rank, value_packs, in_q & some, VALUES)
 # fmt: on
 
 
@@ -144,15 +148,15 @@ def fused_rebuilt(
     fused_rebuilt_kernel[cdiv(rows, choice.block_q) * key.num_heads, splits, batch](
         x, x.stride(), ck, ck.stride(), cv, (0, 0) if cv is None else cv.stride(),
         tokens.pages, tokens.pages.stride(0), tokens.lens, tokens.lens.stride(0), tokens.starts, tokens.starts_stride,
-        keys.rows, keys.runs, values.runs, keys.heads, keys.bias, keys.weight,
+        keys.rows, keys.runs, values.runs, keys.packs, values.packs, keys.heads, keys.bias, keys.weight,
         keys.offset_turns if turned else keys.turns, tokens.positions, tokens.positions_strides,
         y, y.stride(), lse, lse.stride(), rule.scale, rule.softcap, tokens.bound, num_queries, rule.window,
         key.max_position, key.norm_column, first_tile, tiles, splits,
         C=key.group_size, M=rows // num_queries, D=key.head_dim, P=ck.shape[1], Hkv=key.num_heads,
         ROTARY=key.rotary_dim, TABLE=not turned,
         CAUSAL=rule.causal, WINDOWED=rule.window > 0, CAPPED=rule.softcap > 0,
-        KEYS=launch.pieces(value.rank if cv is None else key.rank, choice.block_r),
-        VALUES=launch.pieces(value.rank, choice.block_r),
+        KEYS=launch.row(key.packed, value.rank if cv is None else key.rank, choice.block_r),
+        VALUES=launch.row(value.packed, value.rank, choice.block_r),
         BLOCK_D=launch.block_d(key.head_dim), BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T,
         num_warps=choice.warps, num_stages=choice.stages,
     )  # fmt: skip

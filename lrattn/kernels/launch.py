@@ -43,6 +43,7 @@ class Row(NamedTuple):
     values: int = ANY  # columns of a value rank's pieces
     extras: int = 2  # of key bias and key norm, how many at once
     shared: bool = True  # also where one row serves keys and values
+    packed: bool = False  # for packed rows, or for plain ones
 
 
 HOPPER = ("sm90", "sm100")
@@ -63,6 +64,10 @@ LATENT_SCORES = (
     Row(Launch(4, 2, block_r=64, block_d=128), ("gfx9",), queries=16),
     Row(Launch(8, 1, block_r=64, block_d=64), ()),
     Row(Launch(8, 1, block_r=32, block_d=64), (), itemsize=4),
+    Row(Launch(8, 1, block_r=64, block_d=128), HOPPER, queries=16, packed=True),
+    Row(Launch(8, 1, block_r=32, block_d=64), (), queries=32, packed=True),
+    Row(Launch(8, 1, block_r=32, block_d=32), (), packed=True),
+    Row(Launch(8, 1, block_r=32, block_d=64), (), itemsize=4, packed=True),
 )
 ABSORBED_SCORES = (
     Row(Launch(4, 2, resident=True), BIG, rank=256, queries=16),
@@ -73,6 +78,9 @@ ABSORBED_SCORES = (
     Row(Launch(4, 2, block_r=64), (), queries=16),
     Row(Launch(8, 1, block_r=64), ()),
     Row(Launch(4, 1, block_r=32), (), itemsize=4),
+    Row(Launch(8, 1, block_r=64), HOPPER, queries=16, packed=True),
+    Row(Launch(8, 1, block_r=32), (), packed=True),
+    Row(Launch(8, 1, block_r=32), (), itemsize=4, packed=True),
 )
 LATENT_VALUES = (
     Row(Launch(4, 3, block_r=64), (), rank=64, queries=16),
@@ -83,6 +91,9 @@ LATENT_VALUES = (
     Row(Launch(8, 3, block_r=128), ("sm80",)),
     Row(Launch(8, 2, block_r=64), ()),
     Row(Launch(4, 1, block_r=64), (), itemsize=4),
+    Row(Launch(8, 2, block_r=64), HOPPER, queries=16, packed=True),
+    Row(Launch(8, 1, block_r=32), (), packed=True),
+    Row(Launch(8, 1, block_r=32), (), itemsize=4, packed=True),
 )
 # One pass over keys and values; where no row fits there are two. rank: columns of keys, values: columns of values;
 # rank 0: one row serves both.
@@ -97,6 +108,8 @@ FUSED_ABSORBED = (
     Row(Launch(8, 1, block_r=128), ("sm80", "sm100"), rank=256, values=256, queries=32),
     Row(Launch(4, 1, block_r=128), ("gfx9",), rank=256, values=256, queries=16),
     Row(Launch(4, 1, block_r=128), (), rank=128, values=128, itemsize=4, least_itemsize=4),
+    Row(Launch(8, 2, block_r=128), ("sm90",), rank=256, values=256, queries=16, packed=True),
+    Row(Launch(8, 1, block_r=128), ("sm90",), rank=0, values=384, queries=16, extras=0, packed=True),
 )
 FUSED_REBUILT = (
     Row(Launch(4, 1, block_r=128), ("sm90",), head=64, rank=256, values=256, queries=16, extras=1),
@@ -108,6 +121,8 @@ FUSED_REBUILT = (
     Row(Launch(8, 1, block_r=128), ("sm100",), head=128, rank=128, values=128, queries=16),
     Row(Launch(8, 1, block_r=128), ("sm100",), head=128, rank=0, values=256, queries=16, extras=1),
     Row(Launch(4, 1, block_r=128), HOPPER, head=128, rank=128, values=128, queries=16, itemsize=4, least_itemsize=4),
+    Row(Launch(8, 1, block_r=128), ("sm90",), head=64, rank=256, values=256, queries=16, extras=0, packed=True),
+    Row(Launch(8, 1, block_r=128), ("sm90",), head=128, rank=128, values=128, queries=16, extras=0, packed=True),
 )
 ABSORB_QUERIES = (
     Row(Launch(4, 1, block_q=16, block_r=64), ()),
@@ -134,12 +149,14 @@ REBUILD = (
     Row(Launch(8, 2, block_n=64, block_r=64), ("gfx9",), head=128),
     Row(Launch(8, 2, block_n=32, block_r=64), ()),
     Row(Launch(8, 1, block_n=32, block_r=32), (), itemsize=4),
+    Row(Launch(8, 1, block_n=32, block_r=32), (), packed=True),
+    Row(Launch(8, 1, block_n=32, block_r=32), (), itemsize=4, packed=True),
 )
 
 
 def find(
     table: tuple[Row, ...], device: str, itemsize: int, *, head: int = 0, rank: int = 0, queries: int = 0,
-    turned: bool = True, values: int = 0, extras: int = 0,
+    turned: bool = True, values: int = 0, extras: int = 0, packed: bool = False,
 ) -> Launch | None:  # fmt: skip
     """The first launch of a table whose row fits, or None."""
     for row in table:
@@ -149,6 +166,7 @@ def find(
             and (head <= row.head and rank <= row.rank and queries <= row.queries)
             and (values <= row.values and extras <= row.extras and (turned or row.table))
             and (row.shared or rank)
+            and row.packed == packed
         ):
             return row.launch
     return None
@@ -170,45 +188,65 @@ absorb_queries, turn_queries, combine, merge, project, write_latents, norm_colum
 
 
 @cache
-def latent_scores(rank: int, head_dim: int, rows: int, itemsize: int, device: str, turned: bool) -> Launch:
+def latent_scores(
+    rank: int, head_dim: int, rows: int, itemsize: int, device: str, turned: bool, packed: bool
+) -> Launch:
     queries = block_q(rows)
     found = pick(
-        LATENT_SCORES, device, itemsize, head=block_d(head_dim), rank=sum(chunks(rank)), queries=queries, turned=turned
+        LATENT_SCORES,
+        device,
+        itemsize,
+        head=block_d(head_dim),
+        rank=sum(chunks(rank)),
+        queries=queries,
+        turned=turned,
+        packed=packed,
     )
     return found._replace(block_q=queries, block_d=min(found.block_d, block_d(head_dim)))
 
 
 @cache
-def absorbed_scores(rank: int, rows: int, itemsize: int, device: str) -> Launch:
+def absorbed_scores(rank: int, rows: int, itemsize: int, device: str, packed: bool) -> Launch:
     queries = block_q(rows)
-    return pick(ABSORBED_SCORES, device, itemsize, rank=sum(chunks(rank)), queries=queries)._replace(block_q=queries)
+    found = pick(ABSORBED_SCORES, device, itemsize, rank=sum(chunks(rank)), queries=queries, packed=packed)
+    return found._replace(block_q=queries)
 
 
 @cache
-def latent_values(rank: int, rows: int, itemsize: int, device: str) -> Launch:
+def latent_values(rank: int, rows: int, itemsize: int, device: str, packed: bool) -> Launch:
     queries = block_q(rows)
-    found = pick(LATENT_VALUES, device, itemsize, rank=rank, queries=queries)
+    found = pick(LATENT_VALUES, device, itemsize, rank=rank, queries=queries, packed=packed)
     return found._replace(block_q=queries, block_r=min(found.block_r, next_power_of_2(rank)))
 
 
 @cache
-def fused_absorbed(key_rank: int, value_rank: int, rows: int, itemsize: int, device: str, extras: int) -> Launch | None:
+def fused_absorbed(
+    key_rank: int, value_rank: int, rows: int, itemsize: int, device: str, extras: int, packed: bool
+) -> Launch | None:
     """key_rank 0: one row serves both. extras: how many of key bias and key norm there are."""
     found = find(
         FUSED_ABSORBED, device, itemsize, rank=padded(key_rank), values=padded(value_rank),
-        queries=block_q(rows), extras=extras,
+        queries=block_q(rows), extras=extras, packed=packed,
     )  # fmt: skip
     return found and found._replace(block_q=block_q(rows))
 
 
 @cache
 def fused_rebuilt(
-    key_rank: int, value_rank: int, head_dim: int, rows: int, itemsize: int, device: str, turned: bool, extras: int
+    key_rank: int,
+    value_rank: int,
+    head_dim: int,
+    rows: int,
+    itemsize: int,
+    device: str,
+    turned: bool,
+    extras: int,
+    packed: bool,
 ) -> Launch | None:
     """As fused_absorbed."""
     found = find(
         FUSED_REBUILT, device, itemsize, head=block_d(head_dim), rank=padded(key_rank),
-        values=padded(value_rank), queries=block_q(rows), turned=turned, extras=extras,
+        values=padded(value_rank), queries=block_q(rows), turned=turned, extras=extras, packed=packed,
     )  # fmt: skip
     return found and found._replace(block_q=block_q(rows))
 
@@ -243,6 +281,43 @@ def pieces(rank: int, widest: int) -> tuple[int, ...]:
     """A rank in powers of two of at most `widest`, the largest first; together they are at least the rank."""
     rest = chunks(rank % widest) if rank % widest else ()
     return (widest,) * (rank // widest) + tuple(n for n in rest if n)
+
+
+@cache
+def tiles(packed: tuple[int, ...], widest: int) -> tuple[tuple[int, ...], ...]:
+    """What packed rows are loaded as, see kernels/packed.py.
+
+    packed: bits and latents of each segment. widest: latents of a tile at most.
+    """
+    found = list[tuple[int, ...]]()
+    for n in range(0, len(packed), 2):
+        first = 0
+        for size in pieces(packed[n + 1], widest):
+            found.append((n // 2, packed[n], first, size))
+            first += size
+    return tuple(found)
+
+
+@cache
+def streamed(packed: tuple[int, ...], size: int) -> tuple[tuple[int, ...], ...]:
+    """One tile for each segment of packed rows, to go along it."""
+    return tuple((n // 2, packed[n], 0, size) for n in range(0, len(packed), 2))
+
+
+def scored(packed: tuple[int, ...], choice: Launch) -> tuple[tuple[int, ...], ...]:
+    """Packed rows as the scores of a launch take them."""
+    return tiles(packed, 128) if choice.resident else streamed(packed, choice.block_r)
+
+
+def row(packed: tuple[int, ...], rank: int, widest: int) -> tuple[Any, ...]:
+    """The tiles of a packed row, or the pieces of a plain one's rank."""
+    return tiles(packed, widest) if packed else pieces(rank, widest)
+
+
+@cache
+def columns(packed: tuple[int, ...], rank: int) -> int:
+    """Columns of all tiles of a packed row, or the rank of a plain one: what a launch is chosen by."""
+    return sum(tile[3] for tile in tiles(packed, 128)) if packed else rank
 
 
 @cache

@@ -41,13 +41,15 @@ def fused(
     """
     if not values.paired:
         return None
-    ranks = (0 if values.shared else keys.rank), values.rank
+    packed = bool(keys.packed or values.packed)
+    of_keys = launch.columns(keys.packed, keys.rank)
+    ranks = (0 if values.shared else of_keys), launch.columns(values.packed, values.rank)
     if not keys.rotary_dim:
-        return launch.fused_absorbed(*ranks, rows // keys.groups, dtype.itemsize, device, keys.extras)
+        return launch.fused_absorbed(*ranks, rows // keys.groups, dtype.itemsize, device, keys.extras, packed)
     if keys.group_size > 1 and not values.shared:
         return None
     return launch.fused_rebuilt(
-        *ranks, keys.head_dim, rows // keys.num_heads, dtype.itemsize, device, turned, keys.extras
+        *ranks, keys.head_dim, rows // keys.num_heads, dtype.itemsize, device, turned, keys.extras, packed
     )
 
 
@@ -76,7 +78,9 @@ def cut(
     per_group = rows // keys.groups
     per_head = rows // keys.num_heads
     if not keys.rotary_dim:
-        block_q = launch.absorbed_scores(keys.rank, per_group, dtype.itemsize, device).block_q
+        block_q = launch.absorbed_scores(
+            launch.columns(keys.packed, keys.rank), per_group, dtype.itemsize, device, bool(keys.packed)
+        ).block_q
         score_programs = cdiv(per_group, block_q) * keys.groups
     else:
         score_programs = cdiv(per_head, launch.block_q(per_head)) * keys.num_heads
@@ -84,7 +88,7 @@ def cut(
         value_programs = score_programs
     else:
         per_group = rows // values.groups
-        choice = launch.latent_values(values.rank, per_group, dtype.itemsize, device)
+        choice = launch.latent_values(values.rank, per_group, dtype.itemsize, device, bool(values.packed))
         value_programs = cdiv(values.rank, choice.block_r) * cdiv(per_group, choice.block_q) * values.groups
 
     total = cdiv(bound, launch.BLOCK_T)

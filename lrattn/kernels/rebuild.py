@@ -6,6 +6,8 @@ from torch import Tensor
 
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Tokens
+from lrattn.kernels.packed import keys_streamed
+from lrattn.kernels.rows import packs_of
 from lrattn.kernels.tiles import (
     LENGTHS,
     SLICED,
@@ -30,6 +32,7 @@ def rebuild_kernel(
     ends,                    # [B]              int64, rows of x up to and with each sequence
     basis,                   # [sum R, C * D]   for keys with pairs adjacent
     runs, heads,             # [G, 3], [Hkv]    int32: column, rank, first row of basis; place -> kv head
+    packs,                   # [G, 4 n]         int32: segments of packed rows; None where they are plain
     bias, weight,            # [Hkv, D], [D]    float32, as the basis; None without
     turns,                   # [max_position, ROTARY]  float32, cos and sin of a pair adjacent; None: no rotation
     positions, pos_strides,  # [N, P]           int32, or None: the index in the sequence
@@ -37,11 +40,11 @@ def rebuild_kernel(
     bound, tiles, rows, max_position, norm_column,
     C: tl.constexpr, D: tl.constexpr, P: tl.constexpr, Hkv: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, NORMED: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
+    ROW: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
     """x[ends[b] - T_b + t, k] = Rot(t) norm(cache[b, t, g] @ basis[k] + bias[k])
 
-    Grid: (Hkv * tiles * B). A program owns BLOCK_T tokens of one kv head.
+    Grid: (Hkv * tiles * B). A program owns BLOCK_T tokens of one kv head. Packed rows come in tiles, ROW.
     Needs: BLOCK_D a power of two >= 32 and >= D, P a multiple of 16. Sums are float32.
     Reference: lrattn.reference.rebuild. Derivation: docs/kernels.md#rebuild.
     """
@@ -58,17 +61,21 @@ def rebuild_kernel(
     d = tl.arange(0, BLOCK_D)
     page, offset = slots(pages + i_b * pages_stride, t, live, P)
     p_cache = cache + page * cache_strides[0] + offset * cache_strides[1]
-    k = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-    for r in range(0, rank, BLOCK_R):
-        z = load_latents(p_cache, column, rank, live, r + tl.arange(0, BLOCK_R))
-        u = load_rows(basis, C * D, r0, rank, place % C * D, d, D, r + tl.arange(0, BLOCK_R)).to(z.dtype)
-        k = tl.dot(z, u, k, input_precision="ieee")
+    packs = packs_of(packs, place // C, ROW)
+    if packs is not None:
+        k = keys_streamed(p_cache, packs, live, basis, C * D, r0, rank, place % C * D, d, D, ROW, x)
+    else:
+        k = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+        for r in range(0, rank, BLOCK_R):
+            z = load_latents(p_cache, column, rank, live, r + tl.arange(0, BLOCK_R))
+            u = load_rows(basis, C * D, r0, rank, place % C * D, d, D, r + tl.arange(0, BLOCK_R)).to(z.dtype)
+            k = tl.dot(z, u, k, input_precision="ieee")
     if bias is not None:
         k += tl.load(bias + place * D + d, mask=d < D, other=0.0)[None, :]
     if weight is not None:
         k *= tl.load(weight + d, mask=d < D, other=0.0)[None, :]
     if NORMED:
-        k *= load_inverse_rms(p_cache, norm_column, Hkv, head, live)[:, None]
+        k *= load_inverse_rms(p_cache, norm_column, Hkv, head, live, packs, x)[:, None]
     at = tl.load(ends + i_b) - length + t
     p_x = x + at * x_strides[0] + head * x_strides[1]
     stored = live & (at < rows)
@@ -92,7 +99,8 @@ def rebuild_keys(ck: Tensor, keys: Keys, tokens: Tokens, ends: Tensor, x: Tensor
     """Keys of all tokens, normed and rotated, to x [sum T, Hkv, D]."""
     size = keys.sizes
     _rebuild(
-        ck, keys.rows, keys.runs, keys.heads, keys.bias, keys.weight, keys.turns, tokens, ends, x,
+        ck, keys.rows, keys.runs, keys.heads, keys.packs, size.packed, keys.bias, keys.weight, keys.turns, tokens, ends,
+        x,
         max_position=size.max_position, norm_column=size.norm_column,
         C=size.group_size, ROTARY=size.rotary_dim, INTERLEAVED=bool(size.interleaved), NORMED=size.norm_column >= 0,
     )  # fmt: skip
@@ -101,23 +109,28 @@ def rebuild_keys(ck: Tensor, keys: Keys, tokens: Tokens, ends: Tensor, x: Tensor
 def rebuild_values(cv: Tensor, values: Values, tokens: Tokens, ends: Tensor, x: Tensor) -> None:
     """Values of all tokens to x [sum T, Hkv, D]."""
     _rebuild(
-        cv, values.rows, values.runs, values.heads, values.bias, None, None, tokens, ends, x,
+        cv, values.rows, values.runs, values.heads, values.packs, values.sizes.packed, values.bias, None, None, tokens,
+        ends, x,
         max_position=0, norm_column=-1, C=values.sizes.group_size, ROTARY=0, INTERLEAVED=False, NORMED=False,
     )  # fmt: skip
 
 
-def _rebuild(cache, rows, runs, heads, bias, weight, turns, tokens, ends, x, *, max_position, norm_column, **constants):
+def _rebuild(
+    cache, rows, runs, heads, packs, packed, bias, weight, turns, tokens, ends, x, *, max_position, norm_column,
+    **constants,
+):  # fmt: skip
     page_size, head_dim = cache.shape[1], x.shape[2]
-    choice = launch.rebuild(launch.name(cache.device), cache.itemsize, head=launch.block_d(head_dim))
+    choice = launch.rebuild(launch.name(cache.device), x.itemsize, head=launch.block_d(head_dim), packed=bool(packed))
     tiles = cdiv(tokens.bound, choice.block_n)
     programs = heads.shape[0] * tiles * tokens.lens.shape[0]
     if not programs or not x.shape[0]:
         return
     rebuild_kernel[(programs,)](
         cache, cache.stride(), tokens.pages, tokens.pages.stride(0), tokens.lens, tokens.lens.stride(0), ends,
-        rows, runs, heads, bias, weight, turns, tokens.positions, tokens.positions_strides,
+        rows, runs, heads, packs, bias, weight, turns, tokens.positions, tokens.positions_strides,
         x, x.stride(), tokens.bound, tiles, x.shape[0], max_position, norm_column,
         D=head_dim, P=page_size, Hkv=heads.shape[0], **constants,
-        BLOCK_D=launch.block_d(head_dim), BLOCK_T=choice.block_n, BLOCK_R=choice.block_r,
+        ROW=launch.streamed(packed, choice.block_r), BLOCK_D=launch.block_d(head_dim), BLOCK_T=choice.block_n,
+        BLOCK_R=choice.block_r,
         num_warps=choice.warps, num_stages=choice.stages,
     )  # fmt: skip

@@ -6,6 +6,9 @@ from torch import Tensor
 
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Rule, Tokens
+from lrattn.kernels.packed import keys_streamed, load_basis_tiles, load_tiles
+from lrattn.kernels.pieces import product
+from lrattn.kernels.rows import packs_of
 from lrattn.kernels.tiles import (
     LENGTHS,
     SLICED,
@@ -77,6 +80,7 @@ def latent_scores_kernel(
     starts, starts_stride,   # [B]              int32, first token attended to, or None
     uk,                      # [sum Rk, C * D]  key basis, pairs adjacent
     runs, heads,             # [G, 3], [Hkv]    int32: column, rank, first row of uk; place -> kv head
+    packs,                   # [G, 4 n]         int32: segments of packed rows; None where they are plain
     bias, weight,            # [Hkv, D], [D]    float32 by place, pairs adjacent; None without
     turns,                   # [max_position, ROTARY]  float32, cos and sin of a pair adjacent; offsets' if not TABLE
     positions, pos_strides,  # [N, P]           int32, or None: the index in the sequence
@@ -85,7 +89,7 @@ def latent_scores_kernel(
     C: tl.constexpr, M: tl.constexpr, D: tl.constexpr, P: tl.constexpr, Hkv: tl.constexpr,
     ROTARY: tl.constexpr, TABLE: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
-    R1: tl.constexpr, R2: tl.constexpr, RESIDENT: tl.constexpr,
+    R1: tl.constexpr, R2: tl.constexpr, ROW: tl.constexpr, RESIDENT: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr,
 ):
     """s[b, h S + i, t] = softcap(scale * q[b, i, h] . Rot(t) norm(ck[b, t, g] @ uk[k] + bias[k])),  k = h // M, k in g
@@ -96,7 +100,7 @@ def latent_scores_kernel(
     Grid: (row blocks * Hkv, parts, B). A program owns BLOCK_Q of the M S query rows of one kv head and one of
     `parts` equal parts of the sequence's tiles; the heads of a group run side by side and meet its latents in L2.
     RESIDENT: a rank is R1 (+ R2) columns, powers of two, a head is BLOCK_D wide, and the basis is read once. Else
-    R1 columns of latents and BLOCK_D of the head at a time, and both are read again.
+    R1 columns of latents and BLOCK_D of the head at a time, and both are read again. Packed rows come in tiles, ROW.
     Needs: BLOCK_D a power of two >= 32, P a multiple of 16. Sums are float32.
     Reference: lrattn.reference._scores. Derivation: docs/kernels.md#scores.
     """
@@ -110,13 +114,16 @@ def latent_scores_kernel(
     column, rank, r0 = load_run(runs, place // C)
     d, j, r1 = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_D // 2), tl.arange(0, R1)
     c = place % C * D
-    if RESIDENT:
+    packs = packs_of(packs, place // C, ROW)
+    if RESIDENT and packs is not None:
+        u = load_basis_tiles(uk, C * D, r0, rank, packs, c, d, D, ROW, x)
+    elif RESIDENT:
         u1 = load_rows(uk, C * D, r0, rank, c, d, D, r1).to(ck.dtype.element_ty)
         if R2 > 0:
             r2 = R1 + tl.arange(0, R2)
             u2 = load_rows(uk, C * D, r0, rank, c, d, D, r2).to(ck.dtype.element_ty)
-        if not TABLE:
-            cos, sin = load_turns(turns, tl.arange(0, BLOCK_T), BLOCK_T, d, ROTARY)
+    if RESIDENT and not TABLE:
+        cos, sin = load_turns(turns, tl.arange(0, BLOCK_T), BLOCK_T, d, ROTARY)
     i = tl.program_id(0) // Hkv * BLOCK_Q + tl.arange(0, BLOCK_Q)  # row m S + s of the kv head
     head = tl.load(heads + place)
     row = (head * M * S + i).to(tl.int64)
@@ -138,10 +145,15 @@ def latent_scores_kernel(
             at = tl.arange(0, BLOCK_T)
             p_x += ((t0 - origin) // BLOCK_T).to(tl.int64) * x_strides[1]
         if weight is not None:
-            inverse = load_inverse_rms(p_ck, norm_column, Hkv, head, live)
+            inverse = load_inverse_rms(p_ck, norm_column, Hkv, head, live, packs, x)
         score = tl.zeros([BLOCK_T, BLOCK_Q], tl.float32)
         for d0 in tl.static_range(0, D, BLOCK_D):
-            if RESIDENT:
+            if packs is not None:
+                if RESIDENT:
+                    k = product(load_tiles(p_ck, rank, packs, live, ROW, x), u)
+                else:
+                    k = keys_streamed(p_ck, packs, live, uk, C * D, r0, rank, c, d0 + d, D, ROW, x)
+            elif RESIDENT:
                 k = tl.dot(load_latents(p_ck, column, rank, live, r1), u1, input_precision="ieee")
                 if R2 > 0:
                     k = tl.dot(load_latents(p_ck, column, rank, live, r2), u2, k, input_precision="ieee")
@@ -159,8 +171,8 @@ def latent_scores_kernel(
             elif not RESIDENT:
                 cos, sin = load_turns(turns, at, BLOCK_T, d0 + d, ROTARY)
             k_low, k_high = tl.split(tl.reshape(k, [BLOCK_T, BLOCK_D // 2, 2]))
-            turned_low = (k_low * cos - k_high * sin).to(ck.dtype.element_ty)
-            turned_high = (k_low * sin + k_high * cos).to(ck.dtype.element_ty)
+            turned_low = (k_low * cos - k_high * sin).to(x.dtype.element_ty)
+            turned_high = (k_low * sin + k_high * cos).to(x.dtype.element_ty)
             q_low = tl.load(p_x + d0 // 2, mask=in_q[:, None], other=0.0)
             score = tl.dot(turned_low, tl.trans(q_low), score, input_precision="ieee")
             q_high = tl.load(p_x + x_strides[3] + d0 // 2, mask=in_q[:, None], other=0.0)
@@ -192,20 +204,21 @@ def latent_scores(
     """Scores of turned queries against tiles first_tile .. first_tile + tiles of every sequence, to s [B, Hq S, T]."""
     batch, _, all_rows, _, _ = x.shape
     heads, rows = keys.sizes.num_heads, all_rows // keys.sizes.num_heads
+    rank = launch.columns(keys.sizes.packed, keys.sizes.rank)
     choice = launch.latent_scores(
-        keys.sizes.rank, keys.sizes.head_dim, rows, ck.itemsize, launch.name(ck.device), turned
+        rank, keys.sizes.head_dim, rows, x.itemsize, launch.name(ck.device), turned, keys.packs is not None
     )
     r1, r2 = launch.chunks(keys.sizes.rank) if choice.resident else (choice.block_r, 0)
     turns = keys.offset_turns if turned else keys.turns
     latent_scores_kernel[cdiv(rows, choice.block_q) * heads, parts, batch](
         x, x.stride(), ck, ck.stride(), tokens.pages, tokens.pages.stride(0), tokens.lens, tokens.lens.stride(0),
-        tokens.starts, tokens.starts_stride, keys.rows, keys.runs, keys.heads, keys.bias, keys.weight, turns,
-        tokens.positions, tokens.positions_strides, s, s.stride(), rule.scale, rule.softcap, tokens.bound,
+        tokens.starts, tokens.starts_stride, keys.rows, keys.runs, keys.heads, keys.packs, keys.bias, keys.weight,
+        turns, tokens.positions, tokens.positions_strides, s, s.stride(), rule.scale, rule.softcap, tokens.bound,
         num_queries, rule.window, keys.sizes.max_position, keys.sizes.norm_column, first_tile, tiles, parts,
         C=keys.sizes.group_size, M=rows // num_queries, D=keys.sizes.head_dim, P=ck.shape[1], Hkv=heads,
         ROTARY=keys.sizes.rotary_dim, TABLE=not turned,
         CAUSAL=rule.causal, WINDOWED=rule.window > 0, CAPPED=rule.softcap > 0,
-        R1=r1, R2=r2, RESIDENT=choice.resident,
+        R1=r1, R2=r2, ROW=launch.scored(keys.sizes.packed, choice), RESIDENT=choice.resident,
         BLOCK_D=choice.block_d, BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T,
         num_warps=choice.warps, num_stages=choice.stages,
     )  # fmt: skip

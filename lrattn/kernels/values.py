@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Rule, Tokens
+from lrattn.kernels.packed import latents_of, load_scale, load_tile
 from lrattn.kernels.tiles import (
     LENGTHS,
     SLICED,
@@ -30,17 +31,21 @@ def latent_values_kernel(
     lens, lens_stride,       # [B]              int32, tokens held
     starts, starts_stride,   # [B]              int32, first token attended to, or None
     runs, heads,             # [G, 3], [Hkv]    int32: column, rank, first row of uv; place -> kv head
+    packs,                   # [G, 4 n]         int32: segments of packed rows; None where they are plain
+    uv,                      # value basis: its dtype is that of latents
     y, y_strides,            # [B, slots, Hq * S, Rv]  out, float32; rows whose lse is -inf are not written
     lse, lse_strides,        # [B, slots, Hq * S]      out, float32, natural log
     bound, S, window, first_tile, tiles, splits,
     C: tl.constexpr, M: tl.constexpr, P: tl.constexpr, Hkv: tl.constexpr, WINDOWED: tl.constexpr,
-    TILES_R: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
+    TILES_R: tl.constexpr, SEGMENTS: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
     """y[b, i, h S + j] = softmax_t(s[b, h S + j, t]) @ cv[b, t, g],   t in split i
 
     Grid: (TILES_R * row blocks * G, splits, B). A program owns BLOCK_R latents of one group, BLOCK_Q of its C M S
     query rows and one split: with one row block each latent is read once. A joint latent (G = 1, thousands wide)
-    is the same with more tiles; the scores are read once a tile.
+    is the same with more tiles; the scores are read once a tile. Of packed rows, which have SEGMENTS segments, a launch
+    takes one, by tiles like TILE.
     Needs: P a multiple of 16, BLOCK_T as in the scores. Online softmax, sums are float32.
     Reference: lrattn.reference._attend_span. Derivation: docs/kernels.md#values.
     """
@@ -63,6 +68,8 @@ def latent_values_kernel(
 
     column, rank, _ = load_run(runs, g)
     r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    if packs is not None:
+        packs += g * 4 * SEGMENTS
     p_s = s + i_b * s_strides[0] + row * s_strides[1]
     peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
@@ -77,18 +84,24 @@ def latent_values_kernel(
             other=float("-inf"),
         )
         p, fade, peak, total = softmax_step(score, peak, total, 1)
-        z = load_latents(cv + page * cv_strides[0] + offset * cv_strides[1], column, rank, live, r)
+        p_cv = cv + page * cv_strides[0] + offset * cv_strides[1]
+        if packs is not None:
+            scale = load_scale(p_cv, packs, live, TILE)
+            z = load_tile(p_cv, rank, packs, live, scale, TILE, uv, i_r * BLOCK_R)
+        else:
+            z = load_latents(p_cv, column, rank, live, r)
         acc = tl.dot(p.to(z.dtype), z, acc * fade[:, None], input_precision="ieee")
 
     some = total != 0
-    if i_r == 0:
+    if i_r == 0:  # of packed rows each segment's launch writes the same
         store_lse(p_lse, peak, total, in_q)
     p_y = y + i_b * y_strides[0] + i_s.to(tl.int64) * y_strides[1] + row * y_strides[2]
-    tl.store(
-        p_y[:, None] + r[None, :],
-        acc / tl.where(some, total, 1.0)[:, None],
-        mask=(in_q & some)[:, None] & (r < rank)[None, :],
-    )
+    acc /= tl.where(some, total, 1.0)[:, None]
+    if packs is not None:
+        r, own = latents_of(packs, rank, TILE, i_r * BLOCK_R)
+    else:
+        own = r < rank
+    tl.store(p_y[:, None] + r[None, :], acc, mask=(in_q & some)[:, None] & own[None, :])
 # fmt: on
 
 
@@ -98,16 +111,19 @@ def latent_values(
 ) -> None:  # fmt: skip
     """Softmax of s [B, Hq S, T] times the latents of each split: y [B, slots, Hq S, Rv], lse [B, slots, Hq S]."""
     batch, _, all_rows, _ = y.shape
-    heads = values.sizes.num_heads
-    rows = all_rows // values.sizes.groups
-    choice = launch.latent_values(values.sizes.rank, rows, cv.itemsize, launch.name(cv.device))
-    tiles_r = cdiv(values.sizes.rank, choice.block_r)
-    latent_values_kernel[tiles_r * cdiv(rows, choice.block_q) * values.sizes.groups, splits, batch](
-        s, s.stride(), cv, cv.stride(), tokens.pages, tokens.pages.stride(0), tokens.lens, tokens.lens.stride(0),
-        tokens.starts, tokens.starts_stride, values.runs, values.heads,
-        y, y.stride(), lse, lse.stride(), tokens.bound, num_queries, rule.window, first_tile, tiles, splits,
-        C=values.sizes.group_size, M=all_rows // (heads * num_queries), P=cv.shape[1], Hkv=heads,
-        WINDOWED=rule.window > 0, TILES_R=tiles_r,
-        BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T, BLOCK_R=choice.block_r,
-        num_warps=choice.warps, num_stages=choice.stages,
-    )  # fmt: skip
+    size = values.sizes
+    rows = all_rows // size.groups
+    for n in range(max(len(size.packed) // 2, 1)):
+        bits, rank = size.packed[2 * n : 2 * n + 2] or (0, size.rank)
+        choice = launch.latent_values(rank, rows, values.up.itemsize, launch.name(cv.device), bool(bits))
+        tiles_r = cdiv(rank, choice.block_r)
+        latent_values_kernel[tiles_r * cdiv(rows, choice.block_q) * size.groups, splits, batch](
+            s, s.stride(), cv, cv.stride(), tokens.pages, tokens.pages.stride(0), tokens.lens, tokens.lens.stride(0),
+            tokens.starts, tokens.starts_stride, values.runs, values.heads, values.packs, values.up,
+            y, y.stride(), lse, lse.stride(), tokens.bound, num_queries, rule.window, first_tile, tiles, splits,
+            C=size.group_size, M=all_rows // (size.num_heads * num_queries), P=cv.shape[1], Hkv=size.num_heads,
+            WINDOWED=rule.window > 0, TILES_R=tiles_r, SEGMENTS=len(size.packed) // 2,
+            TILE=(n, bits, 0, choice.block_r),
+            BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T, BLOCK_R=choice.block_r,
+            num_warps=choice.warps, num_stages=choice.stages,
+        )  # fmt: skip

@@ -5,9 +5,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lrattn.formats import half
 from lrattn.kernels import launch
-from lrattn.kernels.tiles import LENGTHS, SLICED, load_latents, load_rows, load_run
-from lrattn.operands import Keys
+from lrattn.kernels.pack import pack_latents
+from lrattn.kernels.packed import keys_streamed
+from lrattn.kernels.rows import packs_of
+from lrattn.kernels.tiles import LENGTHS, SLICED, half_pointer, load_latents, load_rows, load_run
+from lrattn.operands import Keys, Values
 from lrattn.shapes import cdiv
 
 
@@ -54,12 +58,15 @@ def norm_columns_kernel(
     slots, slots_stride,     # [n]              int32 or int64
     uk,                      # [sum Rk, C * D]  key basis
     runs, heads,             # [G, 3], [Hkv]    int32: column, rank, first row of uk; place -> kv head
+    packs,                   # [G, 4 n]         int32: segments of packed rows; None where they are plain
     bias,                    # [Hkv, D]         float32 by place, or None
     n, num_slots, norm_column, eps, largest,
-    C: tl.constexpr, D: tl.constexpr, P: tl.constexpr, Hkv: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, P: tl.constexpr, Hkv: tl.constexpr, ROW: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
     """hi + lo = min((mean((zk[i, g] @ uk[k] + bias[k])^2) + eps)^-1/2, largest),   hi, lo in the cache's dtype
+
+    Of packed rows the latents are those that were stored, in tiles ROW: norm_column is then a byte, hi and lo 16 bits.
 
     Grid: (token blocks, Hkv). A program owns BLOCK_N tokens of one kv head, so that a key is rebuilt once.
     Needs: BLOCK_D a power of two >= 32 and >= D. Sums are float32.
@@ -71,47 +78,63 @@ def norm_columns_kernel(
     live = (slot >= 0) & (slot < num_slots)
     column, rank, r0 = load_run(runs, place // C)
     d = tl.arange(0, BLOCK_D)
-    k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for r in range(0, rank, BLOCK_R):
-        z = load_latents(zk + i * zk_stride, column, rank, live, r + tl.arange(0, BLOCK_R))
-        u = load_rows(uk, C * D, r0, rank, place % C * D, d, D, r + tl.arange(0, BLOCK_R)).to(z.dtype)
-        k = tl.dot(z, u, k, input_precision="ieee")
+    p_ck = ck + slot // P * ck_strides[0] + slot % P * ck_strides[1]
+    packs = packs_of(packs, place // C, ROW)
+    if packs is not None:
+        k = keys_streamed(p_ck, packs, live, uk, C * D, r0, rank, place % C * D, d, D, ROW, zk)
+    else:
+        k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        for r in range(0, rank, BLOCK_R):
+            z = load_latents(zk + i * zk_stride, column, rank, live, r + tl.arange(0, BLOCK_R))
+            u = load_rows(uk, C * D, r0, rank, place % C * D, d, D, r + tl.arange(0, BLOCK_R)).to(z.dtype)
+            k = tl.dot(z, u, k, input_precision="ieee")
     if bias is not None:
         k += tl.load(bias + place * D + d, mask=d < D, other=0.0)[None, :]
     inverse = tl.minimum(1.0 / tl.sqrt(tl.sum(k * k, 1) / D + eps), largest)
-    hi = inverse.to(ck.dtype.element_ty)
-    lo = (inverse - hi.to(tl.float32)).to(ck.dtype.element_ty)
-    p_ck = ck + slot // P * ck_strides[0] + slot % P * ck_strides[1] + norm_column + tl.load(heads + place)
-    tl.store(p_ck, hi, mask=live)
-    tl.store(p_ck + Hkv, lo, mask=live)
+    p_norm = p_ck + norm_column
+    if packs is not None:
+        p_norm = half_pointer(p_norm, zk)
+    p_norm += tl.load(heads + place)
+    hi = inverse.to(p_norm.dtype.element_ty)
+    tl.store(p_norm, hi, mask=live)
+    tl.store(p_norm + Hkv, (inverse - hi.to(tl.float32)).to(p_norm.dtype.element_ty), mask=live)
 # fmt: on
 
 
 def write_latents(
-    zk: Tensor, zv: Tensor | None, ck: Tensor, cv: Tensor | None, slots: Tensor, keys: Keys, eps: float
+    zk: Tensor, zv: Tensor | None, ck: Tensor, cv: Tensor | None, slots: Tensor, keys: Keys, values: Values, eps: float
 ) -> None:
     """zk [n, row width], zv [n, v width] to rows `slots` [n] of the caches, with the norm columns of a key norm."""
     n, row_width = zk.shape
     num_pages, page_size, k_width = ck.shape
     if not n:
         return
-    normed = keys.sizes.norm_column >= 0
-    choice = launch.write_latents(launch.name(ck.device), ck.itemsize)
+    if keys.packs is not None:
+        pack_latents(zk, ck, slots, keys)
+        k_width = 0  # what is left to copy
     v_width = 0 if zv is None else zv.shape[1]
-    columns = cdiv(k_width, choice.block_r) + cdiv(v_width, choice.block_r)
-    write_latents_kernel[cdiv(n, choice.block_n), columns](
-        zk, zk.stride(0), zv, 0 if zv is None else zv.stride(0), ck, ck.stride(), cv,
-        (0, 0) if cv is None else cv.stride(), slots, slots.stride(0), n, num_pages * page_size, row_width,
-        row_width + normed * 2 * keys.sizes.num_heads, k_width, v_width,
-        P=page_size, BLOCK_N=choice.block_n, BLOCK_R=choice.block_r, num_warps=choice.warps, num_stages=choice.stages,
-    )  # fmt: skip
+    if zv is not None and cv is not None and values.packs is not None:
+        pack_latents(zv, cv, slots, values)
+        v_width = 0
+    normed = keys.sizes.norm_column >= 0
+    choice = launch.write_latents(launch.name(ck.device), zk.itemsize)
+    if columns := cdiv(k_width, choice.block_r) + cdiv(v_width, choice.block_r):
+        write_latents_kernel[cdiv(n, choice.block_n), columns](
+            zk, zk.stride(0), zv, 0 if zv is None else zv.stride(0), ck, ck.stride(), cv,
+            (0, 0) if cv is None else cv.stride(), slots, slots.stride(0), n, num_pages * page_size, row_width,
+            row_width + normed * 2 * keys.sizes.num_heads, k_width, v_width,
+            P=page_size, BLOCK_N=choice.block_n, BLOCK_R=choice.block_r, num_warps=choice.warps,
+            num_stages=choice.stages,
+        )  # fmt: skip
     if not normed:
         return
-    choice = launch.norm_columns(launch.name(ck.device), ck.itemsize)
+    choice = launch.norm_columns(launch.name(ck.device), zk.itemsize)
+    kind = ck.dtype if keys.packs is None else half(zk.dtype)
     norm_columns_kernel[cdiv(n, choice.block_n), keys.sizes.num_heads](
-        zk, zk.stride(0), ck, ck.stride(), slots, slots.stride(0), keys.rows, keys.runs, keys.heads, keys.bias,
-        n, num_pages * page_size, keys.sizes.norm_column, eps, torch.finfo(ck.dtype).max,
+        zk, zk.stride(0), ck, ck.stride(), slots, slots.stride(0), keys.rows, keys.runs, keys.heads, keys.packs,
+        keys.bias, n, num_pages * page_size, keys.sizes.norm_column, eps, torch.finfo(kind).max,
         C=keys.sizes.group_size, D=keys.sizes.head_dim, P=page_size, Hkv=keys.sizes.num_heads,
+        ROW=launch.streamed(keys.sizes.packed, choice.block_r),
         BLOCK_D=launch.block_d(keys.sizes.head_dim), BLOCK_N=choice.block_n, BLOCK_R=choice.block_r,
         num_warps=choice.warps, num_stages=choice.stages,
     )  # fmt: skip
