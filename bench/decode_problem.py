@@ -18,7 +18,8 @@ CHUNK = 8192  # tokens rebuilt at a time, in float32
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """B sequences of T tokens each. Latents lie in shuffled pages, as engines keep them, and once more in order."""
+    """B sequences of T tokens each. Latents lie in shuffled pages, as engines keep them, and once more in order; of
+    packed rows those that they stand for."""
 
     layer: lrattn.LayerFactors
     q: Tensor  # [B, Hq, D]
@@ -40,7 +41,7 @@ class Problem:
     @property
     def must_read(self) -> int:
         """Bytes that a step on latents has to read: every token's rows and both bases, once."""
-        rows = (self.layer.k_width + self.layer.v_width) * self.batch * self.tokens * self.zk.itemsize
+        rows = self.batch * self.tokens * self.layer.bytes_per_token
         return rows + sum(side.up.numel() * side.up.itemsize for side in (self.layer.keys, self.layer.values))
 
     @cached_property
@@ -92,7 +93,7 @@ def make(
 
     layer = _layer(shape, tokens, shared, normal)
     zk = normal(batch, tokens, layer.row_width)
-    zv = None if shared else normal(batch, tokens, layer.v_width)
+    zv = None if shared else normal(batch, tokens, layer.values.width)
     pages = cdiv(tokens, page)
     table = torch.randperm(batch * pages, generator=g, device=device).view(batch, pages)
     k_cache, v_cache = lrattn.allocate_cache(layer, batch * pages, page)
@@ -100,9 +101,20 @@ def make(
     for b in range(batch):
         slots = table[b, t // page] * page + t % page
         lrattn.write_latents(layer, zk[b], None if zv is None else zv[b], k_cache, v_cache, slots)
+        zk[b] = _stored(layer.row_side, zk[b])
+        if zv is not None:
+            zv[b] = _stored(layer.values, zv[b])
     lens = torch.full((batch,), tokens, dtype=torch.int32, device=device)
     q = normal(batch, shape.model.query_heads, shape.model.head_dim)
     return Problem(layer, q, zk, zv, k_cache, v_cache, table.int(), lens)
+
+
+def _stored(side: lrattn.Projection, z: Tensor) -> Tensor:
+    """Latents [T, sum R] as a cache gives them back, rounded to their dtype."""
+    if not side.formats:
+        return z
+    parts = [f.decode(f.encode(z[:, c]), z.dtype) for f, c in zip(side.formats, side.columns, strict=True)]
+    return torch.cat(parts, -1).to(z.dtype)
 
 
 def _layer(shape: Shape, tokens: int, shared: bool, normal: Callable[..., Tensor]) -> lrattn.LayerFactors:
@@ -110,7 +122,8 @@ def _layer(shape: Shape, tokens: int, shared: bool, normal: Callable[..., Tensor
 
     def side(ranks: tuple[int, ...]) -> lrattn.Projection:
         up = normal(model.kv_heads, ranks[0], model.head_dim, scale=ranks[0] ** -0.5)
-        return lrattn.Projection(up, ranks, bias=normal(model.kv_heads, model.head_dim) if model.bias else None)
+        bias = normal(model.kv_heads, model.head_dim) if model.bias else None
+        return lrattn.Projection(up, ranks, bias=bias, format=shape.formats(ranks))
 
     key_ranks, value_ranks = shape.key_ranks, shape.value_ranks
     if shared:
@@ -118,4 +131,7 @@ def _layer(shape: Shape, tokens: int, shared: bool, normal: Callable[..., Tensor
         value_ranks = tuple(rank + own for rank in key_ranks)
     norm = lrattn.KeyNorm(normal(model.head_dim, scale=0.1) + 1) if model.key_norm else None
     rope = lrattn.Rope(model.theta, model.head_dim, tokens, scaling=dict(model.scaling))
-    return lrattn.LayerFactors(side(key_ranks), side(value_ranks), rope, shared=shared, key_norm=norm)
+    keys, values = side(key_ranks), side(value_ranks)
+    return lrattn.LayerFactors(
+        replace(keys, format=None) if shared else keys, values, rope, shared=shared, key_norm=norm
+    )

@@ -9,11 +9,11 @@ again. flops: products alone, 2 a multiplication with its sum; rotation, norms a
     lrattn, two passes      Wk + Wv       2 * 4 Hq + 2 * Hq D w / 64     2 Hkv D Rk + 2 Hq D + 2 Hq Rv
     lrattn, position-free   Wk + Wv       0, or 2 * 4 Hq                 2 Hq Rk + 2 Hq Rv
 
-w is 2, the bytes of a number; Wk and Wv are all columns of a cache row, Rk and Rv the rank one head uses. Two passes
-keep float32 scores and the queries turned back for every 64 tokens; position-free keys are taken in one pass, which
-keeps neither, where values are grouped as keys are. The bases, read once a step whatever the length, are counted apart:
-(Rk + Rv) Hkv D w. Where a joint value latent is cut into column tiles, each tile reads the scores again; that is left
-out, as are partial results of splits.
+w is 2, the bytes of a number; Wk and Wv are all columns of a cache row, Rk and Rv the rank one head uses. Of packed
+rows the bytes are those of their runs. Two passes keep float32 scores and the queries turned back for every 64 tokens;
+position-free keys are taken in one pass, which keeps neither, where values are grouped as keys are. The bases, read
+once a step whatever the length, are counted apart: (Rk + Rv) Hkv D w. Where a joint value latent is cut into column
+tiles, each tile reads the scores again; that is left out, as are partial results of splits.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from lrattn.formats import Format
 from lrattn.shapes import RANK_STEP, norm_width
 
 GROUP = 4  # kv heads that share a latent
 TILE = 64  # tokens for which a query is turned back once
 GROUPINGS = ("ReCalKV", "Palu")
 KEEPS = (0.5, 0.3)
+PACKINGS = ((), (8, 4, 2), (4,))  # bits of the segments of latents; () is plain
 ITEMSIZE = 2
 
 
@@ -58,15 +60,21 @@ MODELS = (LLAMA_31, LLAMA_2, QWEN_3, QWEN_25)
 
 
 class Shape(NamedTuple):
-    """A layer factored: keys in groups of four heads; values too (Palu) or as one latent for all heads (ReCalKV)."""
+    """A layer factored: keys in groups of four heads; values too (Palu) or as one latent for all heads (ReCalKV).
+
+    keep: of the numbers. bits: of the segments of packed latents, the last half of them all; none where latents are
+    plain.
+    """
 
     model: Model
     grouping: str
     keep: float
+    bits: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
-        return f"{self.model.name}, {self.grouping} groups"
+        packed = f", {'/'.join(map(str, self.bits))} bits" if self.bits else ""
+        return f"{self.model.name}, {self.grouping} groups{packed}"
 
     @property
     def key_ranks(self) -> tuple[int, ...]:
@@ -86,21 +94,36 @@ class Shape(NamedTuple):
         """The multiple of 16 nearest to the kept share of these heads' dimensions."""
         return max(RANK_STEP, round(self.keep * heads * self.model.head_dim / RANK_STEP) * RANK_STEP)
 
+    def formats(self, ranks: tuple[int, ...]) -> tuple[Format, ...] | None:
+        """Of packed groups."""
+        return tuple(packing(rank, self.bits) for rank in ranks) if self.bits else None
+
     @property
-    def columns(self) -> int:
+    def row_bytes(self) -> int:
         """Of a token's rows in both caches, norm columns included."""
-        return sum(self.key_ranks) + sum(self.value_ranks) + (norm_width(self.model.kv_heads) * self.model.key_norm)
+        ranks, heads = self.key_ranks + self.value_ranks, self.model.kv_heads * self.model.key_norm
+        if (formats := self.formats(ranks)) is not None:
+            return sum(f.nbytes for f in formats) + 2 * ITEMSIZE * heads
+        return ITEMSIZE * (sum(ranks) + (norm_width(heads) if heads else 0))
 
     @property
     def kept(self) -> float:
         """Bytes of the latent cache over those of the dense one, after rounding."""
-        return self.columns / (2 * self.model.kv_heads * self.model.head_dim)
+        return self.row_bytes / (2 * self.model.kv_heads * self.model.head_dim * ITEMSIZE)
 
     @property
     def basis_bytes(self) -> int:
         """Of both bases."""
         rank = self.key_ranks[0] + self.value_ranks[0]
         return rank * self.model.kv_heads * self.model.head_dim * ITEMSIZE
+
+
+def packing(rank: int, bits: tuple[int, ...]) -> Format:
+    """A rank in segments of these widths, the last half of it."""
+    steps, first = rank // RANK_STEP, len(bits) - 1  # segments but the last
+    parts = [steps // (2 * first or 1)] * first
+    parts.append(steps - sum(parts))
+    return Format(tuple((RANK_STEP * part, width) for part, width in zip(parts, bits, strict=True)))
 
 
 class Count(NamedTuple):
@@ -121,7 +144,7 @@ def counts(shape: Shape) -> dict[str, Count]:
     model = shape.model
     heads, queries, dim = model.kv_heads, model.query_heads, model.head_dim
     rk, rv = shape.key_ranks[0], shape.value_ranks[0]
-    dense, latents = 2 * heads * dim * ITEMSIZE, shape.columns * ITEMSIZE
+    dense, latents = 2 * heads * dim * ITEMSIZE, shape.row_bytes
     scores, turned = 2 * 4 * queries, 2 * queries * dim * ITEMSIZE / TILE
     return {
         "dense": Count(dense, 0, 4 * queries * dim),
@@ -134,28 +157,32 @@ def counts(shape: Shape) -> dict[str, Count]:
 
 
 def all_shapes() -> Iterator[Shape]:
-    """Every model, grouping and share kept; with one group of heads (Qwen2.5-7B) the groupings are the same."""
+    """Every model, grouping and share kept; with one group of heads (Qwen2.5-7B) the groupings are the same. Packed
+    latents of the Llamas are grouped as Palu's."""
     for model in MODELS:
         for grouping in GROUPINGS if model.kv_heads > GROUP else GROUPINGS[:1]:
             for keep in KEEPS:
                 yield Shape(model, grouping, keep)
+    for model in (LLAMA_31, LLAMA_2):
+        for bits in PACKINGS[1:]:
+            yield Shape(model, GROUPINGS[1], KEEPS[0], bits)
 
 
 def count_rows() -> list[dict[str, Any]]:
     """Every shape and way, for a JSON; a model's dense cache once."""
     return [
-        {"shape": shape.name, "keep": shape.keep, "kept": shape.kept, "key_ranks": shape.key_ranks,
+        {"shape": shape.name, "keep": shape.keep, "bits": shape.bits, "kept": shape.kept, "key_ranks": shape.key_ranks,
          "value_ranks": shape.value_ranks, "basis_bytes": shape.basis_bytes, "way": way,
          "bytes": count.bytes, "temporaries": count.temporaries, "flops": count.flops}
         for shape in all_shapes()
         for way, count in counts(shape).items()
-        if way != "dense" or (shape.grouping, shape.keep) == (GROUPINGS[0], KEEPS[0])
+        if way != "dense" or (shape.grouping, shape.keep, shape.bits) == (GROUPINGS[0], KEEPS[0], ())
     ]  # fmt: skip
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Counted per token of context, not measured."""
-    line = "{:<28} {:>5} {:<22} {:>11} {:>11} {:>8} {:>10}"
+    line = "{:<39} {:>5} {:<22} {:>11} {:>11} {:>8} {:>10}"
     lines = [line.format("shape", "kept", "way", "must read B", "temporary B", "kflop", "flop/byte")]
     for row in rows:
         count = Count(row["bytes"], row["temporaries"], row["flops"])

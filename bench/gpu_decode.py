@@ -23,7 +23,18 @@ from bench import decode_providers as providers
 from bench import report, timing
 from bench.decode_problem import Problem, attend, make
 from bench.decode_providers import Unavailable
-from bench.decode_shapes import GROUPINGS, KEEPS, LLAMA_2, LLAMA_31, MODELS, Model, Shape, all_shapes
+from bench.decode_shapes import (
+    GROUPINGS,
+    ITEMSIZE,
+    KEEPS,
+    LLAMA_2,
+    LLAMA_31,
+    MODELS,
+    PACKINGS,
+    Model,
+    Shape,
+    all_shapes,
+)
 
 TOKENS = (1024, 4096, 16384, 32768, 65536, 131072)
 BATCHES = (1, 4, 16, 64)
@@ -83,13 +94,16 @@ def cases(dry: bool = False) -> list[Case]:
     """All cases, the most valuable first."""
     if dry:
         plain, norm, bias = (Shape(model, "Palu", 0.5) for model in DRY_MODELS)
-        return [Case(plain, 64, 1), Case(norm, 64, 2), Case(bias, 64, 1), Case(plain, 128, 1)]
+        packed = plain._replace(bits=PACKINGS[1])
+        return [Case(plain, 64, 1), Case(norm, 64, 2), Case(bias, 64, 1), Case(packed, 64, 1), Case(plain, 128, 1)]
     shapes = list(all_shapes())
     first = [s for s in shapes if s.model in (LLAMA_31, LLAMA_2)]
-    first.sort(key=lambda s: (KEEPS.index(s.keep), GROUPINGS.index(s.grouping), MODELS.index(s.model)))
+    first.sort(key=lambda s: (KEEPS.index(s.keep), PACKINGS.index(s.bits), GROUPINGS.index(s.grouping),
+                              MODELS.index(s.model)))  # fmt: skip
     order = [Case(s, *HEADLINE) for s in first]
-    order += [Case(s, tokens, 1) for s in first[:2] for tokens in (4096, 131072, 16384, 1024, 65536)]
-    order += [Case(s, 32768, batch) for s in first[:2] for batch in BATCHES]
+    swept = [*first[:2], *(s for s in first if s.bits == PACKINGS[1])]
+    order += [Case(s, tokens, 1) for tokens in (4096, 131072, 16384, 1024, 65536) for s in swept]
+    order += [Case(s, 32768, batch) for batch in BATCHES for s in swept]
     order += [Case(s, *HEADLINE) for s in shapes]
     order += [Case(s, tokens, 1) for s in (*first, *shapes) for tokens in TOKENS]
     order += [Case(s, tokens, batch) for tokens in (32768, 4096) for s in shapes for batch in BATCHES]
@@ -175,7 +189,8 @@ def entries(case: Case, bench: Bench) -> Iterator[Entry]:
     """Every provider; those for which there is no memory with a build that says so."""
     shape, free = case.shape, bench.free()
     dense_bytes = 4 * shape.model.kv_heads * shape.model.head_dim * case.tokens * case.batch
-    latent_bytes = 2 * round(dense_bytes * shape.kept)  # in pages, and in order
+    plain_bytes = ITEMSIZE * sum(shape.key_ranks + shape.value_ranks)
+    latent_bytes = (shape.row_bytes + plain_bytes) * case.tokens * case.batch  # in pages, and in order
     truth_bytes = 4 * dense_bytes // case.batch  # one sequence rebuilt and attended to in float32
 
     def too_large(nbytes: int) -> Callable[[], providers.Run]:
@@ -207,7 +222,8 @@ def entries(case: Case, bench: Bench) -> Iterator[Entry]:
         joint = make(shape, case.tokens, case.batch, bench.dtype, bench.device, shared=True)
         yield Entry(providers.SHARED, partial(providers.ours, joint), joint.must_read, truths(joint))
     for name, way in providers.REBUILDING.items():  # last: their graphs hold what they rebuild
-        yield Entry(name, partial(way, x), x.must_read, truth)
+        build = partial(refuse, "reads plain latents") if shape.bits else partial(way, x)
+        yield Entry(name, build, x.must_read, truth)
 
 
 def ready(entry: Entry, bench: Bench, row: dict[str, Any]) -> timing.Prepared | None:

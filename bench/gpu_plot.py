@@ -19,6 +19,7 @@ Row = dict[str, Any]
 DRY_TITLE = "DRY RUN in Triton's interpreter on a CPU: these times say nothing about any kernel"
 COLOURS = dict(zip(NAMES, (*plt.get_cmap("tab10").colors, "gold"), strict=True)) | {"lrattn": "black"}
 STYLES = {("ReCalKV", 0): "-", ("ReCalKV", 1): "--", ("Palu", 0): "-.", ("Palu", 1): ":"}
+PACKED = {"8/4/2 bits": "s", "4 bits": "^"}  # markers
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
@@ -78,8 +79,10 @@ def speedups(axis: Axes, rows: list[Row], against: str) -> None:
         if found:
             grouping = "Palu" if "Palu" in shape else "ReCalKV"
             style = STYLES[grouping, min(keeps.index(keep), 1)]
-            axis.plot(*zip(*found, strict=True), style, color="black", marker="o", markersize=3,
-                      label=f"lrattn, {grouping} groups, keep {keep}")  # fmt: skip
+            packed = next((bits for bits in PACKED if shape.endswith(f", {bits}")), "")
+            axis.plot(*zip(*found, strict=True), style, color="tab:green" if packed else "black",
+                      marker=PACKED.get(packed, "o"), markersize=3,
+                      label=f"lrattn, {grouping} groups, keep {keep}{f', {packed}' if packed else ''}")  # fmt: skip
             axis.axhline(own[0]["limit"], color="grey", linewidth=0.8, linestyle=style)
             if all(abs(own[0]["limit"] - other) > 0.2 for other in named):
                 named.append(own[0]["limit"])

@@ -32,6 +32,7 @@ from triton.runtime.jit import JITFunction
 
 import lrattn
 from bench import report
+from bench.decode_shapes import packing
 from lrattn.kernels import absorb, combine, decode, launch, merge, plan, project, rebuild, scores, values, write
 from lrattn.kernels.arguments import Call, Rule, Tokens
 from lrattn.kernels.fused_absorbed import fused_absorbed
@@ -69,14 +70,6 @@ def sources_hash() -> str:
     return hashlib.sha256(b"\0".join(p.name.encode() + b"\0" + p.read_bytes() for p in SOURCES)).hexdigest()
 
 
-def packed(rank: int, bits: tuple[int, ...]) -> lrattn.Format:
-    """A rank in segments of these widths: three are of 1/4, 1/4 and 1/2 of it."""
-    steps, first = rank // 16, len(bits) - 1  # segments but the last
-    parts = [steps // (2 * first or 1)] * first
-    parts.append(steps - sum(parts))
-    return lrattn.Format(tuple((16 * part, width) for part, width in zip(parts, bits, strict=True)))
-
-
 class Problem(NamedTuple):
     """Shapes of a compilation. options: words of ALL, and "positions"; rule is a softcap, a window and starts."""
 
@@ -90,7 +83,7 @@ class Problem(NamedTuple):
     rope: bool = True
     shared: bool = False  # one row serves keys and values
     values: int = 0  # the rank of values, where it is not the keys'
-    bits: tuple[int, ...] = ()  # widths of packed latents, see `packed`; (): plain
+    bits: tuple[int, ...] = ()  # widths of packed latents, see decode_shapes.packing; (): plain
 
     def has(self, word: str) -> bool:
         return word in self.options.split()
@@ -120,7 +113,7 @@ class Problem(NamedTuple):
         return self.values or self.rank
 
     def format(self, rank: int) -> lrattn.Format | None:
-        return packed(rank, self.bits) if self.bits else None
+        return packing(rank, self.bits) if self.bits else None
 
     def rows(self) -> int:
         """Hq S, query rows of a sequence."""

@@ -24,7 +24,8 @@ from tqdm import tqdm
 import lrattn
 from bench import report
 from bench.counting import counting
-from bench.resources import PACKED, packed, sources_hash
+from bench.decode_shapes import packing
+from bench.resources import PACKED, sources_hash
 from bench.ways import two_passes
 from lrattn.kernels import launch
 
@@ -105,7 +106,7 @@ WAYS = [
 
 def layer_of(way: Way) -> lrattn.LayerFactors:
     def side(ranks: tuple[int, ...], written: bool = True) -> lrattn.Projection:
-        formats = tuple(packed(rank, way.bits) for rank in ranks) if way.bits and written else None
+        formats = tuple(packing(rank, way.bits) for rank in ranks) if way.bits and written else None
         return lrattn.Projection(torch.zeros(HEADS, max(ranks), HEAD_DIM, dtype=DTYPE), ranks, format=formats)
 
     return lrattn.LayerFactors(

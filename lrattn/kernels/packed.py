@@ -27,40 +27,40 @@ def segment(packs, n, rank):
 
 
 @triton.jit
-def load_scale(cache, packs, live, TILE: tl.constexpr):
+def load_scale(cache, packs, live, TILES: tl.constexpr, I: tl.constexpr):
     """Scale of a tile's segment in the rows `cache` points at, [BLOCK_T] float32; NaN where it is broken."""
-    if TILE[1] == 16:
+    if TILES[I][1] == 16:
         scale = tl.full(live.shape, 1.0, tl.float32)
     else:
-        held = tl.load(cache + tl.load(packs + 4 * TILE[0] + 3), mask=live, other=0).to(tl.int32)
+        held = tl.load(cache + tl.load(packs + 4 * TILES[I][0] + 3), mask=live, other=0).to(tl.int32)
         scale = ((held << SCALE_FRACTION) + SCALE_LEAST).to(tl.float32, bitcast=True)
         scale = tl.where(held == BROKEN, float("nan"), scale)
     return scale
 
 
 @triton.jit
-def load_tile(cache, rank, packs, live, scale, TILE: tl.constexpr, like, r0=0):
+def load_tile(cache, rank, packs, live, scale, TILES: tl.constexpr, I: tl.constexpr, like, r0=0):
     """Of the group's first `rank` latents in the rows `cache` points at: [BLOCK_T, size], in the dtype of `like`.
 
     r0: latents beyond the tile's first, a multiple of its size.
     """
-    start, held, _ = segment(packs, TILE[0], rank)
-    first = r0 + TILE[2]
+    start, held, _ = segment(packs, TILES[I][0], rank)
+    first = r0 + TILES[I][2]
     cache = tl.multiple_of(cache, 4)
-    if TILE[1] == 16:
-        r = first + tl.arange(0, TILE[3])
+    if TILES[I][1] == 16:
+        r = first + tl.arange(0, TILES[I][3])
         p = half_pointer(cache + start, like)
         z = tl.load(p[:, None] + r[None, :], mask=live[:, None] & (r < held)[None, :], other=0.0)
     else:
-        j = first // (8 // TILE[1]) + tl.arange(0, TILE[3] * TILE[1] // 8)
-        mask = live[:, None] & (j < held * TILE[1] // 8)[None, :]
+        j = first // (8 // TILES[I][1]) + tl.arange(0, TILES[I][3] * TILES[I][1] // 8)
+        mask = live[:, None] & (j < held * TILES[I][1] // 8)[None, :]
         x = tl.load(cache[:, None] + (start + j)[None, :], mask=mask, other=0)
-        if TILE[1] == 4:
-            x = tl.reshape(tl.join(x & 15, x >> 4), [x.shape[0], TILE[3]])
-        if TILE[1] == 2:
+        if TILES[I][1] == 4:
+            x = tl.reshape(tl.join(x & 15, x >> 4), [x.shape[0], TILES[I][3]])
+        if TILES[I][1] == 2:
             even, odd = tl.join(x & 3, x >> 4 & 3), tl.join(x >> 2 & 3, x >> 6)
-            x = tl.reshape(tl.join(even, odd), [x.shape[0], TILE[3]])
-        z = (x.to(tl.float32) - (2 ** TILE[1] - 1) / 2) * scale[:, None]
+            x = tl.reshape(tl.join(even, odd), [x.shape[0], TILES[I][3]])
+        z = (x.to(tl.float32) - (2 ** TILES[I][1] - 1) / 2) * scale[:, None]
     return z.to(like.dtype.element_ty)
 
 
@@ -70,24 +70,24 @@ def load_tiles(cache, rank, packs, live, TILES: tl.constexpr, like):
     z = ()
     for i in tl.static_range(len(TILES)):
         if TILES[i][2] == 0:
-            scale = load_scale(cache, packs, live, TILES[i])
-        z = z + (load_tile(cache, rank, packs, live, scale, TILES[i], like),)
+            scale = load_scale(cache, packs, live, TILES, i)
+        z = z + (load_tile(cache, rank, packs, live, scale, TILES, i, like),)
     return z
 
 
 @triton.jit
-def latents_of(packs, rank, TILE: tl.constexpr, r0=0):
+def latents_of(packs, rank, TILES: tl.constexpr, I: tl.constexpr, r0=0):
     """Which latents of the group a tile's columns are, and whether they are among its first `rank`: [size] each."""
-    _, held, latent = segment(packs, TILE[0], rank)
-    r = r0 + TILE[2] + tl.arange(0, TILE[3])
+    _, held, latent = segment(packs, TILES[I][0], rank)
+    r = r0 + TILES[I][2] + tl.arange(0, TILES[I][3])
     return latent + r, r < held
 
 
 @triton.jit
-def load_basis_tile(rows, width, row, rank, packs, c, d, D, TILE: tl.constexpr, like, r0=0):
+def load_basis_tile(rows, width, row, rank, packs, c, d, D, TILES: tl.constexpr, I: tl.constexpr, like, r0=0):
     """Rows of the basis from `row` on that a tile of latents meets, columns c + d (d < D): [size, len(d)]; zeros past
     `rank`."""
-    at, some = latents_of(packs, rank, TILE, r0)
+    at, some = latents_of(packs, rank, TILES, I, r0)
     u = tl.load(
         rows + (row + at)[:, None] * width + (c + d)[None, :],
         mask=some[:, None] & (d < D)[None, :],
@@ -102,14 +102,14 @@ def load_basis_tiles(rows, width, row, rank, packs, c, d, D, TILES: tl.constexpr
     """As load_basis_tile, for all tiles."""
     u = ()
     for i in tl.static_range(len(TILES)):
-        u = u + (load_basis_tile(rows, width, row, rank, packs, c, d, D, TILES[i], like),)
+        u = u + (load_basis_tile(rows, width, row, rank, packs, c, d, D, TILES, i, like),)
     return u
 
 
 @triton.jit
-def load_query_tile(a, packs, rank, in_q, TILE: tl.constexpr, r0=0):
+def load_query_tile(a, packs, rank, in_q, TILES: tl.constexpr, I: tl.constexpr, r0=0):
     """Absorbed queries [BLOCK_Q, Rk] that `a` points at, as a tile of latents meets them: [size, BLOCK_Q]."""
-    at, some = latents_of(packs, rank, TILE, r0)
+    at, some = latents_of(packs, rank, TILES, I, r0)
     x = tl.load(a[:, None] + at[None, :], mask=in_q[:, None] & some[None, :], other=0.0)
     return tl.trans(x)
 
@@ -119,7 +119,7 @@ def load_query_tiles(a, packs, rank, in_q, TILES: tl.constexpr):
     """As load_query_tile, for all tiles."""
     x = ()
     for i in tl.static_range(len(TILES)):
-        x = x + (load_query_tile(a, packs, rank, in_q, TILES[i]),)
+        x = x + (load_query_tile(a, packs, rank, in_q, TILES, i),)
     return x
 
 
@@ -132,10 +132,10 @@ def keys_streamed(cache, packs, live, rows, width, row, rank, c, d, D, TILES: tl
     k = tl.zeros([live.shape[0], d.shape[0]], tl.float32)
     for i in tl.static_range(len(TILES)):
         _, held, _ = segment(packs, TILES[i][0], rank)
-        scale = load_scale(cache, packs, live, TILES[i])
+        scale = load_scale(cache, packs, live, TILES, i)
         for r0 in range(0, held, TILES[i][3]):
-            u = load_basis_tile(rows, width, row, rank, packs, c, d, D, TILES[i], like, r0)
-            k = tl.dot(load_tile(cache, rank, packs, live, scale, TILES[i], like, r0), u, k, input_precision="ieee")
+            u = load_basis_tile(rows, width, row, rank, packs, c, d, D, TILES, i, like, r0)
+            k = tl.dot(load_tile(cache, rank, packs, live, scale, TILES, i, like, r0), u, k, input_precision="ieee")
     return k
 
 
@@ -145,11 +145,11 @@ def scores_streamed(cache, packs, live, a, rank, in_q, TILES: tl.constexpr):
     score = tl.zeros([live.shape[0], in_q.shape[0]], tl.float32)
     for i in tl.static_range(len(TILES)):
         _, held, _ = segment(packs, TILES[i][0], rank)
-        scale = load_scale(cache, packs, live, TILES[i])
+        scale = load_scale(cache, packs, live, TILES, i)
         for r0 in range(0, held, TILES[i][3]):
-            q = load_query_tile(a, packs, rank, in_q, TILES[i], r0)
+            q = load_query_tile(a, packs, rank, in_q, TILES, i, r0)
             score = tl.dot(
-                load_tile(cache, rank, packs, live, scale, TILES[i], a, r0), q, score, input_precision="ieee"
+                load_tile(cache, rank, packs, live, scale, TILES, i, a, r0), q, score, input_precision="ieee"
             )
     return score
 
@@ -172,5 +172,5 @@ def _zeros(M: tl.constexpr, N: tl.constexpr):
 def store_tiles(y, acc, weight, rank, packs, live, TILES: tl.constexpr):
     """acc * weight to the columns of their latents in the live rows `y` points at."""
     for i in tl.static_range(len(TILES)):
-        at, some = latents_of(packs, rank, TILES[i])
+        at, some = latents_of(packs, rank, TILES, i)
         tl.store(y[:, None] + at[None, :], acc[i] * weight[:, None], mask=live[:, None] & some[None, :])

@@ -37,7 +37,7 @@ def latent_values_kernel(
     lse, lse_strides,        # [B, slots, Hq * S]      out, float32, natural log
     bound, S, window, first_tile, tiles, splits,
     C: tl.constexpr, M: tl.constexpr, P: tl.constexpr, Hkv: tl.constexpr, WINDOWED: tl.constexpr,
-    TILES_R: tl.constexpr, SEGMENTS: tl.constexpr, TILE: tl.constexpr,
+    TILES_R: tl.constexpr, SEGMENTS: tl.constexpr, TILES: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
     """y[b, i, h S + j] = softmax_t(s[b, h S + j, t]) @ cv[b, t, g],   t in split i
@@ -45,7 +45,7 @@ def latent_values_kernel(
     Grid: (TILES_R * row blocks * G, splits, B). A program owns BLOCK_R latents of one group, BLOCK_Q of its C M S
     query rows and one split: with one row block each latent is read once. A joint latent (G = 1, thousands wide)
     is the same with more tiles; the scores are read once a tile. Of packed rows, which have SEGMENTS segments, a launch
-    takes one, by tiles like TILE.
+    takes one, by tiles like the one of TILES.
     Needs: P a multiple of 16, BLOCK_T as in the scores. Online softmax, sums are float32.
     Reference: lrattn.reference._attend_span. Derivation: docs/kernels.md#values.
     """
@@ -86,8 +86,8 @@ def latent_values_kernel(
         p, fade, peak, total = softmax_step(score, peak, total, 1)
         p_cv = cv + page * cv_strides[0] + offset * cv_strides[1]
         if packs is not None:
-            scale = load_scale(p_cv, packs, live, TILE)
-            z = load_tile(p_cv, rank, packs, live, scale, TILE, uv, i_r * BLOCK_R)
+            scale = load_scale(p_cv, packs, live, TILES, 0)
+            z = load_tile(p_cv, rank, packs, live, scale, TILES, 0, uv, i_r * BLOCK_R)
         else:
             z = load_latents(p_cv, column, rank, live, r)
         acc = tl.dot(p.to(z.dtype), z, acc * fade[:, None], input_precision="ieee")
@@ -98,7 +98,7 @@ def latent_values_kernel(
     p_y = y + i_b * y_strides[0] + i_s.to(tl.int64) * y_strides[1] + row * y_strides[2]
     acc /= tl.where(some, total, 1.0)[:, None]
     if packs is not None:
-        r, own = latents_of(packs, rank, TILE, i_r * BLOCK_R)
+        r, own = latents_of(packs, rank, TILES, 0, i_r * BLOCK_R)
     else:
         own = r < rank
     tl.store(p_y[:, None] + r[None, :], acc, mask=(in_q & some)[:, None] & own[None, :])
@@ -123,7 +123,7 @@ def latent_values(
             y, y.stride(), lse, lse.stride(), tokens.bound, num_queries, rule.window, first_tile, tiles, splits,
             C=size.group_size, M=all_rows // (size.num_heads * num_queries), P=cv.shape[1], Hkv=size.num_heads,
             WINDOWED=rule.window > 0, TILES_R=tiles_r, SEGMENTS=len(size.packed) // 2,
-            TILE=(n, bits, 0, choice.block_r),
+            TILES=((n, bits, 0, choice.block_r),),
             BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T, BLOCK_R=choice.block_r,
             num_warps=choice.warps, num_stages=choice.stages,
         )  # fmt: skip
