@@ -111,7 +111,8 @@ def absorbed_scores_kernel(
     row = (head * M * S + i % (M * S)).to(tl.int64)
     r1 = tl.arange(0, R1)
     p_a = a + i_b * a_strides[0] + row * a_strides[1]
-    packs = packs_of(packs, g, ROW)
+    if packs is not None:
+        packs += packs_of(g, ROW)
     if RESIDENT and packs is not None:
         a_tiles = load_query_tiles(p_a, packs, rank, in_q, ROW)
     elif RESIDENT:

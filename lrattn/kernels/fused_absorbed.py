@@ -74,7 +74,10 @@ def fused_absorbed_kernel(
     key_column, key_rank, _ = load_run(key_runs, g)
     value_column, value_rank, _ = load_run(value_runs, g)
     row_rank = key_rank if cv is not None else value_rank  # all of a shared row: its values begin as the keys do
-    key_packs, value_packs = packs_of(key_packs, g, KEYS), packs_of(value_packs, g, VALUES)
+    if key_packs is not None:
+        key_packs += packs_of(g, KEYS)
+    if value_packs is not None:
+        value_packs += packs_of(g, VALUES)
     x = load_row_queries(a + i_b * a_strides[0] + row * a_strides[1], key_rank, key_packs, in_q, KEYS)
     if constant is not None:
         shift = tl.load(constant + i_b * Hkv * M * S + row, mask=in_q, other=0.0)

@@ -81,7 +81,10 @@ def fused_rebuilt_kernel(
     key_column, key_rank, r0 = load_run(key_runs, place // C)
     value_column, value_rank, _ = load_run(value_runs, place // C)
     row_rank = key_rank if cv is not None else value_rank  # all of a shared row: its values begin as the keys do
-    key_packs, value_packs = packs_of(key_packs, place // C, KEYS), packs_of(value_packs, place // C, VALUES)
+    if key_packs is not None:
+        key_packs += packs_of(place // C, KEYS)
+    if value_packs is not None:
+        value_packs += packs_of(place // C, VALUES)
     d, j = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_D // 2)
     u = load_row_basis(uk, C * D, r0, key_rank, key_packs, place % C * D, d, D, KEYS, x)
     if not TABLE:

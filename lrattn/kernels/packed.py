@@ -27,40 +27,40 @@ def segment(packs, n, rank):
 
 
 @triton.jit
-def load_scale(cache, packs, live, TILES: tl.constexpr, I: tl.constexpr):
+def load_scale(cache, packs, live, TILES: tl.constexpr, N: tl.constexpr):
     """Scale of a tile's segment in the rows `cache` points at, [BLOCK_T] float32; NaN where it is broken."""
-    if TILES[I][1] == 16:
+    if TILES[N][1] == 16:
         scale = tl.full(live.shape, 1.0, tl.float32)
     else:
-        held = tl.load(cache + tl.load(packs + 4 * TILES[I][0] + 3), mask=live, other=0).to(tl.int32)
+        held = tl.load(cache + tl.load(packs + 4 * TILES[N][0] + 3), mask=live, other=0).to(tl.int32)
         scale = ((held << SCALE_FRACTION) + SCALE_LEAST).to(tl.float32, bitcast=True)
         scale = tl.where(held == BROKEN, float("nan"), scale)
     return scale
 
 
 @triton.jit
-def load_tile(cache, rank, packs, live, scale, TILES: tl.constexpr, I: tl.constexpr, like, r0=0):
+def load_tile(cache, rank, packs, live, scale, TILES: tl.constexpr, N: tl.constexpr, like, r0=0):
     """Of the group's first `rank` latents in the rows `cache` points at: [BLOCK_T, size], in the dtype of `like`.
 
     r0: latents beyond the tile's first, a multiple of its size.
     """
-    start, held, _ = segment(packs, TILES[I][0], rank)
-    first = r0 + TILES[I][2]
+    start, held, _ = segment(packs, TILES[N][0], rank)
+    first = r0 + TILES[N][2]
     cache = tl.multiple_of(cache, 4)
-    if TILES[I][1] == 16:
-        r = first + tl.arange(0, TILES[I][3])
+    if TILES[N][1] == 16:
+        r = first + tl.arange(0, TILES[N][3])
         p = half_pointer(cache + start, like)
         z = tl.load(p[:, None] + r[None, :], mask=live[:, None] & (r < held)[None, :], other=0.0)
     else:
-        j = first // (8 // TILES[I][1]) + tl.arange(0, TILES[I][3] * TILES[I][1] // 8)
-        mask = live[:, None] & (j < held * TILES[I][1] // 8)[None, :]
+        j = first // (8 // TILES[N][1]) + tl.arange(0, TILES[N][3] * TILES[N][1] // 8)
+        mask = live[:, None] & (j < held * TILES[N][1] // 8)[None, :]
         x = tl.load(cache[:, None] + (start + j)[None, :], mask=mask, other=0)
-        if TILES[I][1] == 4:
-            x = tl.reshape(tl.join(x & 15, x >> 4), [x.shape[0], TILES[I][3]])
-        if TILES[I][1] == 2:
+        if TILES[N][1] == 4:
+            x = tl.reshape(tl.join(x & 15, x >> 4), [x.shape[0], TILES[N][3]])
+        if TILES[N][1] == 2:
             even, odd = tl.join(x & 3, x >> 4 & 3), tl.join(x >> 2 & 3, x >> 6)
-            x = tl.reshape(tl.join(even, odd), [x.shape[0], TILES[I][3]])
-        z = (x.to(tl.float32) - (2 ** TILES[I][1] - 1) / 2) * scale[:, None]
+            x = tl.reshape(tl.join(even, odd), [x.shape[0], TILES[N][3]])
+        z = (x.to(tl.float32) - (2 ** TILES[N][1] - 1) / 2) * scale[:, None]
     return z.to(like.dtype.element_ty)
 
 
@@ -76,18 +76,18 @@ def load_tiles(cache, rank, packs, live, TILES: tl.constexpr, like):
 
 
 @triton.jit
-def latents_of(packs, rank, TILES: tl.constexpr, I: tl.constexpr, r0=0):
+def latents_of(packs, rank, TILES: tl.constexpr, N: tl.constexpr, r0=0):
     """Which latents of the group a tile's columns are, and whether they are among its first `rank`: [size] each."""
-    _, held, latent = segment(packs, TILES[I][0], rank)
-    r = r0 + TILES[I][2] + tl.arange(0, TILES[I][3])
+    _, held, latent = segment(packs, TILES[N][0], rank)
+    r = r0 + TILES[N][2] + tl.arange(0, TILES[N][3])
     return latent + r, r < held
 
 
 @triton.jit
-def load_basis_tile(rows, width, row, rank, packs, c, d, D, TILES: tl.constexpr, I: tl.constexpr, like, r0=0):
+def load_basis_tile(rows, width, row, rank, packs, c, d, D, TILES: tl.constexpr, N: tl.constexpr, like, r0=0):
     """Rows of the basis from `row` on that a tile of latents meets, columns c + d (d < D): [size, len(d)]; zeros past
     `rank`."""
-    at, some = latents_of(packs, rank, TILES, I, r0)
+    at, some = latents_of(packs, rank, TILES, N, r0)
     u = tl.load(
         rows + (row + at)[:, None] * width + (c + d)[None, :],
         mask=some[:, None] & (d < D)[None, :],
@@ -107,9 +107,9 @@ def load_basis_tiles(rows, width, row, rank, packs, c, d, D, TILES: tl.constexpr
 
 
 @triton.jit
-def load_query_tile(a, packs, rank, in_q, TILES: tl.constexpr, I: tl.constexpr, r0=0):
+def load_query_tile(a, packs, rank, in_q, TILES: tl.constexpr, N: tl.constexpr, r0=0):
     """Absorbed queries [BLOCK_Q, Rk] that `a` points at, as a tile of latents meets them: [size, BLOCK_Q]."""
-    at, some = latents_of(packs, rank, TILES, I, r0)
+    at, some = latents_of(packs, rank, TILES, N, r0)
     x = tl.load(a[:, None] + at[None, :], mask=in_q[:, None] & some[None, :], other=0.0)
     return tl.trans(x)
 

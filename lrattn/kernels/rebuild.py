@@ -61,7 +61,8 @@ def rebuild_kernel(
     d = tl.arange(0, BLOCK_D)
     page, offset = slots(pages + i_b * pages_stride, t, live, P)
     p_cache = cache + page * cache_strides[0] + offset * cache_strides[1]
-    packs = packs_of(packs, place // C, ROW)
+    if packs is not None:
+        packs += packs_of(place // C, ROW)
     if packs is not None:
         k = keys_streamed(p_cache, packs, live, basis, C * D, r0, rank, place % C * D, d, D, ROW, x)
     else:

@@ -11,11 +11,9 @@ from lrattn.kernels.pieces import load_basis, load_pieces, store_pieces, transpo
 
 
 @triton.jit
-def packs_of(packs, g, ROW: tl.constexpr):
-    """Of group g; None where rows are plain."""
-    if packs is not None:
-        packs += g * 4 * (ROW[len(ROW) - 1][0] + 1)
-    return packs
+def packs_of(g, ROW: tl.constexpr):
+    """Where group g begins in the segments of packed rows."""
+    return g * 4 * (ROW[len(ROW) - 1][0] + 1)
 
 
 @triton.jit

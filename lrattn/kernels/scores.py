@@ -114,7 +114,8 @@ def latent_scores_kernel(
     column, rank, r0 = load_run(runs, place // C)
     d, j, r1 = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_D // 2), tl.arange(0, R1)
     c = place % C * D
-    packs = packs_of(packs, place // C, ROW)
+    if packs is not None:
+        packs += packs_of(place // C, ROW)
     if RESIDENT and packs is not None:
         u = load_basis_tiles(uk, C * D, r0, rank, packs, c, d, D, ROW, x)
     elif RESIDENT:

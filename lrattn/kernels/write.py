@@ -79,7 +79,8 @@ def norm_columns_kernel(
     column, rank, r0 = load_run(runs, place // C)
     d = tl.arange(0, BLOCK_D)
     p_ck = ck + slot // P * ck_strides[0] + slot % P * ck_strides[1]
-    packs = packs_of(packs, place // C, ROW)
+    if packs is not None:
+        packs += packs_of(place // C, ROW)
     if packs is not None:
         k = keys_streamed(p_ck, packs, live, uk, C * D, r0, rank, place % C * D, d, D, ROW, zk)
     else:
