@@ -20,10 +20,11 @@ class WrongResult(RuntimeError):
 
 
 class Prepared(NamedTuple):
-    """A run that can be repeated. result: the tensor it writes each time."""
+    """A run that can be repeated. result: the tensor it writes each time. run: kept for the tensors that a graph reads."""
 
     replay: Callable[[], object]
     result: Tensor
+    run: Callable[[], Tensor]
 
 
 class Clock(Protocol):
@@ -78,7 +79,7 @@ class WallClock:
     """Runs anything, anywhere, and times it from outside: for trying a benchmark, not for a kernel's latency."""
 
     def prepare(self, run: Callable[[], Tensor]) -> Prepared:
-        return Prepared(run, run())
+        return Prepared(run, run(), run)
 
     def microseconds(self, replays: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
         taken: dict[str, list[float]] = {name: [] for name in replays}
@@ -118,7 +119,7 @@ class GraphClock:
             result = run()
         result.fill_(torch.nan)  # what is checked is what the replay wrote
         graph.replay()
-        return Prepared(graph.replay, result)
+        return Prepared(graph.replay, result, run)
 
     def microseconds(self, replays: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
         marks: dict[str, list[tuple[Any, Any]]] = {name: [] for name in replays}

@@ -31,6 +31,12 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="needs --gpu"))
 
 
+def pytest_runtest_logreport(report):
+    """A GPU's time may be up before the end, where failures are told."""
+    if report.failed and "PYTEST_TELL_AT_ONCE" in os.environ:
+        print(f"\n{report.nodeid}\n{report.longreprtext[-1500:]}", flush=True)
+
+
 def pytest_generate_tests(metafunc):
     """Kernels meet bfloat16 on a GPU only: the interpreter computes it wrongly, without an error."""
     if "kernel_dtype" in metafunc.fixturenames:

@@ -158,7 +158,7 @@ class Slow(timing.WallClock):
 @pytest.mark.parametrize("seconds, rounds, expected", [(2.0, (3, 40), 10), (0.1, (3, 40), 3), (60.0, (3, 40), 40)])
 def test_as_many_rounds_as_fit_the_time(monkeypatch, seconds, rounds, expected):
     clock = Slow(monkeypatch)
-    run = timing.Prepared(lambda: None, torch.zeros(1))
+    run = timing.Prepared(lambda: None, torch.zeros(1), torch.empty)
     assert timing.microseconds(clock, {"a": run}, seconds, rounds)["a"]["median_us"] == 2.0
     assert clock.rounds == [1, expected]
 

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Rule, Tokens
-from lrattn.kernels.packed import load_query_tiles, load_tiles, scores_streamed
+from lrattn.kernels.packed import load_query_tiles, load_tiles, scores_streamed, segments
 from lrattn.kernels.pieces import product
-from lrattn.kernels.rows import packs_of
 from lrattn.kernels.tiles import (
     LENGTHS,
     SLICED,
@@ -111,10 +110,9 @@ def absorbed_scores_kernel(
     row = (head * M * S + i % (M * S)).to(tl.int64)
     r1 = tl.arange(0, R1)
     p_a = a + i_b * a_strides[0] + row * a_strides[1]
-    if packs is not None:
-        packs += packs_of(g, ROW)
+    segs = segments(packs, g, rank, ROW)
     if RESIDENT and packs is not None:
-        a_tiles = load_query_tiles(p_a, packs, rank, in_q, ROW)
+        a_tiles = load_query_tiles(p_a, segs, in_q, ROW)
     elif RESIDENT:
         a1 = load_latents(p_a, 0, rank, in_q, r1)
         if R2 > 0:
@@ -132,9 +130,9 @@ def absorbed_scores_kernel(
         p_ck = ck + page * ck_strides[0] + offset * ck_strides[1]
         if packs is not None:
             if RESIDENT:
-                score = product(load_tiles(p_ck, rank, packs, live, ROW, a), a_tiles)
+                score = product(load_tiles(p_ck, segs, live, ROW, a), a_tiles)
             else:
-                score = scores_streamed(p_ck, packs, live, p_a, rank, in_q, ROW)
+                score = scores_streamed(p_ck, segs, live, p_a, in_q, ROW)
         elif RESIDENT:
             score = tl.dot(load_latents(p_ck, column, rank, live, r1), tl.trans(a1), input_precision="ieee")
             if R2 > 0:

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Rule, Tokens
+from lrattn.kernels.packed import segments
 from lrattn.kernels.pieces import add_weighted, product
-from lrattn.kernels.rows import load_row, load_row_queries, packs_of, row_zeros, store_row
+from lrattn.kernels.rows import load_row, load_row_queries, row_zeros, store_row
 from lrattn.kernels.tiles import (
     LENGTHS,
     SLICED,
@@ -74,23 +75,22 @@ def fused_absorbed_kernel(
     key_column, key_rank, _ = load_run(key_runs, g)
     value_column, value_rank, _ = load_run(value_runs, g)
     row_rank = key_rank if cv is not None else value_rank  # all of a shared row: its values begin as the keys do
-    if key_packs is not None:
-        key_packs += packs_of(g, KEYS)
-    if value_packs is not None:
-        value_packs += packs_of(g, VALUES)
-    x = load_row_queries(a + i_b * a_strides[0] + row * a_strides[1], key_rank, key_packs, in_q, KEYS)
+    key_segs = segments(key_packs, g, row_rank, KEYS)
+    value_segs = segments(value_packs, g, value_rank, VALUES)
+    query_segs = segments(key_packs, g, key_rank, KEYS)
+    x = load_row_queries(a + i_b * a_strides[0] + row * a_strides[1], key_rank, query_segs, in_q, KEYS)
     if constant is not None:
         shift = tl.load(constant + i_b * Hkv * M * S + row, mask=in_q, other=0.0)
     query = tl.where(in_q, i % S, -1)
     peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
-    acc = row_zeros(BLOCK_Q, value_packs, VALUES)
+    acc = row_zeros(BLOCK_Q, value_segs, VALUES)
     for t0 in range(t_begin, t_end, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
         live = (t >= begin) & (t < t_end)
         page, offset = slots(pages + i_b * pages_stride, t, live, P)
         p_ck = ck + page * ck_strides[0] + offset * ck_strides[1]
-        z = load_row(p_ck, key_column, row_rank, key_packs, live, KEYS, a)
+        z = load_row(p_ck, key_column, row_rank, key_segs, live, KEYS, a)
         score = product(z, x)
         if constant is not None:
             score += shift[None, :]
@@ -104,13 +104,13 @@ def fused_absorbed_kernel(
         p = tl.trans(p).to(a.dtype.element_ty)
         if cv is not None:
             p_cv = cv + page * cv_strides[0] + offset * cv_strides[1]
-            z = load_row(p_cv, value_column, value_rank, value_packs, live, VALUES, a)
+            z = load_row(p_cv, value_column, value_rank, value_segs, live, VALUES, a)
         acc = add_weighted(acc, fade, p, z)
 
     store_lse(p_lse, peak, total, in_q)
     some = total != 0
     p_y = y + i_b * y_strides[0] + i_s * y_strides[1] + row * y_strides[2]
-    store_row(p_y, acc, 1.0 / tl.where(some, total, 1.0), value_rank, value_packs, in_q & some, VALUES)
+    store_row(p_y, acc, 1.0 / tl.where(some, total, 1.0), value_rank, value_segs, in_q & some, VALUES)
 # fmt: on
 
 

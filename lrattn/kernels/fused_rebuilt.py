@@ -6,8 +6,9 @@ from torch import Tensor
 
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Rule, Tokens
+from lrattn.kernels.packed import segments
 from lrattn.kernels.pieces import add_weighted, product
-from lrattn.kernels.rows import load_row, load_row_basis, packs_of, row_zeros, store_row
+from lrattn.kernels.rows import load_row, load_row_basis, row_zeros, store_row
 from lrattn.kernels.tiles import (
     LENGTHS,
     SLICED,
@@ -81,26 +82,25 @@ def fused_rebuilt_kernel(
     key_column, key_rank, r0 = load_run(key_runs, place // C)
     value_column, value_rank, _ = load_run(value_runs, place // C)
     row_rank = key_rank if cv is not None else value_rank  # all of a shared row: its values begin as the keys do
-    if key_packs is not None:
-        key_packs += packs_of(place // C, KEYS)
-    if value_packs is not None:
-        value_packs += packs_of(place // C, VALUES)
+    key_segs = segments(key_packs, place // C, row_rank, KEYS)
+    value_segs = segments(value_packs, place // C, value_rank, VALUES)
     d, j = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_D // 2)
-    u = load_row_basis(uk, C * D, r0, key_rank, key_packs, place % C * D, d, D, KEYS, x)
+    basis_segs = segments(key_packs, place // C, key_rank, KEYS)
+    u = load_row_basis(uk, C * D, r0, key_rank, basis_segs, place % C * D, d, D, KEYS, x)
     if not TABLE:
         cos, sin = load_turns(turns, tl.arange(0, BLOCK_T), BLOCK_T, d, ROTARY)
     first_x = x + i_b * x_strides[0] + (head * M * S).to(tl.int64) * BLOCK_D
     query = tl.where(in_q, i % S, -1)
     peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
-    acc = row_zeros(BLOCK_Q, value_packs, VALUES)
+    acc = row_zeros(BLOCK_Q, value_segs, VALUES)
 
     for t0 in range(t_begin, t_end, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
         live = (t >= begin) & (t < t_end)
         page, offset = slots(pages + i_b * pages_stride, t, live, P)
         p_ck = ck + page * ck_strides[0] + offset * ck_strides[1]
-        z = load_row(p_ck, key_column, row_rank, key_packs, live, KEYS, x)
+        z = load_row(p_ck, key_column, row_rank, key_segs, live, KEYS, x)
         k = product(z, u)
         if bias is not None:
             k += tl.load(bias + place * D + d, mask=d < D, other=0.0)[None, :]
@@ -129,13 +129,13 @@ def fused_rebuilt_kernel(
         p = tl.trans(p).to(x.dtype.element_ty)
         if cv is not None:
             p_cv = cv + page * cv_strides[0] + offset * cv_strides[1]
-            z = load_row(p_cv, value_column, value_rank, value_packs, live, VALUES, x)
+            z = load_row(p_cv, value_column, value_rank, value_segs, live, VALUES, x)
         acc = add_weighted(acc, fade, p, z)
 
     store_lse(p_lse, peak, total, in_q)
     some = total != 0
     p_y = y + i_b * y_strides[0] + i_s * y_strides[1] + row * y_strides[2]
-    store_row(p_y, acc, 1.0 / tl.where(some, total, 1.0), value_rank, value_packs, in_q & some, VALUES)
+    store_row(p_y, acc, 1.0 / tl.where(some, total, 1.0), value_rank, value_segs, in_q & some, VALUES)
 # fmt: on
 
 

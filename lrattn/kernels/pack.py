@@ -45,7 +45,7 @@ def pack_latents_kernel(
     p_row = cache + slot // P * cache_strides[0] + slot % P * cache_strides[1]
     at = tl.arange(0, BLOCK_R)
     for s in tl.static_range(len(BITS)):
-        start, rank, latent = segment(packs, s, 1 << 30)
+        start, rank, latent, scale_at = segment(packs, s, 1 << 30)
         if BITS[s] == 16:
             p_half = half_pointer(p_row + start, z)
             for r0 in range(0, rank, BLOCK_R):
@@ -70,7 +70,7 @@ def pack_latents_kernel(
             held = tl.minimum(tl.maximum(held, 0), BROKEN - 1)
             scale = ((held << SCALE_FRACTION) + SCALE_LEAST).to(tl.float32, bitcast=True)
             held = tl.where(bad > 0, BROKEN, held)
-            p_scale = p_row + tl.load(packs + 4 * s + 3)
+            p_scale = p_row + scale_at
             tl.store(p_scale, held.to(tl.uint8), mask=live)
             if s == LAST:
                 for zero in tl.static_range(PADDING):

@@ -1,12 +1,13 @@
 """Packed rows: segments of codes, unpacked in registers to the latents that they stand for.
 
 TILES says what a row is loaded as, unrolled at compile time: (segment, bits, first, size) of each tile: `size` latents,
-a power of two, from latent `first` of the segment on. packs points at a group's row of Basis.packs. Latents past a
-segment's end are not read, and what stands for them meets zeros.
+a power of two, from latent `first` of the segment on. `segs` says where those lie.
+Latents past a segment's end are not read, and what stands for them meets zeros.
 
     latent = (code - (2^b - 1) / 2) * scale
 
-In bf16 that is exact at 4 and 2 bits, a scale having a fraction of 3 bits, and rounded by an eighth of a step at 8.
+In float32 that is exact, in whatever order. In bf16 it is at 4 and 2 bits, a scale having a fraction of 3 bits, and
+rounded by an eighth of a step at 8.
 """
 
 import triton
@@ -20,31 +21,52 @@ BROKEN = tl.constexpr(255)
 
 @triton.jit
 def segment(packs, n, rank):
-    """Of segment n: its first byte in a row, how many of its latents are among the group's first `rank`, its first."""
+    """Of segment n: its first byte in a row, how many of its latents are among the group's first `rank`, its first
+    latent, and the byte of its scale."""
     start, latent = tl.load(packs + 4 * n), tl.load(packs + 4 * n + 2)
     held = tl.minimum(tl.load(packs + 4 * n + 1), rank - latent)
-    return tl.multiple_of(start, 4), tl.multiple_of(held, 16), tl.multiple_of(latent, 16)
+    scale = tl.load(packs + 4 * n + 3)
+    return tl.multiple_of(start, 4), tl.multiple_of(held, 16), tl.multiple_of(latent, 16), scale
 
 
 @triton.jit
-def load_scale(cache, packs, live, TILES: tl.constexpr, N: tl.constexpr):
-    """Scale of a tile's segment in the rows `cache` points at, [BLOCK_T] float32; NaN where it is broken."""
+def segments(packs, g, rank, TILES: tl.constexpr):
+    """`segment` of each tile of group g, one after the other, to be read once; () where rows are plain."""
+    segs = ()
+    if packs is not None:
+        packs += g * 4 * (TILES[len(TILES) - 1][0] + 1)
+        for i in tl.static_range(len(TILES)):
+            segs = segs + segment(packs, TILES[i][0], rank)
+    return segs
+
+
+@triton.jit
+def words(p):
+    """`p` as a pointer to words of 32 bits: bytes are loaded by no less, since single ones meet in shared memory."""
+    return p.to(tl.pointer_type(tl.uint32))
+
+
+@triton.jit
+def load_scale(cache, segs, live, TILES: tl.constexpr, N: tl.constexpr):
+    """Scale of a tile's segment in the rows `cache` points segs, [BLOCK_T] float32; NaN where it is broken."""
     if TILES[N][1] == 16:
         scale = tl.full(live.shape, 1.0, tl.float32)
     else:
-        held = tl.load(cache + tl.load(packs + 4 * TILES[N][0] + 3), mask=live, other=0).to(tl.int32)
+        byte = segs[4 * N + 3]
+        word = tl.load(words(tl.multiple_of(cache, 4) + byte // 4 * 4), mask=live, other=0)
+        held = (word >> (byte % 4 * 8).to(tl.uint32)).to(tl.int32) & 255
         scale = ((held << SCALE_FRACTION) + SCALE_LEAST).to(tl.float32, bitcast=True)
         scale = tl.where(held == BROKEN, float("nan"), scale)
     return scale
 
 
 @triton.jit
-def load_tile(cache, rank, packs, live, scale, TILES: tl.constexpr, N: tl.constexpr, like, r0=0):
-    """Of the group's first `rank` latents in the rows `cache` points at: [BLOCK_T, size], in the dtype of `like`.
+def load_tile(cache, segs, live, scale, TILES: tl.constexpr, N: tl.constexpr, like, r0=0):
+    """Latents in the rows `cache` points at: [BLOCK_T, size], in the dtype of `like`; zeros past the group's rank.
 
     r0: latents beyond the tile's first, a multiple of its size.
     """
-    start, held, _ = segment(packs, TILES[N][0], rank)
+    start, held = segs[4 * N], segs[4 * N + 1]
     first = r0 + TILES[N][2]
     cache = tl.multiple_of(cache, 4)
     if TILES[N][1] == 16:
@@ -52,44 +74,55 @@ def load_tile(cache, rank, packs, live, scale, TILES: tl.constexpr, N: tl.conste
         p = half_pointer(cache + start, like)
         z = tl.load(p[:, None] + r[None, :], mask=live[:, None] & (r < held)[None, :], other=0.0)
     else:
-        j = first // (8 // TILES[N][1]) + tl.arange(0, TILES[N][3] * TILES[N][1] // 8)
-        mask = live[:, None] & (j < held * TILES[N][1] // 8)[None, :]
-        x = tl.load(cache[:, None] + (start + j)[None, :], mask=mask, other=0)
-        if TILES[N][1] == 4:
-            x = tl.reshape(tl.join(x & 15, x >> 4), [x.shape[0], TILES[N][3]])
-        if TILES[N][1] == 2:
-            even, odd = tl.join(x & 3, x >> 4 & 3), tl.join(x >> 2 & 3, x >> 6)
-            x = tl.reshape(tl.join(even, odd), [x.shape[0], TILES[N][3]])
-        z = (x.to(tl.float32) - (2 ** TILES[N][1] - 1) / 2) * scale[:, None]
+        BITS: tl.constexpr = TILES[N][1]
+        j = first // (32 // BITS) + tl.arange(0, TILES[N][3] * BITS // 32)
+        mask = live[:, None] & (j < held * BITS // 32)[None, :]
+        x = tl.load(words(cache + start)[:, None] + j[None, :], mask=mask, other=0)
+        x = tl.reshape(unpacked(x, BITS), [x.shape[0], TILES[N][3]])
+        z = x * scale[:, None] - (2**BITS + (2**BITS - 1) / 2) * scale[:, None]
     return z.to(like.dtype.element_ty)
 
 
 @triton.jit
-def load_tiles(cache, rank, packs, live, TILES: tl.constexpr, like):
+def unpacked(x, BITS: tl.constexpr):
+    """2^BITS + code of every code in words [.., n]: [.., n, 2, 2, ..] float32, codes in order.
+
+    Each is moved to the top of a float's fraction, where it needs no conversion from an integer.
+    """
+    x = tl.join(x << 7, x >> 9)
+    x = tl.join(x << 8, x)
+    if BITS <= 4:
+        x = tl.join(x << 4, x)
+    if BITS == 2:
+        x = tl.join(x << 2, x)
+    return (x & (2**BITS - 1 << 23 - BITS) | (127 + BITS << 23)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load_tiles(cache, segs, live, TILES: tl.constexpr, like):
     """As load_tile, for all tiles."""
     z = ()
     for i in tl.static_range(len(TILES)):
         if TILES[i][2] == 0:
-            scale = load_scale(cache, packs, live, TILES, i)
-        z = z + (load_tile(cache, rank, packs, live, scale, TILES, i, like),)
+            scale = load_scale(cache, segs, live, TILES, i)
+        z = z + (load_tile(cache, segs, live, scale, TILES, i, like),)
     return z
 
 
 @triton.jit
-def latents_of(packs, rank, TILES: tl.constexpr, N: tl.constexpr, r0=0):
-    """Which latents of the group a tile's columns are, and whether they are among its first `rank`: [size] each."""
-    _, held, latent = segment(packs, TILES[N][0], rank)
+def latents_of(segs, TILES: tl.constexpr, N: tl.constexpr, r0=0):
+    """Which latents of the group a tile's columns are, and whether there are such: [size] each."""
     r = r0 + TILES[N][2] + tl.arange(0, TILES[N][3])
-    return latent + r, r < held
+    return segs[4 * N + 2] + r, r < segs[4 * N + 1]
 
 
 @triton.jit
-def load_basis_tile(rows, width, row, rank, packs, c, d, D, TILES: tl.constexpr, N: tl.constexpr, like, r0=0):
+def load_basis_tile(rows, width, row, segs, c, d, D, TILES: tl.constexpr, N: tl.constexpr, like, r0=0):
     """Rows of the basis from `row` on that a tile of latents meets, columns c + d (d < D): [size, len(d)]; zeros past
-    `rank`."""
-    at, some = latents_of(packs, rank, TILES, N, r0)
+    the group's rank."""
+    r, some = latents_of(segs, TILES, N, r0)
     u = tl.load(
-        rows + (row + at)[:, None] * width + (c + d)[None, :],
+        rows + (row + r)[:, None] * width + (c + d)[None, :],
         mask=some[:, None] & (d < D)[None, :],
         other=0.0,
         eviction_policy="evict_last",
@@ -98,59 +131,55 @@ def load_basis_tile(rows, width, row, rank, packs, c, d, D, TILES: tl.constexpr,
 
 
 @triton.jit
-def load_basis_tiles(rows, width, row, rank, packs, c, d, D, TILES: tl.constexpr, like):
+def load_basis_tiles(rows, width, row, segs, c, d, D, TILES: tl.constexpr, like):
     """As load_basis_tile, for all tiles."""
     u = ()
     for i in tl.static_range(len(TILES)):
-        u = u + (load_basis_tile(rows, width, row, rank, packs, c, d, D, TILES, i, like),)
+        u = u + (load_basis_tile(rows, width, row, segs, c, d, D, TILES, i, like),)
     return u
 
 
 @triton.jit
-def load_query_tile(a, packs, rank, in_q, TILES: tl.constexpr, N: tl.constexpr, r0=0):
-    """Absorbed queries [BLOCK_Q, Rk] that `a` points at, as a tile of latents meets them: [size, BLOCK_Q]."""
-    at, some = latents_of(packs, rank, TILES, N, r0)
-    x = tl.load(a[:, None] + at[None, :], mask=in_q[:, None] & some[None, :], other=0.0)
+def load_query_tile(a, segs, in_q, TILES: tl.constexpr, N: tl.constexpr, r0=0):
+    """Absorbed queries [BLOCK_Q, Rk] that `a` points segs, as a tile of latents meets them: [size, BLOCK_Q]."""
+    r, some = latents_of(segs, TILES, N, r0)
+    x = tl.load(a[:, None] + r[None, :], mask=in_q[:, None] & some[None, :], other=0.0)
     return tl.trans(x)
 
 
 @triton.jit
-def load_query_tiles(a, packs, rank, in_q, TILES: tl.constexpr):
+def load_query_tiles(a, segs, in_q, TILES: tl.constexpr):
     """As load_query_tile, for all tiles."""
     x = ()
     for i in tl.static_range(len(TILES)):
-        x = x + (load_query_tile(a, packs, rank, in_q, TILES, i),)
+        x = x + (load_query_tile(a, segs, in_q, TILES, i),)
     return x
 
 
 @triton.jit
-def keys_streamed(cache, packs, live, rows, width, row, rank, c, d, D, TILES: tl.constexpr, like):
+def keys_streamed(cache, segs, live, rows, width, row, c, d, D, TILES: tl.constexpr, like):
     """latents @ basis of the rows `cache` points at, a tile at a time: [BLOCK_T, len(d)] float32.
 
     TILES: one for each segment, which goes along it.
     """
     k = tl.zeros([live.shape[0], d.shape[0]], tl.float32)
     for i in tl.static_range(len(TILES)):
-        _, held, _ = segment(packs, TILES[i][0], rank)
-        scale = load_scale(cache, packs, live, TILES, i)
-        for r0 in range(0, held, TILES[i][3]):
-            u = load_basis_tile(rows, width, row, rank, packs, c, d, D, TILES, i, like, r0)
-            k = tl.dot(load_tile(cache, rank, packs, live, scale, TILES, i, like, r0), u, k, input_precision="ieee")
+        scale = load_scale(cache, segs, live, TILES, i)
+        for r0 in range(0, segs[4 * i + 1], TILES[i][3]):
+            u = load_basis_tile(rows, width, row, segs, c, d, D, TILES, i, like, r0)
+            k = tl.dot(load_tile(cache, segs, live, scale, TILES, i, like, r0), u, k, input_precision="ieee")
     return k
 
 
 @triton.jit
-def scores_streamed(cache, packs, live, a, rank, in_q, TILES: tl.constexpr):
-    """latents @ absorbed queries [BLOCK_Q, Rk] that `a` points at, as keys_streamed: [BLOCK_T, BLOCK_Q] float32."""
+def scores_streamed(cache, segs, live, a, in_q, TILES: tl.constexpr):
+    """latents @ absorbed queries [BLOCK_Q, Rk] that `a` points segs, as keys_streamed: [BLOCK_T, BLOCK_Q] float32."""
     score = tl.zeros([live.shape[0], in_q.shape[0]], tl.float32)
     for i in tl.static_range(len(TILES)):
-        _, held, _ = segment(packs, TILES[i][0], rank)
-        scale = load_scale(cache, packs, live, TILES, i)
-        for r0 in range(0, held, TILES[i][3]):
-            q = load_query_tile(a, packs, rank, in_q, TILES, i, r0)
-            score = tl.dot(
-                load_tile(cache, rank, packs, live, scale, TILES, i, a, r0), q, score, input_precision="ieee"
-            )
+        scale = load_scale(cache, segs, live, TILES, i)
+        for r0 in range(0, segs[4 * i + 1], TILES[i][3]):
+            q = load_query_tile(a, segs, in_q, TILES, i, r0)
+            score = tl.dot(load_tile(cache, segs, live, scale, TILES, i, a, r0), q, score, input_precision="ieee")
     return score
 
 
@@ -169,8 +198,8 @@ def _zeros(M: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def store_tiles(y, acc, weight, rank, packs, live, TILES: tl.constexpr):
+def store_tiles(y, acc, weight, segs, live, TILES: tl.constexpr):
     """acc * weight to the columns of their latents in the live rows `y` points at."""
     for i in tl.static_range(len(TILES)):
-        at, some = latents_of(packs, rank, TILES, i)
-        tl.store(y[:, None] + at[None, :], acc[i] * weight[:, None], mask=live[:, None] & some[None, :])
+        r, some = latents_of(segs, TILES, i)
+        tl.store(y[:, None] + r[None, :], acc[i] * weight[:, None], mask=live[:, None] & some[None, :])

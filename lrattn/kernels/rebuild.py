@@ -6,8 +6,7 @@ from torch import Tensor
 
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Tokens
-from lrattn.kernels.packed import keys_streamed
-from lrattn.kernels.rows import packs_of
+from lrattn.kernels.packed import keys_streamed, segments
 from lrattn.kernels.tiles import (
     LENGTHS,
     SLICED,
@@ -61,10 +60,9 @@ def rebuild_kernel(
     d = tl.arange(0, BLOCK_D)
     page, offset = slots(pages + i_b * pages_stride, t, live, P)
     p_cache = cache + page * cache_strides[0] + offset * cache_strides[1]
+    segs = segments(packs, place // C, rank, ROW)
     if packs is not None:
-        packs += packs_of(place // C, ROW)
-    if packs is not None:
-        k = keys_streamed(p_cache, packs, live, basis, C * D, r0, rank, place % C * D, d, D, ROW, x)
+        k = keys_streamed(p_cache, segs, live, basis, C * D, r0, place % C * D, d, D, ROW, x)
     else:
         k = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
         for r in range(0, rank, BLOCK_R):

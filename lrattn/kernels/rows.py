@@ -1,6 +1,6 @@
 """A group's latents in a row, plain or packed: loaded, and met by what they are multiplied with, by one name.
 
-ROW is the pieces of a rank (kernels/pieces.py), or with `packs` the tiles of its segments (kernels/packed.py).
+ROW is the pieces of a rank (kernels/pieces.py); or, with `segs`, the tiles of its segments (kernels/packed.py).
 """
 
 import triton
@@ -11,45 +11,39 @@ from lrattn.kernels.pieces import load_basis, load_pieces, store_pieces, transpo
 
 
 @triton.jit
-def packs_of(g, ROW: tl.constexpr):
-    """Where group g begins in the segments of packed rows."""
-    return g * 4 * (ROW[len(ROW) - 1][0] + 1)
-
-
-@triton.jit
-def load_row(cache, column, rank, packs, live, ROW: tl.constexpr, like):
-    """Latents of the rows `cache` points at: [BLOCK_T, size] each."""
-    if packs is None:
+def load_row(cache, column, rank, segs, live, ROW: tl.constexpr, like):
+    """Latents of the rows `cache` points segs: [BLOCK_T, size] each."""
+    if len(segs) == 0:
         z = load_pieces(cache, column, rank, live, ROW)
     else:
-        z = load_tiles(cache, rank, packs, live, ROW, like)
+        z = load_tiles(cache, segs, live, ROW, like)
     return z
 
 
 @triton.jit
-def load_row_basis(rows, width, r0, rank, packs, c, d, D, ROW: tl.constexpr, like):
+def load_row_basis(rows, width, r0, rank, segs, c, d, D, ROW: tl.constexpr, like):
     """The basis of the latents, columns c + d (d < D): [size, len(d)] each, in the dtype of pointer `like`."""
-    if packs is None:
+    if len(segs) == 0:
         u = load_basis(rows, width, r0, rank, c, d, D, ROW, like)
     else:
-        u = load_basis_tiles(rows, width, r0, rank, packs, c, d, D, ROW, like)
+        u = load_basis_tiles(rows, width, r0, segs, c, d, D, ROW, like)
     return u
 
 
 @triton.jit
-def load_row_queries(a, rank, packs, in_q, ROW: tl.constexpr):
-    """Absorbed queries [BLOCK_Q, Rk] that `a` points at: [size, BLOCK_Q] each."""
-    if packs is None:
+def load_row_queries(a, rank, segs, in_q, ROW: tl.constexpr):
+    """Absorbed queries [BLOCK_Q, Rk] that `a` points segs: [size, BLOCK_Q] each."""
+    if len(segs) == 0:
         x = transposed(load_pieces(a, 0, rank, in_q, ROW))
     else:
-        x = load_query_tiles(a, packs, rank, in_q, ROW)
+        x = load_query_tiles(a, segs, in_q, ROW)
     return x
 
 
 @triton.jit
-def row_zeros(M: tl.constexpr, packs, ROW: tl.constexpr):
+def row_zeros(M: tl.constexpr, segs, ROW: tl.constexpr):
     """Sums to begin with: [M, size] each, float32."""
-    if packs is None:
+    if len(segs) == 0:
         acc = zeros(M, ROW)
     else:
         acc = packed_zeros(M, ROW)
@@ -57,9 +51,9 @@ def row_zeros(M: tl.constexpr, packs, ROW: tl.constexpr):
 
 
 @triton.jit
-def store_row(y, acc, weight, rank, packs, live, ROW: tl.constexpr):
-    """acc * weight to the latents of the live rows `y` points at."""
-    if packs is None:
+def store_row(y, acc, weight, rank, segs, live, ROW: tl.constexpr):
+    """acc * weight to the latents of the live rows `y` points segs."""
+    if len(segs) == 0:
         store_pieces(y, acc, weight, rank, live, ROW)
     else:
-        store_tiles(y, acc, weight, rank, packs, live, ROW)
+        store_tiles(y, acc, weight, segs, live, ROW)

@@ -6,9 +6,8 @@ from torch import Tensor
 
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Rule, Tokens
-from lrattn.kernels.packed import keys_streamed, load_basis_tiles, load_tiles
+from lrattn.kernels.packed import keys_streamed, load_basis_tiles, load_tiles, segments
 from lrattn.kernels.pieces import product
-from lrattn.kernels.rows import packs_of
 from lrattn.kernels.tiles import (
     LENGTHS,
     SLICED,
@@ -114,10 +113,9 @@ def latent_scores_kernel(
     column, rank, r0 = load_run(runs, place // C)
     d, j, r1 = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_D // 2), tl.arange(0, R1)
     c = place % C * D
-    if packs is not None:
-        packs += packs_of(place // C, ROW)
+    segs = segments(packs, place // C, rank, ROW)
     if RESIDENT and packs is not None:
-        u = load_basis_tiles(uk, C * D, r0, rank, packs, c, d, D, ROW, x)
+        u = load_basis_tiles(uk, C * D, r0, segs, c, d, D, ROW, x)
     elif RESIDENT:
         u1 = load_rows(uk, C * D, r0, rank, c, d, D, r1).to(ck.dtype.element_ty)
         if R2 > 0:
@@ -151,9 +149,9 @@ def latent_scores_kernel(
         for d0 in tl.static_range(0, D, BLOCK_D):
             if packs is not None:
                 if RESIDENT:
-                    k = product(load_tiles(p_ck, rank, packs, live, ROW, x), u)
+                    k = product(load_tiles(p_ck, segs, live, ROW, x), u)
                 else:
-                    k = keys_streamed(p_ck, packs, live, uk, C * D, r0, rank, c, d0 + d, D, ROW, x)
+                    k = keys_streamed(p_ck, segs, live, uk, C * D, r0, c, d0 + d, D, ROW, x)
             elif RESIDENT:
                 k = tl.dot(load_latents(p_ck, column, rank, live, r1), u1, input_precision="ieee")
                 if R2 > 0:

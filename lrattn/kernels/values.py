@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Rule, Tokens
-from lrattn.kernels.packed import latents_of, load_scale, load_tile
+from lrattn.kernels.packed import latents_of, load_scale, load_tile, segment
 from lrattn.kernels.tiles import (
     LENGTHS,
     SLICED,
@@ -69,7 +69,7 @@ def latent_values_kernel(
     column, rank, _ = load_run(runs, g)
     r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
     if packs is not None:
-        packs += g * 4 * SEGMENTS
+        segs = segment(packs + g * 4 * SEGMENTS, TILES[0][0], rank)
     p_s = s + i_b * s_strides[0] + row * s_strides[1]
     peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
@@ -86,8 +86,8 @@ def latent_values_kernel(
         p, fade, peak, total = softmax_step(score, peak, total, 1)
         p_cv = cv + page * cv_strides[0] + offset * cv_strides[1]
         if packs is not None:
-            scale = load_scale(p_cv, packs, live, TILES, 0)
-            z = load_tile(p_cv, rank, packs, live, scale, TILES, 0, uv, i_r * BLOCK_R)
+            scale = load_scale(p_cv, segs, live, TILES, 0)
+            z = load_tile(p_cv, segs, live, scale, TILES, 0, uv, i_r * BLOCK_R)
         else:
             z = load_latents(p_cv, column, rank, live, r)
         acc = tl.dot(p.to(z.dtype), z, acc * fade[:, None], input_precision="ieee")
@@ -98,10 +98,10 @@ def latent_values_kernel(
     p_y = y + i_b * y_strides[0] + i_s.to(tl.int64) * y_strides[1] + row * y_strides[2]
     acc /= tl.where(some, total, 1.0)[:, None]
     if packs is not None:
-        r, own = latents_of(packs, rank, TILES, 0, i_r * BLOCK_R)
+        r, there = latents_of(segs, TILES, 0, i_r * BLOCK_R)
     else:
-        own = r < rank
-    tl.store(p_y[:, None] + r[None, :], acc, mask=(in_q & some)[:, None] & own[None, :])
+        there = r < rank
+    tl.store(p_y[:, None] + r[None, :], acc, mask=(in_q & some)[:, None] & there[None, :])
 # fmt: on
 
 

@@ -8,8 +8,7 @@ from torch import Tensor
 from lrattn.formats import half
 from lrattn.kernels import launch
 from lrattn.kernels.pack import pack_latents
-from lrattn.kernels.packed import keys_streamed
-from lrattn.kernels.rows import packs_of
+from lrattn.kernels.packed import keys_streamed, segments
 from lrattn.kernels.tiles import LENGTHS, SLICED, half_pointer, load_latents, load_rows, load_run
 from lrattn.operands import Keys, Values
 from lrattn.shapes import cdiv
@@ -79,10 +78,9 @@ def norm_columns_kernel(
     column, rank, r0 = load_run(runs, place // C)
     d = tl.arange(0, BLOCK_D)
     p_ck = ck + slot // P * ck_strides[0] + slot % P * ck_strides[1]
+    segs = segments(packs, place // C, rank, ROW)
     if packs is not None:
-        packs += packs_of(place // C, ROW)
-    if packs is not None:
-        k = keys_streamed(p_ck, packs, live, uk, C * D, r0, rank, place % C * D, d, D, ROW, zk)
+        k = keys_streamed(p_ck, segs, live, uk, C * D, r0, place % C * D, d, D, ROW, zk)
     else:
         k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         for r in range(0, rank, BLOCK_R):
