@@ -20,7 +20,7 @@ class WrongResult(RuntimeError):
 
 
 class Prepared(NamedTuple):
-    """A run that can be repeated. result: the tensor it writes each time. run: kept for the tensors that a graph reads."""
+    """A run that can be repeated. result: the tensor it writes each time. run: kept, for a graph reads its tensors."""
 
     replay: Callable[[], object]
     result: Tensor

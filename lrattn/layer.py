@@ -139,10 +139,9 @@ class LayerFactors:
     def k_width(self) -> int:
         """Columns of the key cache: latents, then the norm columns (1/rms as hi and lo part), padded to 16. Bytes where
         latents are packed; norm columns are 16-bit numbers there, and not padded."""
-        normed = self.key_norm is not None
         if self.row_side.formats:
-            return self.row_side.latent_bytes + 4 * self.num_kv_heads * normed
-        return self.row_width + norm_width(self.num_kv_heads) * normed
+            return self.row_side.latent_bytes + self.norm_bytes
+        return self.row_width + (0 if self.key_norm is None else norm_width(self.num_kv_heads))
 
     @property
     def v_width(self) -> int:

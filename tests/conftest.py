@@ -20,6 +20,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs --gpu")
     if config.getoption("--gpu"):
         assert torch.cuda.is_available(), "--gpu: no GPU is visible to torch"
+        config.pluginmanager.register(TellsAtOnce())
     else:
         os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 
@@ -31,10 +32,12 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="needs --gpu"))
 
 
-def pytest_runtest_logreport(report):
-    """A GPU's time may be up before the end, where failures are told."""
-    if report.failed and "PYTEST_TELL_AT_ONCE" in os.environ:
-        print(f"\n{report.nodeid}\n{report.longreprtext[-1500:]}", flush=True)
+class TellsAtOnce:
+    """Failures as they come: a GPU's time may be up before the end, where pytest tells them."""
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            print(f"\n{report.nodeid}\n{report.longreprtext[-1500:]}", flush=True)
 
 
 def pytest_generate_tests(metafunc):

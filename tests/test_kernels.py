@@ -45,8 +45,10 @@ def check(case, dtype, device):
     own, own_lse = (x.cpu() for x in attend_densely(problem))
     some = true_lse.isfinite()
     assert torch.equal(lse == -torch.inf, ~some)
-    assert_no_worse(out, own, true)
-    assert_no_worse(lse[some], own_lse[some], true_lse[some], dtype)
+    # exp2 of a GPU takes x log2(e), rounded: in float32 that is |x| times as much as PyTorch's exp is off by
+    rounding = 16 * torch.finfo(dtype).eps if device.type == "cuda" and dtype == torch.float32 else 0.0
+    assert_no_worse(out, own, true, slack=rounding * true.abs().max().item())
+    assert_no_worse(lse[some], own_lse[some], true_lse[some], dtype, slack=rounding)
 
 
 def attend_densely(problem):

@@ -126,7 +126,7 @@ def absorbed_scores_kernel(
     for t0 in range(t_begin, t_end, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
         live = (t >= begin) & (t < t_end)
-        page, offset = slots(pages + i_b * pages_stride, t, live, P)
+        page, offset = slots(pages + i_b * pages_stride, t0, t, live, P, BLOCK_T)
         p_ck = ck + page * ck_strides[0] + offset * ck_strides[1]
         if packs is not None:
             if RESIDENT:

@@ -98,7 +98,7 @@ def fused_rebuilt_kernel(
     for t0 in range(t_begin, t_end, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
         live = (t >= begin) & (t < t_end)
-        page, offset = slots(pages + i_b * pages_stride, t, live, P)
+        page, offset = slots(pages + i_b * pages_stride, t0, t, live, P, BLOCK_T)
         p_ck = ck + page * ck_strides[0] + offset * ck_strides[1]
         z = load_row(p_ck, key_column, row_rank, key_segs, live, KEYS, x)
         k = product(z, u)

@@ -53,7 +53,7 @@ LATENT_SCORES = (
     Row(Launch(4, 2, block_d=64, resident=True), HOPPER, head=64, rank=384, queries=16),
     Row(Launch(8, 2, block_d=64, resident=True), HOPPER, head=64, rank=384),
     Row(Launch(4, 2, block_d=64, resident=True), ("sm80",), head=64, rank=256),
-    Row(Launch(4, 2, block_d=128, resident=True), ("sm90",), head=128, rank=128, queries=16),  # two to a multiprocessor
+    Row(Launch(4, 2, block_d=128, resident=True), ("sm90",), head=128, rank=192, queries=16),  # two to a multiprocessor
     Row(Launch(8, 2, block_d=128, resident=True), ("sm90",), head=128, rank=128),
     Row(Launch(4, 1, block_d=128, resident=True), ("sm90",), head=128, rank=256, queries=16, table=False),  # also two
     Row(Launch(4, 2, block_d=128, resident=True), ("sm90",), head=128, rank=320, queries=16),
@@ -64,6 +64,8 @@ LATENT_SCORES = (
     Row(Launch(4, 2, block_r=64, block_d=128), ("gfx9",), queries=16),
     Row(Launch(8, 1, block_r=64, block_d=64), ()),
     Row(Launch(8, 1, block_r=32, block_d=64), (), itemsize=4),
+    Row(Launch(4, 1, block_d=64, resident=True), ("sm90",), head=64, rank=384, queries=16, packed=True),
+    Row(Launch(4, 1, block_d=128, resident=True), ("sm90",), head=128, rank=256, queries=16, table=False, packed=True),
     Row(Launch(8, 1, block_r=64, block_d=128), HOPPER, queries=16, packed=True),
     Row(Launch(8, 1, block_r=32, block_d=64), (), queries=32, packed=True),
     Row(Launch(8, 1, block_r=32, block_d=32), (), packed=True),
@@ -85,13 +87,15 @@ ABSORBED_SCORES = (
 LATENT_VALUES = (
     Row(Launch(4, 3, block_r=64), (), rank=64, queries=16),
     Row(Launch(4, 3, block_r=256), BIG, rank=256, queries=16),
-    Row(Launch(4, 3, block_r=128), ("sm80", "sm90"), queries=16),
+    Row(Launch(8, 1, block_r=256), ("sm90",), queries=16),
+    Row(Launch(4, 3, block_r=128), ("sm80",), queries=16),
     Row(Launch(4, 2, block_r=128), ("sm100", "gfx9"), queries=16),
     Row(Launch(4, 3, block_r=128), ("sm90",)),
     Row(Launch(8, 3, block_r=128), ("sm80",)),
     Row(Launch(8, 2, block_r=64), ()),
     Row(Launch(4, 1, block_r=64), (), itemsize=4),
-    Row(Launch(8, 2, block_r=64), HOPPER, queries=16, packed=True),
+    Row(Launch(8, 1, block_r=128), ("sm90",), queries=16, packed=True),
+    Row(Launch(8, 2, block_r=64), ("sm100",), queries=16, packed=True),
     Row(Launch(8, 1, block_r=32), (), packed=True),
     Row(Launch(8, 1, block_r=32), (), itemsize=4, packed=True),
 )
@@ -108,21 +112,21 @@ FUSED_ABSORBED = (
     Row(Launch(8, 1, block_r=128), ("sm80", "sm100"), rank=256, values=256, queries=32),
     Row(Launch(4, 1, block_r=128), ("gfx9",), rank=256, values=256, queries=16),
     Row(Launch(4, 1, block_r=128), (), rank=128, values=128, itemsize=4, least_itemsize=4),
-    Row(Launch(8, 2, block_r=128), ("sm90",), rank=256, values=256, queries=16, packed=True),
-    Row(Launch(8, 1, block_r=128), ("sm90",), rank=0, values=384, queries=16, extras=0, packed=True),
+    Row(Launch(4, 1, block_r=64), ("sm90",), rank=256, values=256, queries=16, packed=True),
+    Row(Launch(8, 1, block_r=64), ("sm90",), rank=0, values=384, queries=16, extras=0, packed=True),
 )
 FUSED_REBUILT = (
     Row(Launch(4, 1, block_r=128), ("sm90",), head=64, rank=256, values=256, queries=16, extras=1),
     Row(Launch(4, 1, block_r=128), ("sm90",), head=64, rank=128, values=128, queries=32, extras=1),
     Row(Launch(4, 2, block_r=128), ("sm90",), head=128, rank=128, values=128, queries=16, table=False, extras=0),
-    Row(Launch(4, 2, block_r=128), ("sm90",), head=128, rank=0, values=128, queries=16, table=False, extras=1),
+    Row(Launch(4, 2, block_r=64), ("sm90",), head=128, rank=0, values=128, queries=16, table=False, extras=1),
     Row(Launch(4, 2, block_r=64), ("sm90",), head=128, rank=0, values=256, queries=16, table=False, extras=0),
     Row(Launch(8, 1, block_r=128), ("sm100",), head=64, rank=256, values=256, queries=16),
     Row(Launch(8, 1, block_r=128), ("sm100",), head=128, rank=128, values=128, queries=16),
     Row(Launch(8, 1, block_r=128), ("sm100",), head=128, rank=0, values=256, queries=16, extras=1),
     Row(Launch(4, 1, block_r=128), HOPPER, head=128, rank=128, values=128, queries=16, itemsize=4, least_itemsize=4),
-    Row(Launch(8, 1, block_r=128), ("sm90",), head=64, rank=256, values=256, queries=16, extras=0, packed=True),
-    Row(Launch(8, 1, block_r=128), ("sm90",), head=128, rank=128, values=128, queries=16, extras=0, packed=True),
+    Row(Launch(8, 1, block_r=64), ("sm90",), head=64, rank=256, values=256, queries=16, extras=0, packed=True),
+    Row(Launch(8, 1, block_r=64), ("sm90",), head=128, rank=128, values=128, queries=16, extras=0, packed=True),
 )
 ABSORB_QUERIES = (
     Row(Launch(4, 1, block_q=16, block_r=64), ()),

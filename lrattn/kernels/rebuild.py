@@ -58,7 +58,7 @@ def rebuild_kernel(
     column, rank, r0 = load_run(runs, place // C)
     head = tl.load(heads + place)
     d = tl.arange(0, BLOCK_D)
-    page, offset = slots(pages + i_b * pages_stride, t, live, P)
+    page, offset = slots(pages + i_b * pages_stride, t0, t, live, P, BLOCK_T)
     p_cache = cache + page * cache_strides[0] + offset * cache_strides[1]
     segs = segments(packs, place // C, rank, ROW)
     if packs is not None:

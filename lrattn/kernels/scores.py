@@ -133,7 +133,7 @@ def latent_scores_kernel(
     for t0 in range(t_begin, t_end, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
         live = (t >= begin) & (t < t_end)
-        page, offset = slots(pages + i_b * pages_stride, t, live, P)
+        page, offset = slots(pages + i_b * pages_stride, t0, t, live, P, BLOCK_T)
         p_ck = ck + page * ck_strides[0] + offset * ck_strides[1]
         p_x = x + i_b * x_strides[0] + row[:, None] * x_strides[2] + j[None, :]
         if TABLE:

@@ -38,9 +38,15 @@ def part_of(begin, end, first_tile, tiles, i, n, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def slots(pages, t, live, P: tl.constexpr):
-    """Page and offset of tokens t, int64; pages: one sequence's row of the table."""
-    page = tl.load(pages + t // P, mask=live, other=0).to(tl.int64)
+def slots(pages, t0, t, live, P: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Page and offset of the tokens t of the tile from t0 on, int64; pages: one sequence's row of the table.
+
+    Pages that hold whole tiles are looked up once a tile.
+    """
+    if P % BLOCK_T == 0:
+        page = tl.load(pages + t0 // P).to(tl.int64)
+    else:
+        page = tl.load(pages + t // P, mask=live, other=0).to(tl.int64)
     return page, (t % P).to(tl.int64)
 
 

@@ -77,7 +77,7 @@ def latent_values_kernel(
     for t0 in range(t_begin, t_end, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
         live = (t >= begin) & (t < t_end)
-        page, offset = slots(pages + i_b * pages_stride, t, live, P)
+        page, offset = slots(pages + i_b * pages_stride, t0, t, live, P, BLOCK_T)
         score = tl.load(
             p_s[:, None] + (t - origin)[None, :],
             mask=in_q[:, None] & live[None, :],
