@@ -34,8 +34,8 @@ def family(row: Row) -> str:
 
 
 def points(cells: list[Settings], name: str, near: bool) -> list[Point]:
-    """Of a model, without or with a dense window, from the fewest bytes. Factors that are made for a dense window are
-    shown with it, and others of a method that can make them without."""
+    """Of a model, without or with a dense window, from the fewest bytes. Factors of `lrattn` are made for one of the
+    two, and left out of the other."""
     rows = {row for b in PLANS[name].frontier for row in b.rows}
     own = {"model": name, "length": LENGTH, "counted": False}
     found = []

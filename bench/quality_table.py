@@ -157,7 +157,7 @@ def frontier(cells: list[Settings], name: str) -> str:
             window = f"{p.cell['recent']}+{p.cell['sinks']}" if near else ""
             each, dense = p.cell["bytes_per_token"], p.cell["dense_bytes_per_token"]
             bytes_ = "".join(f"{n:>7.0f}" for n in (each, *p.cell["bytes_at"].values()))
-            shares = f"{p.share:>7.3f}{16 * each / dense:>6.2f}"
+            shares = f"{p.share:>7.3f}{16 * each / dense:>6.2f}  "
             lines.append(f"{p.row.label:<{LABEL}}{window:<6}{bytes_}{shares}" + "".join(both(p.cell, t) for t in TEXTS))
     if not lines:
         return ""
@@ -168,7 +168,7 @@ def frontier(cells: list[Settings], name: str) -> str:
         "bytes: of a cache without end, and with its window at so many tokens of context; share: of the dense cache of",
         "16 bits, with a window at the last of them; bits: for each number of the dense cache, without end",
         "",
-        f"{'':<{LABEL + 6}}{'bytes':>7}{contexts}{'share':>7}{'bits':>6}{names}",
+        f"{'':<{LABEL + 6}}{'bytes':>7}{contexts}{'share':>7}{'bits':>6}  {names}",
     ]
     return "\n".join([*head, *lines])
 

@@ -88,9 +88,11 @@ def growing(part: AttentionParts, quantiser: Kivi, bits: int) -> Callable[..., t
         place = torch.arange(quantiser.tokens, device=k.device)
         outs = []
         for at in t.split(BLOCK):
-            group = at // quantiser.tokens
-            before = t < (group * quantiser.tokens)[:, None]  # [queries, T]
-            far, far_lse = masked_attention(q[None, at], whole[None], values[None], before[None], part.scale)
+            group, end = at // quantiser.tokens, int(at[-1])
+            before = t[:end] < (group * quantiser.tokens)[:, None]  # [queries, end]
+            far, far_lse = masked_attention(
+                q[None, at], whole[None, :end], values[None, :end], before[None], part.scale
+            )
             seen = place <= (at % quantiser.tokens)[:, None]
             near = masked_attention(q[at, None], own_keys[at], own_values[group], seen[:, None], part.scale)
             outs.append(merge_attention((far[0], near[0][:, 0]), (far_lse[0], near[1][:, 0]))[0])

@@ -167,6 +167,7 @@ def test_cells_of_fewer_bits_count_every_byte(measured):
     assert 180 < auto["bytes_per_token"] <= 192 and 360 < palu["bytes_per_token"] <= 384
     assert kivi["bytes_per_token"] == near["bytes_per_token"] == 768 * 5 / 8 and half["bytes_per_token"] == 1536
     assert kivi["whole_keep"] == 5 / 16 and near["whole_keep"] == pytest.approx(5 / 16 * 6 / 40 + 34 / 40)
+    assert sum(map(sum, palu["widths"])) > 0.8 * sum(map(sum, measured[2]["widths"]))  # at half of its bytes
     assert auto["key_share"] == 1 and palu["factors"] != measured[2]["factors"]
     lost = [cell["texts"]["news"]["losses"] for cell in (measured[0], half, near, kivi)]
     gaps = [max(abs(a - b) for a, b in zip(x, lost[0], strict=True)) for x in lost[1:]]
@@ -185,6 +186,8 @@ def test_keys_read_a_share_of_a_row_s_bytes(tmp_path):
     assert 0 < len(segments) < len(form.segments) and begun[-1] == ride.keys.width
     assert quality.key_bytes(ride) == sum(r * b // 8 for r, b in segments) + -(-scales // 4) * 4
     plain = replace(ride, values=replace(ride.values, format=None))
+    digests = [quality.digest_of(lrattn.Factors((layer,))) for layer in (ride, plain)]
+    assert digests[0] != digests[1]
     assert quality.key_bytes(plain) == 2 * plain.keys.width < plain.bytes_per_token
     apart = lrattn.compress(model, shared=False, bits=4, keep=0.2, **given).layers[1]
     assert quality.key_bytes(apart) == apart.keys.latent_bytes == apart.bytes_per_token - apart.values.latent_bytes
@@ -254,6 +257,10 @@ def test_the_frontier_renders_from_whatever_cells_there_are(measured, tmp_path):
         name = f"{row_of(cell).label:<{quality_table.LABEL}}{window:<6}"
         line = next(line for line in sections["frontier"].splitlines() if line.startswith(name))
         assert f"{cell['bytes_per_token']:.0f}" in line and f"±{cell['texts']['news']['error']:.3f}" in line
+    for near, field in ((False, lambda c: c["bytes_per_token"]), (True, lambda c: c["bytes_at"]["8192"])):
+        found = quality_frontier.points(cells, "smollm2", near)
+        assert found and all(bool(p.cell["recent"]) == near for p in found)
+        assert [p.share for p in found] == sorted(field(p.cell) / 1536 for p in found)
     assert row_of(cells[10]).label not in sections["predicted"]
     assert sections["frontier-words"].startswith("* SmolLM2-135M-Instruct, 3 kv heads, without a dense window: ")
     quality_plot.plot({"cells": cells}, tmp_path / "quality.json")

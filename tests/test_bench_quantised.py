@@ -124,6 +124,21 @@ def test_quantised_attention_is_attention_on_what_comes_back():
     assert not torch.allclose(found, expected, atol=1e-2)
 
 
+def test_groups_begin_behind_the_sinks(monkeypatch):
+    given = []
+
+    class Spy(quantisers.Kivi):
+        def keys(self, k, bits):
+            given.append(len(k))
+            return super().keys(k, bits)
+
+    monkeypatch.setitem(quantisers.QUANTISERS, "kivi-32", Spy(32))
+    model = tiny.model("llama")
+    with torch.no_grad(), quantised.quantised(model, "kivi-32", 4, 64, 4):
+        model(input_ids=tiny.tokens(2, 100), use_cache=False)
+    assert given == [96] * 6  # 3 layers, 2 sequences
+
+
 def test_quantisers_that_cannot_be_are_refused():
     model = tiny.model("llama")
     for near in ((8, 0), (0, 4)):
