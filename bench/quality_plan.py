@@ -17,6 +17,7 @@ from lrattn.problem import Form
 
 LENGTH = 1024  # tokens of a window
 LONG = 4096
+CONTEXTS = (1024, 8192)  # tokens at which the bytes of a dense window are counted, too
 NEAR = (64, 4)  # recent tokens and sinks of the dense window
 
 
@@ -42,7 +43,8 @@ AFTER = {"0": "1"}  # windows that distillation reads, after those of a sample
 
 @dataclass(frozen=True)
 class Row:
-    """A way to make factors: arguments of lrattn.compress.
+    """A way to make factors: arguments of lrattn.compress. Or, of method "quantised", a quantiser of dense keys and
+    values, of bench/quantisers.py or bench/quantised.py, at `bits`; every number is kept.
 
     refine: steps of distillation, on the windows after the sample's. nested: once at full rank, for cuts to every keep.
     """
@@ -53,14 +55,24 @@ class Row:
     far: tuple[int, int] = (0, 0)
     refine: int = 0
     nested: bool = False
+    bits: int | str = 16
+    quantiser: str = ""
+
+    @property
+    def packed(self) -> bool:
+        """Whether anything else is stored than latents of 16 bits."""
+        return self.bits != 16 or bool(self.quantiser)
 
     @property
     def label(self) -> str:
-        """Two words or three, for a table or a curve."""
+        """Some words for a table or a curve."""
+        if self.quantiser:
+            return f"{self.quantiser} {self.bits} bits"
         form = {None: "", False: " apart", "ride": " ride", True: " joint"}[self.shared]
         ranks = f" {self.ranks}" if self.shared is None and self.ranks else ""
         trained = f" {'nested' if self.nested else 'refined'} {self.refine}" if self.refine else ""
-        return f"{self.method}{form}{ranks}{trained}{' far' if any(self.far) else ''}"
+        bits = {16: "", "auto": " auto"}.get(self.bits, f" {self.bits} bits")
+        return f"{self.method}{form}{ranks}{trained}{bits}{' far' if any(self.far) else ''}"
 
 
 @dataclass(frozen=True)
@@ -84,29 +96,30 @@ class Block:
 
 @dataclass(frozen=True)
 class Plan:
-    """windows: of each evaluation text."""
+    """windows: of each evaluation text. frontier: loss against bytes, by fewer latents and by fewer bits."""
 
     title: str
     load: Callable[[], Any]
     windows: int
     blocks: tuple[Block, ...]
     group_size: int = 4
+    frontier: tuple[Block, ...] = ()
 
     @property
     def rows(self) -> tuple[Row, ...]:
-        """Of all blocks of plain windows without a dense window, each once."""
+        """Of `blocks` of plain windows without a dense window, each once."""
         plain = (b for b in self.blocks if not any(b.near) and b.length == LENGTH)
         return tuple(dict.fromkeys(row for b in plain for row in b.rows))
 
     @property
     def beyond(self) -> tuple[tuple[int, tuple[int, int], Row], ...]:
-        """Length, dense window and row of all blocks that have such a window, each once."""
+        """Length, dense window and row of those of `blocks` that have such a window, each once."""
         near = (b for b in sorted(self.blocks, key=lambda b: b.length) if any(b.near))
         return tuple(dict.fromkeys((b.length, b.near, row) for b in near for row in b.rows))
 
     @property
     def keeps(self) -> tuple[float, ...]:
-        """Of all blocks, from the largest."""
+        """Of `blocks`, from the largest."""
         return tuple(sorted({keep for b in self.blocks for keep in b.keeps}, reverse=True))
 
 
@@ -137,6 +150,64 @@ NESTED = replace(UNTRAINED, refine=64, nested=True)
 REFINED = (Row("palu", "spectrum", refine=32), replace(JOINT, refine=32))
 SAMPLED = (Row("palu", "spectrum"), Row("kq-svd"), APART, RIDE, JOINT)  # which take one backward pass together
 
+
+def quantised(quantiser: str, *bits: int) -> tuple[Row, ...]:
+    return tuple(Row("quantised", "", bits=b, quantiser=quantiser) for b in bits)
+
+
+def at_bits(bits: int | str, *rows: Row) -> tuple[Row, ...]:
+    return tuple(replace(row, bits=bits) for row in rows)
+
+
+def per_number(*bits: float) -> tuple[float, ...]:
+    """Kept shares that are so many bits for each number of the dense cache."""
+    return tuple(b / 16 for b in bits)
+
+
+DENSE_DATA: dict[str, Any] = {
+    "keeps": (1.0,),
+    "samples": ("",),
+}  # of quantised rows
+FAR_RIDE = replace(RIDE, far=NEAR)
+LOW_RANK, FAR_LOW_RANK = (PALU, RECALKV, RIDE, JOINT), (PALU, RECALKV, FAR_RIDE, FAR_JOINT)
+AUTO, FAR_AUTO = at_bits("auto", JOINT), at_bits("auto", FAR_JOINT)
+FRONTIER = (
+    Block(1, AUTO, per_number(2, 1.5), probe=True),
+    Block(1, AUTO, per_number(4), probe=True),
+    Block(1, AUTO, per_number(5, 3, 1)),
+    Block(1, quantised("kivi-32", 4, 3, 2), **DENSE_DATA, probe=True),
+    Block(1, quantised("kivi-32", 8), **DENSE_DATA),
+    Block(1, quantised("rotated", 4, 3, 2), **DENSE_DATA),
+    Block(1, FAR_AUTO, per_number(2, 1.5), near=NEAR, probe=True),
+    Block(2, quantised("kivi-32", 4, 3, 2), **DENSE_DATA, near=NEAR, probe=True),
+    Block(2, quantised("rotated", 4, 3, 2), **DENSE_DATA, near=NEAR),
+    Block(2, quantised("quanto", 4, 2), **DENSE_DATA, near=(128, 0), probe=True),
+    Block(2, FAR_AUTO, per_number(1), near=NEAR, probe=True),
+    Block(2, FAR_AUTO, per_number(4, 3, 5, 2.5), near=NEAR),
+    Block(2, quantised("kivi-64", 4, 3, 2), **DENSE_DATA),
+    Block(2, AUTO, per_number(2.5)),
+    Block(3, LOW_RANK, (0.5,)),
+    Block(3, LOW_RANK, (0.3,), probe=True),
+    Block(3, LOW_RANK, (0.2, 0.7)),
+    Block(3, FAR_LOW_RANK, (0.3, 0.5, 0.2), near=NEAR),
+    Block(3, at_bits("auto", RIDE), per_number(2, 1.5, 4, 3, 1, 5, 2.5)),
+    Block(3, at_bits(4, *LOW_RANK), (0.25, 0.15, 0.1)),
+    Block(4, at_bits(4, *FAR_LOW_RANK), (0.15, 0.1, 0.05), near=NEAR),
+    Block(4, at_bits("auto", FAR_RIDE), per_number(2, 1.5, 1, 4, 3), near=NEAR),
+    Block(4, at_bits(8, *LOW_RANK), (0.5, 0.25, 0.15)),
+    Block(4, at_bits(8, *FAR_LOW_RANK), (0.25, 0.15), near=NEAR),
+    Block(4, quantised("kivi-64", 4, 3, 2), **DENSE_DATA, near=NEAR),
+    Block(4, quantised("half", 16), **DENSE_DATA),
+    Block(4, (*quantised("rotated", 8), *quantised("kivi-32", 8)), **DENSE_DATA, near=NEAR),
+    Block(4, quantised("rotated", 8), **DENSE_DATA),
+)
+SHORT_FRONTIER = (
+    Block(2, AUTO, per_number(2, 1.5, 4, 3, 1)),
+    Block(2, quantised("kivi-32", 4, 3, 2, 8), **DENSE_DATA),
+    Block(2, quantised("rotated", 4, 3, 2), **DENSE_DATA),
+    Block(2, (PALU, JOINT), (0.5, 0.3)),
+)
+
 PLANS = {
     "smollm2": Plan(
         "SmolLM2-135M-Instruct, 3 kv heads",
@@ -164,6 +235,7 @@ PLANS = {
             Block(6, SAMPLED, (0.3,), samples=("16", "64", "news")),
             Block(7, TOP + REST, (0.2, 0.7)),
         ),
+        frontier=FRONTIER,
     ),
     "qwen2.5-coder": Plan(
         "Qwen2.5-Coder-0.5B-Instruct, 2 kv heads, biases",
@@ -174,6 +246,7 @@ PLANS = {
             Block(5, (PALU, JOINT, FAR_JOINT), (0.3,), near=NEAR, counted=True),
             Block(6, (Row("palu", "spectrum"),), (0.5, 0.3)),
         ),
+        frontier=SHORT_FRONTIER,
     ),
     "smollm2-mha": Plan(
         "SmolLM2 as 9 shuffled kv heads, groups of 3",
@@ -191,14 +264,15 @@ DENSE = Row("dense", "")
 Settings = dict[str, Any]
 
 
-def cells(name: str) -> Iterator[tuple[int, Settings]]:
-    """Stage and settings of every cell of a model, the dense model's first; each once, at its first stage."""
+def cells(name: str, *, frontier: bool = False) -> Iterator[tuple[int, Settings]]:
+    """Stage and settings of every cell of a model, or of its frontier, the dense model's first; each once, at its first
+    stage."""
     plan = PLANS[name]
-    dense = Block(0, (DENSE,), (1.0,), samples=("",))
+    dense = Block(0, (DENSE,), **DENSE_DATA)
     sizes = dict.fromkeys((b.length, b.windows) for b in plan.blocks)
     probed = any(b.probe for b in plan.blocks)
     own = (replace(dense, length=n, windows=w, probe=probed and n == LENGTH) for n, w in sizes)
-    blocks = (*own, *plan.blocks)
+    blocks = (*own, *(plan.frontier if frontier else (*plan.blocks, *plan.frontier)))
     seen = []
     for b in sorted(blocks, key=lambda b: b.stage):
         for sample, keep, row in itertools.product(b.samples, b.keeps, b.rows):
@@ -230,7 +304,8 @@ def row_of(settings: Settings) -> Row:
 
 def gathered(name: str, sample: str) -> list[str]:
     """What the rows of a model's plan without a dense window need of a calibration sample: names of moments."""
-    rows = {row for b in PLANS[name].blocks if sample in b.samples for row in b.rows if not any(row.far)}
+    blocks = (*PLANS[name].blocks, *PLANS[name].frontier)
+    rows = {row for b in blocks if sample in b.samples for row in b.rows if not any(row.far)}
     return sorted(set().union(*(METHODS[row.method].gathered(row.ranks) for row in rows)))
 
 

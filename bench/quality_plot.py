@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from bench.quality_frontier import PLACES, family, is_frontier, points
 from bench.quality_plan import (
     APART,
     BEYOND,
@@ -55,7 +57,26 @@ AGAINST_BYTES: dict[Row, tuple[str, str]] = CURVES | {
     Row("lorc", "condition"): ("0.35", "<"),
     Row("svd", "uniform"): ("0.65", "x"),
 }
+BITS: dict[str, dict[str, Any]] = {
+    "": {"marker": "o", "ls": "-", "lw": 0.9},
+    " 8 bits": {"marker": "v", "ls": "--", "lw": 0.9},
+    " 4 bits": {"marker": "<", "ls": ":", "lw": 1.2},
+    " auto": {"marker": "P", "ls": "-", "lw": 2.2},
+}
+COLOURS = ("tab:blue", "tab:orange", "yellowgreen", "darkgreen")
+LOW_RANK = dict(zip(map(family, (PALU, RECALKV, RIDE, JOINT)), COLOURS, strict=True))
+FRONTIER: dict[str, dict[str, Any]] = {  # what is drawn of each family
+    **{
+        f"{name}{bits}": {"color": colour, **style} for name, colour in LOW_RANK.items() for bits, style in BITS.items()
+    },
+    "kivi-32": {"color": "tab:red", "marker": "s", "lw": 2},
+    "kivi-64": {"color": "salmon", "marker": "D", "lw": 1},
+    "rotated": {"color": "tab:purple", "marker": "^", "lw": 1.5},
+    "quanto": {"color": "black", "marker": "*", "lw": 1},
+    "half": {"color": "0.5", "marker": "x", "lw": 1},
+}
 LOSS = "loss over the dense model, nats a token"
+FLOOR = 2e-3  # nats, about the error of a few windows: the axis is linear below
 KEEP = "keep: bytes of the latent cache / dense"
 
 
@@ -98,7 +119,7 @@ def is_near(cell: Settings) -> bool:
 
 
 def is_probed(cell: Settings) -> bool:
-    return bool(cell.get("probe_at")) and cell["method"] != "dense"
+    return bool(cell.get("probe_at")) and cell["method"] != "dense" and not row_of(cell).packed
 
 
 def has_prediction(cell: Settings) -> bool:
@@ -257,6 +278,32 @@ def split(cells: list[Settings]) -> Figure:
     return figure
 
 
+def frontier(cells: list[Settings]) -> Figure:
+    """Excess loss, of both texts together, against bytes, both logarithmic; a row for each model, and a panel without
+    and one with a dense window."""
+    names = models_of(cells, is_frontier)
+    figure, axes = panels(len(names), len(PLACES), 5.6, 4.6, sharex=True, sharey=True)
+    for axis, (name, near) in zip(axes, itertools.product(names, PLACES), strict=True):
+        found = points(cells, name, near)
+        axis.set_visible(bool(found))
+        for label, style in FRONTIER.items():
+            if own := [p for p in found if family(p.row) == label]:
+                x, y, error = ([getattr(p, of) for p in own] for of in ("share", "excess", "error"))
+                axis.errorbar(x, y, error, label=label, capsize=2, markersize=4, **style)
+        log_scale(axis, "x")
+        axis.set_yscale("symlog", linthresh=FLOOR, linscale=0.5)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.axhline(0, color="black", lw=0.8)
+        axis.set(xlabel="bytes of the cache / dense 16-bit", ylim=(-2 * FLOOR, None))
+        axis.set_title(PLACES[near], fontsize="medium")
+        axis.tick_params(labelbottom=True)
+        axis.grid(alpha=0.3, which="both")
+    for name, axis in zip(names, axes[:: len(PLACES)], strict=True):
+        axis.set_ylabel(f"{PLANS[name].title}\n{LOSS}")
+    one_legend(figure, axes, "outside right center")
+    return figure
+
+
 def one_legend(figure: Figure, axes: Sequence[Axes], place: str, ncols: int = 1) -> None:
     """Of these panels, each name once."""
     found = [axis.get_legend_handles_labels() for axis in axes]
@@ -298,4 +345,5 @@ PLOTS = {
     "probe": Plot("gain of a passage read again, against distance", is_probed, probe),
     "layers": Plot("predicted loss by layer", has_prediction, layers),
     "split": Plot("latents of keys and values by layer", is_point, split),
+    "frontier": Plot("loss against bytes, by fewer latents and by fewer bits", is_frontier, frontier),
 }

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from bench import quality_plot
-from bench.quality_plan import LENGTH, PLANS, SAMPLES, Row, Settings, find, plain, row_of, settings_of
+from bench import quality_frontier, quality_plot
+from bench.quality_plan import CONTEXTS, LENGTH, PLANS, SAMPLES, Row, Settings, find, plain, row_of, settings_of
 
 MARKED = re.compile(r"(<!-- bench\.quality: ([\w.-]+) -->\n)(.*?)(<!-- end -->)", re.S)
 TEXTS = ("wikipedia", "news")
@@ -26,7 +27,12 @@ def sections(results: dict[str, Any]) -> dict[str, str]:
         "probe": [probe(cells, name) for name in PLANS],
         "predicted": [predicted(cells, name) for name in PLANS],
     }
-    return {name: "\n\n".join(f"```text\n{t}\n```" for t in made if t) for name, made in found.items() if any(made)}
+    if any(map(quality_frontier.is_frontier, cells)):
+        found["frontier"] = [made(cells, name) for name in PLANS for made in (frontier, partial(probe, packed=True))]
+    said = quality_frontier.words(cells)
+    return {name: "\n\n".join(f"```text\n{t}\n```" for t in made if t) for name, made in found.items() if any(made)} | (
+        {"frontier-words": said} if said else {}
+    )
 
 
 def pasted(page: str, results: dict[str, Any]) -> str:
@@ -139,22 +145,54 @@ def samples(cells: list[Settings], name: str) -> str:
     return "\n".join([*head, *lines])
 
 
-def probe(cells: list[Settings], name: str) -> str:
-    """Gain of a passage read again, by distance; the dense model's first."""
-    probed = [c for c in cells if c["model"] == name and c.get("probe_at")]
+def frontier(cells: list[Settings], name: str) -> str:
+    """Bytes a token and both texts' losses, by what is curved together; without a dense window, then with one."""
     lines = []
-    for cell in sorted(probed, key=lambda c: (-c["keep"], c["recent"], c["counted"])):
+    for near, place in quality_frontier.PLACES.items():
+        found = quality_frontier.points(cells, name, near)
+        order = list(dict.fromkeys(quality_frontier.family(row) for b in PLANS[name].frontier for row in b.rows))
+        if found:
+            lines += ["", place]
+        for p in sorted(found, key=lambda p: (order.index(quality_frontier.family(p.row)), -p.share)):
+            window = f"{p.cell['recent']}+{p.cell['sinks']}" if near else ""
+            each, dense = p.cell["bytes_per_token"], p.cell["dense_bytes_per_token"]
+            bytes_ = "".join(f"{n:>7.0f}" for n in (each, *p.cell["bytes_at"].values()))
+            shares = f"{p.share:>7.3f}{16 * each / dense:>6.2f}  "
+            lines.append(f"{p.row.label:<{LABEL}}{window:<6}{bytes_}{shares}" + "".join(both(p.cell, t) for t in TEXTS))
+    if not lines:
+        return ""
+    names = "".join(f"{text:>9}{'excess':>14}" for text in TEXTS)
+    contexts = "".join(f"{f'{n // 1024}K':>7}" for n in CONTEXTS)
+    head = [
+        f"{PLANS[name].title}: perplexity and excess loss by bytes a token, scales and padding included.",
+        "bytes: of a cache without end, and with its window at so many tokens of context; share: of the dense cache of",
+        "16 bits, with a window at the last of them; bits: for each number of the dense cache, without end",
+        "",
+        f"{'':<{LABEL + 6}}{'bytes':>7}{contexts}{'share':>7}{'bits':>6}  {names}",
+    ]
+    return "\n".join([*head, *lines])
+
+
+def probe(cells: list[Settings], name: str, *, packed: bool = False) -> str:
+    """Gain of a passage read again, by distance; the dense model's first, then of latents of 16 bits by kept share, or
+    of what is packed by the share of its bytes."""
+    probed = [c for c in cells if c["model"] == name and c.get("probe_at")]
+    share = {id(c): round(c["achieved_keep"], 3) if row_of(c).packed else c["keep"] for c in probed}
+    probed = [c for c in probed if c["method"] == "dense" or row_of(c).packed == packed]
+    lines = []
+    for cell in sorted(probed, key=lambda c: (-share[id(c)], c["recent"], c["counted"])):
         near = f"{cell['recent']} + {cell['sinks']}" if cell["recent"] else ""
         gains = "".join(f"{p['gain']:>7.2f} ±{p['error']:.2f}{p['again_right']:>6.0%}" for p in cell["probe_at"])
-        lines.append(f"{row_of(cell).label:<{LABEL}}{cell['keep']:>5}  {near:<8}{gains}")
-    if not lines:
+        lines.append(f"{row_of(cell).label:<{LABEL}}{share[id(cell)]:>5}  {near:<8}{gains}")
+    if not lines or (packed and len(lines) < 2):
         return ""
     distances = [p["distance"] for p in probed[0]["probe_at"]]
     head = [
         f"{PLANS[name].title}: nats a token that a passage of 64 tokens gains when it comes again",
         "after so many others, ± the standard error of 4 passages; and the share of its tokens that are the likeliest",
         "",
-        f"{'':<{LABEL}}{' keep':<7}{'window':<8}" + "".join(f"{d:>7}{'':<6}right" for d in distances),
+        f"{'':<{LABEL}}{'share' if packed else ' keep':<7}{'window':<8}"
+        + "".join(f"{d:>7}{'':<6}right" for d in distances),
     ]
     return "\n".join([*head, *lines])
 
@@ -163,7 +201,7 @@ def predicted(cells: list[Settings], name: str) -> str:
     """Loss that the factors' own second order predicts, beside the loss measured. Both in nats a token."""
     lines = []
     for cell in sorted(cells, key=lambda c: -c["keep"]):
-        if cell.get("predicted") and find([cell], **plain(name)):
+        if cell.get("predicted") and find([cell], **plain(name), bits=16):
             measured = "".join(excess(cell, text) for text in TEXTS)
             lines.append(f"{cell['keep']:<5}{row_of(cell).label:<{LABEL}}{cell['predicted']:>10.3f}{measured}")
     if not lines:
