@@ -344,14 +344,16 @@ def test_nothing_is_written_for_no_tokens(device):
     assert (k_cache == 7.0).all() and (v_cache == 7.0).all()
 
 
-def test_offsets_beyond_32_bits(device):
+@pytest.mark.parametrize("P", [16, 64])
+def test_offsets_beyond_32_bits(P, device):
     """Pages and queries two billion elements apart: most of the memory is never touched."""
     if device.type == "cuda" and torch.cuda.mem_get_info()[0] < 36 << 30:
         pytest.skip("needs 36 GiB of GPU memory")
-    case = Case("far pages", Hkv=2, key_ranks=(16,), value_ranks=(16,), lens=(40,), rope={"max_position": 64})
+    case = Case("far pages", Hkv=2, P=P, key_ranks=(16,), value_ranks=(16,), lens=(3 * P - 8,),
+                rope={"max_position": 4 * P})  # fmt: skip
     layer, q, k_cache, v_cache, kwargs = make(case, torch.float16)
     step = 2**30 + 16
-    pools = [torch.empty(step * (len(k_cache) - 1) + 16 * 16, dtype=torch.float16, device=device) for _ in range(2)]
+    pools = [torch.empty(step * (len(k_cache) - 1) + P * 16, dtype=torch.float16, device=device) for _ in range(2)]
     far = [p.as_strided(k_cache.shape, (step, 16, 1)) for p in pools]
     layer, q, k_cache, v_cache, kwargs = on(device, layer, q, k_cache, v_cache, kwargs)
     used = kwargs["block_table"][0, :3].tolist()
@@ -369,6 +371,6 @@ def test_offsets_beyond_32_bits(device):
     for way in (layer, replace(layer, rope=None)):
         near, apart = (attend((way, x, k_cache, v_cache, kwargs)) for x in (queries.contiguous(), queries))
         assert torch.equal(near[0], apart[0])
-    slots = torch.tensor([used[0] * 16, max(used) * 16 + 3], device=device)
+    slots = torch.tensor([used[0] * P, max(used) * P + 3], device=device)
     lrattn.write_latents(layer, k_cache[0, :2] * 0, v_cache[0, :2] * 0, *far, slots, backend="triton")
     assert all((pool[page, i] == 0).all() for pool in far for page, i in ((used[0], 0), (max(used), 3)))

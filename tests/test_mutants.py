@@ -21,6 +21,7 @@ KILLERS = {
     "groups": Case("groups", M=2, key_ranks=(32, 48), value_ranks=(64, 16), lens=(70, 3), key_order=(2, 0, 3, 1)),
     "batch": Case("batch", Hkv=2, key_ranks=(32,), value_ranks=(32,), lens=(100, 20, 40), call={"num_splits": 2}),
     "pages": Case("pages", Hkv=2, P=48, key_ranks=(32,), lens=(100, 97), strided=True, call={"num_splits": 1}),
+    "whole tiles": Case("whole tiles", Hkv=2, P=64, key_ranks=(32,), lens=(130, 3)),
     "padded": Case("padded", Hkv=2, key_ranks=(112,), value_ranks=(112,), shared=True, lens=(20,), strided=True),
     "streamed": Case("streamed", Hkv=1, key_ranks=(528,), value_ranks=(32,), lens=(20,)),
     "wide": Case("wide", Hkv=2, D=256, key_ranks=(32,), lens=(20,), bias=True),
@@ -115,7 +116,7 @@ KILLERS = {
 
 
 class Mutant(NamedTuple):
-    """A fault: in `file`, `old` becomes `new`. killer: a case of KILLERS, or a test and its arguments."""
+    """A fault: in `file`, `old` becomes `new`. killer: a case of KILLERS, or a test and its page size."""
 
     file: str
     old: str
@@ -140,6 +141,7 @@ MUTANTS = [
     Mutant("scores.py", "tl.where(in_q, i % S, -1)", "tl.where(in_q, i // S, -1)", "queries"),
     Mutant("scores.py", "at = tl.load(positions + page", "at = tl.load(positions + 0 * page", "positions"),
     Mutant("tiles.py", "(t % P).to", "(t % 16).to", "pages"),
+    Mutant("tiles.py", "tl.load(pages + t0 // P)", "tl.load(pages)", "whole tiles"),
     Mutant("tiles.py", "begin = tl.maximum(begin, end - S - window + 1)", "begin = tl.maximum(begin, end - window)",
            "window"),
     Mutant("tiles.py", "t[:, None] <= own[None, :]", "t[:, None] < own[None, :]", "queries"),
@@ -201,19 +203,24 @@ MUTANTS = [
     Mutant("rebuild.py", "k_low * sin + k_high * cos", "k_low * sin - k_high * cos", "rebuild"),
     Mutant("rebuild.py", "head * x_strides[1]", "place * x_strides[1]", "rebuild"),
     Mutant("rebuild.py", "(at < rows)", "(at < rows - 1)", "known rows"),
-    Mutant("packed.py", "tl.join(x & 15, x >> 4)", "tl.join(x >> 4, x & 15)", "packed"),
-    Mutant("packed.py", "tl.join(even, odd)", "tl.join(odd, even)", "packed"),
-    Mutant("packed.py", "tl.join(x & 3, x >> 4 & 3)", "tl.join(x & 3, x >> 4 & 1)", "packed"),
-    Mutant("packed.py", "packs + 4 * TILE[0] + 3", "packs + 3", "packed"),
-    Mutant("packed.py", "(2 ** TILE[1] - 1) / 2", "2 ** TILE[1] / 2", "packed"),
+    Mutant("packed.py", "tl.join(x << 7, x >> 9)", "tl.join(x >> 9, x << 7)", "packed"),
+    Mutant("packed.py", "tl.join(x << 7, x >> 9)", "tl.join(x << 7, x >> 8)", "packed"),
+    Mutant("packed.py", "tl.join(x << 8, x)", "tl.join(x, x << 8)", "packed"),
+    Mutant("packed.py", "tl.join(x << 4, x)", "tl.join(x << 3, x)", "packed"),
+    Mutant("packed.py", "tl.join(x << 2, x)", "tl.join(x, x << 2)", "packed"),
+    Mutant("packed.py", "(2**BITS - 1 << 23 - BITS)", "(1 << 23 - BITS)", "packed"),
+    Mutant("packed.py", "(2**BITS - 1) / 2)", "2**BITS / 2)", "packed"),
+    Mutant("packed.py", "byte = segs[4 * N + 3]", "byte = segs[3]", "packed"),
+    Mutant("packed.py", "(byte % 4 * 8)", "(byte % 2 * 8)", "packed"),
     Mutant("packed.py", "if TILES[i][2] == 0:", "if i == 0:", "packed"),
-    Mutant("packed.py", "range(0, held, TILES[i][3])", "range(0, TILES[i][3], TILES[i][3])", "packed, streamed"),
-    Mutant("packed.py", "k = tl.dot(load_tile(cache, rank, packs, live, scale, TILES[i], like, r0)",
-           "k = tl.dot(load_tile(cache, rank, packs, live, scale, TILES[i], like, 0)", "packed, streamed"),
-    Mutant("packed.py", "return latent + r, r < held", "return r, r < held", "packed"),
-    Mutant("rows.py", "packs += g * 4", "packs += 0 * 4", "packed"),
-    Mutant("values.py", "packs += g * 4 * SEGMENTS", "packs += 0 * g", "packed, streamed"),
-    Mutant("values.py", "latents_of(packs, rank, TILE, i_r * BLOCK_R)", "latents_of(packs, rank, TILE, 0)",
+    Mutant("packed.py", "range(0, segs[4 * i + 1], TILES[i][3])", "range(0, TILES[i][3], TILES[i][3])",
+           "packed, streamed"),
+    Mutant("packed.py", "k = tl.dot(load_tile(cache, segs, live, scale, TILES, i, like, r0)",
+           "k = tl.dot(load_tile(cache, segs, live, scale, TILES, i, like, 0)", "packed, streamed"),
+    Mutant("packed.py", "return segs[4 * N + 2] + r,", "return r,", "packed"),
+    Mutant("packed.py", "packs += g * 4", "packs += 0 * g", "packed"),
+    Mutant("values.py", "packs + g * 4 * SEGMENTS", "packs", "packed, streamed"),
+    Mutant("values.py", "latents_of(segs, TILES, 0, i_r * BLOCK_R)", "latents_of(segs, TILES, 0, 0)",
            "packed, streamed"),
     Mutant("tiles.py", "half_pointer(cache + tl.multiple_of(column, 4), like)", "half_pointer(cache, like)",
            "packed, norm"),
@@ -226,9 +233,10 @@ MUTANTS = [
 ]  # fmt: skip
 # These reach for memory that is not theirs: a process of its own sees what happens.
 WILD = [
-    Mutant("tiles.py", "other=0).to(tl.int64)\n", "other=0)\n", "test_offsets_beyond_32_bits"),
+    Mutant("tiles.py", "other=0).to(tl.int64)\n", "other=0)\n", "test_offsets_beyond_32_bits 16"),
+    Mutant("tiles.py", "(pages + t0 // P).to(tl.int64)", "(pages + t0 // P)", "test_offsets_beyond_32_bits 64"),
     Mutant("write.py", "mask=i < n, other=-1).to(tl.int64)", "mask=i < n, other=-1).to(tl.int32)",
-           "test_offsets_beyond_32_bits"),
+           "test_offsets_beyond_32_bits 16"),
 ]  # fmt: skip
 
 
@@ -318,10 +326,11 @@ def test_a_wild_fault_is_seen(mutant, tmp_path, request):
     if request.config.getoption("--gpu"):
         pytest.skip("faults are shown in the interpreter")
     copy_with(mutant, tmp_path / "kernels")
+    test, page = mutant.killer.split()
     code = (
         f"import lrattn.kernels, sys; lrattn.kernels.__path__ = [{str(tmp_path / 'kernels')!r}]\n"
         "import test_kernels, torch\n"
-        f"test_kernels.{mutant.killer}(torch.device('cpu'))\n"
+        f"test_kernels.{test}({page}, torch.device('cpu'))\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=_environment(), check=False)
     assert run.returncode < 0 or "Error" in run.stderr.splitlines()[-1], run.stderr
