@@ -9,7 +9,7 @@ import tiny
 import torch
 
 import lrattn
-from bench import demo, head_groups, memory, quality, quality_plot, quality_table, resources, scale, traffic
+from bench import demo, head_groups, launches, memory, quality, quality_plot, quality_table, resources, scale, traffic
 
 ROOT = Path(lrattn.__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -82,6 +82,7 @@ def test_the_readme_table_is_the_committed_run():
         ("memory.md", scale, lambda r: [scale.table(r)]),
         ("kernels.md", resources, lambda r: [resources.table(r)]),
         ("kernels.md", traffic, lambda r: [traffic.table(r)]),
+        ("kernels.md", launches, lambda r: [launches.table(r)]),
     ],
     ids=lambda x: x.__name__.split(".")[-1] if hasattr(x, "PATH") else "",
 )
