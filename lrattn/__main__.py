@@ -82,7 +82,7 @@ def _parser() -> Parser:
     model(added)
     text(added, 16)
     added.add_argument("--method", default=DEFAULT, choices=METHODS, help=f"default {DEFAULT}")
-    added.add_argument("--keep", type=_share, default=0.5, help="bytes of the latent cache / dense (default 0.5)")
+    added.add_argument("--keep", type=_share, help="bytes of the latent cache / dense (default 0.5)")
     added.add_argument("--bytes-per-token", type=int, metavar="N", help="of the latent cache, instead of --keep")
     added.add_argument("--bits", type=_bits, default=16, help="of a latent: 16, 8, 4, 2, several (8,4,2) or auto: all")
     added.add_argument("--ranks", choices=RULES, help=f"what shares them out (default: the method's, most {RULES[0]})")

@@ -38,7 +38,7 @@ def compress(
     model: nn.Module,
     batches: Iterable[Batch] | None = None,
     method: str = methods.DEFAULT,
-    keep: float = KEEP,
+    keep: float | None = None,
     group_size: int = 4,
     *,
     ranks: str | None = None,
@@ -60,7 +60,8 @@ def compress(
         batches: token ids [b, t], or mappings with input_ids and maybe attention_mask, to calibrate on. "svd" and
             "lorc" need none, but for ranks "fisher".
         method: one of lrattn.methods.METHODS.
-        keep: bytes of the latent cache / bytes of the dense 16-bit cache, in (0, 1]. 1 is full rank: exact.
+        keep: bytes of the latent cache / bytes of the dense 16-bit cache, in (0, 1]. 1 is full rank: exact. None: 0.5,
+            or what bytes_per_token say.
         group_size: kv heads per group; the largest divisor of Hkv / shards not above it is used. Some methods give
             each head, or the whole layer, a latent of its own whatever it says.
         ranks: what shares them out: "spectrum", "fisher" (as Palu and ReCalKV do; takes a backward pass), "uniform" or
@@ -104,10 +105,11 @@ def compress(
     parts = attention_parts(model)
     if bytes_per_token is not None:
         dense = sum(4 * part.num_kv_heads * part.head_dim for part in parts)
-        if keep != KEEP or not isinstance(bytes_per_token, int) or not 0 < bytes_per_token <= dense:
-            expected = f"None beside keep={keep}" if keep != KEEP else f"1 .. {dense}"
+        if keep is not None or not isinstance(bytes_per_token, int) or not 0 < bytes_per_token <= dense:
+            expected = f"1 .. {dense}" if keep is None else f"None beside keep={keep}"
             raise ValueError(f"bytes_per_token: expected {expected}, got {bytes_per_token!r}")
         keep = bytes_per_token / dense
+    keep = KEEP if keep is None else keep
     held = share_held(keep, ladder)
     form = _form(shared, recipe, parts, held, group_size, shards)
     shapes = [replace(_shape(part, recipe, form, group_size, shards), bits=ladder[0]) for part in parts]
@@ -179,7 +181,7 @@ def _by_bits(
     """Layers whose latents have the bits that lose least within `keep` of the dense bytes."""
     rows = [problem.bit_rows(held) for problem in tqdm(problems, desc="spectra", unit="layer", disable=not progress)]
     dense = sum(2 * problem.shape.dense for problem in problems)
-    norms = sum(4 * problem.shape.heads * problem.shape.key_norm for problem in problems)
+    norms = sum(problem.shape.norm_bytes for problem in problems)
     found = iter(spend(list(chain(*rows)), int(keep * dense + 1e-6) - norms, ladder))
     shown = tqdm(problems, desc="factor", unit="layer", disable=not progress)
     return [problem.spent(list(islice(found, len(own)))) for problem, own in zip(shown, rows, strict=True)]

@@ -18,7 +18,9 @@ bits are numbers of the layer's dtype (float16 in wider layers), and have no sca
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -79,26 +81,22 @@ class Format:
     def encode(self, z: Tensor) -> Tensor:
         """Latents [.., rank] -> runs [.., nbytes] uint8."""
         runs = z.new_zeros(*z.shape[:-1], self.nbytes, dtype=torch.uint8)
-        at, scale_at = 0, self.scales
-        for part, (_, bits), size in zip(z.split(self._ranks, -1), self.segments, sizes(self.segments), strict=True):
+        for bits, latents, codes, scale_at in self._places():
+            part = z[..., latents]
             if bits == 16:
-                codes = part.to(half(z.dtype)).contiguous().view(torch.uint8)
+                runs[..., codes] = part.to(half(z.dtype)).contiguous().view(torch.uint8)
             else:
                 wide = part.to(accumulator(z.dtype))
                 scale = scale_bytes(wide, bits)
-                codes = _joined(_codes(wide, scale_of(scale, wide.dtype), bits), bits)
+                runs[..., codes] = _joined(_codes(wide, scale_of(scale, wide.dtype), bits), bits)
                 runs[..., scale_at] = scale[..., 0]
-                scale_at += 1
-            runs[..., at : at + size] = codes
-            at += size
         return runs
 
     def decode(self, runs: Tensor, dtype: torch.dtype) -> Tensor:
         """Runs [.., nbytes] of a layer of `dtype` -> latents [.., rank], exact, in the dtype of its sums."""
         acc, parts = accumulator(dtype), []
-        at, scale_at = 0, self.scales
-        for (_, bits), size in zip(self.segments, sizes(self.segments), strict=True):
-            held = runs[..., at : at + size]
+        for bits, _, place, scale_at in self._places():
+            held = runs[..., place]
             if bits == 16:
                 parts.append(held.contiguous().view(half(dtype)).to(acc))
             else:
@@ -106,13 +104,14 @@ class Format:
                 codes = (held[..., None] >> shifts) & (2**bits - 1)
                 scale = scale_of(runs[..., scale_at, None], acc)
                 parts.append((codes.flatten(-2).to(acc) - (2**bits - 1) / 2) * scale)
-                scale_at += 1
-            at += size
         return torch.cat(parts, -1)
 
-    @property
-    def _ranks(self) -> list[int]:
-        return [rank for rank, _ in self.segments]
+    def _places(self) -> Iterator[tuple[int, slice, slice, int]]:
+        """Of each segment: its bits, its latents, the bytes of its codes and the one of its scale."""
+        latent, at, scale_at = 0, 0, self.scales
+        for (rank, bits), size in zip(self.segments, sizes(self.segments), strict=True):
+            yield bits, slice(latent, latent + rank), slice(at, at + size), scale_at
+            latent, at, scale_at = latent + rank, at + size, scale_at + (bits < 16)
 
 
 def table(formats: tuple[Format, ...]) -> list[list[int]]:
@@ -120,11 +119,8 @@ def table(formats: tuple[Format, ...]) -> list[list[int]]:
     the four of one segment after those of another."""
     rows, begin = [], 0
     for own in formats:
-        row, at, latent, scale_at = list[int](), begin, 0, begin + own.scales
-        for (rank, bits), size in zip(own.segments, sizes(own.segments), strict=True):
-            row += [at, rank, latent, scale_at]
-            at, latent, scale_at = at + size, latent + rank, scale_at + (bits < 16)
-        rows.append(row)
+        places = ((begin + codes.start, r.stop - r.start, r.start, begin + at) for _, r, codes, at in own._places())
+        rows.append(list(chain(*places)))
         begin += own.nbytes
     return rows
 

@@ -51,11 +51,14 @@ class LayerShape:
         return key, value
 
     @property
+    def norm_bytes(self) -> int:
+        """Of a token's norm columns."""
+        return (2 * norm_width(self.heads) if self.bits == 16 else 4 * self.heads) if self.key_norm else 0
+
+    @property
     def overhead(self) -> int:
         """Bytes of a token that are not latents: norm columns, and scales where latents are packed."""
-        if self.bits == 16:
-            return 2 * norm_width(self.heads) * self.key_norm
-        return 4 * self.heads * self.key_norm + ALIGNMENT * sum(self.groups)
+        return self.norm_bytes + (0 if self.bits == 16 else ALIGNMENT * sum(self.groups))
 
     @property
     def dense(self) -> int:
@@ -179,7 +182,7 @@ def _split(items: Sequence[Any], counts: Sequence[int]) -> list[Sequence[Any]]:
 
 
 def budget(shapes: Sequence[LayerShape], keep: float) -> int:
-    """Steps of 16 latents that all groups may hold together.
+    """Steps of 16 latents, of the same bits in all layers, that all groups may hold together.
 
     Latents and norm columns of all layers take at most keep * (numbers of a dense cache), and less than one step below
     it unless every group is full. keep = 1 means full rank, whatever norm columns add.
@@ -193,10 +196,7 @@ def budget(shapes: Sequence[LayerShape], keep: float) -> int:
     what = "one step of 16 a group and the norm columns"
     what = f"all of the values, {what}" if any(s.whole_values for s in shapes) else what
     overhead, dense = sum(s.overhead for s in shapes), 2 * sum(s.dense for s in shapes)
-    bits = {s.bits for s in shapes}
-    if len(bits) > 1:
-        raise ValueError(f"bits: expected one number for all layers, got {sorted(bits)}")
-    return min(affordable(keep, dense, overhead, sum(_leasts(shapes)), what, bits.pop()), full)
+    return min(affordable(keep, dense, overhead, sum(_leasts(shapes)), what, shapes[0].bits), full)
 
 
 def affordable(keep: float, dense: int, overhead: int, least: int, what: str, bits: int = 16) -> int:

@@ -44,7 +44,7 @@ def test_the_budget_is_met_from_below(family, shared):
 
 @pytest.mark.parametrize("nbytes", [150, 231, 400])
 def test_bytes_a_token_instead_of_a_share(nbytes):
-    _, factors = compressed(keep=0.5, bytes_per_token=nbytes)
+    _, factors = compressed(keep=None, bytes_per_token=nbytes)
     assert nbytes - 16 < factors.bytes_per_token <= nbytes
 
 
@@ -123,9 +123,9 @@ def test_other_methods_take_uniform_bits(method, keep, bits):
         ({"bits": 5}, r"bits: expected 'auto', one of \(16, 8, 4, 2\) or some of them, got 5"),
         ({"bits": "auto", "method": "palu"}, "bits: expected one number with method 'palu' and ranks 'spectrum'"),
         ({"bits": (4, 2), "ranks": "uniform"}, "bits: expected one number with method 'lrattn' and ranks 'uniform'"),
-        ({"bytes_per_token": 100, "keep": 0.2}, "bytes_per_token: expected None beside keep=0.2, got 100"),
-        ({"bytes_per_token": 0, "keep": 0.5}, r"bytes_per_token: expected 1 \.\. 1536, got 0"),
-        ({"bytes_per_token": 9999, "keep": 0.5}, r"bytes_per_token: expected 1 \.\. 1536, got 9999"),
+        ({"bytes_per_token": 100, "keep": 0.5}, "bytes_per_token: expected None beside keep=0.5, got 100"),
+        ({"bytes_per_token": 0, "keep": None}, r"bytes_per_token: expected 1 \.\. 1536, got 0"),
+        ({"bytes_per_token": 9999, "keep": None}, r"bytes_per_token: expected 1 \.\. 1536, got 9999"),
         ({"keep": 0.001}, "keep: expected at least"),
     ],
 )
