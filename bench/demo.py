@@ -1,6 +1,6 @@
 """The demo: a real model compressed, evaluated on held-out articles, and generating from its latent cache.
 
-python -m bench.demo [--keep 0.5 0.3] [--method lrattn] [--out demo-output] [--plot-only]
+python -m bench.demo [--keep 0.5 0.3] [--packed 0.125] [--method lrattn] [--out demo-output] [--plot-only]
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ TIMED_TOKENS = 64
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.3])
+    parser.add_argument("--packed", type=float, nargs="*", default=[0.125], help="shares of bytes, spent as bits")
     parser.add_argument("--method", default=lrattn.methods.DEFAULT)
     parser.add_argument("--calibrate", type=int, default=16, help="windows of 1024 tokens")
     parser.add_argument("--evaluate", type=int, default=10, help="windows of 1024 tokens")
@@ -58,8 +59,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     recipe = lrattn.methods.METHODS[args.method]
     moments = lrattn.calibrate(model, calibration.split(1), gather=recipe.gather, far=recipe.near)
     rows = [run(model, tokenizer, evaluation, None)]
-    for keep in args.keep:
-        factors = lrattn.compress(model, method=args.method, keep=keep, moments=moments)
+    for keep, bits in [*((keep, 16) for keep in args.keep), *((keep, "auto") for keep in args.packed)]:
+        factors = lrattn.compress(model, method=args.method, keep=keep, bits=bits, moments=moments)
         rows.append(run(model, tokenizer, evaluation, factors))
     return {
         "model": "SmolLM2-135M-Instruct",
@@ -77,7 +78,8 @@ def run(
 ) -> dict[str, Any]:
     """One row of the table: the dense model, or the model on the latents of `factors`."""
     method, keep, rule = ("dense", 1.0, "") if factors is None else (factors.method, factors.keep, factors.rule)
-    label = method if factors is None else f"{method} at keep {keep:.2f}"
+    method += ", packed" if factors is not None and any(layer.packed for layer in factors.layers) else ""
+    label = method if factors is None else f"{method} at keep {keep:.3f}"
     prompt = read_prompt(tokenizer, QUESTION, chat=True)
     start = prompt["input_ids"].shape[1]
     fixed = {"max_new_tokens": TIMED_TOKENS, "min_new_tokens": TIMED_TOKENS, "do_sample": False}
@@ -91,6 +93,8 @@ def run(
             "method": method,
             "ranks": rule,
             "keep": keep,
+            "half_bytes_per_token": None if factors is None else factors.bytes_per_token,
+            "dense_half_bytes_per_token": None if factors is None else factors.dense_bytes_per_token,
             "dense_tokens": 0 if factors is None else sum(factors.near),
             "text": tokenizer.decode(answer, skip_special_tokens=True).strip(),
             "tokens_per_second": TIMED_TOKENS / seconds,
@@ -120,17 +124,27 @@ def table(results: dict[str, Any]) -> str:
         f"{results['evaluation_windows'][1]} tokens of held-out articles; bytes measured at {longest} tokens",
         f"beside the latents, {rows[-1]['dense_tokens']} tokens dense",
         "",
-        "method   keep   perplexity   cache bytes/token   dense bytes/token   measured share   tokens/s",
+        "method          keep   perplexity   cache bytes/token   dense bytes/token   measured share   tokens/s",
     ]
     for row in rows:
         held = row["cache_bytes"][longest] / int(longest)
         lines.append(
-            f"{row['method']:<8} {row['keep']:.2f} {row['perplexity']:>12.2f} {held:>19,.0f} {dense:>19,.0f} "
+            f"{row['method']:<14} {row['keep']:.3f} {row['perplexity']:>12.2f} {held:>19,.0f} {dense:>19,.0f} "
             f"{held / dense:>16.3f} {row['tokens_per_second']:>10.1f}"
         )
     lines += ["", f"asked: {QUESTION}"]
-    lines += [f"  {row['method']} {row['keep']:.2f}: {' '.join(row['text'].split())}" for row in rows]
-    return "\n".join([*lines, "", f"measured in {results['seconds']:.0f} s"])
+    lines += [f"  {row['method']} {row['keep']:.3f}: {' '.join(row['text'].split())}" for row in rows]
+    return "\n".join([*lines, "", f"measured in {results['seconds']:.0f} s", headline(rows)])
+
+
+def headline(rows: list[dict[str, Any]]) -> str:
+    """Bytes, perplexity and text of the row of fewest bytes, in numbers of 16 bits."""
+    row = min(rows[1:], key=lambda row: row["keep"])
+    held, dense = row["half_bytes_per_token"], row["dense_half_bytes_per_token"]
+    return (
+        f"{held:,} bytes a token where a dense 16-bit cache holds {dense:,}: perplexity {row['perplexity']:.2f}, "
+        f"dense {rows[0]['perplexity']:.2f}; it writes: {' '.join(row['text'].split())}"
+    )
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
@@ -139,7 +153,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     for row in results["rows"]:
         lengths = [int(n) for n in row["cache_bytes"]]
         mebibytes = [n / 2**20 for n in row["cache_bytes"].values()]
-        label = "dense" if row["method"] == "dense" else f"{row['method']}, keep {row['keep']:.2f}"
+        label = "dense" if row["method"] == "dense" else f"{row['method']}, keep {row['keep']:.3f}"
         axis.plot(lengths, mebibytes, marker="o", label=f"{label} (perplexity {row['perplexity']:.1f})")
     axis.set(xlabel="context, tokens", ylabel="cache held, MiB", xlim=0, ylim=0)
     axis.set_title(f"{results['model']}, {results['dtype']}: bytes of the cache's tensors", fontsize="medium")

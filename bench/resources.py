@@ -46,6 +46,7 @@ META = torch.device("meta")
 PAGE, BATCH = 16, 2
 ALL = "bias norm rule"
 PACKED = (8, 4, 2)  # widths of packed rows
+FORMATS = ((), (8,), (4,), (2,), PACKED, (16, 8, 2))  # of which each kernel is shown at one shape; () is plain
 EXTRAS = ["rule"], ["rule bias", "rule norm"], [ALL]  # the most options there can be, by a row's extras
 
 
@@ -296,6 +297,18 @@ def compilations() -> Iterator[Compilation]:
                         yield Compilation(rebuild_values, device, large._replace(head=head, bits=bits))
             yield Compilation(merge_splits, device, Problem(96, 256, 16, 3, 1, dtype))
             yield Compilation(combine_latents, device, Problem(96, 256, 16, 3, 1, dtype))
+    yield from formats()
+
+
+def formats() -> Iterator[Compilation]:
+    """Kernels that read latents, in every format: a group of four heads with four query heads each, half the rank."""
+    for bits in FORMATS:
+        rebuilt = Problem(256, 128, 4, 1, 4, bits=bits)
+        absorbed = rebuilt._replace(rope=False)
+        for kernel in (latent_scores, latent_values, rebuild_keys, write_latents):
+            yield Compilation(kernel, "sm90", rebuilt)
+        for kernel in (absorbed_scores, absorbed_pass):
+            yield Compilation(kernel, "sm90", absorbed, True)
 
 
 def fused_problems(row: launch.Row) -> Iterator[Problem]:
@@ -452,6 +465,23 @@ def table(results: dict[str, Any]) -> str:
             shared = -(-max(row["shared"] for row in rows) // 1024)
             cells = (kernel.removesuffix("_kernel"), device, len(rows), *most, shared, ", ".join(kinds))
             lines.append(line.format(*cells).rstrip())
+    return "\n".join(lines)
+
+
+def format_table(results: dict[str, Any]) -> str:
+    """Kernel by format, on sm90 at one shape: registers, bytes spilled, and bytes of a token's run."""
+    line = "{:24} {:>8} {:>13} {:>9} {:>7}"
+    lines = [line.format("kernel", "bits", "bytes a token", "registers", "spilled")]
+    shapes = [{"device": c.device, **describe(c)} for c in formats()]
+    found = [row for row in results["rows"] if any(shape.items() <= row.items() for shape in shapes)]
+    for kernel in dict.fromkeys(row["kernel"] for row in found):
+        for bits in FORMATS:
+            words = " ".join(map(str, bits))
+            rows = [row for row in found if (row["kernel"], row["bits"]) == (kernel, words)]
+            if rows:
+                held = packing(rows[0]["rank"], bits).nbytes if bits else 2 * rows[0]["rank"]
+                most = [max(row[n] for row in rows) for n in ("registers", "spilled")]
+                lines.append(line.format(kernel.removesuffix("_kernel"), "/".join(words.split()) or "16", held, *most))
     return "\n".join(lines)
 
 

@@ -70,8 +70,9 @@ def test_the_readme_table_is_the_committed_run():
         held = row["cache_bytes"][longest] / int(longest)
         assert f"{row['perplexity']:.2f}" in demo.table(results)
         assert re.search(
-            rf"\| {row['method']} \| {row['keep']:.2f} \| {row['perplexity']:.2f} \| {held:,.0f} \|", text
+            rf"\| {row['method']} \| {row['keep']:.3f} \| {row['perplexity']:.2f} \| {held:,.0f} \|", text
         ), row
+    assert demo.headline(results["rows"]).split("; it writes")[0] in " ".join(text.split())
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,7 @@ def test_the_readme_table_is_the_committed_run():
         ("quality.md", head_groups, lambda r: [head_groups.table(r)]),
         ("memory.md", memory, lambda r: [memory.table(r)]),
         ("memory.md", scale, lambda r: [scale.table(r)]),
-        ("kernels.md", resources, lambda r: [resources.table(r)]),
+        ("kernels.md", resources, lambda r: [resources.table(r), resources.format_table(r)]),
         ("kernels.md", traffic, lambda r: [traffic.table(r)]),
         ("kernels.md", launches, lambda r: [launches.table(r)]),
     ],

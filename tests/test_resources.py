@@ -25,7 +25,7 @@ def test_the_committed_resources_are_of_these_sources():
 
 def test_every_launch_of_the_table_was_compiled():
     expected = {(c.device, *resources.describe(c).values()) for c in resources.compilations()}
-    names = ("device", "rank", "values", "one_row", "head", "M", "S", "dtype", "options")
+    names = ("device", "rank", "values", "one_row", "head", "M", "S", "dtype", "options", "bits")
     found = {tuple(row[n] for n in names) for row in RESULTS["rows"]}
     assert found == expected
     assert {row["device"] for row in RESULTS["rows"]} == set(resources.DEVICES)
