@@ -176,13 +176,13 @@ def packed_columns(side, times, ranks, width):
 
 
 def scales(call):
-    """Which columns of the caches are scales, and may be read more often."""
+    """Which columns of the caches are scales or lie in a word with some, and may be read more often."""
     found = []
     for cache, side in ((call.k_cache, call.layer.row_side), (call.v_cache, call.layer.values)):
         if cache is not None:
             mask, begin = np.zeros(cache.shape[2], bool), 0
             for own in side.formats:
-                mask[begin + own.scales : begin + own.scales + sum(bits < 16 for _, bits in own.segments)] = True
+                mask[begin + own.scales : begin + own.nbytes] = True
                 begin += own.nbytes
             found.append(mask)
     return found
@@ -386,4 +386,5 @@ def test_every_way_moves_fewer_bytes_than_a_dense_cache_holds(row):
     moved = traffic.shares(row, "unique")
     assert moved["latents"] <= 1.02 * (row["passes"] if row["shared"] else 1)  # a shared row once a pass
     assert moved["all"] - moved["partial"] < row["dense_bytes"] / row["latent_bytes"]
-    assert moved["partial"] < 1.1
+    bits = 4 if "packed" in row["way"] else 16  # of a latent: partial results are as large whatever they are
+    assert moved["partial"] < 1.1 * 16 / bits

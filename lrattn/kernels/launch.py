@@ -67,6 +67,7 @@ LATENT_SCORES = (
     Row(Launch(4, 1, block_d=64, resident=True), ("sm90",), head=64, rank=384, queries=16, packed=True),
     Row(Launch(4, 1, block_d=128, resident=True), ("sm90",), head=128, rank=256, queries=16, table=False, packed=True),
     Row(Launch(8, 1, block_r=64, block_d=128), HOPPER, queries=16, packed=True),
+    Row(Launch(4, 1, block_r=32, block_d=32), ("gfx9",), packed=True),
     Row(Launch(8, 1, block_r=32, block_d=64), (), queries=32, packed=True),
     Row(Launch(8, 1, block_r=32, block_d=32), (), packed=True),
     Row(Launch(8, 1, block_r=32, block_d=64), (), itemsize=4, packed=True),
@@ -80,7 +81,7 @@ ABSORBED_SCORES = (
     Row(Launch(4, 2, block_r=64), (), queries=16),
     Row(Launch(8, 1, block_r=64), ()),
     Row(Launch(4, 1, block_r=32), (), itemsize=4),
-    Row(Launch(8, 1, block_r=64), HOPPER, queries=16, packed=True),
+    Row(Launch(8, 1, block_r=64), ("sm90",), queries=16, packed=True),
     Row(Launch(8, 1, block_r=32), (), packed=True),
     Row(Launch(8, 1, block_r=32), (), itemsize=4, packed=True),
 )
@@ -96,7 +97,8 @@ LATENT_VALUES = (
     Row(Launch(4, 1, block_r=64), (), itemsize=4),
     Row(Launch(8, 1, block_r=128), ("sm90",), queries=16, packed=True),
     Row(Launch(8, 2, block_r=64), ("sm100",), queries=16, packed=True),
-    Row(Launch(8, 1, block_r=32), (), packed=True),
+    Row(Launch(8, 1, block_r=32), (), queries=32, packed=True),
+    Row(Launch(8, 1, block_r=16), (), packed=True),
     Row(Launch(8, 1, block_r=32), (), itemsize=4, packed=True),
 )
 # One pass over keys and values; where no row fits there are two. rank: columns of keys, values: columns of values;
@@ -147,6 +149,8 @@ WRITE_LATENTS = (Row(Launch(4, 1, block_n=16, block_r=128), (), itemsize=4),)
 NORM_COLUMNS = (
     Row(Launch(4, 2, block_n=16, block_r=64), ()),
     Row(Launch(4, 1, block_n=16, block_r=32), (), itemsize=4),
+    Row(Launch(8, 1, block_n=16, block_r=32), (), packed=True),
+    Row(Launch(4, 1, block_n=16, block_r=32), (), itemsize=4, packed=True),
 )
 REBUILD = (
     Row(Launch(8, 3, block_n=64, block_r=64), BIG, head=128),

@@ -127,7 +127,7 @@ def write_latents(
         )  # fmt: skip
     if not normed:
         return
-    choice = launch.norm_columns(launch.name(ck.device), zk.itemsize)
+    choice = launch.norm_columns(launch.name(ck.device), zk.itemsize, packed=keys.packs is not None)
     kind = ck.dtype if keys.packs is None else half(zk.dtype)
     norm_columns_kernel[cdiv(n, choice.block_n), keys.sizes.num_heads](
         zk, zk.stride(0), ck, ck.stride(), slots, slots.stride(0), keys.rows, keys.runs, keys.heads, keys.packs,
