@@ -1,8 +1,8 @@
 """Packed rows: segments of codes, unpacked in registers to the latents that they stand for.
 
 TILES says what a row is loaded as, unrolled at compile time: (segment, bits, first, size) of each tile: `size` latents,
-a power of two, from latent `first` of the segment on. `segs` says where those lie.
-Latents past a segment's end are not read, and what stands for them meets zeros.
+a power of two, from latent `first` of the segment on. `segs` says where those lie. Latents past a segment's end are not
+read, and what stands for them meets zeros.
 
     latent = (code - (2^b - 1) / 2) * scale
 
@@ -48,7 +48,7 @@ def words(p):
 
 @triton.jit
 def load_scale(cache, segs, live, TILES: tl.constexpr, N: tl.constexpr):
-    """Scale of a tile's segment in the rows `cache` points segs, [BLOCK_T] float32; NaN where it is broken."""
+    """Scale of a tile's segment in the rows `cache` points at, [BLOCK_T] float32; NaN where it is broken."""
     if TILES[N][1] == 16:
         scale = tl.full(live.shape, 1.0, tl.float32)
     else:
@@ -141,7 +141,7 @@ def load_basis_tiles(rows, width, row, segs, c, d, D, TILES: tl.constexpr, like)
 
 @triton.jit
 def load_query_tile(a, segs, in_q, TILES: tl.constexpr, N: tl.constexpr, r0=0):
-    """Absorbed queries [BLOCK_Q, Rk] that `a` points segs, as a tile of latents meets them: [size, BLOCK_Q]."""
+    """Absorbed queries [BLOCK_Q, Rk] that `a` points at, as a tile of latents meets them: [size, BLOCK_Q]."""
     r, some = latents_of(segs, TILES, N, r0)
     x = tl.load(a[:, None] + r[None, :], mask=in_q[:, None] & some[None, :], other=0.0)
     return tl.trans(x)
@@ -173,7 +173,7 @@ def keys_streamed(cache, segs, live, rows, width, row, c, d, D, TILES: tl.conste
 
 @triton.jit
 def scores_streamed(cache, segs, live, a, in_q, TILES: tl.constexpr):
-    """latents @ absorbed queries [BLOCK_Q, Rk] that `a` points segs, as keys_streamed: [BLOCK_T, BLOCK_Q] float32."""
+    """latents @ absorbed queries [BLOCK_Q, Rk] that `a` points at, as keys_streamed: [BLOCK_T, BLOCK_Q] float32."""
     score = tl.zeros([live.shape[0], in_q.shape[0]], tl.float32)
     for i in tl.static_range(len(TILES)):
         scale = load_scale(cache, segs, live, TILES, i)

@@ -12,7 +12,7 @@ from lrattn.kernels.pieces import load_basis, load_pieces, store_pieces, transpo
 
 @triton.jit
 def load_row(cache, column, rank, segs, live, ROW: tl.constexpr, like):
-    """Latents of the rows `cache` points segs: [BLOCK_T, size] each."""
+    """Latents of the rows `cache` points at: [BLOCK_T, size] each."""
     if len(segs) == 0:
         z = load_pieces(cache, column, rank, live, ROW)
     else:
@@ -32,7 +32,7 @@ def load_row_basis(rows, width, r0, rank, segs, c, d, D, ROW: tl.constexpr, like
 
 @triton.jit
 def load_row_queries(a, rank, segs, in_q, ROW: tl.constexpr):
-    """Absorbed queries [BLOCK_Q, Rk] that `a` points segs: [size, BLOCK_Q] each."""
+    """Absorbed queries [BLOCK_Q, Rk] that `a` points at: [size, BLOCK_Q] each."""
     if len(segs) == 0:
         x = transposed(load_pieces(a, 0, rank, in_q, ROW))
     else:
@@ -52,7 +52,7 @@ def row_zeros(M: tl.constexpr, segs, ROW: tl.constexpr):
 
 @triton.jit
 def store_row(y, acc, weight, rank, segs, live, ROW: tl.constexpr):
-    """acc * weight to the latents of the live rows `y` points segs."""
+    """acc * weight to the latents of the live rows `y` points at."""
     if len(segs) == 0:
         store_pieces(y, acc, weight, rank, live, ROW)
     else:
