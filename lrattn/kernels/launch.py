@@ -1,8 +1,7 @@
 """Block sizes, warps and stages: finite tables of rows, chosen by plain functions of shapes and device.
 
-Every row is compiled for every device it names by `make resources`, which fails on a spill, on shared memory over the
-device's limit, and on a product that should be wgmma and is not. Nothing is tuned at run time. The first row of a
-table that fits is taken; docs/kernels.md#launch says what each is for.
+`make resources` compiles every row for every device it names, and fails where one does not fit. Nothing is tuned at run
+time: the first row of a table that fits is taken; docs/kernels.md#launch says what each is for.
 """
 
 from functools import cache, partial
@@ -293,10 +292,7 @@ def pieces(rank: int, widest: int) -> tuple[int, ...]:
 
 @cache
 def tiles(packed: tuple[int, ...], widest: int) -> tuple[tuple[int, ...], ...]:
-    """What packed rows are loaded as, see kernels/packed.py.
-
-    packed: bits and latents of each segment. widest: latents of a tile at most.
-    """
+    """TILES of kernels/packed.py: of bits and latents of each segment, in tiles of at most `widest`."""
     found = list[tuple[int, ...]]()
     for n in range(0, len(packed), 2):
         first = 0
@@ -332,8 +328,7 @@ def columns(packed: tuple[int, ...], rank: int) -> int:
 def name(device: torch.device) -> str:
     """sm80, sm90, sm100 or gfx9: the family whose rows a device takes. A CPU interprets what an H100 would run.
 
-    Raises: ValueError for a CPU outside Triton's interpreter.
-    """
+    Raises: ValueError for a CPU outside Triton's interpreter."""
     if device.type == "cpu":
         if not triton.knobs.runtime.interpret:
             raise ValueError("backend: expected 'reference' on a CPU (or TRITON_INTERPRET=1 to debug), got 'triton'")
