@@ -11,6 +11,7 @@ from torch import Tensor
 
 import lrattn
 from bench.decode_shapes import Shape
+from lrattn.cache import stored
 from lrattn.shapes import RANK_STEP, cdiv
 
 CHUNK = 8192  # tokens rebuilt at a time, in float32
@@ -101,20 +102,10 @@ def make(
     for b in range(batch):
         slots = table[b, t // page] * page + t % page
         lrattn.write_latents(layer, zk[b], None if zv is None else zv[b], k_cache, v_cache, slots)
-        zk[b] = _stored(layer.row_side, zk[b])
-        if zv is not None:
-            zv[b] = _stored(layer.values, zv[b])
+    zk, zv = stored(layer, zk, zv)
     lens = torch.full((batch,), tokens, dtype=torch.int32, device=device)
     q = normal(batch, shape.model.query_heads, shape.model.head_dim)
     return Problem(layer, q, zk, zv, k_cache, v_cache, table.int(), lens)
-
-
-def _stored(side: lrattn.Projection, z: Tensor) -> Tensor:
-    """Latents [T, sum R] as a cache gives them back, rounded to their dtype."""
-    if not side.formats:
-        return z
-    parts = [f.decode(f.encode(z[:, c]), z.dtype) for f, c in zip(side.formats, side.columns, strict=True)]
-    return torch.cat(parts, -1).to(z.dtype)
 
 
 def _layer(shape: Shape, tokens: int, shared: bool, normal: Callable[..., Tensor]) -> lrattn.LayerFactors:
