@@ -32,7 +32,7 @@ import torch
 
 import lrattn
 from bench import models, probe, quality_plot, quality_table, report, texts
-from bench.quality_plan import AFTER, CONTEXTS, LENGTH, PLANS, SAMPLES, Settings, cells, find, gathered, row_of
+from bench.quality_plan import AFTER, CONTEXTS, LENGTH, PLANS, SAMPLES, Row, Settings, cells, find, gathered, row_of
 from bench.quantised import PEER, attending_quantised, bytes_held
 from lrattn.formats import Format
 from lrattn.integrations.transformers.either import attending
@@ -149,7 +149,7 @@ class Subject:
         torch.manual_seed(0)
         self.name, self.folder = name, models.CACHE
         self.model, self.tokenizer = PLANS[name].load()
-        self.held: tuple[Any, lrattn.Moments] | None = None
+        self.held: tuple[str, lrattn.Moments] | None = None
 
     @cached_property
     def planted(self) -> torch.Tensor:
@@ -184,7 +184,7 @@ class Subject:
             ranks=row.ranks,
             shared=row.shared,
             far=row.far,
-            moments=self.moments(cell["sample"], row.far),
+            moments=self.moments(cell["sample"], row),
             bits=row.bits,
             progress=False,
         )
@@ -199,16 +199,16 @@ class Subject:
             factors = lrattn.narrowed(factors, keep)
         return factors
 
-    def moments(self, sample: str, far: tuple[int, int]) -> lrattn.Moments:
+    def moments(self, sample: str, row: Row) -> lrattn.Moments:
         """Kept by model, sample, window and what was gathered."""
-        if self.held is None or self.held[0] != (sample, far):
-            gather = ["metric"] if any(far) else gathered(self.name, sample)
-            name = f"{self.name}-sample{sample}-far{far[0]}+{far[1]}-{'+'.join(gather)}.moments"
+        gather = gathered(self.name, sample, row)
+        name = f"{self.name}-sample{sample}-far{row.far[0]}+{row.far[1]}-{'+'.join(gather)}.moments"
+        if self.held is None or self.held[0] != name:
             self.held = None  # before the next: they are hundreds of megabytes
             moments = lrattn.calibrate(
-                self.model, self.calibration(sample), gather=gather, far=far, state=self.folder / name
+                self.model, self.calibration(sample), gather=gather, far=row.far, state=self.folder / name
             )
-            self.held = (sample, far), moments
+            self.held = name, moments
         return self.held[1]
 
 
@@ -222,7 +222,7 @@ def run(subject: Subject, cell: Settings, held: list[Settings]) -> dict[str, Any
         given = subject.model, cell["quantiser"], cell["bits"], *near
         held_bytes = bytes_held(*given, (*CONTEXTS, cell["length"]))
         return sizes(subject, cell, *held_bytes) | evaluated(subject, cell, attending_quantised(*given), dense)
-    subject.moments(cell["sample"], row_of(cell).far)  # what follows is timed without them
+    subject.moments(cell["sample"], row_of(cell))  # what follows is timed without them
     begin = time.perf_counter()
     try:
         factors = subject.factors(cell)

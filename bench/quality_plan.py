@@ -69,7 +69,7 @@ class Row:
         if self.quantiser:
             return f"{self.quantiser} {self.bits} bits"
         form = {None: "", False: " apart", "ride": " ride", True: " joint"}[self.shared]
-        ranks = f" {self.ranks}" if self.shared is None and self.ranks else ""
+        ranks = f" {self.ranks}" if self.shared is None and self.ranks and self.bits != "auto" else ""
         trained = f" {'nested' if self.nested else 'refined'} {self.refine}" if self.refine else ""
         bits = {16: "", "auto": " auto"}.get(self.bits, f" {self.bits} bits")
         return f"{self.method}{form}{ranks}{trained}{bits}{' far' if any(self.far) else ''}"
@@ -171,6 +171,9 @@ DENSE_DATA: dict[str, Any] = {
 FAR_RIDE = replace(RIDE, far=NEAR)
 LOW_RANK, FAR_LOW_RANK = (PALU, RECALKV, RIDE, JOINT), (PALU, RECALKV, FAR_RIDE, FAR_JOINT)
 AUTO, FAR_AUTO = at_bits("auto", JOINT), at_bits("auto", FAR_JOINT)
+UNROTATED = tuple(Row(f"lrattn-{keys}", bits="auto") for keys in ("channels", "rotated"))  # no key is rebuilt
+FAR_UNROTATED = tuple(replace(row, far=NEAR) for row in UNROTATED)
+UNIFORM, FAR_UNIFORM = (PALU, RECALKV, JOINT), (PALU, RECALKV, FAR_JOINT)
 FRONTIER = (
     Block(1, AUTO, per_number(2, 1.5), probe=True),
     Block(1, AUTO, per_number(4), probe=True),
@@ -189,17 +192,17 @@ FRONTIER = (
     Block(3, LOW_RANK, (0.5,)),
     Block(3, LOW_RANK, (0.3,), probe=True),
     Block(3, LOW_RANK, (0.2, 0.7)),
-    Block(3, FAR_LOW_RANK, (0.3, 0.5, 0.2), near=NEAR),
-    Block(3, at_bits("auto", RIDE), per_number(2, 1.5, 4, 3, 1, 5, 2.5)),
-    Block(3, at_bits(4, *LOW_RANK), (0.25, 0.15, 0.1)),
-    Block(4, at_bits(4, *FAR_LOW_RANK), (0.15, 0.1, 0.05), near=NEAR),
-    Block(4, at_bits("auto", FAR_RIDE), per_number(2, 1.5, 1, 4, 3), near=NEAR),
-    Block(4, at_bits(8, *LOW_RANK), (0.5, 0.25, 0.15)),
-    Block(4, at_bits(8, *FAR_LOW_RANK), (0.25, 0.15), near=NEAR),
-    Block(4, quantised("kivi-64", 4, 3, 2), **DENSE_DATA, near=NEAR),
-    Block(4, quantised("half", 16), **DENSE_DATA),
-    Block(4, (*quantised("rotated", 8), *quantised("kivi-32", 8)), **DENSE_DATA, near=NEAR),
-    Block(4, quantised("rotated", 8), **DENSE_DATA),
+    Block(3, at_bits(4, *UNIFORM), (0.25, 0.15, 0.1)),
+    Block(3, at_bits("auto", RIDE), per_number(2, 1.5, 4, 3, 1)),
+    Block(3, UNROTATED, per_number(2, 4, 3)),
+    Block(3, FAR_UNROTATED, per_number(2, 1.5), near=NEAR),
+    Block(3, FAR_LOW_RANK, (0.3,), near=NEAR),
+    Block(3, at_bits(8, *UNIFORM), (0.25, 0.15)),
+    Block(3, at_bits(4, *FAR_UNIFORM), (0.15, 0.1), near=NEAR),
+    Block(4, FAR_UNIFORM, (0.5, 0.2), near=NEAR),
+    Block(4, at_bits("auto", FAR_RIDE), per_number(2, 1.5), near=NEAR),
+    Block(4, at_bits(8, *FAR_UNIFORM), (0.15,), near=NEAR),
+    Block(4, (*quantised("half", 16), *quantised("rotated", 8)), **DENSE_DATA),
 )
 SHORT_FRONTIER = (
     Block(2, AUTO, per_number(2, 1.5, 4, 3, 1)),
@@ -302,10 +305,15 @@ def row_of(settings: Settings) -> Row:
     return Row(**{f.name: settings[f.name] for f in fields(Row)} | {"far": tuple(settings["far"])})
 
 
-def gathered(name: str, sample: str) -> list[str]:
-    """What the rows of a model's plan without a dense window need of a calibration sample: names of moments."""
+def gathered(name: str, sample: str, row: Row) -> list[str]:
+    """What a row, and those of the model's plan that take gradients as it does, need of a calibration sample: names of
+    moments."""
+
+    def kind(row: Row) -> tuple[tuple[int, int], bool]:
+        return row.far, "rotated-metric" in METHODS[row.method].gather
+
     blocks = (*PLANS[name].blocks, *PLANS[name].frontier)
-    rows = {row for b in blocks if sample in b.samples for row in b.rows if not any(row.far)}
+    rows = {other for b in blocks if sample in b.samples for other in b.rows if kind(other) == kind(row)}
     return sorted(set().union(*(METHODS[row.method].gathered(row.ranks) for row in rows)))
 
 

@@ -15,7 +15,7 @@ from lrattn.bits import Bits, ladder_of
 from lrattn.formats import WIDTHS
 from lrattn.methods import DEFAULT, METHODS
 from lrattn.ranks import RULES
-from lrattn.summary import headline, summarize, table
+from lrattn.summary import comparison, headline, summarize, table
 
 EXAMPLES = """\
 A model is a folder that save_pretrained wrote, a .gguf file, or a model in the hub's local cache; nothing is fetched.
@@ -62,8 +62,8 @@ def _parser() -> Parser:
         added.add_argument("--json", action="store_true", help="print JSON to stdout")
         return added
 
-    def model(added: Parser, about: str = MODEL) -> None:
-        added.add_argument("model", help=about)
+    def model(added: Parser, about: str = MODEL, **more: Any) -> None:
+        added.add_argument("model", help=about, **more)
         added.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
         added.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default cpu)")
 
@@ -110,9 +110,11 @@ def _parser() -> Parser:
     added.add_argument("--temperature", type=float, default=0.0, help="sample at this temperature (default 0: greedy)")
     added.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
 
-    about = "What a factors file holds; or how compressible a model's keys and values are on a text."
+    about = (
+        "What a factors file holds, several side by side; or how compressible a model's keys and values are on a text."
+    )
     added = command("info", _info, about)
-    model(added, f"factors file; with --compressibility a model: {MODEL}")
+    model(added, f"factors files; with --compressibility a model: {MODEL}", nargs="+", metavar="file")
     added.add_argument("--compressibility", action="store_true", help="effective ranks of a model's keys and values")
     text(added, 8, required=False)
     added.add_argument("--plot", type=Path, help="image of the effective ranks to write")
@@ -203,7 +205,10 @@ def _info(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     for name in ("text", "plot"):
         if getattr(args, name) is not None:
             raise ValueError(f"{name}: expected only with --compressibility, got {getattr(args, name)}")
-    summary = summarize(Factors.load(args.model))
+    summaries = {path: summarize(Factors.load(path)) for path in args.model}
+    if len(summaries) > 1:
+        return comparison(summaries), summaries
+    (summary,) = summaries.values()
     return table(summary), summary
 
 
@@ -212,15 +217,17 @@ def _compressibility(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
     if args.text is None:
         raise ValueError("text: expected a file with --compressibility, got None")
-    figure = None
+    if len(args.model) > 1:
+        raise ValueError(f"file: expected one model with --compressibility, got {len(args.model)}")
+    (name,), figure = args.model, None
     if args.plot is not None:
         safefile.check_target("plot", args.plot)
         figure = compressibility.canvas(args.plot)
     text = read_text(args.text)
-    model, tokenizer = load_model(args.model, args.dtype, args.device)
+    model, tokenizer = load_model(name, args.dtype, args.device)
     windows = read_windows(tokenizer, text, args.length, args.windows)
     layers = compressibility.compressibility(model, calibrate(model, windows.split(1)))
-    results = {"model": args.model, "text": str(args.text), "windows": list(windows.shape), "layers": layers}
+    results = {"model": name, "text": str(args.text), "windows": list(windows.shape), "layers": layers}
     what = f"normalised effective ranks over {windows.shape[0]} windows of {windows.shape[1]} tokens"
     lines = [what, "", compressibility.table(layers)]
     if figure is not None:

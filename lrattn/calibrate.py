@@ -39,10 +39,11 @@ def calibrate(
 
     Args:
         batches: token ids [b, t], or mappings with input_ids and maybe attention_mask.
-        gather: names of lrattn.moments.GATHERED to sum beside the inputs' moments. "fisher" and "metric" take a
+        gather: names of lrattn.moments.GATHERED to sum beside the inputs' moments. "fisher" and the metrics take a
             backward pass for every batch: the loss is summed over the tokens of a sequence, however the batches are
-            cut. Labels are the next tokens for "fisher", as published, and for "metric" tokens drawn from the model's
+            cut. Labels are the next tokens for "fisher", as published, and for a metric tokens drawn from the model's
             own predictions: then the mean of g g^T is the second derivative of its divergence from itself.
+            "rotated-metric" takes its gradients by rotated keys, and is gathered without the other two.
         far: (recent, sinks): gradients pass only through attention to tokens that a cache with that window would not
             hold dense for the query: for factors of the default window, that of METHODS["lrattn"].near. Where a batch
             is padded its sequences run one by one then.
@@ -59,6 +60,7 @@ def calibrate(
     unknown = sorted(set(gather) - set(GATHERED))
     if unknown:
         raise ValueError(f"gather: expected names out of {sorted(GATHERED)}, got {unknown}")
+    check_gradients(gather)
     window = Window.of(far)
     parts = attention_parts(model)
     held = _resume(model, parts, gather, window, state)
@@ -72,12 +74,12 @@ def calibrate(
         for hook in sums.hooks():
             stack.callback(hook.remove)
         if sums.differentiates:
-            stack.enter_context(substituted(model, sums.add_zeros, window))
+            stack.enter_context(substituted(model, sums.add_zeros, window, rotated=sums.rotated))
             stack.enter_context(frozen(model))
         shown = tqdm(batches, desc="calibrate", unit="batch", disable=not progress)
         for ids, live, text in _unseen(shown, held):
             passes: list[tuple[Tensor, Tensor | None]] = [(ids, live)]
-            if window and live is not None and not bool(live.all()):
+            if (window or sums.rotated) and live is not None and not bool(live.all()):
                 passes = [(row[None], None) for row in unpadded(ids, live)]
             for rows, own in passes:
                 if not rows.numel():
@@ -100,6 +102,13 @@ def calibrate(
     if state is not None:
         held.save(state)
     return held
+
+
+def check_gradients(gather: Collection[str]) -> None:
+    """Raises ValueError where gradients by rotated keys are asked for together with others."""
+    asked = sorted(set(gather) & set(GRADIENTS))
+    if "rotated-metric" in asked and len(asked) > 1:
+        raise ValueError(f"gather: expected no other gradients beside 'rotated-metric', got {asked}")
 
 
 def tokens_of(batch: Batch) -> tuple[Tensor, Tensor | None]:
@@ -178,8 +187,9 @@ def _shapes(part: AttentionParts, gather: Collection[str]) -> dict[str, tuple[in
     n, inputs = part.linear("k_proj").weight.shape
     heads, head_dim = part.num_kv_heads, part.head_dim
     of_name = {"fisher": (n, inputs), "metric": (n, n), "weighted": (inputs, inputs), "magnitudes": (inputs,)}
-    of_name |= {"means": (inputs,)}
+    of_name |= {"means": (inputs,), "rotated-metric": (n, n), "rotated-weighted": (inputs, inputs)}
     exact = {"rotated.keys": (n, n), "rotated.mean": (n,), "rotated.queries": (heads, head_dim, head_dim)}
+    exact |= {"rotated-weighted.keys": (n, n)}
     names = [name for group in GATHERED if group in gather for name in GATHERED[group]]
     return {"inputs": (inputs, inputs)} | {name: exact.get(name) or of_name[name.split(".")[0]] for name in names}
 
@@ -209,6 +219,7 @@ class _Sums:
     def __init__(self, parts: list[AttentionParts], held: Moments) -> None:
         self.parts, self.inputs, self.sums, self.gathered = parts, held.inputs, held.sums, held.gathered
         self.differentiates = any(name in GRADIENTS for name in self.gathered)
+        self.rotated = "rotated-metric" in self.gathered  # gradients are by rotated keys
         self.begin(None)
 
     def hooks(self) -> Iterator[Any]:
@@ -245,13 +256,13 @@ class _Sums:
 
     def add_zeros(self, i: int, x: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Zeros to differentiate by, added to a layer's keys and values: no parameter needs a gradient."""
-        self.seen.append(x.detach())
+        self.seen.append({"keys": k.detach() if self.rotated else x.detach(), "values": x.detach()})
         self.leaves += [torch.zeros_like(k, requires_grad=True), torch.zeros_like(v, requires_grad=True)]
         return k + self.leaves[-2], v + self.leaves[-1]
 
     def begin(self, live: Tensor | None) -> None:
         self.live = live
-        self.seen: list[Tensor] = []  # inputs of each layer, where gradients are taken
+        self.seen: list[dict[str, Tensor]] = []  # what each layer's keys and values are maps of, for gradients
         self.leaves: list[Tensor] = []  # of keys, values, keys, ...
 
     def end(self, held: Moments, ids: Tensor, logits: Tensor | None, text: str) -> Moments:
@@ -274,10 +285,11 @@ class _Sums:
             grads = iter(torch.autograd.grad(loss, self.leaves, retain_graph=name != wanted[-1]))
             for i, x in enumerate(self.seen):
                 for side in ("keys", "values"):
-                    self._add_gradients(name, i, side, x, next(grads))
+                    self._add_gradients(name, i, side, x[side], next(grads))
 
     def _add_gradients(self, name: str, i: int, side: str, x: Tensor, g: Tensor) -> None:
-        """x [b, t, E] and g [b, t, n], a sequence at a time."""
+        """x [b, t, inputs] and g [b, t, n], a sequence at a time."""
+        weighted = name.replace("metric", "weighted")
         for b in range(len(x)):
             rows, grad = x[b].float(), g[b].float()
             if self.live is not None:
@@ -288,8 +300,8 @@ class _Sums:
                 rows, grad = rows.double(), grad.double()  # a sink outweighs a common token by more than float32 holds
                 size = grad.norm(dim=1, keepdim=True)
                 unit = grad[1:] / size[1:].clamp_min(torch.finfo(size.dtype).tiny)
-                self.sums[f"metric.{side}"][i].add_((grad[1:].T @ unit).cpu())
-                self.sums[f"weighted.{side}"][i].add_(((rows * size).T @ rows).cpu())
+                self.sums[f"{name}.{side}"][i].add_((grad[1:].T @ unit).cpu())
+                self.sums[f"{weighted}.{side}"][i].add_(((rows * size).T @ rows).cpu())
         if not bool(self.sums[f"{name}.{side}"][i].isfinite().all()):
             raise ValueError("batches: a gradient is not finite; calibrate a model of a wider dtype")
 

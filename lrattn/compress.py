@@ -78,8 +78,9 @@ def compress(
         moments: of an earlier `calibrate` of this model, which is then not repeated.
         state: a file for the calibration to go on from, see `calibrate`.
         shards: tensor-parallel ranks that the heads will be divided over; no group of keys lies across them.
-        bits: of a latent: 16, plain numbers; 8, 4 or 2 for all; or, for method "lrattn", what each block of 16 latents
-            may be given, "auto" for all of these. One reverse water-filling then spends the bytes (lrattn/bits.py).
+        bits: of a latent: 16, plain numbers; 8, 4 or 2 for all; or, for the methods of lrattn's own, what each block of
+            16 latents may be given, "auto" for all of these. One reverse water-filling then spends the bytes
+            (lrattn/bits.py).
         bytes_per_token: of the latent cache, scales and padding included: instead of `keep`.
         progress: show bars on stderr.
 
@@ -92,10 +93,13 @@ def compress(
     ranks = recipe.ranks if ranks is None else ranks
     if ranks not in RULES:
         raise ValueError(f"ranks: expected one of {sorted(RULES)}, got {ranks!r}")
-    if shared is not None and (shared not in FORMS or (shared and not recipe.in_nats)):
-        expected = f"None or one of {FORMS}" if recipe.in_nats else f"None or False with method {method!r}"
+    if shared is not None and (shared not in FORMS or (shared and not recipe.shares)):
+        expected = f"None or one of {FORMS}" if recipe.shares else f"None or False with method {method!r}"
         raise ValueError(f"shared: expected {expected}, got {shared!r}")
     gather = recipe.gathered(ranks)
+    if not recipe.ruled_by(ranks):
+        rules = [rule for rule in RULES if recipe.ruled_by(rule)]
+        raise ValueError(f"ranks: expected one of {rules} with method {method!r}, got {ranks!r}")
     if far is None:
         far = moments.far if moments is not None and gather & set(GRADIENTS) else recipe.near
     far = astuple(Window.of(far))
@@ -194,7 +198,7 @@ def _form(
 
     held: share of the latents that are kept.
     """
-    if shared is not None or not recipe.in_nats:
+    if shared is not None or not recipe.shares:
         return shared or False
     shapes = [_shape(part, recipe, True, group_size, shards) for part in parts]
     rows = sum(sum(s.groups) for s in shapes)

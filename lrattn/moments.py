@@ -14,13 +14,17 @@ from lrattn import safefile
 
 # What `calibrate` can be asked for beside the inputs' moments, and the sums it is made of; each has one tensor a layer.
 # x: attention input [E]. g: gradient of the sequence's negative log-likelihood by a token's key or value before norm
-# and rotation, [n], n = Hkv * D; of the text for "fisher", of tokens drawn from the model for "metric". k, q: keys and
-# queries, normed and rotated.
+# and rotation, [n], n = Hkv * D; of the text for "fisher", of tokens drawn from the model for the metrics. k, q: keys
+# and queries, normed and rotated.
 GATHERED: dict[str, tuple[str, ...]] = {
     "fisher": ("fisher.keys", "fisher.values"),  # [n, E] float32: over sequences, squares of sum g x^T
     "metric": (
         *("metric.keys", "metric.values"),  # [n, n]: g g^T / |g|, over all tokens but the first of each sequence
         *("weighted.keys", "weighted.values"),  # [E, E]: |g| x x^T, over all tokens
+    ),
+    "rotated-metric": (  # the same with g by k, and k in the place of the keys' x: [n, n]
+        *("rotated-metric.keys", "rotated-metric.values"),
+        *("rotated-weighted.keys", "rotated-weighted.values"),
     ),
     "rotated": (
         *("rotated.keys", "rotated.mean"),  # [n, n] and [n]: k k^T, and k
@@ -29,7 +33,7 @@ GATHERED: dict[str, tuple[str, ...]] = {
     "magnitudes": ("magnitudes",),  # [E]: |x|
     "means": ("means",),  # [E]: x
 }
-GRADIENTS = ("fisher", "metric")  # those that take a backward pass
+GRADIENTS = ("fisher", "metric", "rotated-metric")  # those that take a backward pass
 UNFELT = 1e-20  # nats: what an error costs that no token felt
 
 
@@ -77,18 +81,21 @@ class Moments:
         keys, values = (self.sums[name] for name in GATHERED["fisher"])
         return [(score(k), score(v)) for k, v in zip(keys, values, strict=True)]
 
-    def metric(self, layer: int, side: str) -> tuple[Tensor, Tensor]:
+    def metric(self, layer: int, side: str, *, rotated: bool = False) -> tuple[Tensor, Tensor]:
         """Of "keys" or "values": G [n, n] and C [E, E] of the loss that lrattn/methods/gradient.py minimises.
 
+        rotated: of keys normed and rotated, from "rotated-metric" and "rotated"; C of the keys is then [n, n].
         With m = mean |g|: G = m mean(g g^T / |g|), C = mean(|g| x x^T) / m. The first token of a sequence takes part in
         C, by its own gradient, and not in G and m. Where the loss felt nothing, as of a layer whose sliding window is
         within the dense one, C is the inputs' moment and G an identity that weighs next to nothing.
         """
-        g = self.sums[f"metric.{side}"][layer] / max(self.tokens - self.sequences, 1)
+        kind = "rotated-" if rotated else ""
+        g = self.sums[f"{kind}metric.{side}"][layer] / max(self.tokens - self.sequences, 1)
         mean = g.trace()
         if mean == 0:
-            return torch.eye(len(g), dtype=g.dtype) * UNFELT, self.inputs[layer] / max(self.tokens, 1)
-        return g * mean, self.sums[f"weighted.{side}"][layer] / max(self.tokens, 1) / mean
+            inputs = self.sums["rotated.keys"] if rotated and side == "keys" else self.inputs
+            return torch.eye(len(g), dtype=g.dtype) * UNFELT, inputs[layer] / max(self.tokens, 1)
+        return g * mean, self.sums[f"{kind}weighted.{side}"][layer] / max(self.tokens, 1) / mean
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file; the file at `path` is replaced only when the new one is whole."""

@@ -190,9 +190,11 @@ class Problem:
             for w, found in zip(weight, self.method.decompose_keys(weight, moment), strict=True):
                 yield w[None], *found
             return
+        own = self.method.key_decompose if side == "keys" else None
+        decompose = own or self.method.decompose
         for heads in self.groups[side]:
             group = weight[list(heads)]
-            yield group, *self.method.decompose(group, moment, None if metric is None else self._block(metric, heads))
+            yield group, *decompose(group, moment, None if metric is None else self._block(metric, heads))
 
     def _block(self, metric: Tensor, heads: tuple[int, ...]) -> Tensor:
         """The rows and columns of these heads, [C * D, C * D]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lrattn.factors import Factors
@@ -84,7 +85,7 @@ def table(summary: dict[str, Any]) -> str:
     values = "row ranks" if summary["shared"] else "value ranks"
     foreseen = summary["predicted_loss"] is not None
     bits = ["latents x bits"] if _packed(summary) else []
-    head = ("layer", "key ranks", values, *bits, "keep", *(["loss"] if foreseen else []), "heads sharing a key latent")
+    head = "layer", "key ranks", values, *bits, "keep", *(["loss"] if foreseen else []), "heads sharing a key latent"
     rows = [
         (
             *(str(i), _ranks(x["key_ranks"]), _ranks(x["value_ranks"])),
@@ -95,11 +96,33 @@ def table(summary: dict[str, Any]) -> str:
         )
         for i, x in enumerate(summary["layers"])
     ]
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head) - 1)]
-    lines = [
-        "  ".join([*(cell.rjust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]) for row in (head, *rows)
+    return "\n".join([headline(summary), "", *_aligned([head, *rows])])
+
+
+def comparison(summaries: Mapping[str, dict[str, Any]]) -> str:
+    """A line for each of several sets of factors, by name: bytes, what keys take time for, and the loss foreseen."""
+    head = "method", "bytes a token", "keep", "bits a number", "key rank", "keys", "predicted loss", "window", "file"
+    rows = [
+        (
+            x["method"],
+            f"{x['bytes_per_token']:,}",
+            f"{x['keep']:.3f}",
+            f"{16 * x['keep']:.2f}",
+            f"{x['key_rank']:.0f}",
+            "absorbed" if all(layer["rotated"] for layer in x["layers"]) else "rebuilt",
+            "-" if x["predicted_loss"] is None else f"{x['predicted_loss']:.1e}",
+            " + ".join(map(str, x["near"])) if any(x["near"]) else "-",
+            name,
+        )
+        for name, x in summaries.items()
     ]
-    return "\n".join([headline(summary), "", *lines])
+    return "\n".join(_aligned([head, *rows]))
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines of columns flush right, the last one flush left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
+    return ["  ".join([*(cell.rjust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]
 
 
 def _packed(summary: dict[str, Any]) -> bool:

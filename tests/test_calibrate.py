@@ -11,7 +11,7 @@ from torch import nn
 import lrattn
 from lrattn.parts import attention_parts
 
-GATHERS = [(), ("fisher",), ("metric",), ("rotated", "magnitudes", "means", "metric")]
+GATHERS = [(), ("fisher",), ("metric",), ("rotated", "magnitudes", "means", "metric"), ("rotated", "rotated-metric")]
 calibration = sys.modules["lrattn.calibrate"]  # the package's `calibrate` is the function
 
 

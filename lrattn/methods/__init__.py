@@ -39,8 +39,9 @@ class Method:
     Args:
         measure: what its errors are measured by (see above).
         decompose: one group of heads -> energies, up, down (see above).
+        key_decompose: the same, of keys. None: `decompose`.
         decompose_keys: all heads of a layer, each a group: (weight [Hkv, D, E], C) -> energies, up, down of each. None:
-            `decompose`.
+            one group at a time.
         groups: which kv heads share a latent of keys, and of values: "given", as many as the caller asks for; "head",
             each has its own; "layer", all share one (keys: all of one tensor-parallel rank).
         cluster: which heads go together where groups are of more than one; None takes them in the model's order.
@@ -48,8 +49,9 @@ class Method:
         refit: (weight, down [E, rank], moment of the compressed model's inputs) -> (up, down), of the values.
         gather: what calibration has to sum beside the inputs (lrattn.moments.GATHERED).
         needs_data: whether `measure` needs moments.
-        in_nats: energies are twice the loss in nats a token: comparable over layers, keys and values, so that keys and
-            values can also share a row, and the loss is predicted.
+        in_nats: energies are twice the loss in nats a token: comparable over layers, keys and values, so that bits can
+            be spent on them all, keys and values can share a row where both are maps of the inputs, and the loss is
+            predicted.
         rotated: keys are compressed after their rotation; `inputs` of the keys are the layer's rotated keys, and the
             weight is the identity.
         centred: C is taken about the mean of the inputs, and what the latents lose of the mean is in the bias.
@@ -60,6 +62,7 @@ class Method:
 
     decompose: Decompose = palu.decompose
     measure: Measure = palu.measure
+    key_decompose: Decompose | None = None
     decompose_keys: DecomposeKeys | None = None
     groups: tuple[str, str] = ("given", "given")
     cluster: Cluster | None = None
@@ -74,9 +77,30 @@ class Method:
     ranks: str = "spectrum"
     near: tuple[int, int] = (0, 0)
 
+    @property
+    def shares(self) -> bool:
+        """Whether keys and values can share a row."""
+        return self.in_nats and not self.rotated
+
+    def ruled_by(self, ranks: str) -> bool:
+        """Whether that rule can share out its ranks: gradients by rotated keys are gathered without Fisher's."""
+        return ranks != "fisher" or "rotated-metric" not in self.gather
+
     def gathered(self, ranks: str) -> set[str]:
         """What calibration has to sum for it, with that rule of ranks."""
         return {*self.gather, *(["fisher"] if ranks == "fisher" else [])}
+
+
+def _of_rotated(key_decompose: Decompose | None = None) -> Method:
+    """lrattn's metric where no key is rebuilt: latents of rotated keys."""
+    return Method(
+        measure=gradient.measure_rotated,
+        key_decompose=key_decompose,
+        gather=("rotated", "rotated-metric"),
+        in_nats=True,
+        rotated=True,
+        near=(64, 4),
+    )
 
 
 def _recalkv(cluster: Cluster | None = None, refit: Refit | None = None) -> Method:
@@ -95,6 +119,8 @@ METHODS: dict[str, Method] = {
         in_nats=True,
         near=(64, 4),
     ),
+    "lrattn-rotated": _of_rotated(),
+    "lrattn-channels": _of_rotated(think.decompose),
     "svd": Method(measure=svd.measure, needs_data=False),
     "palu": Method(),
     "recalkv": _recalkv(balanced, recalkv.calibrate_values),

@@ -17,6 +17,8 @@ times the gradient of others: each token weighs in C by its own gradient, and th
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from lrattn.moments import Moments
@@ -24,10 +26,16 @@ from lrattn.parts import AttentionParts
 
 
 def measure(
-    part: AttentionParts, moments: Moments | None, layer: int, side: str
+    part: AttentionParts, moments: Moments | None, layer: int, side: str, *, rotated: bool = False
 ) -> tuple[Tensor | None, Tensor | None]:
-    """C and G of the formula above, from moments with "metric" gathered."""
+    """C and G of the formula above, from moments with "metric" gathered.
+
+    rotated: the keys are the model's own, normed and rotated, x_t = k_t and W = I: with "rotated-metric" and "rotated".
+    """
     if moments is None:
         return None, None
-    metric, moment = moments.metric(layer, side)
+    metric, moment = moments.metric(layer, side, rotated=rotated)
     return moment, metric
+
+
+measure_rotated = partial(measure, rotated=True)
