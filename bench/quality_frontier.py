@@ -34,14 +34,15 @@ def family(row: Row) -> str:
 
 
 def points(cells: list[Settings], name: str, near: bool) -> list[Point]:
-    """Of a model, without or with a dense window, from the fewest bytes. Factors of `lrattn` are made for one of the
-    two, and left out of the other."""
+    """Of a model, without or with a dense window, from the fewest bytes. Factors of lrattn's methods are made for one
+    of the two, and left out of the other."""
     rows = {row for b in PLANS[name].frontier for row in b.rows}
     own = {"model": name, "length": LENGTH, "counted": False}
     found = []
     for cell in (c for c in cells if own.items() <= c.items() and "texts" in c and bool(c["recent"]) == near):
         row = row_of(cell)
-        if cell["sample"] in ("", "0") and row in rows and (row.method != "lrattn" or any(row.far) == near):
+        made_for = any(row.far) if row.method.startswith("lrattn") else near
+        if cell["sample"] in ("", "0") and row in rows and made_for == near:
             held = cell["bytes_at"][str(CONTEXT)] if near else cell["bytes_per_token"]
             texts = cell["texts"].values()
             error = hypot(*(t["error"] for t in texts)) / len(texts)

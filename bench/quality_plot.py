@@ -69,6 +69,8 @@ FRONTIER: dict[str, dict[str, Any]] = {  # what is drawn of each family
     **{
         f"{name}{bits}": {"color": colour, **style} for name, colour in LOW_RANK.items() for bits, style in BITS.items()
     },
+    "lrattn-channels auto": {"color": "tab:cyan", "marker": "v", "lw": 1.5},
+    "lrattn-rotated auto": {"color": "teal", "marker": "^", "lw": 1.5},
     "kivi-32": {"color": "tab:red", "marker": "s", "lw": 2},
     "kivi-64": {"color": "salmon", "marker": "D", "lw": 1},
     "rotated": {"color": "tab:purple", "marker": "^", "lw": 1.5},

@@ -10,6 +10,7 @@ from typing import Any
 
 from bench import quality_frontier, quality_plot
 from bench.quality_plan import CONTEXTS, LENGTH, PLANS, SAMPLES, Row, Settings, find, plain, row_of, settings_of
+from lrattn.methods import METHODS
 
 MARKED = re.compile(r"(<!-- bench\.quality: ([\w.-]+) -->\n)(.*?)(<!-- end -->)", re.S)
 TEXTS = ("wikipedia", "news")
@@ -157,7 +158,7 @@ def frontier(cells: list[Settings], name: str) -> str:
             window = f"{p.cell['recent']}+{p.cell['sinks']}" if near else ""
             each, dense = p.cell["bytes_per_token"], p.cell["dense_bytes_per_token"]
             bytes_ = "".join(f"{n:>7.0f}" for n in (each, *p.cell["bytes_at"].values()))
-            shares = f"{p.share:>7.3f}{16 * each / dense:>6.2f}  "
+            shares = f"{p.share:>7.3f}{16 * each / dense:>6.2f}{keys(p.cell):>7}  "
             lines.append(f"{p.row.label:<{LABEL}}{window:<6}{bytes_}{shares}" + "".join(both(p.cell, t) for t in TEXTS))
     if not lines:
         return ""
@@ -166,11 +167,20 @@ def frontier(cells: list[Settings], name: str) -> str:
     head = [
         f"{PLANS[name].title}: perplexity and excess loss by bytes a token, scales and padding included.",
         "bytes: of a cache without end, and with its window at so many tokens of context; share: of the dense cache of",
-        "16 bits, with a window at the last of them; bits: for each number of the dense cache, without end",
+        "16 bits, with a window at the last of them; bits: for each number of the dense cache, without end; keys: mean",
+        "latents that the keys of a group are rebuilt from, r, or that queries meet as they are, a",
         "",
-        f"{'':<{LABEL + 6}}{'bytes':>7}{contexts}{'share':>7}{'bits':>6}  {names}",
+        f"{'':<{LABEL + 6}}{'bytes':>7}{contexts}{'share':>7}{'bits':>6}{'keys':>7}  {names}",
     ]
     return "\n".join([*head, *lines])
+
+
+def keys(cell: Settings) -> str:
+    """Mean rank of a key group, and whether its keys are rebuilt or absorbed; nothing for a quantiser."""
+    if cell["quantiser"]:
+        return ""
+    rank = sum(width for width, _ in cell["widths"]) / len(cell["widths"]) / cell["key_groups"]
+    return f"{rank:.0f} {'a' if METHODS[cell['method']].rotated else 'r'}"
 
 
 def probe(cells: list[Settings], name: str, *, packed: bool = False) -> str:

@@ -102,10 +102,9 @@ class Tokens(quality.Subject):
     def calibration(self, sample):
         return tiny.tokens(6, 40, seed=1).split(1)
 
-    def moments(self, sample, far):
-        return lrattn.calibrate(
-            self.model, self.calibration(sample), gather=("fisher", "metric", "rotated"), far=far, progress=False
-        )
+    def moments(self, sample, row):
+        gather = quality.gathered("smollm2", sample, row)
+        return lrattn.calibrate(self.model, self.calibration(sample), gather=gather, far=row.far, progress=False)
 
 
 def cell_of(row, keep, **changed):
@@ -133,6 +132,7 @@ def measured(tmp_path_factory):
         cell_of(quantised("kivi-32", 4)[0], 1.0, sample=""),
         cell_of(quantised("kivi-32", 4)[0], 1.0, sample="", recent=32, sinks=2),
         cell_of(quantised("half", 16)[0], 1.0, sample=""),
+        *(cell_of(row, 0.3) for row in quality_plan.UNROTATED),
     ):
         held.append(cell | quality.run(subject, cell, held))
     return held
@@ -156,7 +156,7 @@ def test_cells_measure_what_their_settings_say(measured):
 
 def test_cells_of_fewer_bits_count_every_byte(measured):
     """A token of the tiny model is 3 layers of 2 * 4 * 32 numbers, 1536 bytes."""
-    auto, palu, kivi, near, half = measured[10:]
+    auto, palu, kivi, near, half, *unrotated = measured[10:]
     for cell in measured[10:]:
         assert cell["dense_bytes_per_token"] == 1536
         assert cell["achieved_keep"] == cell["bytes_per_token"] / 1536
@@ -168,6 +168,10 @@ def test_cells_of_fewer_bits_count_every_byte(measured):
     assert kivi["bytes_per_token"] == near["bytes_per_token"] == 768 * 5 / 8 and half["bytes_per_token"] == 1536
     assert kivi["whole_keep"] == 5 / 16 and near["whole_keep"] == pytest.approx(5 / 16 * 6 / 40 + 34 / 40)
     assert sum(map(sum, palu["widths"])) > 0.8 * sum(map(sum, measured[2]["widths"]))  # at half of its bytes
+    assert all(440 < cell["bytes_per_token"] <= 460 and cell["key_groups"] == 2 for cell in unrotated)
+    assert unrotated[0]["predicted"] > unrotated[1]["predicted"] > 0
+    told = ",".join(quality_table.keys(cell) for cell in (palu, kivi, unrotated[0]))
+    assert re.fullmatch(r"\d+ r,,\d+ a", told)
     assert auto["key_share"] == 1 and palu["factors"] != measured[2]["factors"]
     lost = [cell["texts"]["news"]["losses"] for cell in (measured[0], half, near, kivi)]
     gaps = [max(abs(a - b) for a, b in zip(x, lost[0], strict=True)) for x in lost[1:]]
@@ -177,7 +181,7 @@ def test_cells_of_fewer_bits_count_every_byte(measured):
 def test_keys_read_a_share_of_a_row_s_bytes(tmp_path):
     """Keys that ride read a row's first segments, with their scales, padded; keys apart their own."""
     model = Tokens(tmp_path).model
-    given = {"moments": Tokens(tmp_path).moments("0", (0, 0)), "progress": False, "group_size": 4}
+    given = {"moments": Tokens(tmp_path).moments("0", JOINT), "progress": False, "group_size": 4}
     ride = lrattn.compress(model, shared="ride", bits="auto", keep=0.15, **given).layers[1]
     (form,) = ride.values.formats
     begun = list(takewhile(lambda end: end <= ride.keys.width, accumulate(rank for rank, _ in form.segments)))
@@ -288,7 +292,7 @@ def test_a_window_of_a_cell_is_the_window_of_attention(measured, tmp_path):
     subject = Tokens(tmp_path)
     half, beside = measured[2], measured[4]
     factors = lrattn.compress(subject.model, method="palu", ranks="fisher", keep=0.5, group_size=2,
-                              moments=subject.moments("0", (0, 0)), progress=False)  # fmt: skip
+                              moments=subject.moments("0", PALU), progress=False)  # fmt: skip
     assert quality.digest_of(factors) == half["factors"]
     with latent_attention(subject.model, factors, recent=8, sinks=2):
         found = losses(subject.model, subject.evaluation("news", 40, 3), progress=False)

@@ -9,7 +9,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lrattn
 from lrattn.integrations.transformers import LatentCache, latent_attention
-from lrattn.parts import attention_parts
 
 METHODS = ("lrattn-channels", "lrattn-rotated")
 GATHER = ("rotated", "rotated-metric")
@@ -120,7 +119,9 @@ def test_packed_latents_of_rotated_keys(method, family):
         with latent_attention(model, fine):
             near = model(ids, use_cache=False).logits
     error = (once - dense).norm()
-    assert (torch.cat(split, 1) - once).norm() < 0.1 * error  # where a sum is rounded another way, a code may be the next one
+    assert (
+        torch.cat(split, 1) - once
+    ).norm() < 0.1 * error  # where a sum is rounded another way, a code may be the next one
     assert (near - dense).norm() < 0.5 * error
 
 
