@@ -19,15 +19,12 @@ def compressed(model, method, keep=0.3, **given):
 
 
 def token_gradients(model, ids, monkeypatch):
-    """Keys and values [t, Hkv * D] as the model's own attention function gets them, and the loss's gradients by each."""
+    """Keys and values [t, Hkv * D] as the model's attention function gets them, and the loss's gradients by each."""
     seen, attend = [], ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def watched(module, query, key, value, *args, **kwargs):
-        leaves = [x.detach() + torch.zeros_like(x, requires_grad=True) for x in (key, value)]
-        leaves = [x.retain_grad() or x for x in leaves]
-        seen.append(leaves)
-        # The rest of the graph goes on as it was: a loss by the leaf is a loss by the key.
-        key, value = (x + leaf - leaf.detach() for x, leaf in zip((key, value), leaves, strict=True))
+        seen.append([x.detach().requires_grad_() for x in (key, value)])
+        key, value = (x + leaf - leaf.detach() for x, leaf in zip((key, value), seen[-1], strict=True))
         return attend(module, query, key, value, *args, **kwargs)
 
     with monkeypatch.context() as patched:
@@ -119,9 +116,7 @@ def test_packed_latents_of_rotated_keys(method, family):
         with latent_attention(model, fine):
             near = model(ids, use_cache=False).logits
     error = (once - dense).norm()
-    assert (
-        torch.cat(split, 1) - once
-    ).norm() < 0.1 * error  # where a sum is rounded another way, a code may be the next one
+    assert (torch.cat(split, 1) - once).norm() < 0.1 * error  # a sum rounded another way may be another code
     assert (near - dense).norm() < 0.5 * error
 
 
