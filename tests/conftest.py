@@ -7,7 +7,7 @@ import torch
 from hypothesis import settings
 
 # No deadline: a first call loads the kernels. Chosen by --hypothesis-profile.
-settings.register_profile("few", max_examples=400, derandomize=True, database=None, deadline=None)
+settings.register_profile("few", max_examples=320, derandomize=True, database=None, deadline=None)
 settings.register_profile("many", max_examples=10_000, print_blob=True, deadline=None)
 settings.load_profile("few")
 

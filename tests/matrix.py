@@ -69,7 +69,7 @@ def case_of(i, row):
     if row["shared"] != "no":
         value_ranks = tuple(r + (16 if row["shared"] == "riding" else 0) for r in key_ranks)
     order = tuple((5 * h + 3) % heads for h in range(heads)) if row["order"] and heads % 5 else None
-    lens = {"edges": (0, 1, size - 1, size, size + 1), "long": (300, 65), "one": (37,)}[row["lens"]]
+    lens = {"edges": (0, 1, size - 1, size, size + 1), "long": (200, 65), "one": (37,)}[row["lens"]]
     call = {"softcap": row["softcap"], "causal": row["causal"], "project": row["project"]}
     call |= {n: row[n] for n in ("num_splits", "max_seq_len", "workspace_limit") if row[n] is not None}
     call |= {"window_size": row["window"]} if row["window"] else {}

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -141,6 +142,25 @@ def test_info_reports_the_split_of_keys_and_values_apart(files, capsys, tmp_path
     assert 2 * (keys + values) == found["bytes_per_token"] and found["predicted_loss"] is None
     assert found["key_share"] == pytest.approx(keys / (keys + values))
     assert f"keys {found['key_share']:.1%}" in run(capsys, "info", tmp_path / "apart")
+
+
+def test_info_sets_files_side_by_side(files, capsys, tmp_path):
+    """Bytes, what keys take time for, and the loss foreseen; for keys that need no rebuild, too."""
+    factors = lrattn.compress(
+        tiny.model("llama"), [tiny.tokens(4, 40)], "lrattn-channels", 0.3, bits="auto", far=(0, 0), progress=False
+    )
+    factors.save(tmp_path / "channels")
+    names = [str(files / "f.safetensors"), str(tmp_path / "channels")]
+    found = json.loads(run(capsys, "info", *names, "--json"))
+    assert list(found) == names and found[names[1]] == json.loads(run(capsys, "info", names[1], "--json"))
+    head, first, second = run(capsys, "info", *names).splitlines()
+    assert [line.split()[0] for line in (head, first, second)] == ["method", "lrattn", "lrattn-channels"]
+    assert first.split()[1:3] == ["16,128", "0.700"] and "rebuilt" in first and "64 + 4" in first
+    rank = sum(layer.keys.width for layer in factors.layers) / 3
+    assert second.split()[3:6] == [f"{16 * factors.keep:.2f}", f"{rank:.0f}", "absorbed"]
+    assert f"{sum(factors.predicted):.1e}" in second and names[1] in second
+    words = ["info", MODEL, MODEL, "--compressibility", "--text", files / "calibration.txt"]
+    assert "file: expected one model with --compressibility, got 2" in refused(capsys, *words)
 
 
 def test_an_interrupted_compress_goes_on_from_its_state(files, capsys, tmp_path):
