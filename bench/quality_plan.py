@@ -197,11 +197,14 @@ FRONTIER = (
     Block(3, UNROTATED, per_number(2, 4, 3)),
     Block(3, FAR_UNROTATED, per_number(2, 1.5), near=NEAR),
     Block(3, FAR_LOW_RANK, (0.3,), near=NEAR),
-    Block(3, at_bits(8, *UNIFORM), (0.25, 0.15)),
-    Block(3, at_bits(4, *FAR_UNIFORM), (0.15, 0.1), near=NEAR),
-    Block(4, FAR_UNIFORM, (0.5, 0.2), near=NEAR),
+    Block(3, at_bits(8, *UNIFORM), (0.25,)),
+    Block(3, at_bits(8, PALU, JOINT), (0.15,)),
+    Block(3, at_bits(4, *FAR_UNIFORM), (0.15,), near=NEAR),
+    Block(3, at_bits(4, PALU, FAR_JOINT), (0.1,), near=NEAR),
+    Block(4, FAR_UNIFORM, (0.5,), near=NEAR),
+    Block(4, (PALU, FAR_JOINT), (0.2,), near=NEAR),
     Block(4, at_bits("auto", FAR_RIDE), per_number(2, 1.5), near=NEAR),
-    Block(4, at_bits(8, *FAR_UNIFORM), (0.15,), near=NEAR),
+    Block(4, at_bits(8, PALU, FAR_JOINT), (0.15,), near=NEAR),
     Block(4, (*quantised("half", 16), *quantised("rotated", 8)), **DENSE_DATA),
 )
 SHORT_FRONTIER = (

@@ -60,7 +60,7 @@ def calibrate(
     unknown = sorted(set(gather) - set(GATHERED))
     if unknown:
         raise ValueError(f"gather: expected names out of {sorted(GATHERED)}, got {unknown}")
-    check_gradients(gather)
+    _check_gradients(gather)
     window = Window.of(far)
     parts = attention_parts(model)
     held = _resume(model, parts, gather, window, state)
@@ -104,7 +104,7 @@ def calibrate(
     return held
 
 
-def check_gradients(gather: Collection[str]) -> None:
+def _check_gradients(gather: Collection[str]) -> None:
     """Raises ValueError where gradients by rotated keys are asked for together with others."""
     asked = sorted(set(gather) & set(GRADIENTS))
     if "rotated-metric" in asked and len(asked) > 1:

@@ -9,6 +9,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lrattn
 from lrattn.integrations.transformers import LatentCache, latent_attention
+from lrattn.parts import attention_parts
 
 METHODS = ("lrattn-channels", "lrattn-rotated")
 GATHER = ("rotated", "rotated-metric")
@@ -143,3 +144,13 @@ def test_the_kernels_attend_to_the_packed_rows(request):
         with torch.no_grad(), latent_attention(model, factors, backend):
             logits.append(torch.cat([model(x, past_key_values=cache).logits for x in ids.split((9, 1), 1)], 1))
     torch.testing.assert_close(*logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_layers_whose_sliding_window_is_dense_anyway_get_least(method):
+    model = tiny.model("gemma3")  # every second layer sees 12 tokens
+    factors = lrattn.compress(model, [tiny.tokens(4, 40)], method, 0.3, bits="auto", far=(16, 2), progress=False)
+    felt = [part.window is None for part in attention_parts(model)]
+    assert {True, False} == set(felt) and factors.near == (16, 2)
+    for layer, own, lost in zip(factors.layers, felt, factors.predicted, strict=True):
+        assert (lost > 1e-12) == own and (layer.keys.width > 32) == own
