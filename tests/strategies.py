@@ -7,6 +7,8 @@ DIMS = [1, 2, 15, 16, 20, 32, 48, 64, 72, 80, 96, 128, 160, 256]
 RANKS = [16, 32, 48, 64, 80, 96, 112, 128, 160, 272]
 FAR = [-(2**31), 2**31 - 1]
 LONGEST = 300  # tokens
+PLAIN = [()]  # widths of latents
+PACKED = [*PLAIN * 3, (8,), (4, 2), (16, 8, 2), (2,)]
 
 
 def divisors(n):
@@ -109,7 +111,7 @@ def calls(draw, page_size, most_splits):
 
 
 @st.composite
-def cases(draw, *, longest=LONGEST, most_queries=6, most_splits=1024, **sizes):
+def cases(draw, *, longest=LONGEST, most_queries=6, most_splits=1024, widths=PACKED, **sizes):
     """A Case of any shape and any arguments that decode_attention takes."""
     layer = draw(layers(**sizes))
     page_size = draw(st.sampled_from([16, 16, 32, 48, 64, 80, 128]))
@@ -135,6 +137,8 @@ def cases(draw, *, longest=LONGEST, most_queries=6, most_splits=1024, **sizes):
         positions=draw(st.booleans()),
         sinks=draw(st.sampled_from([False, True, "partly"])),
         strided=draw(st.booleans()),
+        key_bits=draw(st.sampled_from(widths)),
+        value_bits=draw(st.sampled_from(widths)),
         call=draw(calls(page_size, most_splits)),
         **layer,
     )
