@@ -55,7 +55,7 @@ def simulated(model, factors, dtype):
     return twin
 
 
-@pytest.mark.parametrize("method, keep", [("palu", 0.7), ("palu", 0.5), ("lrattn", 0.7), ("lrattn", 0.5)])
+@pytest.mark.parametrize("method, keep", [("palu", 0.7), ("lrattn", 0.5)])
 def test_latents_generate_what_the_simulated_model_generates(real, moments, method, keep):
     """Batched with left padding; half the bytes, the same tokens, no further from float64 than twice the simulation."""
     model, tokenizer = real
@@ -79,7 +79,7 @@ def test_latents_generate_what_the_simulated_model_generates(real, moments, meth
     assert sum(x.shape[-1] for pair in cache.caches for x in pair if x is not None) <= keep * dense + 1e-6
 
 
-@pytest.mark.parametrize("method", ["recalkv-hsr", "recalkv-greedy"])
+@pytest.mark.parametrize("method", ["recalkv-hsr"])
 def test_shuffled_copies_of_heads_are_put_together_again(real, method):
     """SmolLM2 as 9 shuffled kv heads, 3 of each: with copies in one group, a third of the bytes is exact."""
     wide, tokenizer = models.smollm2_mha()
