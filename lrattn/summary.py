@@ -61,8 +61,7 @@ def headline(summary: dict[str, Any]) -> str:
     split = f"keys {summary['key_share']:.1%}, values {summary['value_share']:.1%}"
     if summary["shared"]:
         split = f"rows that keys and values share {summary['value_share']:.1%}"
-    rotated = all(layer["rotated"] for layer in summary["layers"])
-    how = "queries meet a key group's" if rotated else "a key group is rebuilt from"
+    how = "queries meet a key group's" if _absorbed(summary) else "a key group is rebuilt from"
     foreseen, packed = summary["predicted_loss"], _packed(summary)
     recent, sinks = summary["near"]
     beside = [f"beside them, dense: the last {recent} and the first {sinks} tokens"] if recent or sinks else []
@@ -109,7 +108,7 @@ def comparison(summaries: Mapping[str, dict[str, Any]]) -> str:
             f"{x['keep']:.3f}",
             f"{16 * x['keep']:.2f}",
             f"{x['key_rank']:.0f}",
-            "absorbed" if all(layer["rotated"] for layer in x["layers"]) else "rebuilt",
+            "absorbed" if _absorbed(x) else "rebuilt",
             "-" if x["predicted_loss"] is None else f"{x['predicted_loss']:.1e}",
             " + ".join(map(str, x["near"])) if any(x["near"]) else "-",
             name,
@@ -123,6 +122,11 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Lines of columns flush right, the last one flush left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
     return ["  ".join([*(cell.rjust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]
+
+
+def _absorbed(summary: dict[str, Any]) -> bool:
+    """Whether no layer rebuilds keys."""
+    return all(x["rotated"] for x in summary["layers"])
 
 
 def _packed(summary: dict[str, Any]) -> bool:

@@ -110,7 +110,7 @@ def test_peaked_softmax_by_rms(rope, kernel_dtype, device):
     assert rms <= 2 * own + torch.finfo(kernel_dtype).eps * true.square().mean().sqrt()
 
 
-@pytest.mark.parametrize("t0, positions", [(2000, False), (8000, False), (2000, True), (130_000, True)])
+@pytest.mark.parametrize("t0, positions", [(2000, False), (130_000, False), (2000, True), (130_000, True)])
 def test_far_positions(t0, positions, kernel_dtype, device):
     """A head of the sequence is attended to elsewhere, so the tokens here are far out; or their positions say so."""
     case = Case("far", M=2, Hkv=2, D=128, lens=(90,), rope={"max_position": t0 + 128, "fp32_angles": True})

@@ -87,8 +87,7 @@ def test_channels_are_those_whose_cut_costs_most_and_nothing_is_mixed(family):
             assert chosen.sum() == rank and own[chosen].min() >= own[~chosen].max()
 
 
-def test_one_channel_s_foreseen_loss_is_what_cutting_it_costs():
-    """To second order, which a small error is: half of the mean of its product with the gradient, squared."""
+def test_more_bytes_foresee_less_loss_and_a_basis_less_than_channels():
     model = tiny.model("llama")
     moments = lrattn.calibrate(model, [tiny.tokens(4, 40)], gather=GATHER, progress=False)
     given = {"model": model, "moments": moments, "bits": (2, 4, 8), "progress": False}

@@ -91,6 +91,10 @@ class Method:
         return {*self.gather, *(["fisher"] if ranks == "fisher" else [])}
 
 
+HEAD, LAYER = ("head", "head"), ("layer", "layer")
+NEAR = (64, 4)  # of lrattn's own methods
+
+
 def _of_rotated(key_decompose: Decompose | None = None) -> Method:
     """lrattn's metric where no key is rebuilt: latents of rotated keys."""
     return Method(
@@ -99,15 +103,12 @@ def _of_rotated(key_decompose: Decompose | None = None) -> Method:
         gather=("rotated", "rotated-metric"),
         in_nats=True,
         rotated=True,
-        near=(64, 4),
+        near=NEAR,
     )
 
 
 def _recalkv(cluster: Cluster | None = None, refit: Refit | None = None) -> Method:
     return Method(cluster=cluster, groups=("given", "layer"), refit=refit)
-
-
-HEAD, LAYER = ("head", "head"), ("layer", "layer")
 
 
 METHODS: dict[str, Method] = {
@@ -117,7 +118,7 @@ METHODS: dict[str, Method] = {
         cluster_values=True,
         gather=("metric",),
         in_nats=True,
-        near=(64, 4),
+        near=NEAR,
     ),
     "lrattn-rotated": _of_rotated(),
     "lrattn-channels": _of_rotated(think.decompose),
