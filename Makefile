@@ -22,28 +22,28 @@ test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 fuzz: $(VENV)/.dev
-	$(RUN) -m pytest tests/test_fuzz.py -vv -s --hypothesis-profile=many --durations=0 --durations-min=1
+	$(RUN) -m pytest tests/attention/test_fuzz.py -vv -s --hypothesis-profile=many --durations=0 --durations-min=1
 
 resources: $(VENV)/.demo
-	$(RUN) -m bench.resources
+	$(RUN) -m bench.compiled.resources
 
 traffic: $(VENV)/.demo
-	$(RUN) -m bench.traffic
+	$(RUN) -m bench.compiled.traffic
 
 bench-cpu: $(VENV)/.demo
 	$(RUN) -m bench.decode_latency --cpu
 
 bench-quality: $(VENV)/.quality
 	$(RUN) -m bench.quality
-	$(RUN) -m bench.head_groups
+	$(RUN) -m bench.evaluation.head_groups
 
 bench-memory: $(VENV)/.demo
 	$(RUN) -m bench.memory
 	$(RUN) -m bench.scale --again
 
-$(VENV)/.torch: bench/install_torch.py
+$(VENV)/.torch: bench/support/install_torch.py
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) bench/install_torch.py '$(TORCH)'
+	$(RUN) bench/support/install_torch.py '$(TORCH)'
 	touch $@
 
 # The model and the text are files inside these packages; what they would install beside is not needed.

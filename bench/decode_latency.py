@@ -16,7 +16,9 @@ from pathlib import Path
 
 import torch
 
-from bench import cpu_decode, decode_providers, decode_shapes, gpu_decode, gpu_plot, report, resources
+from bench.compiled import resources
+from bench.decode import cpu_decode, decode_providers, decode_shapes, gpu_decode, gpu_plot
+from bench.support import report
 
 NO_GPU = "No GPU here: the times below are a CPU's and say nothing about a kernel."
 

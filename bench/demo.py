@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import lrattn
-from bench import models, report, texts
+from bench.support import models, report, texts
 from lrattn.integrations.transformers.either import attending, held_bytes, new_cache
 from lrattn.integrations.transformers.generate import read_prompt
 from lrattn.integrations.transformers.load import read_windows

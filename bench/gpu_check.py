@@ -24,10 +24,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import report
+from bench.support import report
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("tests/test_gpu.py", "tests/test_ways.py", "tests/test_kernels.py", "tests/test_ops.py")
+TESTS = (
+    "tests/kernels/test_gpu.py",
+    "tests/attention/test_ways.py",
+    "tests/kernels/test_kernels.py",
+    "tests/attention/test_ops.py",
+)
 FILES, FILE_BYTES, TEXT_BYTES = 8, 16 << 20, 4 << 20
 TAIL = 6000  # characters of a step's output in the report
 SPARE = 5.0  # seconds kept for the report
@@ -58,13 +63,13 @@ def steps(out: Path, dry: bool, without: Sequence[str] = ()) -> list[Step]:
         )
 
     return [
-        Step("smoke test", lambda _: module("gpu_smoke"), 0.1, 10),
+        Step("smoke test", lambda _: module("decode.gpu_smoke"), 0.1, 10),
         Step("tests", lambda _: tests(dry), 0.3, 30, "tests.txt"),
         Step("compile", lambda _: module("decode_latency", "--compile", "--out", str(out)), 0.15, 20),
         Step("decode latency, first cases", latency(0.001 if dry else 0.8), 0.25, 20),
-        Step("Palu's kernel", lambda s: module("palu_decode", "--out", str(out), "--minutes", f"{0.7 * s / 60:.3f}"),
-             0.12, 20),
-        Step("host microseconds", lambda _: module("host_cost", "--out", str(out)), 0.08, 15),
+        Step("Palu's kernel", lambda s: module("decode.palu_decode", "--out", str(out), "--minutes",
+                                               f"{0.7 * s / 60:.3f}"), 0.12, 20),
+        Step("host microseconds", lambda _: module("decode.host_cost", "--out", str(out)), 0.08, 15),
         Step("decode latency, more cases", latency(0.8, "--resume"), 1.0, 15),
     ]  # fmt: skip
 
@@ -74,7 +79,7 @@ def tests(dry: bool) -> list[str]:
     if importlib.util.find_spec("pytest") is None:
         words = ["--cases", "--dry"] if dry else ["--cases"]
         return [sys.executable, "-c", "print('pytest is not installed: the cases are run without it', flush=True); "
-                "import runpy; runpy.run_module('bench.gpu_smoke', run_name='__main__')", *words]  # fmt: skip
+                "import runpy; runpy.run_module('bench.decode.gpu_smoke', run_name='__main__')", *words]  # fmt: skip
     words = [sys.executable, "-m", "pytest", "-v", "-v", "--tb=short", "-p", "no:cacheprovider", *TESTS]
     if dry:
         return [*words, "-k", "cases_of_the_reference and float32-plain"]

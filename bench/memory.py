@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 import lrattn
-from bench import models, process, report, texts
+from bench.support import models, process, report, texts
 from lrattn.integrations.transformers.either import attending, held_bytes, new_cache
 from lrattn.integrations.transformers.load import read_windows
 

@@ -4,7 +4,7 @@ python -m bench.quality [--model smollm2 ...] [--keep 0.5 ...] [--method palu ..
                         [--part 0/2] [--minutes 60] [--again] [--plot-only] [--out bench/results/quality.json]
 
 A cell is one model, calibration sample, way to make factors or to quantise, kept share and dense window
-(bench/quality_plan.py). Cells are kept in the JSON by their settings, measured once, the important ones first, and
+(evaluation/quality_plan.py). Cells are kept in the JSON by their settings, measured once, the important ones first, and
 saved one by one: the table can be built piece by piece. --frontier chooses those of loss against bytes; --part 0/2 is
 the first of two processes that share the cells and the JSON. --minutes begins no cell after so many; --again measures
 the chosen ones anew; --plot-only measures nothing. Tables go to stdout and, with the JSON of the repository, into
@@ -31,14 +31,27 @@ from typing import Any
 import torch
 
 import lrattn
-from bench import models, probe, quality_plot, quality_table, report, texts
-from bench.quality_plan import AFTER, CONTEXTS, LENGTH, PLANS, SAMPLES, Row, Settings, cells, find, gathered, row_of
-from bench.quantised import PEER, attending_quantised, bytes_held
-from lrattn.formats import Format
+from bench.evaluation import probe, quality_plot, quality_table
+from bench.evaluation.quality_plan import (
+    AFTER,
+    CONTEXTS,
+    LENGTH,
+    PLANS,
+    SAMPLES,
+    Row,
+    Settings,
+    cells,
+    find,
+    gathered,
+    row_of,
+)
+from bench.evaluation.quantised import PEER, attending_quantised, bytes_held
+from bench.support import models, report, texts
+from lrattn.factors.formats import Format
+from lrattn.factors.parts import attention_parts
 from lrattn.integrations.transformers.either import attending
 from lrattn.integrations.transformers.load import read_windows
 from lrattn.integrations.transformers.perplexity import losses
-from lrattn.parts import attention_parts
 
 PATH = report.RESULTS / "quality.json"
 PAGE = Path(__file__).parents[1] / "docs" / "quality.md"

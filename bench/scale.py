@@ -18,7 +18,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lrattn
-from bench import process, report
+from bench.support import process, report
 
 PATH = report.RESULTS / "scale.json"
 SHAPES = {

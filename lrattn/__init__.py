@@ -12,24 +12,25 @@ In transformers: `with latent_attention(model, factors): model.generate(...)` fr
 There caches also hold the last 64 and first 4 tokens dense, and factors are made for that, unless far=(0, 0) says no.
 """
 
-from lrattn.attention import (
+from lrattn.attention.cache import allocate_cache
+from lrattn.attention.ops import (
     decode_attention,
     merge_attention,
     rebuild,
     workspace_bytes,
     write_latents,
 )
-from lrattn.cache import allocate_cache
-from lrattn.calibrate import calibrate
-from lrattn.compress import compress
-from lrattn.factors import Factors
-from lrattn.formats import Format
-from lrattn.layer import LayerFactors
-from lrattn.moments import Moments
-from lrattn.nested import narrowed
-from lrattn.projection import KeyNorm, Projection
-from lrattn.refine import refine
-from lrattn.rope import Rope
+from lrattn.compression import methods
+from lrattn.compression.calibrate import calibrate
+from lrattn.compression.compress import compress
+from lrattn.compression.moments import Moments
+from lrattn.compression.nested import narrowed
+from lrattn.compression.refine import refine
+from lrattn.factors.formats import Format
+from lrattn.factors.layer import LayerFactors
+from lrattn.factors.projection import KeyNorm, Projection
+from lrattn.factors.record import Factors
+from lrattn.factors.rope import Rope
 
 __all__ = [
     "Factors",
@@ -44,6 +45,7 @@ __all__ = [
     "compress",
     "decode_attention",
     "merge_attention",
+    "methods",
     "narrowed",
     "rebuild",
     "refine",

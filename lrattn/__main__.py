@@ -10,12 +10,14 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lrattn import Factors, __version__, calibrate, compress, compressibility, narrowed, safefile
-from lrattn.bits import Bits, ladder_of
-from lrattn.formats import WIDTHS
-from lrattn.methods import DEFAULT, METHODS
-from lrattn.ranks import RULES
-from lrattn.summary import comparison, headline, summarize, table
+from lrattn import Factors, __version__, calibrate, compress, narrowed
+from lrattn.compression import compressibility
+from lrattn.compression.bits import Bits, ladder_of
+from lrattn.compression.methods import DEFAULT, METHODS
+from lrattn.compression.ranks import RULES
+from lrattn.factors import safefile
+from lrattn.factors.formats import WIDTHS
+from lrattn.factors.summary import comparison, headline, summarize, table
 
 EXAMPLES = """\
 A model is a folder that save_pretrained wrote, a .gguf file, or a model in the hub's local cache; nothing is fetched.

@@ -13,23 +13,34 @@ import lrattn
 PACKAGE = Path(lrattn.__file__).parent
 ROOT = PACKAGE.parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-SOURCES = [*FILES, *sorted((ROOT / "tests").glob("*.py")), *sorted((ROOT / "bench").glob("*.py"))]
+SOURCES = [*FILES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "bench").rglob("*.py"))]
 LINES = 350
 
-# A module may import modules that stand before it: the order of the data.
-ORDER = [
-    "shapes", "dense", "rope", "safefile", "formats", "projection", "basis", "operands", "layer", "factors", "parts",
-    "substitute", "moments", "calibrate", "clusters", "bits", "ranks", "methods", "propagate", "problem", "nested",
-    "refine", "compress", "summary", "compressibility", "cache", "reference", "kernels", "ops", "checks", "attention",
-    "integrations", "__main__",
-]  # fmt: skip
+# What the files of a folder may import, beside files of its own that stand before them: the order of the data.
+ARROWS = {
+    "factors": (),
+    "kernels": ("factors",),
+    "attention": ("factors", "kernels"),
+    "compression": ("factors", "attention"),
+    "integrations": ("factors", "attention"),
+}
+ORDER = {
+    "factors": "shapes rope safefile formats projection basis operands layer record parts summary",
+    "kernels": "launch plan arguments tiles packed pieces rows pack write rebuild absorb scores values fused_absorbed "
+    "fused_rebuilt merge combine project decode",
+    "attention": "dense cache reference operators checks ops",
+    "compression": "moments substitute calibrate clusters bits ranks methods propagate problem nested refine compress "
+    "compressibility",
+    "integrations": "transformers",
+}
 DUMPING_GROUNDS = {"utils", "helpers", "common", "misc", "base", "tools", "core"}
 FORBIDDEN_CALLS = {"eval", "exec", "pickle"}
 
 
-def name_of(path):
+def place_of(path):
+    """Folder and name of a file; no folder for those on top."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return parts[0] if parts != ("__init__",) else None
+    return ("", parts[0]) if len(parts) == 1 else (parts[0], parts[1])
 
 
 def imports_of(tree):
@@ -44,22 +55,39 @@ def imports_of(tree):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_point_one_way(path):
-    own = name_of(path)
-    if own is None:
+    folder, own = place_of(path)
+    if not folder or own == "__init__":
         return
+    order = ORDER[folder].split()
     for name in imports_of(ast.parse(path.read_text())):
-        parts = name.split(".")
-        if parts[0] == "lrattn" and len(parts) > 1 and parts[1] in ORDER and parts[1] != own:
-            assert ORDER.index(parts[1]) < ORDER.index(own), f"{own} imports {name}, which comes after it"
+        root, _, rest = name.partition(".")
+        there, _, file = rest.partition(".")
+        if root != "lrattn" or not there:
+            continue
+        assert there in (folder, *ARROWS[folder]), f"{folder} imports {name}"
+        file = file.split(".")[0]
+        if there == folder and file in order and file != own:
+            assert order.index(file) < order.index(own), f"{own} imports {name}, which comes after it"
+
+
+def test_every_file_has_its_place():
+    """Nothing but folders and the two doors on top, and every folder lists what it holds."""
+    found = {}
+    for path in FILES:
+        folder, name = place_of(path)
+        found.setdefault(folder, set()).add(name)
+    assert found.pop("") == {"__init__", "__main__"}
+    assert {folder: names - {"__init__"} for folder, names in found.items()} == {
+        folder: set(names.split()) for folder, names in ORDER.items()
+    }
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_each_library_has_its_place(path):
     names = {name.split(".")[0] for name in imports_of(ast.parse(path.read_text()))}
-    assert "triton" not in names or name_of(path) == "kernels"
-    assert "transformers" not in names or name_of(path) == "integrations"
+    assert "triton" not in names or place_of(path)[0] == "kernels"
+    assert "transformers" not in names or place_of(path)[0] in ("integrations", "compression")
     assert not names & {"pickle", "marshal", "shelve"}
-    assert name_of(path) is None or name_of(path) in ORDER
     assert not set(path.relative_to(PACKAGE).with_suffix("").parts) & DUMPING_GROUNDS
 
 

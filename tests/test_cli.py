@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lrattn
-from bench import models, texts
+from bench.support import models, texts
 from lrattn import __main__ as cli
 from lrattn.integrations.transformers.load import load_model
 

@@ -9,7 +9,10 @@ import tiny
 import torch
 
 import lrattn
-from bench import demo, head_groups, launches, memory, quality, quality_plot, quality_table, resources, scale, traffic
+from bench import demo, memory, quality, scale
+from bench.compiled import resources, traffic
+from bench.decode import launches
+from bench.evaluation import head_groups, quality_plot, quality_table
 
 ROOT = Path(lrattn.__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

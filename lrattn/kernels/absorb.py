@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lrattn.factors.operands import Keys
+from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Rule, Tokens
 from lrattn.kernels.packed import load_query_tiles, load_tiles, scores_streamed, segments
@@ -22,8 +24,6 @@ from lrattn.kernels.tiles import (
     seen,
     slots,
 )
-from lrattn.operands import Keys
-from lrattn.shapes import cdiv
 
 
 # fmt: off
@@ -43,7 +43,7 @@ def absorb_queries_kernel(
 
     Grid: (row blocks * Hkv, rank blocks, B). A program owns BLOCK_Q query rows of one kv head and BLOCK_R latents.
     Needs: BLOCK_D a power of two >= 32 and >= D. Sums are float32.
-    Reference: lrattn.reference._absorb. Derivation: docs/kernels.md#absorbed-scores.
+    Reference: lrattn.attention.reference._absorb. Derivation: docs/kernels.md#absorbed-scores.
     """
     place = tl.program_id(0) % Hkv
     i_b = tl.program_id(2).to(tl.int64)
@@ -93,7 +93,7 @@ def absorbed_scores_kernel(
     RESIDENT: a rank is R1 (+ R2) columns, powers of two, and the queries are read once; else R1 columns at a time.
     Packed rows come in tiles, ROW.
     Needs: P a multiple of 16. Sums are float32.
-    Reference: lrattn.reference._scores. Derivation: docs/kernels.md#absorbed-scores.
+    Reference: lrattn.attention.reference._scores. Derivation: docs/kernels.md#absorbed-scores.
     """
     G: tl.constexpr = Hkv // C
     g = tl.program_id(0) % G

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lrattn.operands import Keys, Values
+from lrattn.factors.operands import Keys, Values
 
 
 class Tokens(NamedTuple):

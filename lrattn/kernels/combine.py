@@ -4,10 +4,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lrattn.factors.operands import Values
+from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
 from lrattn.kernels.tiles import LENGTHS, SLICED, load_run
-from lrattn.operands import Values
-from lrattn.shapes import cdiv
 
 
 # fmt: off
@@ -33,7 +33,7 @@ def combine_kernel(
     Grid: (BLOCKS_D * Hkv * row blocks of B M S). A program owns BLOCK_Q rows that share a kv head, and with it
     BLOCK_D columns of its basis (of the result when there is none): the basis is read once per row block.
     Needs: nothing of the sizes. Sums are float32, over BLOCK_S slots at a time.
-    Reference: lrattn.reference.merge_attention, _join_sinks, _project. Derivation: docs/kernels.md#combine.
+    Reference: lrattn.attention.reference.merge_attention, _join_sinks, _project. Derivation: docs/kernels.md#combine.
     """
     i_d = tl.program_id(0) % BLOCKS_D
     head = tl.program_id(0) // BLOCKS_D % Hkv

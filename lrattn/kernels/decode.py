@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lrattn.factors.shapes import round_up
 from lrattn.kernels import launch, plan
 from lrattn.kernels.absorb import absorb_queries, absorbed_scores
 from lrattn.kernels.arguments import Call
@@ -16,7 +17,6 @@ from lrattn.kernels.plan import Cut
 from lrattn.kernels.project import project
 from lrattn.kernels.scores import latent_scores, turn_queries
 from lrattn.kernels.values import latent_values
-from lrattn.shapes import round_up
 
 
 class Workspace(NamedTuple):

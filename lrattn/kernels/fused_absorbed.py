@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lrattn.factors.operands import Keys, Values
+from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Rule, Tokens
 from lrattn.kernels.packed import segments
@@ -22,8 +24,6 @@ from lrattn.kernels.tiles import (
     softmax_step,
     store_lse,
 )
-from lrattn.operands import Keys, Values
-from lrattn.shapes import cdiv
 
 
 # fmt: off
@@ -55,7 +55,7 @@ def fused_absorbed_kernel(
     Grid: (row blocks * G, splits, B). A program owns BLOCK_Q of the C M S query rows of one group and one split:
     with one row block each latent is read once.
     Needs: P a multiple of 16; groups of keys and of values hold the same heads. Online softmax, sums are float32.
-    Reference: lrattn.reference._attend_span. Derivation: docs/kernels.md#fused.
+    Reference: lrattn.attention.reference._attend_span. Derivation: docs/kernels.md#fused.
     """
     G: tl.constexpr = Hkv // C
     g = tl.program_id(0) % G

@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lrattn.factors.operands import Keys, Values
+from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Rule, Tokens
 from lrattn.kernels.packed import segments
@@ -23,8 +25,6 @@ from lrattn.kernels.tiles import (
     softmax_step,
     store_lse,
 )
-from lrattn.operands import Keys, Values
-from lrattn.shapes import cdiv
 
 
 # fmt: off
@@ -63,7 +63,7 @@ def fused_rebuilt_kernel(
     heads of a group run side by side and meet its latents in L2. With one head a group each latent is read once.
     Needs: BLOCK_D a power of two >= 32 and >= D, P a multiple of 16, rows of x that lie together; groups of keys and of
     values hold the same heads. Online softmax, sums are float32.
-    Reference: lrattn.reference._attend_span. Derivation: docs/kernels.md#fused.
+    Reference: lrattn.attention.reference._attend_span. Derivation: docs/kernels.md#fused.
     """
     place = tl.program_id(0) % Hkv
     i_s = tl.program_id(1).to(tl.int64)

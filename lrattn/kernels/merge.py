@@ -4,10 +4,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lrattn.factors.operands import Values
+from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
 from lrattn.kernels.tiles import LENGTHS, SLICED, load_run
-from lrattn.operands import Values
-from lrattn.shapes import cdiv
 
 
 # fmt: off
@@ -24,7 +24,7 @@ def merge_kernel(
     Grid: (BLOCKS_R * rows, B). A program owns BLOCK_R latents of one query row: many rows or few, each split is read
     by programs of its own, BLOCK_S splits at a time.
     Needs: nothing of the sizes. Sums are float32, in one order.
-    Reference: lrattn.reference.merge_attention. Derivation: docs/kernels.md#combine.
+    Reference: lrattn.attention.reference.merge_attention. Derivation: docs/kernels.md#combine.
     """
     i_r = tl.program_id(0) % BLOCKS_R
     i = (tl.program_id(0) // BLOCKS_R).to(tl.int64)

@@ -4,12 +4,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrattn.formats import ALIGNMENT, MEAN_BITS
+from lrattn.factors.formats import ALIGNMENT, MEAN_BITS
+from lrattn.factors.operands import Keys, Values
+from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
 from lrattn.kernels.packed import BROKEN, SCALE_FRACTION, SCALE_LEAST, segment
 from lrattn.kernels.tiles import LENGTHS, SLICED, half_pointer, load_run
-from lrattn.operands import Keys, Values
-from lrattn.shapes import cdiv
 
 NEAREST, UPWARDS = tl.constexpr(1 << 19), tl.constexpr((1 << 20) - 1)  # added before a scale's fraction is cut
 
@@ -33,7 +33,7 @@ def pack_latents_kernel(
 
     Grid: (token blocks, G). A program writes the runs of BLOCK_N tokens of one group; it reads their latents twice.
     Needs: nothing of the sizes. The division is IEEE, so that codes are those of the reference.
-    Reference: lrattn.formats.Format.encode. Derivation: docs/kernels.md#packed.
+    Reference: lrattn.factors.formats.Format.encode. Derivation: docs/kernels.md#packed.
     """
     g = tl.program_id(1)
     i = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)

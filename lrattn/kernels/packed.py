@@ -15,7 +15,7 @@ import triton.language as tl
 
 from lrattn.kernels.tiles import half_pointer
 
-SCALE_FRACTION, SCALE_LEAST = tl.constexpr(20), tl.constexpr(111 << 23)  # see lrattn/formats.py
+SCALE_FRACTION, SCALE_LEAST = tl.constexpr(20), tl.constexpr(111 << 23)  # see lrattn/factors/formats.py
 BROKEN = tl.constexpr(255)
 
 

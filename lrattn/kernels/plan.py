@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import torch
 
+from lrattn.factors.operands import KeySizes, ValueSizes
+from lrattn.factors.shapes import MAX_SPLITS, cdiv, round_up
 from lrattn.kernels import launch
-from lrattn.operands import KeySizes, ValueSizes
-from lrattn.shapes import MAX_SPLITS, cdiv, round_up
 
 WAVES = 2  # programs a multiprocessor should get at least
 PART_TILES = 32  # most tiles of one program where the workspace allows, so that ragged batches balance

@@ -4,9 +4,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
 from lrattn.kernels.tiles import LENGTHS, SLICED
-from lrattn.shapes import cdiv
 
 
 # fmt: off
@@ -24,7 +24,7 @@ def project_kernel(
     Grid: (BLOCKS_D * row blocks). A program owns BLOCK_Q of the B S rows and BLOCK_D of the E columns, and sums
     over all heads in one order: a row's result does not depend on its batch.
     Needs: nothing of the sizes. Sums are float32.
-    Reference: lrattn.reference._project. Derivation: docs/kernels.md#combine.
+    Reference: lrattn.attention.reference._project. Derivation: docs/kernels.md#combine.
     """
     n = tl.program_id(0) // BLOCKS_D * BLOCK_Q + tl.arange(0, BLOCK_Q)
     e = tl.program_id(0) % BLOCKS_D * BLOCK_D + tl.arange(0, BLOCK_D)

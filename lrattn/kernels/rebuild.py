@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lrattn.factors.operands import Keys, Values
+from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Tokens
 from lrattn.kernels.packed import keys_streamed, segments
@@ -18,8 +20,6 @@ from lrattn.kernels.tiles import (
     pair_columns,
     slots,
 )
-from lrattn.operands import Keys, Values
-from lrattn.shapes import cdiv
 
 
 # fmt: off
@@ -45,7 +45,7 @@ def rebuild_kernel(
 
     Grid: (Hkv * tiles * B). A program owns BLOCK_T tokens of one kv head. Packed rows come in tiles, ROW.
     Needs: BLOCK_D a power of two >= 32 and >= D, P a multiple of 16. Sums are float32.
-    Reference: lrattn.reference.rebuild. Derivation: docs/kernels.md#rebuild.
+    Reference: lrattn.attention.reference.rebuild. Derivation: docs/kernels.md#rebuild.
     """
     place = tl.program_id(0) % Hkv
     i_b = (tl.program_id(0) // Hkv // tiles).to(tl.int64)

@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lrattn.factors.operands import Keys
+from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Rule, Tokens
 from lrattn.kernels.packed import keys_streamed, load_basis_tiles, load_tiles, segments
@@ -23,8 +25,6 @@ from lrattn.kernels.tiles import (
     seen,
     slots,
 )
-from lrattn.operands import Keys
-from lrattn.shapes import cdiv
 
 
 # fmt: off
@@ -101,7 +101,7 @@ def latent_scores_kernel(
     RESIDENT: a rank is R1 (+ R2) columns, powers of two, a head is BLOCK_D wide, and the basis is read once. Else
     R1 columns of latents and BLOCK_D of the head at a time, and both are read again. Packed rows come in tiles, ROW.
     Needs: BLOCK_D a power of two >= 32, P a multiple of 16. Sums are float32.
-    Reference: lrattn.reference._scores. Derivation: docs/kernels.md#scores.
+    Reference: lrattn.attention.reference._scores. Derivation: docs/kernels.md#scores.
     """
     place = tl.program_id(0) % Hkv
     i_b = tl.program_id(2).to(tl.int64)

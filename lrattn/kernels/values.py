@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lrattn.factors.operands import Values
+from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Rule, Tokens
 from lrattn.kernels.packed import latents_of, load_scale, load_tile, segment
@@ -18,8 +20,6 @@ from lrattn.kernels.tiles import (
     softmax_step,
     store_lse,
 )
-from lrattn.operands import Values
-from lrattn.shapes import cdiv
 
 
 # fmt: off
@@ -47,7 +47,7 @@ def latent_values_kernel(
     is the same with more tiles; the scores are read once a tile. Of packed rows, which have SEGMENTS segments, a launch
     takes one, by tiles like the one of TILES.
     Needs: P a multiple of 16, BLOCK_T as in the scores. Online softmax, sums are float32.
-    Reference: lrattn.reference._attend_span. Derivation: docs/kernels.md#values.
+    Reference: lrattn.attention.reference._attend_span. Derivation: docs/kernels.md#values.
     """
     G: tl.constexpr = Hkv // C
     i_r = tl.program_id(0) % TILES_R

@@ -5,13 +5,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrattn.formats import half
+from lrattn.factors.formats import half
+from lrattn.factors.operands import Keys, Values
+from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
 from lrattn.kernels.pack import pack_latents
 from lrattn.kernels.packed import keys_streamed, segments
 from lrattn.kernels.tiles import LENGTHS, SLICED, half_pointer, load_latents, load_rows, load_run
-from lrattn.operands import Keys, Values
-from lrattn.shapes import cdiv
 
 
 # fmt: off
@@ -31,7 +31,7 @@ def write_latents_kernel(
 
     Grid: (token blocks, column blocks of the key row and then of the value row). A program copies one tile.
     Needs: nothing of the sizes.
-    Reference: lrattn.reference.write_latents. Derivation: docs/kernels.md#write.
+    Reference: lrattn.attention.reference.write_latents. Derivation: docs/kernels.md#write.
     """
     i = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     slot = tl.load(slots + i * slots_stride, mask=i < n, other=-1).to(tl.int64)
@@ -69,7 +69,7 @@ def norm_columns_kernel(
 
     Grid: (token blocks, Hkv). A program owns BLOCK_N tokens of one kv head, so that a key is rebuilt once.
     Needs: BLOCK_D a power of two >= 32 and >= D. Sums are float32.
-    Reference: lrattn.cache.norm_columns. Derivation: docs/kernels.md#write.
+    Reference: lrattn.attention.cache.norm_columns. Derivation: docs/kernels.md#write.
     """
     place = tl.program_id(1)
     i = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)

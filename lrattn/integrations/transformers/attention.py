@@ -11,14 +11,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lrattn.attention import check_backend, decode_attention, merge_attention, rebuild, write_latents
-from lrattn.cache import stored
-from lrattn.dense import Near, causal_attention, masked_attention
-from lrattn.factors import Factors
+from lrattn.attention.cache import stored
+from lrattn.attention.dense import Near, causal_attention, masked_attention
+from lrattn.attention.ops import check_backend, decode_attention, merge_attention, rebuild, write_latents
+from lrattn.factors.parts import AttentionParts, attention_parts, decoder_of, shadowed
+from lrattn.factors.record import Factors
 from lrattn.integrations.transformers.cache import LatentCache, Span
 from lrattn.integrations.transformers.verify import check_fit, verify
 from lrattn.integrations.transformers.window import near_of
-from lrattn.parts import AttentionParts, attention_parts, decoder_of, shadowed
 
 Pair = tuple[Tensor, Tensor]  # keys and values, or out and lse
 

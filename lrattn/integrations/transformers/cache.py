@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from lrattn.cache import allocate_cache, key_rows, value_rows
-from lrattn.factors import Factors
+from lrattn.attention.cache import allocate_cache, key_rows, value_rows
+from lrattn.factors.record import Factors
 from lrattn.integrations.transformers.verify import check_fit
 from lrattn.integrations.transformers.window import DenseWindow, Places, near_of
 

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from torch import nn
 from transformers import DynamicCache
 
-from lrattn.factors import Factors
+from lrattn.factors.record import Factors
 from lrattn.integrations.transformers.attention import latent_attention
 from lrattn.integrations.transformers.cache import LatentCache
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
-from lrattn.factors import Factors
+from lrattn.factors.record import Factors
 from lrattn.integrations.transformers.either import attending, held_bytes, new_cache
 
 

@@ -8,12 +8,12 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
-from lrattn.dense import causal_attention
-from lrattn.factors import Factors
-from lrattn.layer import LayerFactors
-from lrattn.parts import AttentionParts, attention_parts, decoder_of, evaluating
-from lrattn.projection import Projection
-from lrattn.rope import Rope
+from lrattn.attention.dense import causal_attention
+from lrattn.factors.layer import LayerFactors
+from lrattn.factors.parts import AttentionParts, attention_parts, decoder_of, evaluating
+from lrattn.factors.projection import Projection
+from lrattn.factors.record import Factors
+from lrattn.factors.rope import Rope
 
 TOKENS = 8
 SHUFFLES = 32  # of a weight's outputs, to learn what chance makes of a cosine

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lrattn.checks import check_integer
-from lrattn.factors import Factors
-from lrattn.layer import LayerFactors
+from lrattn.attention.checks import check_integer
+from lrattn.factors.layer import LayerFactors
+from lrattn.factors.record import Factors
 
 
 class Places(NamedTuple):

@@ -1,0 +1,1 @@
+"""What are the kernels once compiled, and what do they read? Answered without a GPU."""

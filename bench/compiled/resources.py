@@ -1,0 +1,523 @@
+"""What the compiled kernels use, for devices that need not be here: `make resources`.
+
+Every row of the launch table is compiled for every device it names, at the largest shapes it is for, plain and with
+every option. Registers, bytes spilled, shared memory and tensor-core instructions go to results/resources.json with a
+hash of the kernel sources. A spill (fp32 excepted), too much shared memory, or a product that should be wgmma and is
+not fails the run. `--quick` compiles a few and writes nothing.
+
+No GPU is used and nothing is executed: these figures say what fits, not how fast it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from tqdm import tqdm
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+import lrattn
+from bench.decode.decode_shapes import packing
+from bench.support import report
+from lrattn.factors.operands import Keys, Operands
+from lrattn.kernels import absorb, combine, decode, launch, merge, plan, project, rebuild, scores, values, write
+from lrattn.kernels.arguments import Call, Rule, Tokens
+from lrattn.kernels.fused_absorbed import fused_absorbed
+from lrattn.kernels.fused_rebuilt import fused_rebuilt
+
+PATH = report.RESULTS / "resources.json"
+SOURCES = sorted((Path(lrattn.__file__).parent / "kernels").glob("*.py"))
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+META = torch.device("meta")
+PAGE, BATCH = 16, 2
+ALL = "bias norm rule"
+PACKED = (8, 4, 2)  # widths of packed rows
+FORMATS = ((), (8,), (4,), (2,), PACKED, (16, 8, 2))  # of which each kernel is shown at one shape; () is plain
+EXTRAS = ["rule"], ["rule bias", "rule norm"], [ALL]  # the most options there can be, by a row's extras
+
+
+class Device(NamedTuple):
+    """A device to compile for. shared: bytes of shared memory a program may have."""
+
+    target: GPUTarget
+    shared: int
+    product: str  # what a large product must compile to
+
+
+DEVICES = {
+    "sm80": Device(GPUTarget("cuda", 80, 32), 163 << 10, "mma.sync"),
+    "sm90": Device(GPUTarget("cuda", 90, 32), 227 << 10, "wgmma.mma_async"),
+    "sm100": Device(GPUTarget("cuda", 100, 32), 227 << 10, "tcgen05.mma"),
+    "gfx9": Device(GPUTarget("hip", "gfx942", 64), 64 << 10, "v_mfma"),
+}
+
+
+def sources_hash() -> str:
+    """Of the kernels and the launch table: results for other sources are stale."""
+    return hashlib.sha256("\0".join(f"{p.name}\0{code(p.read_text())}" for p in SOURCES).encode()).hexdigest()
+
+
+def code(text: str) -> str:
+    """The lines of a module that something is compiled from: no docstrings, comments or imports."""
+    lines = text.splitlines()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+            node = node.body[0]
+        elif not isinstance(node, ast.Import | ast.ImportFrom):
+            continue
+        lines[node.lineno - 1 : node.end_lineno] = [""] * ((node.end_lineno or node.lineno) - node.lineno + 1)
+    return "\n".join(line for line in (re.sub(r"(^|\s+)# .*$", "", line) for line in lines) if line.strip())
+
+
+class Problem(NamedTuple):
+    """Shapes of a compilation. options: words of ALL, and "positions"; rule is a softcap, a window and starts."""
+
+    rank: int = 128
+    head: int = 128
+    heads: int = 1  # M, query heads per kv head
+    steps: int = 1  # S, query tokens
+    group: int = 1  # C, kv heads per group
+    dtype: torch.dtype = torch.bfloat16
+    options: str = ""
+    rope: bool = True
+    shared: bool = False  # one row serves keys and values
+    values: int = 0  # the rank of values, where it is not the keys'
+    bits: tuple[int, ...] = ()  # widths of packed latents, see decode_shapes.packing; (): plain
+
+    def has(self, word: str) -> bool:
+        return word in self.options.split()
+
+    def sides(self) -> Operands:
+        """The records the kernels take, of a layer with two groups; no numbers, only shapes."""
+        heads = 2 * self.group
+        bias = torch.zeros(heads, self.head, dtype=self.dtype) if self.has("bias") else None
+        keys, values = (
+            lrattn.Projection(
+                torch.zeros(heads, rank, self.head, dtype=self.dtype), (rank,) * 2, bias=bias, format=self.format(rank)
+            )
+            for rank in (self.rank, self.value_rank())
+        )
+        if self.shared:
+            keys = replace(keys, format=None)
+        layer = lrattn.LayerFactors(
+            keys=keys,
+            values=values,
+            rope=lrattn.Rope(1e4, self.head, 256) if self.rope else None,
+            shared=self.shared,
+            key_norm=lrattn.KeyNorm(torch.ones(self.head, dtype=self.dtype)) if self.has("norm") else None,
+        ).to(META)
+        return layer.operands
+
+    def value_rank(self) -> int:
+        return self.values or self.rank
+
+    def format(self, rank: int) -> lrattn.Format | None:
+        return packing(rank, self.bits) if self.bits else None
+
+    def rows(self) -> int:
+        """Hq S, query rows of a sequence."""
+        return 2 * self.group * self.heads * self.steps
+
+    def query(self) -> torch.Tensor:
+        return empty(BATCH, self.steps, 2 * self.group * self.heads, self.head, dtype=self.dtype)
+
+    def cache(self, keys: Keys) -> torch.Tensor:
+        width = 2 * max(self.rank, self.value_rank()) + (0 if keys.sizes.norm_column < 0 else 16)
+        return empty(8, PAGE, width, dtype=torch.uint8 if self.bits else self.dtype)
+
+    def partial(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return fp32(BATCH, 2, self.rows(), self.value_rank()), fp32(BATCH, 2, self.rows())
+
+    def tokens(self) -> Tokens:
+        starts = empty(BATCH) if self.has("rule") else None
+        positions = empty(8, PAGE) if self.has("positions") else None
+        return Tokens(empty(BATCH, 8), empty(BATCH), starts, positions, 8 * PAGE)
+
+    def rule(self) -> Rule:
+        return Rule(1.0, 30.0, True, 64) if self.has("rule") else Rule(1.0, 0.0, True, 0)
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=META)
+
+
+def fp32(*shape: int) -> torch.Tensor:
+    return empty(*shape, dtype=torch.float32)
+
+
+# One function per kernel: what the library would launch for a problem.
+
+
+def latent_scores(p: Problem) -> None:
+    keys, _ = p.sides()
+    x = empty(BATCH, 2, p.rows(), 2, launch.block_d(p.head) // 2, dtype=p.dtype)
+    s = fp32(BATCH, p.rows(), 2 * launch.BLOCK_T)
+    scores.latent_scores(x, p.steps, p.cache(keys), keys, p.tokens(), p.rule(), s, 0, 2, 2, not p.has("positions"))
+
+
+def turn_queries(p: Problem) -> None:
+    keys, _ = p.sides()
+    x = empty(BATCH, 2, p.rows(), 2, launch.block_d(p.head) // 2, dtype=p.dtype)
+    scores.turn_queries(p.query(), keys, p.tokens(), p.rule(), x, 0, not p.has("positions"))
+
+
+def absorb_queries(p: Problem) -> None:
+    keys, _ = p.sides()
+    absorb.absorb_queries(p.query(), keys)
+
+
+def absorbed_scores(p: Problem) -> None:
+    keys, _ = p.sides()
+    a, constant = empty(BATCH, p.rows(), p.rank, dtype=p.dtype), fp32(BATCH, p.rows()) if p.has("bias") else None
+    s = fp32(BATCH, p.rows(), 2 * launch.BLOCK_T)
+    absorb.absorbed_scores(a, constant, p.steps, p.cache(keys), keys, p.tokens(), p.rule(), s, 0, 2, 2)
+
+
+def latent_values(p: Problem) -> None:
+    keys, side = p.sides()
+    s, y, lse = fp32(BATCH, p.rows(), 2 * launch.BLOCK_T), fp32(BATCH, 2, p.rows(), p.rank), fp32(BATCH, 2, p.rows())
+    values.latent_values(s, p.steps, p.cache(keys), side, p.tokens(), p.rule(), y, lse, 0, 2, 2)
+
+
+def absorbed_pass(p: Problem) -> None:
+    keys, side = p.sides()
+    a, constant = empty(BATCH, p.rows(), p.rank, dtype=p.dtype), fp32(BATCH, p.rows()) if p.has("bias") else None
+    choice = plan.fused(p.rows(), p.dtype, launch.name(META), keys.sizes, side.sizes, False)
+    assert choice is not None, "the launch table has a row for it"
+    cache, (y, lse) = p.cache(keys), p.partial()
+    cv = None if p.shared else cache
+    fused_absorbed(a, constant, p.steps, cache, cv, keys, side, p.tokens(), p.rule(), y, lse, 0, 2, 2, choice)
+
+
+def rebuilt_pass(p: Problem) -> None:
+    keys, side = p.sides()
+    x, turned = empty(BATCH, 2, p.rows(), 2, launch.block_d(p.head) // 2, dtype=p.dtype), not p.has("positions")
+    choice = plan.fused(p.rows(), p.dtype, launch.name(META), keys.sizes, side.sizes, turned)
+    assert choice is not None, "the launch table has a row for it"
+    cache, (y, lse) = p.cache(keys), p.partial()
+    cv = None if p.shared else cache
+    fused_rebuilt(x, p.steps, cache, cv, keys, side, p.tokens(), p.rule(), y, lse, 0, 2, 2, turned, choice)
+
+
+def combine_heads(p: Problem) -> None:
+    _, side = p.sides()
+    y, part, lse = fp32(BATCH, 2, p.rows(), p.rank), fp32(BATCH, 2, p.rows()), fp32(BATCH, *p.query().shape[1:3])
+    sinks = fp32(p.query().shape[2]) if p.has("rule") else None
+    combine.combine(y, part, range(2), side, p.query(), lse, sinks, up=True)
+
+
+def combine_latents(p: Problem) -> None:
+    _, side = p.sides()
+    y, part, lse = fp32(BATCH, 2, p.rows(), p.rank), fp32(BATCH, 2, p.rows()), fp32(BATCH, *p.query().shape[1:3])
+    combine.combine(y, part, range(2), side, fp32(*lse.shape, p.rank), lse)
+
+
+def merge_splits(p: Problem) -> None:
+    _, side = p.sides()
+    y, lse = p.partial()
+    merge.merge(y, lse, 1, side)
+
+
+def project_heads(p: Problem) -> None:
+    wo = empty(p.query().shape[2], p.head, 64, dtype=p.dtype)
+    project.project(p.query(), wo, empty(BATCH, p.steps, 64, dtype=p.dtype))
+
+
+def write_latents(p: Problem) -> None:
+    keys, side = p.sides()
+    z, slots = empty(4, 2 * p.rank, dtype=p.dtype), empty(4, dtype=torch.int64)
+    write.write_latents(z, z, p.cache(keys), p.cache(keys), slots, keys, side, 1e-6)
+
+
+def rebuild_keys(p: Problem) -> None:
+    keys, _ = p.sides()
+    x = empty(4, keys.sizes.num_heads, p.head, dtype=p.dtype)
+    rebuild.rebuild_keys(p.cache(keys), keys, p.tokens(), empty(BATCH, dtype=torch.int64), x)
+
+
+def rebuild_values(p: Problem) -> None:
+    keys, side = p.sides()
+    x = empty(4, keys.sizes.num_heads, p.head, dtype=p.dtype)
+    rebuild.rebuild_values(p.cache(keys), side, p.tokens(), empty(BATCH, dtype=torch.int64), x)
+
+
+class Compilation(NamedTuple):
+    """One launch to compile. product: the large product must run as the device's asynchronous instruction."""
+
+    kernel: Callable[[Problem], None]
+    device: str
+    problem: Problem
+    product: bool = False
+
+
+def compilations() -> Iterator[Compilation]:
+    """Every row of the table, on each of its devices, at its largest shapes; 16, 32 and 64 query rows a program."""
+    few, many = ((1, 1), (7, 2)), ((7, 3), (16, 4))  # M, S
+    for device in DEVICES:
+        for row in rows_for(launch.LATENT_SCORES, device):
+            rank, head = (528 if row.rank == launch.ANY else row.rank), (256 if row.head == launch.ANY else row.head)
+            for heads, steps in few if row.queries == 16 else few[:1] + many:
+                for options in ("", ALL, f"{ALL} positions")[: 3 if row.table else 2]:
+                    problem = Problem(rank, head, heads, steps, 1, dtype_of(row), options, bits=bits_of(row))
+                    yield Compilation(latent_scores, device, problem, row.itemsize == 2)
+        for row in rows_for(launch.ABSORBED_SCORES, device):
+            rank = 528 if row.rank == launch.ANY else row.rank
+            for heads, steps in few if row.queries == 16 else few[:1] + many:
+                for options in ("", ALL):
+                    problem = Problem(rank, 128, heads, steps, 1, dtype_of(row), options, False, bits=bits_of(row))
+                    yield Compilation(absorbed_scores, device, problem, row.itemsize == 2)
+        for row in rows_for(launch.LATENT_VALUES, device):
+            rank = 528 if row.rank == launch.ANY else row.rank
+            for heads, steps in few if row.queries == 16 else few[:1] + many:
+                problem = Problem(rank, 128, heads, steps, 1, dtype_of(row), bits=bits_of(row))
+                yield Compilation(latent_values, device, problem, row.itemsize == 2 and heads * steps == 64)
+        for row in rows_for(launch.FUSED_ABSORBED, device):
+            for problem in fused_problems(row):
+                for options in ("", *EXTRAS[row.extras]):
+                    whole = problem._replace(options=options, rope=False)
+                    yield Compilation(absorbed_pass, device, whole, row.itemsize == 2)
+        for row in rows_for(launch.FUSED_REBUILT, device):
+            for problem in fused_problems(row):
+                for extra in EXTRAS[row.extras]:
+                    for options in ("", extra, f"{extra} positions")[: 3 if row.table else 2]:
+                        yield Compilation(rebuilt_pass, device, problem._replace(options=options), row.itemsize == 2)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for options in ("", f"{ALL} positions"):
+                large = Problem(96, 256, 16, 3, 1, dtype, options)
+                yield Compilation(turn_queries, device, large._replace(options=options.removesuffix(" positions")))
+                yield Compilation(absorb_queries, device, large._replace(rope=False))
+                yield Compilation(combine_heads, device, large)
+                yield Compilation(project_heads, device, large)
+                for bits in ((), PACKED):
+                    yield Compilation(write_latents, device, large._replace(bits=bits))
+                    for head in (128, 256):
+                        yield Compilation(rebuild_keys, device, large._replace(head=head, bits=bits))
+                        yield Compilation(rebuild_values, device, large._replace(head=head, bits=bits))
+            yield Compilation(merge_splits, device, Problem(96, 256, 16, 3, 1, dtype))
+            yield Compilation(combine_latents, device, Problem(96, 256, 16, 3, 1, dtype))
+    yield from formats()
+
+
+def formats() -> Iterator[Compilation]:
+    """Kernels that read latents, in every format: a group of four heads with four query heads each, half the rank."""
+    for bits in FORMATS:
+        rebuilt = Problem(256, 128, 4, 1, 4, bits=bits)
+        absorbed = rebuilt._replace(rope=False)
+        for kernel in (latent_scores, latent_values, rebuild_keys, write_latents):
+            yield Compilation(kernel, "sm90", rebuilt)
+        for kernel in (absorbed_scores, absorbed_pass):
+            yield Compilation(kernel, "sm90", absorbed, True)
+
+
+def fused_problems(row: launch.Row) -> Iterator[Problem]:
+    """The largest shapes of a row of a fused table, with rows apart (unless it has none) and with one row for both."""
+    heads = row.queries if row.queries < launch.ANY else 64
+    head = 128 if row.head == launch.ANY else row.head
+    if row.rank:  # else it is for shared rows alone
+        yield Problem(row.rank, head, heads, dtype=dtype_of(row), values=row.values, bits=bits_of(row))
+    if row.shared:
+        yield Problem(row.values, head, heads, dtype=dtype_of(row), shared=True, bits=bits_of(row))
+
+
+def rows_for(table: tuple[launch.Row, ...], device: str) -> list[launch.Row]:
+    return [row for row in table if not row.devices or device in row.devices]
+
+
+def bits_of(row: launch.Row) -> tuple[int, ...]:
+    return PACKED if row.packed else ()
+
+
+def dtype_of(row: launch.Row) -> torch.dtype:
+    return torch.float32 if row.itemsize == 4 else torch.bfloat16
+
+
+QUICK = [
+    Compilation(latent_scores, "sm90", Problem(256, 128), True),
+    Compilation(latent_scores, "sm90", Problem(160, 128, 16, 4, options=f"{ALL} positions"), True),
+    Compilation(latent_scores, "sm80", Problem(528, 128, 7, 2, options=ALL), True),
+    Compilation(latent_scores, "sm100", Problem(128, 64), True),
+    Compilation(latent_scores, "gfx9", Problem(128, 128), True),
+    Compilation(absorbed_scores, "sm90", Problem(256, 128, group=4, rope=False), True),
+    Compilation(latent_values, "sm90", Problem(256, 128, group=4)),
+    Compilation(absorbed_pass, "sm90", Problem(256, 128, group=4, rope=False), True),
+    Compilation(absorbed_pass, "sm90", Problem(256, 128, group=4, rope=False, shared=True), True),
+    Compilation(rebuilt_pass, "sm90", Problem(128, 128), True),
+    Compilation(combine_heads, "sm90", Problem(256, 128)),
+    Compilation(project_heads, "sm90", Problem()),
+    Compilation(write_latents, "sm90", Problem(options=ALL)),
+    Compilation(rebuild_keys, "sm90", Problem(), True),
+    Compilation(latent_scores, "sm90", Problem(528, 128, options=ALL, bits=PACKED), True),
+    Compilation(latent_values, "sm90", Problem(256, 128, group=4, bits=PACKED)),
+    Compilation(absorbed_pass, "sm90", Problem(256, 128, group=4, rope=False, bits=PACKED), True),
+    Compilation(rebuilt_pass, "sm90", Problem(256, 64, shared=True, bits=PACKED), True),
+    Compilation(write_latents, "sm90", Problem(options=ALL, bits=PACKED)),
+]
+
+
+class _Driver:
+    """Stands for the driver of a device that is not here, so that a launch compiles and does not run."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+@contextmanager
+def compiling(device: str) -> Iterator[list[tuple[str, Any]]]:
+    """Inside, launches compile for a device and do not run; yields the kernels' names and binaries."""
+    compiled: list[tuple[str, Any]] = []
+    original, name = JITFunction.run, launch.name
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        self.device_caches.clear()  # kept by device number, which is 0 for all of ours
+        compiled.append((self.__name__, original(self, *args, grid=grid, warmup=True, **kwargs)))
+
+    triton.runtime.driver.set_active(_Driver(DEVICES[device].target))
+    JITFunction.run, launch.name = run, lambda _: device
+    try:
+        yield compiled
+    finally:
+        JITFunction.run, launch.name = original, name
+
+
+def compile_for(c: Compilation) -> list[dict[str, Any]]:
+    """Resources of each kernel that a launch compiles."""
+    with compiling(c.device) as compiled:
+        c.kernel(c.problem)
+    return [{"kernel": kernel, "device": c.device, **describe(c), **resources(binary)} for kernel, binary in compiled]
+
+
+def recompiled() -> list[str]:
+    """Kernels of a decode step that other lengths, splits or table widths would compile anew."""
+    keys, side = Problem().sides()
+    cache, q = Problem().cache(keys), empty(BATCH, 1, 2, 128, dtype=torch.bfloat16)
+    with compiling("sm90") as compiled:
+        for pages, bound, splits in ((8, 128, 1), (1, 1, 3), (7, 100, 4), (9, 100, 6), (64, 1024, 16)):
+            tokens = Tokens(empty(BATCH, pages), empty(BATCH), None, None, bound)
+            call = Call(q, cache, cache, keys, side, tokens, Rule(1.0, 0.0, True, 0))
+            decode.decode_attention(call, None, None, "heads", splits, 1 << 28, torch.empty_like(q), fp32(BATCH, 1, 2))
+    binaries = {kernel: {b.hash for k, b in compiled if k == kernel} for kernel, _ in compiled}
+    return [f"{kernel}: {len(found)} compilations" for kernel, found in binaries.items() if len(found) > 1]
+
+
+def describe(c: Compilation) -> dict[str, Any]:
+    p = c.problem
+    dtype = str(p.dtype).split(".")[-1]
+    names = {"rank": p.rank, "values": p.value_rank(), "one_row": p.shared, "head": p.head, "M": p.heads, "S": p.steps}
+    return {**names, "dtype": dtype, "options": p.options or "none", "bits": " ".join(map(str, p.bits))}
+
+
+def resources(binary: Any) -> dict[str, Any]:
+    """Registers a thread, bytes of them spilled to memory, bytes of shared memory, tensor-core instructions."""
+    meta = binary.metadata
+    found = {"warps": meta.num_warps, "stages": meta.num_stages, "shared": meta.shared}
+    if "amdgcn" in binary.asm:
+        text = binary.asm["amdgcn"]
+        count = {n: int(m[1]) for n in ("vgpr_count", "private_segment_fixed_size")
+                 if (m := re.search(rf"\.{n}:\s+(\d+)", text))}  # fmt: skip
+        found |= {"registers": count["vgpr_count"], "spilled": count["private_segment_fixed_size"]}
+        return found | {"products": sorted(set(re.findall(r"v_mfma\w+", text)))}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        command = [str(TOOLS / "cuobjdump"), "-res-usage", file.name]
+        usage = dict(re.findall(r"(REG|STACK):(\d+)", subprocess.check_output(command, text=True)))
+    products = set(re.findall(r"(wgmma\.mma_async[\w.]*\.m\d+n\d+k\d+|mma\.sync[\w.]*\.m\d+n\d+k\d+|tcgen05\.mma)",
+                              binary.asm["ptx"]))  # fmt: skip
+    short = sorted({re.sub(r"\.(?:sp|al)\w+|\.(?:sync|aligned)", "", x) for x in products})
+    return found | {"registers": int(usage["REG"]), "spilled": int(usage["STACK"]), "products": short}
+
+
+def faults(c: Compilation, row: dict[str, Any]) -> list[str]:
+    """Why a row may not stand."""
+    device, found = DEVICES[c.device], []
+    if row["spilled"] and row["dtype"] != "float32":
+        found.append(f"{row['spilled']} bytes spilled")
+    if row["shared"] > device.shared:
+        found.append(f"{row['shared']} bytes of shared memory, the device has {device.shared}")
+    if c.product and not any(p.startswith(device.product.replace(".sync", "")) for p in row["products"]):
+        found.append(f"expected {device.product}, got {row['products'] or 'no tensor-core product'}")
+    return found
+
+
+def table(results: dict[str, Any]) -> str:
+    """Kernel by device: the most that any of its launches uses, 16-bit ones for registers and spills."""
+    line = "{:24} {:6} {:>8} {:>9} {:>7} {:>10}  {}"
+    lines = [line.format("kernel", "device", "launches", "registers", "spilled", "shared KiB", "products")]
+    for kernel in dict.fromkeys(row["kernel"] for row in results["rows"]):
+        for device in DEVICES:
+            rows = [row for row in results["rows"] if (row["kernel"], row["device"]) == (kernel, device)]
+            if not rows:
+                continue
+            half = [row for row in rows if row["dtype"] != "float32"]
+            kinds = sorted({p.split(".")[0] if "." in p else "mfma" for row in half for p in row["products"]})
+            most = [max(row[n] for row in half) for n in ("registers", "spilled")]
+            shared = -(-max(row["shared"] for row in rows) // 1024)
+            cells = (kernel.removesuffix("_kernel"), device, len(rows), *most, shared, ", ".join(kinds))
+            lines.append(line.format(*cells).rstrip())
+    return "\n".join(lines)
+
+
+def format_table(results: dict[str, Any]) -> str:
+    """Kernel by format, on sm90 at one shape: registers, bytes spilled, and bytes of a token's run."""
+    line = "{:24} {:>8} {:>13} {:>9} {:>7}"
+    lines = [line.format("kernel", "bits", "bytes a token", "registers", "spilled")]
+    shapes = [{"device": c.device, **describe(c)} for c in formats()]
+    found = [row for row in results["rows"] if any(shape.items() <= row.items() for shape in shapes)]
+    for kernel in dict.fromkeys(row["kernel"] for row in found):
+        for bits in FORMATS:
+            words = " ".join(map(str, bits))
+            rows = [row for row in found if (row["kernel"], row["bits"]) == (kernel, words)]
+            if rows:
+                held = packing(rows[0]["rank"], bits).nbytes if bits else 2 * rows[0]["rank"]
+                most = [max(row[n] for row in rows) for n in ("registers", "spilled")]
+                lines.append(line.format(kernel.removesuffix("_kernel"), "/".join(words.split()) or "16", held, *most))
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a few launches, nothing written")
+    quick = parser.parse_args().quick
+    rows, bad = [], []
+    chosen = QUICK if quick else list(dict.fromkeys(compilations()))
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        made = tqdm(pool.map(compile_for, chosen), total=len(chosen), unit="kernel", disable=None)
+        for c, compiled in zip(chosen, made, strict=True):
+            for row in compiled:
+                rows.append(row)
+                if found := faults(c, row):
+                    bad.append(f"{row['kernel']} {describe(c)} on {c.device}: {'; '.join(found)}")
+    bad += [f"compiled anew for other lengths: {kernel}" for kernel in recompiled()]
+    print(*bad, sep="\n")
+    print(f"{len(rows)} kernels compiled, {len(bad)} unfit")
+    if not quick:
+        report.save(PATH, {"sources": sources_hash(), "triton": triton.__version__, "rows": rows})
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What does a model lose on latents, and what do other caches lose?"""

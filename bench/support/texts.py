@@ -1,0 +1,65 @@
+"""Real text that installs as a package, inside gensim's test data: Wikipedia articles (CC BY-SA), and news.
+
+news: the Lee background corpus, 300 short documents of the Australian Broadcasting Corporation. Every second article or
+document is for calibration, the others for evaluation.
+"""
+
+from __future__ import annotations
+
+import bz2
+import xml.etree.ElementTree as ElementTree
+
+import mwparserfromhell
+from tqdm import tqdm
+
+from bench.support.models import CACHE, package_dir, written_once
+
+ABOUT = "Wikipedia articles of 2016: even ones to calibrate, odd ones to evaluate"
+DUMP = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+NEWS = "test/test_data/lee_background.cor"
+NOT_PROSE = ("ref", "table", "gallery", "math")
+
+
+def wikipedia(half: str) -> str:
+    """Clean prose of every second article: half "calibration" has the even ones, "evaluation" the odd ones."""
+    saved = CACHE / f"wikipedia-{half}.txt"
+    if not saved.is_file():
+        articles = _articles()
+        for i, name in enumerate(("calibration", "evaluation")):
+            chosen = tqdm(articles[i::2], desc=f"cleaning {name} articles", unit="article")
+            with written_once(CACHE / f"wikipedia-{name}.txt") as text:
+                text.write_text("\n\n".join(map(_prose, chosen)))
+    return saved.read_text()
+
+
+def news(half: str) -> str:
+    """Every second document: half "calibration" has the even ones, "evaluation" the odd ones. None comes twice."""
+    lines = (package_dir("gensim") / NEWS).read_text().splitlines()
+    documents = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    return "\n\n".join(documents[("calibration", "evaluation").index(half) :: 2])
+
+
+TEXTS = {"wikipedia": wikipedia, "news": news}
+
+
+def _articles() -> list[str]:
+    """Markup of the articles that are not redirects, in the order of the dump."""
+    found = []
+    with bz2.open(package_dir("gensim") / DUMP) as file:
+        for _, element in ElementTree.iterparse(file):
+            if element.tag.endswith("}text"):
+                markup = element.text or ""
+                if markup and not markup.lstrip().lower().startswith("#redirect"):
+                    found.append(markup)
+                element.clear()
+    return found
+
+
+def _prose(markup: str) -> str:
+    code = mwparserfromhell.parse(markup)
+    for tag in code.filter_tags(matches=lambda node: str(node.tag).lower() in NOT_PROSE):
+        if code.contains(tag):
+            code.remove(tag)
+    text = code.strip_code(normalize=True, collapse=True)
+    lines = (line for line in text.splitlines() if not line.startswith(("thumb", "File:", "Category:", "Image:")))
+    return "\n".join(lines).strip()

@@ -1,0 +1,1 @@
+"""Online: tensors in, tensors out. `ops` is public; it checks, then calls the kernels' operators or the reference."""

@@ -1,0 +1,211 @@
+"""torch.ops.lrattn: the kernels as operators, which torch.compile traces as one node and CUDA graphs capture.
+
+Operators take tensors and numbers; a layer comes as `lists` of its operands. The caller has
+checked the arguments. Triton is imported by the first call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, library
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from lrattn.factors.layer import LayerFactors
+from lrattn.factors.operands import Operands, Values, key_sizes_of, lists
+from lrattn.kernels.arguments import Call, Rule, Tokens
+
+KEYS = "Tensor?[] key_tensors, int[] key_numbers"
+VALUES = "Tensor?[] value_tensors, int[] value_numbers"
+DECODE = f"""Tensor q, Tensor k_cache, Tensor? v_cache, Tensor block_table, Tensor seq_lens, Tensor? seq_starts,
+    Tensor? positions, Tensor? sinks, {KEYS}, {VALUES}, Tensor? wo, str project, float softmax_scale, float softcap,
+    bool causal, SymInt max_seq_len, int window_size, int num_splits, int workspace_limit"""
+SCHEMAS = (
+    f"""write_latents(Tensor zk, Tensor? zv, Tensor(a!) k_cache, Tensor(b!)? v_cache, Tensor slots, {KEYS},
+    {VALUES}, float eps) -> ()""",
+    f"""rebuild(Tensor k_cache, Tensor? v_cache, Tensor block_table, Tensor seq_lens, Tensor? positions, {KEYS},
+    {VALUES}, SymInt num_tokens) -> (Tensor, Tensor)""",
+    f"decode_attention({DECODE}) -> (Tensor, Tensor)",
+    f"decode_attention_out({DECODE}, Tensor(a!) out) -> Tensor",
+)
+
+
+def workspace_bytes(
+    layer: LayerFactors, q_shape: tuple[int, int, int], bound: int, window: int, num_splits: int, limit: int
+) -> int:
+    """Bytes of temporaries of decode_attention for q of B, S, Hq, with positions or without."""
+    from lrattn.kernels import launch, plan
+
+    sizes = [side.sizes for side in layer.operands]
+    where = (layer.dtype, launch.name(layer.device), launch.processors(layer.device), *sizes)
+    return max(plan.cut(*q_shape, *where, placed, bound, window, num_splits, limit).nbytes for placed in (False, True))
+
+
+def _write_latents(
+    zk: Tensor,
+    zv: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor | None,
+    slots: Tensor,
+    key_tensors: Any,
+    key_numbers: Any,
+    value_tensors: Any,
+    value_numbers: Any,
+    eps: float,
+) -> None:
+    from lrattn.kernels.write import write_latents
+
+    with torch.cuda.device_of(k_cache):  # Triton launches on the current device
+        sides = Operands.of_lists(key_tensors, key_numbers, value_tensors, value_numbers)
+        write_latents(zk, zv, k_cache, v_cache, slots, *sides, eps)
+
+
+def _rebuild(
+    k_cache: Tensor,
+    v_cache: Tensor | None,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    positions: Tensor | None,
+    key_tensors: Any,
+    key_numbers: Any,
+    value_tensors: Any,
+    value_numbers: Any,
+    num_tokens: int,
+) -> tuple[Tensor, Tensor]:
+    from lrattn.kernels.rebuild import rebuild_keys, rebuild_values
+
+    keys, values = Operands.of_lists(key_tensors, key_numbers, value_tensors, value_numbers)
+    bound = block_table.shape[1] * k_cache.shape[1]
+    ends = seq_lens.clamp(0, bound).cumsum(0)
+    if num_tokens < 0:
+        num_tokens = int(ends[-1]) if len(ends) else 0
+    tokens = Tokens(block_table, seq_lens, None, positions, bound)
+    k, v = (values.up.new_empty(num_tokens, keys.sizes.num_heads, keys.sizes.head_dim) for _ in range(2))
+    with torch.cuda.device_of(k_cache):
+        rebuild_keys(k_cache, keys, tokens, ends, k)
+        rebuild_values(k_cache if v_cache is None else v_cache, values, tokens, ends, v)
+    return k, v
+
+
+def _rebuild_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    key_numbers, value_tensors, num_tokens = (arguments[i] for i in (6, 7, 9))
+    up = Values._make((*value_tensors, None)).up
+    rows, sizes = library.get_ctx().new_dynamic_size() if num_tokens < 0 else num_tokens, key_sizes_of(key_numbers)
+    k, v = (up.new_empty(rows, sizes.num_heads, sizes.head_dim) for _ in range(2))
+    return k, v
+
+
+def _call(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor | None,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    seq_starts: Tensor | None,
+    positions: Tensor | None,
+    sinks: Tensor | None,
+    key_tensors: Any,
+    key_numbers: Any,
+    value_tensors: Any,
+    value_numbers: Any,
+    wo: Tensor | None,
+    project: str,
+    softmax_scale: float,
+    softcap: float,
+    causal: bool,
+    max_seq_len: int,
+    window_size: int,
+    num_splits: int,
+    workspace_limit: int,
+) -> tuple[Call, Tensor | None, Tensor | None, str, int, int]:
+    """The arguments of an operator as `attend` takes them, but for out."""
+    operands = Operands.of_lists(key_tensors, key_numbers, value_tensors, value_numbers)
+    tokens = Tokens(block_table, seq_lens, seq_starts, positions, max_seq_len)
+    call = Call(q, k_cache, v_cache, *operands, tokens, Rule(softmax_scale, softcap, causal, window_size))
+    return call, sinks, wo, project, num_splits, workspace_limit
+
+
+def _decode_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return attend(*_call(*arguments), None)
+
+
+def _decode_attention_out(*arguments: Any) -> Tensor:
+    return attend(*_call(*arguments[:-1]), arguments[-1])[1]
+
+
+def _decode_attention_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    call, _, wo, project, *_ = _call(*arguments)
+    return _result(call, wo, project), _lse(call.q)
+
+
+def _decode_attention_out_fake(q: Tensor, *rest: Any) -> Tensor:
+    return _lse(q)
+
+
+def _result(call: Call, wo: Tensor | None, project: str) -> Tensor:
+    """An empty result of decode_attention."""
+    q = call.q
+    last = {"latent": (q.shape[2], call.values.sizes.rank), "heads": q.shape[2:]}
+    return q.new_empty(*q.shape[:2], *(last[project] if wo is None or project != "hidden" else wo.shape[2:]))
+
+
+def _lse(q: Tensor) -> Tensor:
+    return q.new_empty(*q.shape[:3], dtype=torch.float32)
+
+
+def watched(x: Tensor) -> bool:
+    """Whether a tracer, a dispatch mode or a tensor's own class must see operators; x is the tensor that would tell."""
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or type(x) is not Tensor
+
+
+def attend(
+    call: Call, sinks: Tensor | None, wo: Tensor | None, project: str, num_splits: int, workspace_limit: int,
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Result (`out` where given) and lse of decode_attention; not by torch.ops, which would cost as much again."""
+    from lrattn.kernels.decode import decode_attention
+
+    if out is None:
+        out = _result(call, wo, project)
+    lse = _lse(call.q)
+    with torch.cuda.device_of(call.q):  # Triton launches on the current device
+        decode_attention(call, sinks, wo, project, num_splits, workspace_limit, out, lse)
+    return out, lse
+
+
+def dispatch(
+    call: Call, sinks: Tensor | None, wo: Tensor | None, project: str, num_splits: int, workspace_limit: int,
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `attend`, through torch.ops."""
+    tokens, rule = call.tokens, call.rule
+    arguments = (
+        call.q, call.ck, call.cv, tokens.pages, tokens.lens, tokens.starts, tokens.positions, sinks,
+        *lists(call.keys, call.values), wo, project, rule.scale, rule.softcap, rule.causal, tokens.bound,
+        rule.window, num_splits, workspace_limit,
+    )  # fmt: skip
+    with torch.no_grad():
+        if out is not None:
+            return out, torch.ops.lrattn.decode_attention_out(*arguments, out)
+        result, lse = torch.ops.lrattn.decode_attention(*arguments)
+        return result, lse
+
+
+def _write_latents_fake(*arguments: Any) -> None:
+    return None
+
+
+_LIBRARY = library.Library("lrattn", "DEF")
+_OPERATORS: tuple[tuple[Callable[..., Any], Callable[..., Any]], ...] = (
+    (_write_latents, _write_latents_fake),
+    (_rebuild, _rebuild_fake),
+    (_decode_attention, _decode_attention_fake),
+    (_decode_attention_out, _decode_attention_out_fake),
+)
+for _schema, (_kernel, _fake) in zip(SCHEMAS, _OPERATORS, strict=True):
+    _LIBRARY.define(" ".join(_schema.split()), tags=torch.Tag.pt2_compliant_tag)
+    _name = _schema.split("(")[0]
+    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+    library.register_fake(f"lrattn::{_name}", _fake, lib=_LIBRARY)

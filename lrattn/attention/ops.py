@@ -1,0 +1,331 @@
+"""The public ops: check the arguments once, choose a backend, return.
+
+Checks read metadata only (shape, dtype, device, stride); every one happens before anything is written. The ops on a
+cache are for inference: no gradient flows through them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrattn.attention import operators, reference
+from lrattn.attention.checks import accumulator_types, check_caches, check_integer, check_number, check_tables
+from lrattn.factors.layer import LayerFactors
+from lrattn.factors.operands import lists
+from lrattn.factors.shapes import MAX_SPLITS, accumulator, check, check_tensors
+from lrattn.kernels.arguments import Call, Rule, Tokens
+
+PROJECTIONS = ("latent", "heads", "hidden")
+BACKENDS = ("reference", "triton")
+MAX_HEAD_DIM = 256  # of the kernels
+MOST_CHECKED = 128  # kinds of calls a layer remembers to have checked
+
+
+@torch.no_grad()
+def write_latents(
+    layer: LayerFactors,
+    zk: Tensor,
+    zv: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor | None,
+    slot_mapping: Tensor,
+    *,
+    backend: str | None = None,
+) -> None:
+    """Stores latents in their slots, with the norm columns where the layer has a key norm.
+
+    Args:
+        zk: [.., row_width], zv: [.., sum Rv] (None when shared), in the layer's dtype; packed here
+            where its latents are.
+        k_cache: [N, P, k_width]; v_cache: [N, P, v_width] (None when shared).
+        slot_mapping: [..] int32 or int64, page * P + offset; slots outside [0, N * P) are skipped. What a slot
+            holds after it was given twice is undefined.
+
+    Raises: ValueError naming the tensor, what was expected and what came; the caches are then untouched.
+    """
+    backend = _backend(backend, layer)
+    check_caches(layer, k_cache, v_cache, writable=True)
+    layer.check_presence("zv", zv)
+    check_tensors(zk=zk, zv=zk if zv is None else zv, slot_mapping=slot_mapping)
+    lead = zk.shape[:-1]
+    kind: dict[str, Any] = {"dtype": layer.dtype, "device": k_cache.device, "contiguous": True}
+    for name, x, width in (("zk", zk, layer.row_width), ("zv", zv, layer.values.width)):
+        if x is None:
+            continue
+        if not x.dim() or x.shape[-1] != width or x.shape[:-1] != lead:
+            raise ValueError(f"{name}: expected shape {[*lead, width]}, got {list(x.shape)}")
+        check(name, x.reshape(-1, width), f"n {width}", {}, **kind)
+    if slot_mapping.shape != lead or slot_mapping.dtype not in (torch.int32, torch.int64):
+        got = f"{list(slot_mapping.shape)} {slot_mapping.dtype}"
+        raise ValueError(f"slot_mapping: expected shape {list(lead)}, int32 or int64, got {got}")
+    check("slot_mapping", slot_mapping.reshape(-1), "n", {}, device=k_cache.device)
+    zk, slots = zk.reshape(-1, layer.row_width), slot_mapping.reshape(-1)
+    zv = None if zv is None else zv.reshape(-1, layer.values.width)
+    if backend == "reference":
+        reference.write_latents(layer, zk, zv, k_cache, v_cache, slots)
+    else:
+        eps = 0.0 if layer.key_norm is None else layer.key_norm.eps
+        torch.ops.lrattn.write_latents(zk, zv, k_cache, v_cache, slots, *lists(*layer.operands), eps)
+
+
+@torch.no_grad()
+def rebuild(
+    k_cache: Tensor,
+    v_cache: Tensor | None,
+    layer: LayerFactors,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    positions: Tensor | None = None,
+    *,
+    num_tokens: int | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Dense keys (normed, rotated) and values of the cached tokens, for a dense prefill kernel.
+
+    Args:
+        k_cache, v_cache, layer, block_table, seq_lens, positions: as for decode_attention.
+        num_tokens: sum T where the host knows it, so that a GPU is not waited for. More rows than that are not
+            written; rows past the last token hold anything.
+
+    Returns: k, v: [sum T, Hkv, D] in the layer's dtype, sequences one after the other.
+    Raises: ValueError naming the tensor, what was expected and what came.
+    """
+    backend = _backend(backend, layer)
+    check_caches(layer, k_cache, v_cache)
+    check_tables(k_cache, block_table, seq_lens, None, positions)
+    check_integer("num_tokens", num_tokens, 0, optional=True)
+    if backend == "reference":
+        k, v = reference.rebuild(k_cache, v_cache, layer, block_table, seq_lens, positions)
+        return k[:num_tokens], v[:num_tokens]
+    rows = -1 if num_tokens is None else num_tokens
+    return torch.ops.lrattn.rebuild(k_cache, v_cache, block_table, seq_lens, positions, *lists(*layer.operands), rows)
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor | None,
+    layer: LayerFactors,
+    *,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    softmax_scale: float | None = None,
+    positions: Tensor | None = None,
+    seq_starts: Tensor | None = None,
+    causal: bool = True,
+    max_seq_len: int | None = None,
+    window_size: int | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    project: str = "heads",
+    num_splits: int = 0,
+    workspace_limit: int = 256 << 20,
+    out: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of the newest S tokens of each sequence over its cached latents.
+
+    Args:
+        q: [B, S, Hq, D] or [B, Hq, D] (then outputs drop the S axis), rotated, heads in the model's order. The last
+            S tokens of each sequence are the queries' own, already written.
+        k_cache: [N, P, k_width]; v_cache: [N, P, v_width], None when the layer is shared.
+        layer: factors of the same dtype and device as q and the caches.
+        block_table: [B, pages] int32; entries past a sequence's length are never followed.
+        seq_lens: [B] int32 tokens held; longer ones are clamped to the table and to max_seq_len.
+        softmax_scale: multiplies the scores. Default D ** -0.5.
+        positions: [N, P] int32, position of each slot for RoPE. Default: index in the sequence.
+        seq_starts: [B] int32, first token attended to. Default 0. Does not shift positions.
+        causal: bottom-right aligned; False lets every query see seq_starts..seq_lens.
+        max_seq_len: upper bound of the lengths, for work and workspace. Default: all of the table.
+        window_size: each query sees the most recent tokens only, its own included.
+        softcap: scores become softcap * tanh(score / softcap), before masking; 0 is off.
+        sinks: [Hq] float32 logits that join the denominator and lse.
+        project: "latent" [B, S, Hq, max Rv] | "heads" [B, S, Hq, D] | "hidden" [B, S, E] through layer.wo.
+        num_splits: token ranges merged by lse, at most 1024; 0 is planned. A fixed number makes rows independent of
+            the batch; its partial results are held whatever the workspace_limit.
+        workspace_limit: bytes of temporaries; beyond it tokens go in chunks.
+        out: buffer of the result's shape and q's dtype to write to and return.
+        return_lse: also return lse [B, S, Hq], natural log, float32 (float64 for float64).
+        backend: "triton", "reference", or None: triton for a layer on a GPU that its kernels can do
+            (no float64, D <= 256).
+
+    Returns: out, or (out, lse). A query that sees no token gives zeros and lse -inf (its sink logit with sinks).
+    Raises: ValueError naming the argument, what was expected and what came.
+    Source: ReCalKV (arXiv 2505.24357) for the factors; online softmax and the merge by lse as in FlashAttention.
+    """
+    tensors = q, k_cache, v_cache, block_table, seq_lens, positions, seq_starts, sinks, out
+    kind = chosen = None
+    watched = operators.watched(q)
+    if not watched:
+        try:
+            metadata = [None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors]
+            kind = (*metadata, project, backend)
+            chosen = layer.checked.get(kind)
+        except (AttributeError, TypeError):
+            _check_decode(layer, *tensors, project, backend)  # says what is no tensor, layer or string
+            raise
+    if chosen is None:
+        chosen = _check_decode(layer, *tensors, project, backend)
+        if kind is not None:
+            if len(layer.checked) >= MOST_CHECKED:
+                layer.checked.clear()
+            layer.checked[kind] = chosen
+    check_integer("window_size", window_size, 1, optional=True)
+    check_integer("max_seq_len", max_seq_len, 0, optional=True)
+    check_integer("num_splits", num_splits, 0, MAX_SPLITS)
+    check_integer("workspace_limit", workspace_limit, 1)
+    scale = layer.head_dim**-0.5 if softmax_scale is None else softmax_scale
+    check_number("softmax_scale", scale)
+    check_number("softcap", softcap, 0.0)
+    if not isinstance(causal, bool):
+        raise ValueError(f"causal: expected True or False, got {causal}")
+    if window_size is not None and not causal:
+        raise ValueError(f"window_size: expected None with causal=False, got {window_size}")
+
+    bound = block_table.shape[1] * k_cache.shape[1]
+    bound = bound if max_seq_len is None else min(bound, max_seq_len)
+    flat = q.dim() == 3
+    q4 = q.unsqueeze(1) if flat else q
+    if chosen == "triton":
+        tokens = Tokens(block_table, seq_lens, seq_starts, positions, bound)
+        rule = Rule(float(scale), float(softcap), causal, min(window_size or 0, bound + q4.shape[1]))
+        call = Call(q4, k_cache, v_cache, *layer.operands, tokens, rule)
+        run = operators.dispatch if watched else operators.attend
+        to = out if out is None or not flat else out.unsqueeze(1)
+        result, lse = run(call, sinks, layer.wo, project, num_splits, workspace_limit, to)
+        result = out if out is not None else result[:, 0] if flat else result
+    else:
+        with torch.no_grad():
+            lengths = seq_lens.clamp(0, bound).tolist()
+            starts = [0] * len(lengths) if seq_starts is None else seq_starts.tolist()
+            result, lse = reference.decode_attention(
+                q4,
+                k_cache,
+                v_cache,
+                layer,
+                block_table,
+                reference.Mask(starts, lengths, causal, window_size),
+                positions,
+                scale,
+                softcap,
+                sinks,
+                project,
+                num_splits,
+                workspace_limit,
+            )
+            result = result[:, 0] if flat else result
+            result = result if out is None else out.copy_(result)
+    if not return_lse:
+        return result
+    return result, lse[:, 0] if flat else lse
+
+
+def merge_attention(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tensor) -> tuple[Tensor, Tensor]:
+    """Exact merge of attention over disjoint parts of the tokens.
+
+    Args:
+        outs: "heads" or "latent" results, [.., Hq, X] each. "hidden" results have lost the heads: refused.
+        lses: their log-sum-exps, [.., Hq] each. Sinks may have joined one part only.
+
+    Returns: out in the parts' dtype, lse.
+    Raises: ValueError if the parts disagree.
+    """
+    outs, lses = list(outs), list(lses)
+    if not outs or len(outs) != len(lses):
+        raise ValueError(f"lses: expected one for each of at least one out, got {len(lses)} for {len(outs)}")
+    for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
+        if out.shape != outs[0].shape or out.dtype != outs[0].dtype or out.device != outs[0].device:
+            expected = f"{list(outs[0].shape)} {outs[0].dtype}"
+            raise ValueError(f"outs[{i}]: expected {expected} on {outs[0].device}, got {list(out.shape)} {out.dtype}")
+        if lse.shape != out.shape[:-1]:
+            raise ValueError(
+                f"lses[{i}]: expected {list(out.shape[:-1])}, got {list(lse.shape)}; results of project='hidden' "
+                "cannot be merged, merge 'heads' or 'latent' ones"
+            )
+    merged, lse = reference.merge_attention(outs, lses)
+    return merged, lse.to(accumulator(merged.dtype))
+
+
+def workspace_bytes(
+    layer: LayerFactors,
+    *,
+    query_heads: int,
+    num_queries: int = 1,
+    page_size: int = 16,
+    workspace_limit: int = 256 << 20,
+    batch_size: int = 1,
+    max_seq_len: int | None = None,
+    window_size: int | None = None,
+    num_splits: int = 0,
+    backend: str | None = None,
+) -> int:
+    """Bytes of temporaries that decode_attention may hold at once, beside q, caches, results and, on a CPU, float32
+    copies of 16-bit bases. It is for calls of exactly these sizes: fewer sequences are cut into more splits.
+
+    Args:
+        query_heads, num_queries, batch_size: of q. page_size: of the caches; only the reference's depend on it.
+        workspace_limit, max_seq_len, window_size, num_splits, backend: as given to decode_attention; the reference's
+            depend on the first alone. max_seq_len None stands for any length, which then costs up to the limit.
+    """
+    if _backend(backend, layer) == "reference":
+        return reference.blocks(layer, query_heads, num_queries, page_size, workspace_limit).nbytes
+    q_shape = batch_size, num_queries, query_heads
+    bound = 1 << 24 if max_seq_len is None else max_seq_len
+    return operators.workspace_bytes(layer, q_shape, bound, window_size or 0, num_splits, workspace_limit)
+
+
+def _check_decode(
+    layer: LayerFactors, q: Tensor, k_cache: Tensor, v_cache: Tensor | None, block_table: Tensor, seq_lens: Tensor,
+    positions: Tensor | None, seq_starts: Tensor | None, sinks: Tensor | None, out: Tensor | None, project: str,
+    backend: str | None,
+) -> str:  # fmt: skip
+    """Holds the tensors of decode_attention against each other, by metadata alone. Returns the backend."""
+    backend = _backend(backend, layer)
+    check_caches(layer, k_cache, v_cache)
+    check_tables(k_cache, block_table, seq_lens, seq_starts, positions)
+    check_tensors(q=q)
+    flat = q.dim() == 3
+    q4 = q[:, None] if flat else q
+    dims = {"B": block_table.shape[0], "D": layer.head_dim, "Hkv": layer.num_kv_heads}
+    check("q", q4, "B S Hq D", dims, dtype=layer.dtype, device=k_cache.device, contiguous=True)
+    if not dims["Hq"] or dims["Hq"] % dims["Hkv"]:
+        raise ValueError(f"q: expected a multiple of Hkv={dims['Hkv']} query heads, got {dims['Hq']}")
+    if sinks is not None:
+        check("sinks", sinks, "Hq", dims, dtype=accumulator_types(q.dtype), device=q.device, contiguous=True)
+    if project not in PROJECTIONS:
+        raise ValueError(f"project: expected one of {PROJECTIONS}, got {project!r}")
+    if project == "hidden":
+        if layer.wo is None:
+            raise ValueError("layer.wo: expected [Hq, D, E] for project='hidden', got None")
+        check("layer.wo", layer.wo, "Hq D E", dims)
+    dims["Rv"] = max(layer.values.ranks)
+    if out is not None:
+        axes = {"latent": "Hq Rv", "heads": "Hq D", "hidden": "E"}[project]
+        kind: dict[str, Any] = {"dtype": q.dtype, "device": q.device, "contiguous": True, "writable": True}
+        check("out", out, f"B {'' if flat else 'S '}{axes}", dims, **kind)
+    return backend
+
+
+def _backend(backend: str | None, layer: LayerFactors) -> str:
+    """The backend of a call: what was asked for, or what fits the layer."""
+    check_backend(backend)
+    if not isinstance(layer, LayerFactors):
+        raise ValueError(f"layer: expected LayerFactors, got {type(layer).__name__}")
+    fits = layer.dtype != torch.float64 and layer.head_dim <= MAX_HEAD_DIM
+    if backend is None:
+        return "triton" if layer.device.type == "cuda" and fits else "reference"
+    if backend == "triton" and layer.dtype == torch.float64:
+        raise ValueError("backend: expected 'reference' for float64 tensors, got 'triton'")
+    if backend == "triton" and not fits:
+        raise ValueError(f"layer: expected at most {MAX_HEAD_DIM} dimensions a head, got {layer.head_dim}")
+    return backend
+
+
+def check_backend(backend: str | None) -> None:
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend: expected None or one of {BACKENDS}, got {backend!r}")

@@ -1,0 +1,305 @@
+"""PyTorch truth of every op, in data-flow order; also the path of CPU tensors.
+
+Sequences are taken one by one and their tokens in blocks, so that a row's result depends on that row alone and
+memory beyond the cache is O(block). Sums are float32 (float64 for float64); arguments are checked by the caller.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lrattn.attention.cache import WHOLE_PAGES, key_rows, pack_keys, pack_values, read_rows, value_rows, write_rows
+from lrattn.factors.layer import LayerFactors
+from lrattn.factors.rope import rows_at
+from lrattn.factors.shapes import accumulator, product_dtype
+
+TILE_BYTES = 1 << 21  # of rebuilt keys per block: fastest of 2^19 .. 2^22 on a two-core EPYC
+
+
+def write_latents(
+    layer: LayerFactors,
+    zk: Tensor,
+    zv: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor | None,
+    slots: Tensor,
+) -> None:
+    """zk [n, row_width], zv [n, sum Rv] -> rows `slots` [n] of the caches."""
+    write_rows(k_cache, pack_keys(layer, zk), slots)
+    if zv is not None and v_cache is not None:
+        write_rows(v_cache, pack_values(layer, zv), slots)
+
+
+def rebuild(
+    k_cache: Tensor,
+    v_cache: Tensor | None,
+    layer: LayerFactors,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    positions: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Dense keys and values of all sequences, one after the other: [sum T, Hkv, D] each."""
+    limit = block_table.shape[1] * k_cache.shape[1]
+    parts = []
+    for pages, length in zip(block_table, seq_lens.clamp(0, limit).tolist(), strict=True):
+        _check_positions(layer, length, positions)
+        _check_pages(k_cache, pages, 0, length)
+        zk, _ = key_rows(layer, read_rows(k_cache, pages, 0, length))
+        at = torch.arange(length, device=zk.device)
+        if positions is not None:
+            at = read_rows(positions[..., None], pages, 0, length)[:, 0]
+        zv = None if v_cache is None else value_rows(layer, read_rows(v_cache, pages, 0, length)).to(layer.dtype)
+        parts.append(layer.rebuild(zk.to(layer.dtype), zv, at))
+    empty = layer.keys.up.new_empty(0, layer.num_kv_heads, layer.head_dim)
+    return torch.cat([empty, *(k for k, _ in parts)]), torch.cat([empty, *(v for _, v in parts)])
+
+
+class Mask(NamedTuple):
+    """What a query may see: tokens start..its own index (or the end), the last `window` of them."""
+
+    starts: list[int]
+    lengths: list[int]
+    causal: bool
+    window: int | None
+
+
+class Blocks(NamedTuple):
+    """Work in flight: so many queries of a sequence against so many tokens."""
+
+    queries: int
+    tokens: int
+    nbytes: int
+
+
+def blocks(layer: LayerFactors, query_heads: int, num_queries: int, page_size: int, limit: int) -> Blocks:
+    """Queries and tokens per block, so that temporaries stay within `limit` bytes (one query, 16 tokens at least)."""
+    size = accumulator(layer.dtype).itemsize
+    widest = max(layer.values.ranks)
+    absorbed = max(layer.keys.ranks) if layer.rope is None else 0
+    per_query = query_heads * (3 * widest + 3 * layer.head_dim + absorbed) * size  # results, queries in three forms
+    queries = max(1, min(num_queries, limit // 2 // per_query))
+    tile = layer.keys.group_size * layer.head_dim
+    row = (layer.k_width + layer.v_width) * size
+    if layer.packed:  # latents, and the codes they are made of
+        row += 3 * (layer.row_width + (0 if layer.shared else layer.values.width)) * size
+    per_token = 3 * tile * size + 3 * query_heads * queries * size + 2 * row  # keys, scores, rows read and widened
+    edges = 2 * page_size * row if page_size <= WHOLE_PAGES else 0  # of the pages that a block begins and ends in
+    tokens = min(TILE_BYTES // (tile * size), max(limit // 2 - edges, 0) // per_token)
+    tokens = max(16, tokens // 16 * 16)
+    return Blocks(queries, tokens, queries * per_query + tokens * per_token + edges)
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor | None,
+    layer: LayerFactors,
+    block_table: Tensor,
+    mask: Mask,
+    positions: Tensor | None,
+    scale: float,
+    softcap: float,
+    sinks: Tensor | None,
+    project: str,
+    num_splits: int,
+    workspace_limit: int,
+) -> tuple[Tensor, Tensor]:
+    """q [B, S, Hq, D] -> output [B, S, Hq, Rv | D] or [B, S, E] in q's dtype, lse [B, S, Hq]."""
+    batch, num_queries, query_heads, _ = q.shape
+    acc = accumulator(q.dtype)
+    plan = blocks(layer, query_heads, num_queries, k_cache.shape[1], workspace_limit)
+    out = q.new_empty(batch, num_queries, *output_shape(layer, query_heads, project))
+    lse = torch.empty(batch, num_queries, query_heads, dtype=acc, device=q.device)
+    for b in range(batch):
+        _check_positions(layer, mask.lengths[b], positions)
+        for first in range(0, num_queries, plan.queries):
+            last = min(first + plan.queries, num_queries)
+            row = _Row(
+                q[b, first:last].to(acc) * scale,
+                layer,
+                k_cache,
+                v_cache,
+                block_table[b],
+                positions,
+                softcap,
+            )
+            latent, row_lse = _attend(row, mask, b, first - num_queries, plan.tokens, max(num_splits, 1))
+            latent, row_lse, mass = _join_sinks(latent, row_lse, sinks)
+            out[b, first:last] = _project(latent, mass, layer, project).to(out.dtype)
+            lse[b, first:last] = row_lse
+    return out, lse
+
+
+def output_shape(layer: LayerFactors, query_heads: int, project: str) -> tuple[int, ...]:
+    """Axes of a result after B and S."""
+    if project == "hidden" and layer.wo is not None:
+        return (layer.wo.shape[2],)
+    return query_heads, (max(layer.values.ranks) if project == "latent" else layer.head_dim)
+
+
+class _Row(NamedTuple):
+    """One sequence: scaled queries [S, Hq, D] and where its tokens lie."""
+
+    q: Tensor
+    layer: LayerFactors
+    k_cache: Tensor
+    v_cache: Tensor | None
+    pages: Tensor
+    positions: Tensor | None
+    softcap: float
+
+
+def _attend(row: _Row, mask: Mask, b: int, offset: int, step: int, num_splits: int) -> tuple[Tensor, Tensor]:
+    """Latent result [S, Hq, Rv] and lse [S, Hq] over the row's tokens; query s sits at index length + offset + s."""
+    heads, length = row.layer.num_kv_heads, mask.lengths[b]
+    num_queries, _, head_dim = row.q.shape
+    q = row.q.view(num_queries, heads, -1, head_dim).permute(1, 2, 0, 3).reshape(heads, -1, head_dim)  # [Hkv, M S, D]
+    index = torch.arange(num_queries, device=q.device) + (length + offset)
+    begin, end = mask.starts[b], length
+    if mask.causal:
+        end = min(length, length + offset + num_queries)
+        if mask.window is not None:
+            begin = max(begin, length + offset - mask.window + 1)
+    begin = max(begin, 0)
+    _check_pages(row.k_cache, row.pages, begin, end)
+    live = max(end - begin, 0)
+    borders = [begin + live * i // num_splits for i in range(num_splits + 1)]
+    queries = _absorb(row.layer, q)
+    latent, lse = _attend_span(row, queries, index, mask, borders[0], borders[1], step)  # [Hkv, M S, Rv], [Hkv, M S]
+    for i in range(1, num_splits):
+        part, part_lse = _attend_span(row, queries, index, mask, borders[i], borders[i + 1], step)
+        latent, lse = merge_attention([latent, part], [lse, part_lse])
+    split = (heads, -1, num_queries)
+    latent = latent.unflatten(1, split[1:]).permute(2, 0, 1, 3).flatten(1, 2)
+    return latent, lse.unflatten(1, split[1:]).permute(2, 0, 1).flatten(1, 2)
+
+
+def _attend_span(
+    row: _Row, queries: list[Tensor], index: Tensor, mask: Mask, begin: int, end: int, step: int
+) -> tuple[Tensor, Tensor]:
+    """Softmax over tokens begin..end, block by block with a running maximum."""
+    layer, q = row.layer, queries[0]
+    heads, rows = layer.num_kv_heads, q.shape[1]
+    peak = q.new_full((heads, rows), -torch.inf)
+    total = q.new_zeros(heads, rows)
+    latent = q.new_zeros(heads, rows, max(layer.values.ranks))
+    for t0 in range(begin, end, step):
+        t1 = min(t0 + step, end)
+        ck, inverse = key_rows(layer, read_rows(row.k_cache, row.pages, t0, t1))
+        cv = ck if row.v_cache is None else value_rows(layer, read_rows(row.v_cache, row.pages, t0, t1))
+        s = _scores(row, queries, ck, inverse, t0, t1)  # [Hkv, M S, n]
+        seen = _seen(index, mask, t0, t1)
+        if seen is not None:
+            s.unflatten(1, (-1, len(index))).masked_fill_(~seen, -torch.inf)
+        above = torch.maximum(peak, s.amax(-1))
+        base = above.masked_fill(above == -torch.inf, 0.0)
+        p = s.sub_(base[..., None]).exp_()
+        fade = (peak - base).exp_()
+        total = total * fade + p.sum(-1)
+        latent *= fade[..., None]
+        for members, columns in zip(layer.values.groups, layer.values.columns, strict=True):
+            mixed = p[list(members)].flatten(0, 1) @ cv[:, columns].to(p.dtype)  # [C M S, Rv]
+            latent[list(members), :, : mixed.shape[1]] += mixed.unflatten(0, (-1, rows))
+        peak = above
+    empty = total == 0
+    lse = peak + total.log()
+    return latent / total.masked_fill(empty, 1.0)[..., None], lse.masked_fill(empty, -torch.inf)
+
+
+def _absorb(layer: LayerFactors, q: Tensor) -> list[Tensor]:
+    """Queries [Hkv, M S, D] made ready: pairs adjacent; without a rope also multiplied into each group's latents."""
+    ready = [q[..., layer.pairs]]
+    if layer.rope is None:
+        weighted = q if layer.norm_weight is None else q * layer.norm_weight
+        for members, block in zip(layer.keys.groups, layer.key_basis.blocks, strict=True):
+            up = block.to(q.dtype).unflatten(1, (len(members), -1)).permute(1, 2, 0)  # [C, D, Rk]
+            ready.append(weighted[list(members)] @ up)  # [C, M S, Rk]
+    return ready
+
+
+def _scores(row: _Row, queries: list[Tensor], ck: Tensor, inverse: Tensor | None, t0: int, t1: int) -> Tensor:
+    """Scaled, capped scores [Hkv, M S, n] of key latents [n, row_width] and 1 / rms [n, Hkv]; not masked."""
+    layer, q = row.layer, queries[0]
+    turns = None
+    if layer.turns is not None:
+        turns = layer.turns[t0:t1]
+        if row.positions is not None:
+            at = read_rows(row.positions[..., None], row.pages, t0, t1)[:, 0]
+            turns = rows_at(layer.turns, at)
+    s = q.new_empty(*q.shape[:2], t1 - t0)
+    for g, members in enumerate(layer.keys.groups):
+        if layer.rope is None:
+            z = ck[:, layer.key_columns[g]].to(q.dtype)
+            s[list(members)] = (queries[1 + g].flatten(0, 1) @ z.T).unflatten(0, (len(members), -1))
+        else:
+            tile = layer.turn_(layer.raw_keys(ck, g), turns)  # [n, C, D]
+            s[list(members)] = q[list(members)] @ tile.permute(1, 2, 0)
+    if layer.rope is None and layer.keys.bias is not None:
+        bias = layer.keys.bias.to(q.dtype)
+        bias = bias if layer.norm_weight is None else bias * layer.norm_weight
+        s += q @ bias[..., None]
+    if inverse is not None:
+        s *= inverse.T[:, None]
+    return s.div_(row.softcap).tanh_().mul_(row.softcap) if row.softcap else s
+
+
+def _seen(index: Tensor, mask: Mask, t0: int, t1: int) -> Tensor | None:
+    """Which of tokens t0..t1 each query sees, [S, n]; None where every query sees them all."""
+    if not mask.causal:
+        return None
+    t = torch.arange(t0, t1, device=index.device)
+    seen = t <= index[:, None]
+    if mask.window is not None:
+        seen &= t > index[:, None] - mask.window
+    return None if bool(seen.all()) else seen
+
+
+def merge_attention(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Results over disjoint tokens -> the result over all: outs [.., X] each, lses [..] each."""
+    acc = accumulator(outs[0].dtype)
+    stacked = torch.stack(lses).to(acc)
+    lse = torch.logsumexp(stacked, 0)
+    weights = (stacked - lse.masked_fill(lse == -torch.inf, 0.0)).exp()[..., None]
+    parts = torch.stack(outs).to(acc)
+    return (weights * parts.masked_fill(weights == 0, 0.0)).sum(0).to(outs[0].dtype), lse
+
+
+def _join_sinks(latent: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Sink logits [Hq] join the denominator; also the probability mass left on tokens, [S, Hq]."""
+    if sinks is None:
+        return latent, lse, (lse > -torch.inf).to(lse.dtype)
+    joined = torch.logaddexp(lse, sinks.to(lse.dtype))
+    mass = (lse - joined.masked_fill(joined == -torch.inf, 0.0)).exp()
+    return latent * mass[..., None], joined, mass
+
+
+def _project(latent: Tensor, mass: Tensor, layer: LayerFactors, project: str) -> Tensor:
+    """Latent results [S, Hq, Rv] -> what was asked for; the value bias counts with the mass on tokens."""
+    if project == "latent":
+        return latent
+    split = (layer.num_kv_heads, -1)
+    up = layer.values.up.to(latent.dtype)
+    heads = torch.einsum("shmr,hrd->shmd", latent.unflatten(1, split), up)
+    if layer.values.bias is not None:
+        heads += mass.unflatten(1, split)[..., None] * layer.values.bias[:, None].to(heads.dtype)
+    heads = heads.flatten(1, 2)
+    if project == "heads" or layer.wo is None:
+        return heads
+    kind = product_dtype(layer.wo)
+    return heads.flatten(1).to(kind) @ layer.wo.flatten(0, 1).to(kind)
+
+
+def _check_positions(layer: LayerFactors, length: int, positions: Tensor | None) -> None:
+    if layer.rope is not None and positions is None and length > layer.rope.max_position:
+        raise ValueError(f"seq_lens: expected at most max_position={layer.rope.max_position} of the rope, got {length}")
+
+
+def _check_pages(cache: Tensor, pages: Tensor, begin: int, end: int) -> None:
+    size = cache.shape[1]
+    used = pages[begin // size : -(-end // size)] if begin < end else pages[:0]
+    if used.numel() and (used.min() < 0 or used.max() >= len(cache)):
+        got = f"{int(used.min())} .. {int(used.max())}"
+        raise ValueError(f"block_table: expected pages 0 .. {len(cache) - 1} where tokens are read, got {got}")

@@ -1,0 +1,114 @@
+"""A byte budget -> the bits of every latent: one reverse water-filling over layers, keys, values and widths.
+
+The latents of a row are sorted and uncorrelated: a transform coder's. Latent i of energy lam_i costs lam_i c(b) at b
+bits, c the quantiser's mean squared error at a variance of 1 (formats.ERRORS; c(0) = 1), so that a cut is the case
+b = 0. Blocks of 16 latents climb the ladder of widths, each time the block whose next width saves most a byte: c is
+convex in b, so that no other choice of the same bytes loses less, to one block. Classical reverse water-filling
+(Cover and Thomas, Elements of Information Theory, 10.3.3) with the quantiser's own curve for the ideal one.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, groupby
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from lrattn.factors.formats import ERRORS, WIDTHS, Format
+from lrattn.factors.shapes import RANK_STEP
+
+Bits = int | str | Sequence[int]
+TYPICAL = 4  # bits of the latents that have any, about: what ranks are estimated from before spectra are known
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """Latents that one format is for.
+
+    Args:
+        parts: energies of consecutive stretches of latents, [n] descending each, summed over the groups; n are
+            multiples of 16. A shared row of which keys read a part only has two, others one.
+        groups: how many share the format.
+    """
+
+    parts: tuple[Tensor, ...]
+    groups: int
+
+
+class Spent(NamedTuple):
+    """What a row was given."""
+
+    format: Format
+    ranks: tuple[int, ...]  # latents of each part that have bits
+    lost: float  # half of what the energies cost at these bits: nats a token, where energies are twice that
+
+
+def ladder_of(bits: Bits) -> tuple[int, ...]:
+    """Widths to choose from, ascending: "auto" is all of them, a number that one.
+
+    Raises: ValueError for anything else.
+    """
+    chosen: tuple[Any, ...] = WIDTHS if bits == "auto" else (bits,) if isinstance(bits, int) else tuple(bits)
+    if not chosen or any(isinstance(b, bool) or b not in WIDTHS for b in chosen):
+        raise ValueError(f"bits: expected 'auto', one of {WIDTHS} or some of them, got {bits!r}")
+    return tuple(sorted(set(chosen)))
+
+
+def share_held(keep: float, ladder: Sequence[int]) -> float:
+    """Of all latents, those that have bits, about."""
+    return min(1.0, keep * 16 / min(max(TYPICAL, ladder[0]), ladder[-1]))
+
+
+def spend(rows: Sequence[Row], nbytes: int, ladder: Sequence[int]) -> list[Spent]:
+    """A format for each row: all runs of all groups take at most `nbytes` a token, and less than a block below it.
+
+    Every part of a row has one block at least. A row of two parts is charged for scales of all widths of both, which
+    it may not need.
+    Raises: ValueError if that is too much.
+    """
+    scale = 0 if ladder[0] == 16 else Format(((RANK_STEP, ladder[0]),)).nbytes - RANK_STEP * ladder[0] // 8
+    levels = (0, *ladder)
+    gains = [[energy.view(-1, RANK_STEP).sum(1).tolist() for energy in row.parts] for row in rows]
+    at = [[[0] * len(part) for part in parts] for parts in gains]  # level of each block
+
+    def step(i: int, p: int, j: int) -> tuple[float, int]:
+        """What a block's next level saves a byte, and the bytes it takes."""
+        low, high = levels[at[i][p][j]], levels[at[i][p][j] + 1]
+        cost = rows[i].groups * RANK_STEP * (high - low) // 8
+        return gains[i][p][j] * (ERRORS[low] - ERRORS[high]) / cost, cost
+
+    left, heap = nbytes, list[tuple[float, int, int, int]]()
+    for i, row in enumerate(rows):
+        left -= row.groups * scale * len(row.parts)
+        for p in range(len(row.parts)):
+            left -= step(i, p, 0)[1]
+            at[i][p][0] = 1
+    if left < 0:
+        raise ValueError(f"keep: expected {nbytes - left} bytes a token or more, a block of 16 a row, got {nbytes}")
+
+    def wait(i: int, p: int, j: int) -> None:
+        if at[i][p][j] + 1 < len(levels):
+            heapq.heappush(heap, (-step(i, p, j)[0], i, p, j))
+
+    for i, parts in enumerate(at):
+        for p, part in enumerate(parts):
+            for j in range(len(part)):
+                wait(i, p, j)
+    while heap:
+        _, i, p, j = heapq.heappop(heap)
+        if (cost := step(i, p, j)[1]) <= left:
+            left -= cost
+            at[i][p][j] += 1
+            wait(i, p, j)
+    return [_spent([[levels[n] for n in part] for part in row], g) for row, g in zip(at, gains, strict=True)]
+
+
+def _spent(widths: list[list[int]], gains: list[list[float]]) -> Spent:
+    """Of blocks of these widths and energies: blocks of no bits are left out."""
+    segments = [(RANK_STEP * len(list(run)), bits) for part in widths for bits, run in groupby(filter(None, part))]
+    ranks = tuple(RANK_STEP * sum(map(bool, part)) for part in widths)
+    blocks = zip(chain(*widths), chain(*gains), strict=True)
+    return Spent(Format(tuple(segments)), ranks, sum(energy * ERRORS[bits] for bits, energy in blocks) / 2)

@@ -1,0 +1,265 @@
+"""A model and some text -> Factors: calibrate, cluster heads, share out the ranks, factor every layer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, replace
+from itertools import chain, islice
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from lrattn.compression import methods
+from lrattn.compression.bits import Bits, ladder_of, share_held, spend
+from lrattn.compression.calibrate import Batch, calibrate, fingerprint
+from lrattn.compression.methods import METHODS, Method
+from lrattn.compression.methods.lorc import log_condition
+from lrattn.compression.moments import GRADIENTS, Moments
+from lrattn.compression.problem import FORMS, Form, Problem
+from lrattn.compression.propagate import Propagation
+from lrattn.compression.ranks import (
+    RULES,
+    LayerShape,
+    Ranks,
+    budget,
+    condition,
+    fisher,
+    group_size_within,
+    spectrum,
+    uniform,
+)
+from lrattn.compression.refine import parted
+from lrattn.compression.refine import refine as distil
+from lrattn.compression.substitute import Window
+from lrattn.factors.layer import LayerFactors
+from lrattn.factors.parts import AttentionParts, attention_parts
+from lrattn.factors.record import Factors
+
+JOINT_WITHIN = 256  # latents a row may have for keys to be rebuilt from all of it: see docs/decisions.md
+KEEP = 0.5  # where the caller names no bytes
+LEVEL = 0.5  # of the budget of joint rows that is the same for every layer
+
+
+@torch.inference_mode(False)  # the factors outlive the caller's mode
+@torch.no_grad()
+def compress(
+    model: nn.Module,
+    batches: Iterable[Batch] | None = None,
+    method: str = methods.DEFAULT,
+    keep: float | None = None,
+    group_size: int = 4,
+    *,
+    ranks: str | None = None,
+    shared: Form | None = None,
+    far: tuple[int, int] | None = None,
+    refine: int = 0,
+    nested: bool = False,
+    moments: Moments | None = None,
+    state: str | os.PathLike[str] | None = None,
+    shards: int = 1,
+    bits: Bits = 16,
+    bytes_per_token: int | None = None,
+    progress: bool = True,
+) -> Factors:
+    """Factors of a model's key and value projections; the model itself is not changed.
+
+    Args:
+        model: a transformers causal language model (see attention_parts for what is needed of it).
+        batches: token ids [b, t], or mappings with input_ids and maybe attention_mask, to calibrate on. "svd" and
+            "lorc" need none, but for ranks "fisher".
+        method: one of lrattn.methods.METHODS.
+        keep: bytes of the latent cache / bytes of the dense 16-bit cache, in (0, 1]. 1 is full rank: exact. None: 0.5,
+            or what bytes_per_token say.
+        group_size: kv heads per group; the largest divisor of Hkv / shards not above it is used. Some methods give
+            each head, or the whole layer, a latent of its own whatever it says.
+        ranks: what shares them out: "spectrum", "fisher" (as Palu and ReCalKV do; takes a backward pass), "uniform" or
+            "condition" (as LoRC does). None: "condition" for "lorc", "spectrum" for the others.
+        shared: the form of a row, for method "lrattn": False, keys and values apart; "ride", values also use the keys'
+            latent; True, one latent for both, which loses least and takes the longest to rebuild keys from. None: True
+            where a group's row has at most 256 latents, else "ride". Other methods keep them apart.
+        far: (recent, sinks) of the dense window that the cache will hold: gradients are taken beyond it, see
+            `calibrate`, and it is the factors' `near`. (0, 0) for a cache without one. None: that of the gradients in
+            the moments, where some are given and used, else the method's own, (64, 4) for "lrattn".
+        refine: steps of distillation that follow, see lrattn.refine, on the same batches. The first of every eight
+            sequences, which judges them, is not calibrated on, unless moments are given.
+        nested: distil all prefixes of the latents together, for lrattn.narrowed.
+        moments: of an earlier `calibrate` of this model, which is then not repeated.
+        state: a file for the calibration to go on from, see `calibrate`.
+        shards: tensor-parallel ranks that the heads will be divided over; no group of keys lies across them.
+        bits: of a latent: 16, plain numbers; 8, 4 or 2 for all; or, for the methods of lrattn's own, what each block of
+            16 latents may be given, "auto" for all of these. One reverse water-filling then spends the bytes
+            (lrattn/compression/bits.py).
+        bytes_per_token: of the latent cache, scales and padding included: instead of `keep`.
+        progress: show bars on stderr.
+
+    Returns: Factors in the model's dtype, on its device.
+    Raises: ValueError naming the argument, what was expected and what came.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {sorted(METHODS)}, got {method!r}")
+    recipe = METHODS[method]
+    ranks = recipe.ranks if ranks is None else ranks
+    if ranks not in RULES:
+        raise ValueError(f"ranks: expected one of {sorted(RULES)}, got {ranks!r}")
+    if shared is not None and (shared not in FORMS or (shared and not recipe.shares)):
+        expected = f"None or one of {FORMS}" if recipe.shares else f"None or False with method {method!r}"
+        raise ValueError(f"shared: expected {expected}, got {shared!r}")
+    gather = recipe.gathered(ranks)
+    if not recipe.ruled_by(ranks):
+        rules = [rule for rule in RULES if recipe.ruled_by(rule)]
+        raise ValueError(f"ranks: expected one of {rules} with method {method!r}, got {ranks!r}")
+    if far is None:
+        far = moments.far if moments is not None and gather & set(GRADIENTS) else recipe.near
+    far = astuple(Window.of(far))
+    ladder = ladder_of(bits)
+    if len(ladder) > 1 and not (recipe.in_nats and ranks == "spectrum"):
+        raise ValueError(f"bits: expected one number with method {method!r} and ranks {ranks!r}, got {bits!r}")
+    parts = attention_parts(model)
+    if bytes_per_token is not None:
+        dense = sum(4 * part.num_kv_heads * part.head_dim for part in parts)
+        if keep is not None or not isinstance(bytes_per_token, int) or not 0 < bytes_per_token <= dense:
+            expected = f"1 .. {dense}" if keep is None else f"None beside keep={keep}"
+            raise ValueError(f"bytes_per_token: expected {expected}, got {bytes_per_token!r}")
+        keep = bytes_per_token / dense
+    keep = KEEP if keep is None else keep
+    held = share_held(keep, ladder)
+    form = _form(shared, recipe, parts, held, group_size, shards)
+    shapes = [replace(_shape(part, recipe, form, group_size, shards), bits=ladder[0]) for part in parts]
+    budget(shapes, keep)  # refused before any work
+    if not isinstance(refine, int) or refine < 0 or (refine and batches is None):
+        expected = "0 without batches" if batches is None else "a number of steps"
+        raise ValueError(f"refine: expected {expected}, got {refine!r}")
+    if nested and not refine:
+        raise ValueError(f"nested: expected False without refine=, got {nested!r}")
+    if isinstance(batches, Moments):
+        raise ValueError("batches: expected token batches, got Moments, which are given as moments=")
+    batches = None if batches is None else list(batches)
+    lessons = batches
+    if refine and batches is not None:
+        lessons = [ids[None] for ids in parted(batches)[1]]
+    if moments is None and lessons is not None and (recipe.needs_data or gather):
+        moments = calibrate(model, lessons, gather=gather, far=far, state=state, progress=progress)
+    elif state is not None:
+        raise ValueError(f"state: expected None where nothing is calibrated, got {state}")
+    _check_data(model, method, gather, far, batches, moments, parts)
+
+    problems = [
+        Problem(part, shape, recipe, form, moments, i, shards)
+        for i, (part, shape) in enumerate(zip(parts, shapes, strict=True))
+    ]
+    chosen = None
+    if ranks == "uniform":
+        chosen = uniform(shapes, keep)
+    elif ranks == "condition":
+        chosen = condition(shapes, keep, [log_condition(part) for part in parts])
+    elif moments is not None and moments.fisher is not None and ranks == "fisher":
+        chosen = fisher(shapes, keep, moments.fisher)
+    for i, problem in enumerate(tqdm(problems, desc="group heads", unit="layer", disable=not progress)):
+        side = 1 if form else 0
+        per_group = [int(held * problem.shape.full_ranks[side])] if chosen is None else chosen[i][side]
+        problem.group(sum(per_group) // len(per_group))
+    if chosen is None and recipe.in_nats and ladder != (16,):
+        layers = _by_bits(problems, keep, held, ladder, progress)
+    else:
+        if chosen is None:
+            shown = tqdm(problems, desc="spectra", unit="layer", disable=not progress)
+            level = LEVEL if form is True else 0.0
+            found = [problem.energies() for problem in shown]
+            chosen = spectrum(shapes, keep, found, in_nats=recipe.in_nats, level=level)
+        stream = Propagation(model, lessons) if recipe.refit is not None and lessons else None
+        layers = _by_ranks(problems, chosen, stream, progress)
+    predicted = tuple(problem.lost for problem in problems) if recipe.in_nats else ()
+    name = str(getattr(model.config, "_name_or_path", ""))
+    factors = Factors(tuple(layers), method, name, ranks, predicted, far)
+    if refine and batches is not None:
+        factors = distil(model, factors, batches, steps=refine, nested=nested, progress=progress)
+    return factors
+
+
+def _by_ranks(
+    problems: list[Problem], chosen: Sequence[Ranks], stream: Propagation | None, progress: bool
+) -> list[LayerFactors]:
+    layers = []
+    for problem, pair in zip(tqdm(problems, desc="factor", unit="layer", disable=not progress), chosen, strict=True):
+        layers.append(problem.factor(pair, None if stream is None else stream.moment()))
+        if stream is not None:
+            stream.advance(layers[-1])
+    return layers
+
+
+def _by_bits(
+    problems: list[Problem], keep: float, held: float, ladder: tuple[int, ...], progress: bool
+) -> list[LayerFactors]:
+    """Layers whose latents have the bits that lose least within `keep` of the dense bytes."""
+    rows = [problem.bit_rows(held) for problem in tqdm(problems, desc="spectra", unit="layer", disable=not progress)]
+    dense = sum(2 * problem.shape.dense for problem in problems)
+    norms = sum(problem.shape.norm_bytes for problem in problems)
+    found = iter(spend(list(chain(*rows)), int(keep * dense + 1e-6) - norms, ladder))
+    shown = tqdm(problems, desc="factor", unit="layer", disable=not progress)
+    return [problem.spent(list(islice(found, len(own)))) for problem, own in zip(shown, rows, strict=True)]
+
+
+def _form(
+    shared: Form | None, recipe: Method, parts: list[AttentionParts], held: float, group_size: int, shards: int
+) -> Form:
+    """The form asked for, or the one that loses least among those whose keys are rebuilt in time.
+
+    held: share of the latents that are kept.
+    """
+    if shared is not None or not recipe.shares:
+        return shared or False
+    shapes = [_shape(part, recipe, True, group_size, shards) for part in parts]
+    rows = sum(sum(s.groups) for s in shapes)
+    return True if held * sum(s.dense for s in shapes) / rows <= JOINT_WITHIN else "ride"
+
+
+def _shape(part: AttentionParts, recipe: Method, form: Form, group_size: int, shards: int) -> LayerShape:
+    heads = part.num_kv_heads
+    if shards < 1 or (heads % shards and shards % heads):
+        raise ValueError(f"shards: expected a divisor or a multiple of Hkv={heads}, got {shards}")
+    within = max(heads // shards, 1)
+    sizes = {"given": group_size_within(within, group_size), "head": 1}
+    keys, values = recipe.groups
+    return LayerShape(
+        heads=heads,
+        head_dim=part.head_dim,
+        key_group=(sizes | {"layer": within})[keys],
+        value_group=(sizes | {"layer": heads})[values],
+        inputs=part.linear("k_proj").in_features,
+        key_norm=part.key_norm is not None and not recipe.rotated,
+        shared=bool(form),
+        rotated=recipe.rotated,
+        whole_values=recipe.whole_values,
+    )
+
+
+def _check_data(
+    model: nn.Module,
+    method: str,
+    gather: set[str],
+    far: tuple[int, ...],
+    batches: list[Batch] | None,
+    moments: Moments | None,
+    parts: list[AttentionParts],
+) -> None:
+    recipe = METHODS[method]
+    if moments is None and recipe.needs_data:
+        raise ValueError(f"batches: method {method!r} needs calibration batches, got None")
+    if recipe.refit is not None and not batches:
+        raise ValueError(f"batches: method {method!r} runs the compressed model on batches, got {batches}")
+    if missing := sorted(gather - set(() if moments is None else moments.gathered)):
+        got = "none" if moments is None else f"moments with {list(moments.gathered)}"
+        raise ValueError(f"moments: expected batches, or moments of calibrate(gather={missing}), got {got}")
+    differentiates = bool(gather & set(GRADIENTS))
+    if moments is not None and differentiates and moments.far != far:
+        raise ValueError(f"moments: expected gradients beyond a window far={far}, got {moments.far}")
+    expected = [p.linear("k_proj").in_features for p in parts]
+    if moments is not None and [len(x) for x in moments.inputs] != expected:
+        raise ValueError(
+            f"moments: expected {len(parts)} layers of {expected[0]} inputs, got {len(moments.inputs)} of "
+            f"{[len(x) for x in moments.inputs[:1]]}"
+        )
+    if moments is not None and moments.model not in ("", fingerprint(model)):
+        raise ValueError("moments: expected those of this model, got another model's")

@@ -1,0 +1,145 @@
+"""Factorisation methods: what is decomposed together, in which metric, and what follows.
+
+measure(part, moments, layer, side) -> C, G
+
+part: the attention layer. moments: of the calibration; None if the method was given no data. side: "keys" or "values".
+C: [inputs, inputs] float64, weighted second moment of the inputs. G: [n, n], n = Hkv * D, what an error of the outputs
+costs; None for the identity. None for C, too, where the method looks at no data.
+
+decompose(weight, moment, metric) -> energies, up, down
+
+weight: [C, D, inputs] float64, the heads of one group, with their C and their block of G.
+energies: [n], descending, n = min(C * D, inputs): what the map loses with each latent that is cut.
+up: [C, n, D]; down: [inputs, n]. At rank r the map of head h is x -> x @ down[:, :r] @ up[h, :r].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lrattn.compression.clusters import Cluster, balanced, greedy
+from lrattn.compression.methods import asvd, eigen, gradient, kq_svd, palu, recalkv, rotated, svd, think
+from lrattn.compression.moments import Moments
+from lrattn.factors.parts import AttentionParts
+
+Measured = tuple[Tensor | None, Tensor | None]
+Measure = Callable[[AttentionParts, Moments | None, int, str], Measured]
+Decompose = Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor, Tensor]]
+DecomposeKeys = Callable[[Tensor, Tensor | None], list[tuple[Tensor, Tensor, Tensor]]]
+Refit = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to make factors.
+
+    Args:
+        measure: what its errors are measured by (see above).
+        decompose: one group of heads -> energies, up, down (see above).
+        key_decompose: the same, of keys. None: `decompose`.
+        decompose_keys: all heads of a layer, each a group: (weight [Hkv, D, E], C) -> energies, up, down of each. None:
+            one group at a time.
+        groups: which kv heads share a latent of keys, and of values: "given", as many as the caller asks for; "head",
+            each has its own; "layer", all share one (keys: all of one tensor-parallel rank).
+        cluster: which heads go together where groups are of more than one; None takes them in the model's order.
+        cluster_values: cluster the heads of the values, too; else they are taken in the model's order.
+        refit: (weight, down [E, rank], moment of the compressed model's inputs) -> (up, down), of the values.
+        gather: what calibration has to sum beside the inputs (lrattn.compression.moments.GATHERED).
+        needs_data: whether `measure` needs moments.
+        in_nats: energies are twice the loss in nats a token: comparable over layers, keys and values, so that bits can
+            be spent on them all, keys and values can share a row where both are maps of the inputs, and the loss is
+            predicted.
+        rotated: keys are compressed after their rotation; `inputs` of the keys are the layer's rotated keys, and the
+            weight is the identity.
+        centred: C is taken about the mean of the inputs, and what the latents lose of the mean is in the bias.
+        whole_values: values are kept at full rank.
+        ranks: the rule that shares them out where the caller names none.
+        near: (recent, sinks) of the dense window its cache holds where the caller names none.
+    """
+
+    decompose: Decompose = palu.decompose
+    measure: Measure = palu.measure
+    key_decompose: Decompose | None = None
+    decompose_keys: DecomposeKeys | None = None
+    groups: tuple[str, str] = ("given", "given")
+    cluster: Cluster | None = None
+    cluster_values: bool = False
+    refit: Refit | None = None
+    gather: tuple[str, ...] = ()
+    needs_data: bool = True
+    in_nats: bool = False
+    rotated: bool = False
+    centred: bool = False
+    whole_values: bool = False
+    ranks: str = "spectrum"
+    near: tuple[int, int] = (0, 0)
+
+    @property
+    def shares(self) -> bool:
+        """Whether keys and values can share a row."""
+        return self.in_nats and not self.rotated
+
+    def ruled_by(self, ranks: str) -> bool:
+        """Whether that rule can share out its ranks: gradients by rotated keys are gathered without Fisher's."""
+        return ranks != "fisher" or "rotated-metric" not in self.gather
+
+    def gathered(self, ranks: str) -> set[str]:
+        """What calibration has to sum for it, with that rule of ranks."""
+        return {*self.gather, *(["fisher"] if ranks == "fisher" else [])}
+
+
+HEAD, LAYER = ("head", "head"), ("layer", "layer")
+NEAR = (64, 4)  # of lrattn's own methods
+
+
+def _of_rotated(key_decompose: Decompose | None = None) -> Method:
+    """lrattn's metric where no key is rebuilt: latents of rotated keys."""
+    return Method(
+        measure=gradient.measure_rotated,
+        key_decompose=key_decompose,
+        gather=("rotated", "rotated-metric"),
+        in_nats=True,
+        rotated=True,
+        near=NEAR,
+    )
+
+
+def _recalkv(cluster: Cluster | None = None, refit: Refit | None = None) -> Method:
+    return Method(cluster=cluster, groups=("given", "layer"), refit=refit)
+
+
+METHODS: dict[str, Method] = {
+    "lrattn": Method(
+        measure=gradient.measure,
+        cluster=balanced,
+        cluster_values=True,
+        gather=("metric",),
+        in_nats=True,
+        near=NEAR,
+    ),
+    "lrattn-rotated": _of_rotated(),
+    "lrattn-channels": _of_rotated(think.decompose),
+    "svd": Method(measure=svd.measure, needs_data=False),
+    "palu": Method(),
+    "recalkv": _recalkv(balanced, recalkv.calibrate_values),
+    "recalkv-greedy": _recalkv(greedy, recalkv.calibrate_values),  # the paper's own clustering
+    "recalkv-hsr": _recalkv(balanced),  # the ablation: HSR alone, OVC alone, neither
+    "recalkv-ovc": _recalkv(refit=recalkv.calibrate_values),
+    "recalkv-neither": _recalkv(),
+    "kq-svd": Method(kq_svd.decompose, kq_svd.measure, groups=HEAD, gather=("rotated",), rotated=True, ranks="uniform"),
+    "eigen": Method(decompose_keys=eigen.decompose_keys, groups=HEAD),
+    "asvd": Method(measure=asvd.measure, gather=("magnitudes",)),
+    "svd-llm": Method(groups=LAYER),
+    "lorc": Method(measure=svd.measure, groups=LAYER, needs_data=False, ranks="condition"),
+    "cskv": Method(groups=LAYER, near=(32, 0)),
+    "kv-heads": Method(measure=rotated.measure, groups=LAYER, gather=("rotated",), rotated=True),
+    "matryoshka": Method(measure=rotated.measure, groups=HEAD, gather=("rotated",), rotated=True),  # before training
+    "matryoshka-pca": Method(
+        measure=rotated.measure, groups=HEAD, gather=("rotated", "means"), rotated=True, centred=True
+    ),
+    "think": Method(think.decompose, think.measure, groups=HEAD, gather=("rotated",), rotated=True, whole_values=True),
+}
+DEFAULT = "lrattn"

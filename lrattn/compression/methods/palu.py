@@ -1,0 +1,32 @@
+"""Palu (arXiv 2407.21118): grouped SVD, whitened by the second moment of the inputs. ReCalKV's keys are the same.
+
+With one group for a layer it is SVD-LLM (arXiv 2403.07378), and what the training of CSKV (arXiv 2409.10593) tends to.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lrattn.compression.methods.weighted import METRIC_DAMPING, low_rank
+from lrattn.compression.moments import Moments
+from lrattn.factors.parts import AttentionParts
+
+
+def measure(
+    part: AttentionParts, moments: Moments | None, layer: int, side: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """C = sum x x^T over the calibration inputs, G the identity: squared errors of the outputs on those inputs."""
+    return (None if moments is None else moments.inputs[layer]), None
+
+
+def decompose(
+    weight: Tensor, moment: Tensor | None, metric: Tensor | None = None, *, damping: float = METRIC_DAMPING
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The maps of every rank with the least tr(G dW C dW^T).
+
+    With G the identity it is the whitened SVD of the paper (W S with S S^T = C) as a map, without a root or an inverse
+    of C. Shapes as in lrattn/compression/methods/__init__.py; damping: of G, see `low_rank`.
+    """
+    heads, head_dim, _ = weight.shape
+    energies, up, down = low_rank(weight.flatten(0, 1), moment, metric, damping=damping)
+    return energies, up.unflatten(1, (heads, head_dim)).transpose(0, 1), down

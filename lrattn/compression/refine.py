@@ -1,0 +1,251 @@
+"""Distillation: factors adjusted until the model on them predicts what the original model predicts."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import astuple, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lrattn.compression.calibrate import Batch, fingerprint, tokens_of, unpadded
+from lrattn.compression.nested import first, shared_out
+from lrattn.compression.substitute import Window, substituted
+from lrattn.factors import safefile
+from lrattn.factors.layer import LayerFactors, sides_of
+from lrattn.factors.parts import evaluating, frozen
+from lrattn.factors.projection import Projection
+from lrattn.factors.record import Factors
+
+RATE = 5e-3  # of a tensor's root mean square, a step, at most
+FAR = 0.25  # nats a token: factors that start nearer to the model take shorter steps
+WARM = 4  # steps until the full rate; then it falls to zero along a cosine
+HELD_BACK = 8  # one sequence in so many is not trained on, and judges
+CHECK_EVERY = 8  # steps between two judgements
+SHARES = (1.0, 0.25, 0.75, 0.5)  # of nested latents, step by step
+BETAS = (0.9, 0.98)
+Linear = tuple[Tensor, Tensor | None]  # weight [n, inputs] and bias [n] or None
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def refine(
+    model: nn.Module,
+    factors: Factors,
+    batches: Iterable[Batch],
+    *,
+    steps: int = 32,
+    recent: int | None = None,
+    sinks: int | None = None,
+    nested: bool = False,
+    state: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Factors:
+    """Factors that lose less: Adam on `up` and `down` alone, on the divergence from the original model's predictions.
+
+    A step takes one sequence. One sequence in eight is held back: the factors that do best on those are returned, which
+    may be the ones given. Ranks, bytes and all but their `near` window stay as they are.
+
+    Args:
+        model: the one the factors are of; it is not changed.
+        batches: token ids [b, t], or mappings with input_ids and maybe attention_mask: two sequences at least. The
+            first of every eight judges: the factors should not have been calibrated on it, see `parted`.
+        steps: of Adam. A step costs about four forward passes of a sequence.
+        recent, sinks: of the dense window that the cache will hold: what is near a query is exact in training, too.
+            None: as the factors say (Factors.near).
+        nested: a step trains the first quarter, half, three quarters or all of every group's latents, in turns, and the
+            factors are judged by all of these: for `narrowed`, at any keep below their own.
+        state: a file written at every judgement; if it exists, training goes on where it was.
+        progress: show a bar on stderr, with the divergence on the held-back sequences in nats a token.
+
+    Raises: ValueError for too few sequences, factors in another dtype or on another device than the model, layers of
+    which some are rotated and others not, or a state of other factors, steps, window or text.
+    """
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps: expected at least 1, got {steps!r}")
+    if len({layer.rotated for layer in factors.layers}) > 1:
+        raise ValueError("factors: expected rotated keys in all layers or in none, got some of each")
+    if state is not None:
+        safefile.check_target("state", state)
+    window = Window(*factors.near_or(recent, sinks))
+    own, kind = next(model.parameters()), factors.layers[0]
+    if (own.dtype, own.device) != (kind.dtype, kind.device):
+        raise ValueError(
+            f"factors: expected {own.dtype} on {own.device} as in the model, got {kind.dtype} on {kind.device}"
+        )
+    judges, lessons = parted(batches)
+    run = _Run(model, factors, window, SHARES if nested else (1.0,))
+    run.begin(steps, judges, lessons, state)
+    shown = tqdm(total=steps, initial=run.step, desc="refine", unit="step", disable=not progress)
+    with evaluating(model), frozen(model), shown as bar:
+        while run.step < steps:
+            bar.set_postfix_str(f"divergence {run.best:.4f}, was {run.first:.4f}")
+            run.learn(lessons, _rate(run.step, steps, run.first))
+            bar.update()
+            if run.step % CHECK_EVERY == 0 or run.step == steps:
+                run.judge(judges)
+                if state is not None:
+                    run.save(state)
+    return run.result()
+
+
+def _rate(step: int, steps: int, first: float) -> float:
+    """In proportion to the distance to go, whose square the divergence at the start grows with."""
+    longest = RATE * math.sqrt(min(max(first, 0.0) / FAR, 1.0))
+    return longest * min(1.0, (step + 1) / WARM) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def parted(batches: Iterable[Batch]) -> tuple[list[Tensor], list[Tensor]]:
+    """Sequences that judge and sequences to train on, each [t] without its padding.
+
+    Raises: ValueError if there are fewer than two of two tokens or more.
+    """
+    found = [row for batch in batches for row in unpadded(*tokens_of(batch)) if len(row) > 1]
+    if len(found) < 2:
+        raise ValueError(f"batches: expected two sequences of two tokens or more, got {len(found)}")
+    return found[::HELD_BACK], [row for i, row in enumerate(found) if i % HELD_BACK]
+
+
+class _Run:
+    """The factors in training: tensors "<layer>.<side>.<up or down>", Adam's two means of each, and the best so far."""
+
+    def __init__(self, model: nn.Module, factors: Factors, window: Window, shares: tuple[float, ...]) -> None:
+        self.model, self.factors, self.window, self.shares = model, factors, window, shares
+        self.device = next(model.parameters()).device
+        self.tensors = {name: x.detach().float().clone() for name, x in _tensors(factors)}
+        self.scales = {name: max(x.square().mean().sqrt().item(), 1e-30) for name, x in self.tensors.items()}
+        self.means = {name: (torch.zeros_like(x), torch.zeros_like(x)) for name, x in self.tensors.items()}
+        self.kept = {name: x.clone() for name, x in self.tensors.items()}
+        self.step, self.first, self.best = 0, math.inf, math.inf
+
+    def begin(
+        self, steps: int, judges: list[Tensor], lessons: list[Tensor], state: str | os.PathLike[str] | None
+    ) -> None:
+        """Goes on from the state, or judges the factors as they are."""
+        digest = sum(x.double().sum().item() for x in self.tensors.values())
+        text = hashlib.sha256()
+        for ids in (*judges, *lessons):
+            text.update(len(ids).to_bytes(8, "little") + ids.cpu().numpy().tobytes())
+        self.about = [
+            fingerprint(self.model),
+            digest,
+            steps,
+            *astuple(self.window),
+            list(self.shares),
+            text.hexdigest(),
+        ]
+        if state is None or not Path(state).exists():
+            self.judge(judges)
+            self.first = self.best
+            return
+        record, tensors = safefile.read(state, "refinement")
+        if record["about"] != self.about:
+            raise ValueError(f"state: expected a run of these factors, steps and text in {state}, got another's")
+        held = {name: x.to(self.device) for name, x in tensors.items()}
+        self.step, self.first, self.best = record["step"], record["first"], record["best"]
+        for name in self.tensors:
+            self.tensors[name], self.kept[name] = held[f"now.{name}"], held[f"best.{name}"]
+            self.means[name] = (held[f"first.{name}"], held[f"second.{name}"])
+
+    def save(self, state: str | os.PathLike[str]) -> None:
+        """Writes everything training goes on from."""
+        held: dict[str, Tensor] = {}
+        for name, x in self.tensors.items():
+            parts = {"now": x, "best": self.kept[name], "first": self.means[name][0], "second": self.means[name][1]}
+            held |= {f"{part}.{name}": tensor for part, tensor in parts.items()}
+        record = {"about": self.about, "step": self.step, "first": self.first, "best": self.best}
+        safefile.write(state, "refinement", record, held)
+
+    @torch.no_grad()
+    def expected(self, ids: Tensor) -> Tensor:
+        """The original model's predictions, [t, V] log-probabilities."""
+        logits: Tensor = self.model(input_ids=ids[None].to(self.device), use_cache=False).logits[0]
+        return logits.float().log_softmax(-1)
+
+    def divergence(self, ids: Tensor, expected: Tensor, share: float) -> Tensor:
+        """Kullback-Leibler divergence from the predictions expected, nats a token, with this share of every run."""
+        weights, rotated = self._weights(share), self.factors.layers[0].rotated
+
+        def replaced(i: int, x: Tensor, k: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+            keys, values = weights[i]
+            return nn.functional.linear(k if rotated else x, *keys), nn.functional.linear(x, *values)
+
+        with substituted(self.model, replaced, self.window, rotated=rotated):
+            got = self.model(input_ids=ids[None].to(self.device), use_cache=False).logits[0].float().log_softmax(-1)
+        return nn.functional.kl_div(got, expected, reduction="batchmean", log_target=True)
+
+    def learn(self, lessons: list[Tensor], rate: float) -> None:
+        """One step of Adam on one sequence, which meets another share of the latents in every round."""
+        leaves = [x.requires_grad_() for x in self.tensors.values()]
+        rounds, at = divmod(self.step, len(lessons))
+        share = self.shares[(at + rounds) % len(self.shares)]
+        grads = torch.autograd.grad(self.divergence(lessons[at], self.expected(lessons[at]), share), leaves)
+        self.step += 1
+        for (name, x), grad in zip(self.tensors.items(), grads, strict=True):
+            x.requires_grad_(False)
+            mean, second = self.means[name]
+            mean.lerp_(grad, 1 - BETAS[0])
+            second.lerp_(grad.square(), 1 - BETAS[1])
+            corrected = (second / (1 - BETAS[1] ** self.step)).sqrt().add_(1e-12)
+            x.sub_(mean / (1 - BETAS[0] ** self.step) / corrected * (rate * self.scales[name]))
+
+    @torch.no_grad()
+    def judge(self, judges: list[Tensor]) -> None:
+        """Keeps the factors if they are the best on the sequences held back."""
+        found = 0.0
+        for ids in judges:
+            expected = self.expected(ids)
+            found += len(ids) * sum(self.divergence(ids, expected, share).item() for share in self.shares)
+        found /= sum(map(len, judges)) * len(self.shares)
+        if found < self.best:
+            self.best = found
+            self.kept = {name: x.clone() for name, x in self.tensors.items()}
+
+    def _weights(self, share: float) -> list[tuple[Linear, Linear]]:
+        """Of every layer, the maps of keys and values that the tensors stand for, with this share of their latents."""
+        dtype, found = self.factors.layers[0].dtype, []
+        for i, layer in enumerate(self.factors.layers):
+            cut = first(*_projections(layer, i, self.tensors), shared_out(layer, share), shared=layer.shared)
+            keys, values = (side.dense().flatten(0, 1).to(dtype) for side in sides_of(*cut))
+            biases = [None if x is None else x.flatten() for x in (layer.keys.bias, layer.values.bias)]
+            found.append(((keys, biases[0]), (values, biases[1])))
+        return found
+
+    def result(self) -> Factors:
+        """The factors kept, in the dtype of those given."""
+        kept = {name: x.to(self.factors.layers[0].dtype) for name, x in self.kept.items()}
+        layers = []
+        for i, layer in enumerate(self.factors.layers):
+            keys, values = _projections(layer, i, kept)
+            keys, values = replace(keys, bias=layer.keys.bias), replace(values, bias=layer.values.bias)
+            layers.append(replace(layer, keys=keys, values=values))
+        return replace(
+            self.factors,
+            layers=tuple(layers),
+            method=f"{self.factors.method}, refined",
+            predicted=(),
+            near=astuple(self.window),
+        )
+
+
+def _tensors(factors: Factors) -> Iterator[tuple[str, Tensor]]:
+    for i, layer in enumerate(factors.layers):
+        for name, side in (("keys", layer.keys), ("values", layer.values)):
+            if side.down is None and not layer.shared:
+                raise ValueError(f"{name}.down: expected [E, {side.width}] in layer {i}, got None")
+            for part, x in (("up", side.up), ("down", side.down)):
+                if x is not None:
+                    yield f"{i}.{name}.{part}", x
+
+
+def _projections(layer: LayerFactors, i: int, tensors: Mapping[str, Tensor]) -> tuple[Projection, Projection]:
+    keys, values = (
+        replace(side, up=tensors[f"{i}.{name}.up"], down=tensors.get(f"{i}.{name}.down"), bias=None)
+        for name, side in (("keys", layer.keys), ("values", layer.values))
+    )
+    return keys, values

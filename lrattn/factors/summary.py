@@ -1,0 +1,150 @@
+"""What a set of factors holds, as numbers and as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lrattn.factors.record import Factors
+
+
+def summarize(factors: Factors) -> dict[str, Any]:
+    """Where the bytes go: keep, the split between keys and values, the ranks of every layer, and the loss foreseen.
+
+    Bytes are those of a token, plain latents and norm columns at 16 bits a number, packed ones with their scales. Rows
+    that keys and values share count as the values'. key_bits, value_bits: (latents, bits) of the segments of each
+    packed group. key_rank is the mean rank of a key group: what rebuilding keys takes time for.
+    Predicted losses are nats a token, to second order; None where the method foresees none.
+    """
+    keys = sum(layer.keys.latent_bytes for layer in factors.layers if not layer.shared)
+    values = sum(layer.values.latent_bytes for layer in factors.layers)
+    groups = sum(len(layer.keys.ranks) for layer in factors.layers)
+    return {
+        "method": factors.method,
+        "ranks": factors.rule,
+        "model": factors.model,
+        "dtype": str(factors.layers[0].dtype).removeprefix("torch."),
+        "keep": factors.keep,
+        "bytes_per_token": factors.bytes_per_token,
+        "dense_bytes_per_token": factors.dense_bytes_per_token,
+        "key_share": keys / factors.bytes_per_token,
+        "value_share": values / factors.bytes_per_token,
+        "shared": all(layer.shared for layer in factors.layers),
+        "key_rank": sum(layer.keys.width for layer in factors.layers) / groups,
+        "predicted_loss": sum(factors.predicted) if factors.predicted else None,
+        "near": factors.near,
+        "layers": [
+            {
+                "kv_heads": layer.num_kv_heads,
+                "head_dim": layer.head_dim,
+                "key_groups": layer.keys.groups,
+                "key_ranks": layer.keys.ranks,
+                "value_groups": layer.values.groups,
+                "value_ranks": layer.values.ranks,
+                "key_bits": [f.segments for f in layer.keys.formats],
+                "value_bits": [f.segments for f in layer.values.formats],
+                "predicted_loss": factors.predicted[i] if factors.predicted else None,
+                "norm_columns": layer.norm_bytes // 2,
+                "rotated": layer.rotated,
+                "keep": layer.bytes_per_token / (4 * layer.num_kv_heads * layer.head_dim),
+            }
+            for i, layer in enumerate(factors.layers)
+        ],
+    }
+
+
+def headline(summary: dict[str, Any]) -> str:
+    """The whole in five lines, or six with a dense window."""
+    count, first = len(summary["layers"]), summary["layers"][0]
+    made = summary["method"] + (f", ranks {summary['ranks']}" if summary["ranks"] else "")
+    norms = 1 - summary["key_share"] - summary["value_share"]
+    split = f"keys {summary['key_share']:.1%}, values {summary['value_share']:.1%}"
+    if summary["shared"]:
+        split = f"rows that keys and values share {summary['value_share']:.1%}"
+    how = "queries meet a key group's" if _absorbed(summary) else "a key group is rebuilt from"
+    foreseen, packed = summary["predicted_loss"], _packed(summary)
+    recent, sinks = summary["near"]
+    beside = [f"beside them, dense: the last {recent} and the first {sinks} tokens"] if recent or sinks else []
+    return "\n".join(
+        [
+            f"{made}{', of ' + summary['model'] if summary['model'] else ''}",
+            f"{count} layers of {first['kv_heads']} kv heads of {first['head_dim']}, {summary['dtype']}",
+            f"keep {summary['keep']:.3f}: {summary['bytes_per_token']:,} of {summary['dense_bytes_per_token']:,} bytes "
+            + (f"a token, {16 * summary['keep']:.2f} bits a number" if packed else "a token at 16 bits a number"),
+            split + (f", norm columns {norms:.1%}" if norms > 1e-9 else ""),
+            f"{how} {summary['key_rank']:.0f} latents"
+            + ("" if foreseen is None else f"; predicted loss {foreseen:.2g} nats a token"),
+            *beside,
+        ]
+    )
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The headline, and a line for each layer."""
+    values = "row ranks" if summary["shared"] else "value ranks"
+    foreseen = summary["predicted_loss"] is not None
+    bits = ["latents x bits"] if _packed(summary) else []
+    head = "layer", "key ranks", values, *bits, "keep", *(["loss"] if foreseen else []), "heads sharing a key latent"
+    rows = [
+        (
+            *(str(i), _ranks(x["key_ranks"]), _ranks(x["value_ranks"])),
+            *([_bits(x["key_bits"], x["value_bits"])] if bits else []),
+            f"{x['keep']:.3f}",
+            *([f"{x['predicted_loss']:.1e}"] if foreseen else []),
+            _order(x["key_groups"]),
+        )
+        for i, x in enumerate(summary["layers"])
+    ]
+    return "\n".join([headline(summary), "", *_aligned([head, *rows])])
+
+
+def comparison(summaries: Mapping[str, dict[str, Any]]) -> str:
+    """A line for each of several sets of factors, by name: bytes, what keys take time for, and the loss foreseen."""
+    head = "method", "bytes a token", "keep", "bits a number", "key rank", "keys", "predicted loss", "window", "file"
+    rows = [
+        (
+            x["method"],
+            f"{x['bytes_per_token']:,}",
+            f"{x['keep']:.3f}",
+            f"{16 * x['keep']:.2f}",
+            f"{x['key_rank']:.0f}",
+            "absorbed" if _absorbed(x) else "rebuilt",
+            "-" if x["predicted_loss"] is None else f"{x['predicted_loss']:.1e}",
+            " + ".join(map(str, x["near"])) if any(x["near"]) else "-",
+            name,
+        )
+        for name, x in summaries.items()
+    ]
+    return "\n".join(_aligned([head, *rows]))
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines of columns flush right, the last one flush left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
+    return ["  ".join([*(cell.rjust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]
+
+
+def _absorbed(summary: dict[str, Any]) -> bool:
+    """Whether no layer rebuilds keys."""
+    return all(x["rotated"] for x in summary["layers"])
+
+
+def _packed(summary: dict[str, Any]) -> bool:
+    return any(x["key_bits"] or x["value_bits"] for x in summary["layers"])
+
+
+def _bits(*sides: list[tuple[tuple[int, int], ...]]) -> str:
+    """16x8 64x4 for 16 latents of 8 bits and 64 of 4; keys and values, and groups that differ, apart."""
+    groups = [dict.fromkeys(" ".join(f"{rank}x{bits}" for rank, bits in group) for group in side) for side in sides]
+    return " | ".join(" / ".join(side) for side in groups if side)
+
+
+def _ranks(ranks: tuple[int, ...]) -> str:
+    """128 x 4 for four groups of one rank, else every rank."""
+    if len(set(ranks)) == 1:
+        return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} x {len(ranks)}"
+    return " ".join(map(str, ranks))
+
+
+def _order(groups: tuple[tuple[int, ...], ...]) -> str:
+    return " | ".join(" ".join(map(str, heads)) for heads in groups)

@@ -1,0 +1,208 @@
+"""The ways of a decode call: which one is taken, and that a row's bits do not depend on what it shares a call with."""
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from cases import Case, make, make_layer
+from test_kernels import attend, check, on
+
+import lrattn
+from bench.decode.ways import two_passes
+from lrattn.kernels import launch, plan
+
+H100 = "sm90"
+
+
+def paired(name, **changes):
+    """Two groups of two heads, ragged; keys and values order the heads of a group each in its own way."""
+    shape = {"M": 2, "key_ranks": (80, 112), "value_ranks": (128, 16), "lens": (130, 0, 3, 64),
+             "key_order": (2, 0, 3, 1), "value_order": (0, 2, 1, 3)}  # fmt: skip
+    return Case(name, **{**shape, **changes})
+
+
+JOINT = {"shared": True, "value_ranks": (80, 112), "value_order": (2, 0, 3, 1)}
+RIDING = {"shared": True, "value_ranks": (96, 128), "value_order": (2, 0, 3, 1)}
+ALONE = {"key_ranks": (32, 96, 48, 16), "value_ranks": (64, 16, 128, 48), "value_order": (2, 0, 3, 1)}
+EVERYTHING = {"sinks": True, "starts": (70, 0, 1, 3), "S": 3, "call": {"softcap": 4.0, "window_size": 50}}
+ABSORBED = [
+    paired("absorbed", rope=None),
+    paired("absorbed, norm and bias", rope=None, key_norm=True, bias=True, strided=True),
+    paired("absorbed, everything", rope=None, P=48, **EVERYTHING),
+    paired("absorbed, joint row", rope=None, **JOINT),
+    paired("absorbed, riding row", rope=None, key_norm=True, call={"num_splits": 3, "project": "latent"}, **RIDING),
+    paired("absorbed, chunks", rope=None, lens=(200, 70), call={"workspace_limit": 1, "num_splits": 2}),
+    paired("absorbed, not causal", rope=None, S=2, call={"causal": False, "project": "hidden"}),
+]
+MANY_SPLITS = paired("many splits", S=2, sinks=True, value_ranks=(96, 16), call={"num_splits": 40})
+REBUILT = [
+    paired("rebuilt, one head a group", strided=True, **ALONE),
+    paired("rebuilt, interleaved", D=80, rope={"interleaved": True}, **ALONE),
+    paired("rebuilt, bias", bias=True, **ALONE),
+    paired("rebuilt, partial", rope={"partial_rotary_factor": 0.25}, positions=True, **ALONE),
+    paired("rebuilt, everything", P=48, **ALONE, **EVERYTHING),
+    paired("rebuilt, joint row", **JOINT),
+    paired("rebuilt, joint row, norm", D=128, key_norm=True, strided=True, **JOINT),
+    paired("rebuilt, riding row", call={"num_splits": 3, "project": "latent"}, **RIDING),
+    paired("rebuilt, chunks", lens=(200, 70), call={"workspace_limit": 1, "num_splits": 2}, **ALONE),
+]
+HALF_ONLY = [  # what fits 16-bit numbers alone
+    paired("absorbed, wide", rope=None, key_ranks=(160, 240), value_ranks=(256, 144)),
+    paired("absorbed, wide joint row", rope=None, shared=True, key_ranks=(400, 512), value_ranks=(400, 512),
+           value_order=(2, 0, 3, 1), lens=(70, 3)),
+    paired("absorbed, 32 rows", rope=None, M=8, S=2, lens=(70, 2)),
+    paired("absorbed, 64 rows", rope=None, M=8, S=4, lens=(70, 3)),
+    paired("absorbed, two blocks of rows", rope=None, M=8, S=5, lens=(70, 3)),
+    paired("rebuilt, wide joint row", D=128, shared=True, key_ranks=(160, 256), value_ranks=(160, 256),
+           value_order=(2, 0, 3, 1), lens=(130, 3)),
+    paired("rebuilt, wide", **ALONE | {"key_ranks": (160, 32, 240, 16), "value_ranks": (256, 32, 48, 16)}),
+    paired("rebuilt, 32 rows", M=8, S=4, lens=(70, 3), **ALONE),
+]  # fmt: skip
+NOT_FUSED = [
+    paired("joint values", value_ranks=(96,), value_order=None),
+    paired("two heads a group"),
+    paired("other groups", rope=None, value_order=(0, 1, 2, 3)),
+    paired("finer groups of values", rope=None, value_ranks=(16, 32, 48, 64)),
+]
+
+
+def taken(case, dtype, device=H100):
+    """The launch of the one pass that a case takes, or None."""
+    layer = make(replace(case, lens=(1,), starts=None), dtype)[0]
+    keys, values = layer.operands
+    turned = keys.turns is not None and not case.positions
+    return plan.fused(case.S * case.M * case.Hkv, dtype, device, keys.sizes, values.sizes, turned)
+
+
+def skip_unless_taken(case, dtype, device):
+    """On an H100, and so in the interpreter, each of these is one pass; another device may have no row for it."""
+    assert taken(case, dtype)
+    if not taken(case, dtype, launch.name(device)):
+        pytest.skip("two passes on this device")
+
+
+@pytest.mark.parametrize("case", ABSORBED + REBUILT, ids=str)
+def test_one_pass(case, kernel_dtype, device):
+    skip_unless_taken(case, kernel_dtype, device)
+    check(case, kernel_dtype, device)
+
+
+@pytest.mark.parametrize("case", HALF_ONLY, ids=str)
+def test_one_pass_in_16_bits(case, device):
+    skip_unless_taken(case, torch.float16, device)
+    check(case, torch.float16, device)
+
+
+@pytest.mark.parametrize("case", [MANY_SPLITS, replace(MANY_SPLITS, rope=None, call={"num_splits": 9})], ids=str)
+def test_many_splits_are_merged_first(case, kernel_dtype, device):
+    check(case, kernel_dtype, device)
+
+
+@pytest.mark.parametrize("case", NOT_FUSED, ids=str)
+def test_what_takes_two(case, device):
+    assert not taken(case, torch.float16)
+    check(case, torch.float16, device)
+
+
+@pytest.mark.parametrize("case", [ABSORBED[0], ABSORBED[3], REBUILT[0], REBUILT[5]], ids=str)
+def test_two_passes_can_stand_in(case, device):
+    with two_passes():
+        assert not taken(case, torch.float16)
+        check(case, torch.float16, device)
+    assert taken(case, torch.float16)
+
+
+@pytest.mark.parametrize(
+    "case", [ABSORBED[2], ABSORBED[3], REBUILT[4], REBUILT[5], REBUILT[8], MANY_SPLITS, *NOT_FUSED[:3]], ids=str
+)
+def test_bits_do_not_depend_on_the_batch(case, device):
+    """With a fixed number of splits: alone, in another place, beside longer rows under a wider table; and again.
+
+    The interpreter multiplies with NumPy, where a row's rounding depends on its place: latents come without a product.
+    """
+    project = "latent" if device.type == "cpu" else case.call.get("project", "heads")
+    call = {"num_splits": 3} | case.call | {"project": project}
+    case = replace(case, lens=(130, 40, 200), starts=case.starts and (70, 0, 1), call=call)
+    layer, q, k_cache, v_cache, kwargs = on(device, *make(case, torch.float16))
+    whole = attend((layer, q, k_cache, v_cache, kwargs))
+    again = attend((layer, q, k_cache, v_cache, kwargs))
+    assert torch.equal(whole[0], again[0]) and torch.equal(whole[1], again[1])
+    per_row = ("block_table", "seq_lens", "seq_starts")
+    for rows in ([0], [1], [2, 1], [1, 1, 0]):
+        some = {n: x[rows] if n in per_row and x is not None else x for n, x in kwargs.items()}
+        width = -(-max(case.lens[b] for b in rows) // case.P)
+        some["block_table"] = some["block_table"][:, :width]
+        got = attend((layer, q[rows], k_cache, v_cache, some))
+        assert torch.equal(got[0], whole[0][rows]) and torch.equal(got[1], whole[1][rows])
+
+
+def test_bits_do_not_depend_on_whether_a_table_goes_in_chunks(device):
+    """With sinks too: they join what was merged."""
+    case = paired("chunked or not", S=2, sinks=True, lens=(130, 60), call={"num_splits": 3, "project": "latent"})
+    layer, q, k_cache, v_cache, kwargs = on(device, *make(case, torch.float16))
+    wider = torch.nn.functional.pad(kwargs["block_table"], (0, 60), value=2_000_000_000)
+    for limit in (1, 1 << 16, 256 << 20):
+        whole = attend((layer, q, k_cache, v_cache, kwargs), workspace_limit=limit)
+        again = attend((layer, q, k_cache, v_cache, kwargs | {"block_table": wider}), workspace_limit=limit)
+        assert torch.equal(whole[0], again[0]) and torch.equal(whole[1], again[1]), limit
+
+
+@cache
+def operands_of(rope, heads, query_heads, values):
+    """Of a Llama-3.1-8B layer, or one of other heads."""
+    case = Case("size", Hkv=heads, M=query_heads // heads, D=128, key_ranks=(256, 256), value_ranks=values, rope=rope)
+    return make_layer(case, torch.float16).operands
+
+
+def size_of(batch, bound, rope, heads=8, query_heads=32, values=(256, 256), **call):
+    """How a call is cut on an H100."""
+    keys, values = operands_of(rope, heads, query_heads, values)
+    wanted = {"num_splits": 0, "limit": 256 << 20, **call}
+    size = plan.cut(batch, 1, query_heads, torch.float16, H100, 132, keys.sizes, values.sizes, False, bound, 0,
+                    wanted["num_splits"], wanted["limit"])  # fmt: skip
+    return size, keys.sizes, values.sizes
+
+
+@pytest.mark.parametrize("rope", ["default", None], ids=["two passes", "one pass"])
+@pytest.mark.parametrize("bound", [4096, 32_768, 131_072])
+def test_a_single_sequence_fills_the_device_twice(bound, rope):
+    size, keys, values = size_of(1, bound, rope)
+    assert bool(size.fused) == (rope is None)
+    fill = 2 * 132
+    assert size.splits * values.groups >= min(fill, size.total * values.groups)
+    assert size.fused or size.parts * keys.num_heads >= min(fill, size.total * keys.num_heads)
+    assert max(size.splits, size.parts) <= size.total
+
+
+@pytest.mark.parametrize("rope", ["default", None], ids=["two passes", "one pass"])
+def test_a_large_batch_is_cut_for_balance_within_the_workspace(rope):
+    size, _, _ = size_of(64, 131_072, rope)
+    assert 1 < size.splits <= size.total and size.nbytes <= 256 << 20
+    assert size_of(256, 1024, rope)[0].splits == 1
+    small, _, _ = size_of(64, 131_072, rope, limit=16 << 20)
+    assert small.splits <= size.splits and small.nbytes <= 16 << 20
+
+
+@pytest.mark.parametrize("rope", ["default", None], ids=["two passes", "one pass"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_plan_keeps_within_any_limit_that_holds_a_tile(batch, rope):
+    """Splits may not take the room of the one tile that they are splits of."""
+    least = size_of(batch, 131_072, rope, limit=1)[0].nbytes  # one tile and one split of one sequence
+    for limit in range(least, 6 * least, max(1, least // 150)):
+        assert size_of(batch, 131_072, rope, limit=limit)[0].nbytes <= limit
+
+
+def test_a_layer_remembers_what_it_checked(monkeypatch):
+    """A second call of a kind is not checked again; a call of another kind is."""
+    layer, q, k_cache, v_cache, kwargs = make(Case("again", lens=(20,)), torch.float32)
+    expected = lrattn.decode_attention(q, k_cache, v_cache, layer, **kwargs)
+    monkeypatch.setattr("lrattn.attention.ops.check_caches", lambda *a, **k: pytest.fail("checked again"))
+    again = lrattn.decode_attention(q, k_cache, v_cache, layer, **kwargs)
+    assert torch.equal(again, expected)
+    monkeypatch.undo()
+    for wrong in (q[..., :-1], q.double(), q[:, :, :3], q.expand(2, -1, -1, -1)):
+        with pytest.raises(ValueError, match="q: expected"):
+            lrattn.decode_attention(wrong, k_cache, v_cache, layer, **kwargs)
+    with pytest.raises(ValueError, match="num_splits: expected"):
+        lrattn.decode_attention(q, k_cache, v_cache, layer, **kwargs, num_splits=-1)

@@ -1,0 +1,46 @@
+"""Launches beside the table's: which are tried, and what is said of those that cannot be."""
+
+import json
+import sys
+
+import pytest
+
+from bench.decode import launches
+from lrattn.kernels.launch import Launch
+
+LAYER = launches.DRY["dry"]
+
+
+def test_a_rehearsal_times_the_table_and_an_alternative(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(sys, "argv", ["launches", "--dry", "--out", str(tmp_path)])
+    assert launches.main() == 0
+    (row,) = json.loads((tmp_path / "launches_dry.json").read_text())["rows"]
+    assert launches.TABLE in row["us"] and len(row["us"]) == 3 and not row["faults"]
+    assert "by the table" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, layer", launches.LAYERS.items())
+def test_every_alternative_is_launched(name, layer, monkeypatch):
+    """What is varied is what the layer's step asks for, in the place of the table's own launch."""
+    for kernel in layer.kernels:
+        variant = launches.Variant(kernel, Launch(4, 1, block_r=64, block_d=128))
+        shape = {"latent_values": (256, 4), "latent_scores": (256, 128, 4)}.get(kernel, (256, 256, 4))
+        if kernel == "fused_rebuilt":
+            shape = (0, 128, 128, 4)
+        with launches.used(variant):
+            found = getattr(launches.launch, kernel)(*shape, 2, "sm90")
+        assert found == variant.launch._replace(block_q=16, block_d=found.block_d) and found.warps == 4
+
+
+def test_a_launch_that_is_wrong_is_named_and_not_timed(monkeypatch):
+    monkeypatch.setattr(launches, "ours", lambda x: lambda: x.q * 0)
+    assert "results differ" in launches.fault(LAYER, launches.Variant(), dry=True)
+
+
+def test_the_table_shows_the_fastest_of_what_was_tried():
+    row = {"layer": "a layer", "batch": 1, "must_read": 3_000_000, "us": {launches.TABLE: 2.0, "other": 1.0},
+           "kernels": {"small": 0.1, "large": 1.5}}  # fmt: skip
+    told = launches.table({"machine": {"commit": "abc1234"}, "rows": [row, row | {"us": {}}]}).splitlines()
+    assert len(told) == 2
+    assert told[1].split() == ["a", "layer", "abc1234", "1", "3.0", "2.0", "1500", "1.0", "large", "2,", "small", "0"]

@@ -1,0 +1,68 @@
+"""What the kernels compile to, on a machine without a GPU: in a process of its own, since this one interprets."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from bench.compiled import resources
+from bench.support import report
+
+RESULTS = json.loads((report.RESULTS / "resources.json").read_text())
+
+
+def test_a_few_launches_compile_and_fit():
+    env = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.compiled.resources", "--quick"]
+    run = subprocess.run(command, env=env, cwd=report.RESULTS.parents[1], capture_output=True, text=True, check=False)
+    assert run.returncode == 0 and " 0 unfit" in run.stdout, run.stdout + run.stderr
+
+
+def test_the_committed_resources_are_of_these_sources():
+    assert RESULTS["sources"] == resources.sources_hash(), "the kernels changed: run make resources"
+
+
+def test_every_launch_of_the_table_was_compiled():
+    expected = {(c.device, *resources.describe(c).values()) for c in resources.compilations()}
+    names = ("device", "rank", "values", "one_row", "head", "M", "S", "dtype", "options", "bits")
+    found = {tuple(row[n] for n in names) for row in RESULTS["rows"]}
+    assert found == expected
+    assert {row["device"] for row in RESULTS["rows"]} == set(resources.DEVICES)
+
+
+def test_every_launch_fits():
+    for row in RESULTS["rows"]:
+        assert row["shared"] <= resources.DEVICES[row["device"]].shared, row
+        assert not row["spilled"] or row["dtype"] == "float32", row
+        names = ("turn_queries", "write_latents", "pack_latents", "combine", "merge")
+        plain = row["kernel"] in [f"{name}_kernel" for name in names]
+        assert row["products"] or row["dtype"] == "float32" or plain, row
+
+
+ROW = {"dtype": "bfloat16", "spilled": 0, "shared": 1024, "products": ["wgmma.mma_async.m64n16k16"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({}, None),
+        ({"spilled": 8}, "8 bytes spilled"),
+        ({"spilled": 8, "dtype": "float32"}, None),
+        ({"shared": 228 << 10}, "bytes of shared memory"),
+        ({"products": ["mma.m16n8k16"]}, "expected wgmma.mma_async"),
+        ({"products": []}, "no tensor-core product"),
+    ],
+)
+def test_what_is_unfit(changes, fault):
+    launch = resources.Compilation(resources.latent_scores, "sm90", resources.Problem(), product=True)
+    found = resources.faults(launch, ROW | changes)
+    assert (fault is None and not found) or (len(found) == 1 and fault in found[0])
+
+
+def test_words_alone_do_not_make_results_stale():
+    module = '"""Of a module."""\n\ndef f(x):\n    """Of\n    a function."""\n    return x  # kept\n'
+    other = module.replace("Of\n    a function", "Of a function, in\n    other\n    words")
+    assert resources.code(module) == resources.code(other) == "def f(x):\n    return x  # kept"
+    assert resources.code(module) != resources.code(module.replace("return x", "return -x"))

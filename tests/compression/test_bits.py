@@ -1,0 +1,133 @@
+"""Bits of latents: the best there are for the bytes, exactly spent."""
+
+import itertools
+
+import pytest
+import torch
+
+from lrattn.compression.bits import Row, ladder_of, share_held, spend
+from lrattn.factors.formats import ERRORS, WIDTHS
+
+
+def falling(n, seed, decay=0.02):
+    g = torch.Generator().manual_seed(seed)
+    return (torch.rand(n, generator=g, dtype=torch.float64) * 0.2 + 1) * torch.exp(-decay * torch.arange(n))
+
+
+def rows_of(*sizes, groups=1):
+    return [Row((falling(n, i).sort(descending=True).values * 4.0**-i,), groups) for i, n in enumerate(sizes)]
+
+
+def bytes_of(rows, found):
+    return sum(row.groups * spent.format.nbytes for row, spent in zip(rows, found, strict=True))
+
+
+def cost(row, spent):
+    """Half of what the row's energies cost at the bits of its format, latent by latent."""
+    bits = [b for rank, b in spent.format.segments for _ in range(rank)]
+    (energies,) = row.parts
+    bits += [0] * (len(energies) - len(bits))
+    return sum(e.item() * ERRORS[b] for e, b in zip(energies, bits, strict=True)) / 2
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("nbytes", [100, 333, 500, 1000])
+def test_the_bytes_are_spent_to_a_block(nbytes, groups):
+    rows = rows_of(128, 192, 64, groups=groups)
+    found = spend(rows, nbytes * groups, (2, 4, 8))
+    used = bytes_of(rows, found)
+    assert nbytes * groups - 2 * 16 * groups < used <= nbytes * groups or used == bytes_of(
+        rows, spend(rows, 10**9, (2, 4, 8))
+    )
+    assert (
+        nbytes * groups - used < 4 * groups
+        or all(  # what is left pays for no step of any block
+            s.format.segments == ((128, 8),) for s in found[:1]
+        )
+    )
+
+
+@pytest.mark.parametrize("nbytes", [40, 60, 92, 140])
+def test_no_other_bits_lose_less(nbytes):
+    """Against every choice for two small rows."""
+    rows = rows_of(64, 48)
+    found = spend(rows, nbytes, (2, 4, 8))
+    blocks = [row.parts[0].view(-1, 16).sum(1).tolist() for row in rows]
+    budget = nbytes - 8  # scales
+    best = {0: 0.0}  # bytes -> least loss, row by row
+    for sums in blocks:
+        grown = {}
+        choices = itertools.product((0, 2, 4, 8), repeat=len(sums))
+        for bits in choices:
+            if not bits[0] or list(bits) != sorted(bits, reverse=True):
+                continue
+            loss = sum(e * ERRORS[b] for e, b in zip(sums, bits, strict=True)) / 2
+            for used, before in best.items():
+                at = used + 2 * sum(bits)
+                grown[at] = min(grown.get(at, torch.inf), before + loss)
+        best = grown
+    least = min(loss for used, loss in best.items() if used <= budget)
+    got = sum(spent.lost for spent in found)
+    assert least <= got <= least + max(map(max, blocks)) * (ERRORS[0] - ERRORS[2]) / 2
+    finer = min(loss for used, loss in best.items() if used <= budget - 16)
+    assert got <= finer  # a block fewer loses no less
+
+
+def test_what_is_foreseen_is_the_sum_over_latents():
+    rows = rows_of(128, 64)
+    for row, spent in zip(rows, spend(rows, 90, (2, 4, 8)), strict=True):
+        assert spent.lost == pytest.approx(cost(row, spent))
+        assert spent.ranks == (spent.format.rank,)
+
+
+def test_bits_fall_along_a_row():
+    for spent in spend(rows_of(256, 256, 256), 250, WIDTHS[::-1]):
+        bits = [b for _, b in spent.format.segments]
+        assert bits == sorted(set(bits), reverse=True)
+
+
+def test_a_row_that_matters_more_has_more_bytes():
+    high, low = spend([Row((falling(128, 0) * 100,), 1), Row((falling(128, 0),), 1)], 100, (2, 4, 8))
+    assert high.format.nbytes > low.format.nbytes and high.lost < 100 * low.lost
+
+
+def test_energies_of_one_size_have_bits_of_one_size():
+    (spent,) = spend([Row((torch.ones(128, dtype=torch.float64),), 1)], 128 * 4 // 8 + 4, (2, 4, 8))
+    assert spent.format.segments == ((128, 4),)
+
+
+def test_a_ladder_of_one_width_leaves_the_rest_out():
+    (spent,) = spend([Row((falling(256, 0),), 2)], 2 * (64 + 4), (8,))
+    assert spent.format.segments == ((64, 8),) and spent.format.nbytes == 68
+
+
+def test_sixteen_bits_need_no_scale():
+    (spent,) = spend([Row((falling(64, 0),), 1)], 96, (16,))
+    assert spent.format.segments == ((48, 16),) and spent.format.nbytes == 96
+
+
+def test_two_parts_of_a_row_each_have_a_block():
+    parts = falling(64, 0), falling(64, 1) * 1e-9
+    (spent,) = spend([Row(parts, 1)], 60, (2, 4, 8))
+    assert spent.ranks[0] >= 16 and spent.ranks[1] == 16 and sum(spent.ranks) == spent.format.rank
+    assert spent.format.segments[-1] == (16, 2)
+
+
+def test_too_few_bytes_are_refused():
+    with pytest.raises(ValueError, match=r"keep: expected 16 bytes a token or more, a block of 16 a row, got 15"):
+        spend(rows_of(64, 64), 15, (2, 4))
+
+
+def test_ladders():
+    assert ladder_of("auto") == (2, 4, 8, 16) and ladder_of(4) == (4,) and ladder_of((8, 2, 8)) == (2, 8)
+    for bad in (3, True, (), "4", (4, 5), (True,)):
+        with pytest.raises(ValueError, match=r"bits: expected 'auto', one of \(16, 8, 4, 2\) or some of them, got"):
+            ladder_of(bad)
+
+
+@pytest.mark.parametrize(
+    ("keep", "ladder", "share"),
+    [(0.25, (16,), 0.25), (0.125, (2, 4, 8, 16), 0.5), (0.5, (2, 4, 8), 1.0), (0.25, (8,), 0.5), (0.1, (2,), 0.8)],
+)
+def test_the_share_that_has_bits(keep, ladder, share):
+    assert share_held(keep, ladder) == pytest.approx(share)

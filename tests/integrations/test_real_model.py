@@ -1,0 +1,106 @@
+"""SmolLM2-135M on Wikipedia text: the claims of the README on a real model. Files come from installed packages."""
+
+import copy
+
+import pytest
+import torch
+
+import lrattn
+from bench.support import models, texts
+from lrattn.factors.parts import attention_parts
+from lrattn.integrations.transformers import LatentCache, latent_attention
+from lrattn.integrations.transformers.load import read_windows
+
+PROMPTS = ["The capital of France is", "Once upon a time, in a small village by the sea,"]
+
+
+@pytest.fixture(scope="module")
+def real():
+    return models.smollm2()
+
+
+@pytest.fixture(scope="module")
+def moments(real):
+    windows = read_windows(real[1], texts.wikipedia("calibration"), 512, 4)
+    return lrattn.calibrate(real[0], windows.split(2), gather=["metric"], progress=False)
+
+
+def generate(model, inputs, **kwargs):
+    return model.generate(
+        **inputs, do_sample=False, max_new_tokens=24, output_logits=True, return_dict_in_generate=True, **kwargs
+    )
+
+
+def test_full_rank_is_exact(real, moments):
+    model, tokenizer = real
+    factors = lrattn.compress(model, moments=moments, keep=1.0, far=(0, 0), progress=False)
+    ids = read_windows(tokenizer, texts.wikipedia("evaluation"), 256, 1)
+    inputs = tokenizer(PROMPTS[1], return_tensors="pt")
+    with torch.no_grad():
+        expected = model(ids).logits
+        tokens = generate(model, inputs).sequences
+        with latent_attention(model, factors):
+            torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-3)
+            assert torch.equal(generate(model, inputs).sequences, tokens)
+        assert torch.equal(model(ids).logits, expected)
+
+
+def simulated(model, factors, dtype):
+    """A copy whose key and value weights are the products of the factors, multiplied and run in a dtype."""
+    twin = copy.deepcopy(model).to(dtype)
+    with torch.no_grad():
+        for part, layer in zip(attention_parts(twin), factors.to(dtype=dtype).layers, strict=True):
+            for name, side in zip(("k_proj", "v_proj"), layer.sides, strict=True):
+                part.linear(name).weight.copy_(side.dense().flatten(0, 1))
+    return twin
+
+
+@pytest.mark.parametrize("method, keep", [("palu", 0.7), ("lrattn", 0.5)])
+def test_latents_generate_what_the_simulated_model_generates(real, moments, method, keep):
+    """Batched with left padding; half the bytes, the same tokens, no further from float64 than twice the simulation."""
+    model, tokenizer = real
+    factors = lrattn.compress(model, method=method, moments=moments, keep=keep, far=(0, 0), progress=False)
+    inputs = tokenizer(PROMPTS, return_tensors="pt", padding=True, padding_side="left")
+    expected, exact = (generate(simulated(model, factors, t), inputs) for t in (torch.float32, torch.float64))
+    cache = LatentCache(model, factors)
+    with latent_attention(model, factors):
+        got = generate(model, inputs, past_key_values=cache)
+    assert torch.equal(got.sequences, expected.sequences) and torch.equal(got.sequences, exact.sequences)
+    errors = [(torch.stack(x.logits) - torch.stack(exact.logits)).abs() for x in (got, expected)]
+    ours, theirs = (e.max().item() for e in errors)
+    assert theirs < 5e-4 and ours < 1e-3
+    if method == "palu":
+        assert ours <= 2 * theirs < 1e-3
+    # The largest of two such roundings differs twofold from run to run, with equal factors; their mean squares do not.
+    ours, theirs = (e.square().mean().sqrt().item() for e in errors)
+    assert ours <= 2 * theirs
+    dense = 30 * 2 * 3 * 64
+    assert factors.dense_bytes_per_token == 2 * dense and keep - 16 / dense < factors.keep <= keep
+    assert sum(x.shape[-1] for pair in cache.caches for x in pair if x is not None) <= keep * dense + 1e-6
+
+
+@pytest.mark.parametrize("method", ["recalkv-hsr"])
+def test_shuffled_copies_of_heads_are_put_together_again(real, method):
+    """SmolLM2 as 9 shuffled kv heads, 3 of each: with copies in one group, a third of the bytes is exact."""
+    wide, tokenizer = models.smollm2_mha()
+    ids = read_windows(tokenizer, texts.wikipedia("evaluation"), 128, 1)
+    windows = read_windows(tokenizer, texts.wikipedia("calibration"), 256, 2)
+    factors = lrattn.compress(
+        wide, windows.split(1), method, keep=1 / 3, group_size=3, ranks="uniform", far=(0, 0), progress=False
+    )
+    order = models.mha_order()
+    for layer in factors.layers:
+        assert all(len({order[h] // 3 for h in heads}) == 1 for heads in layer.keys.groups)
+        assert layer.keys.ranks == (64, 64, 64) and layer.values.ranks == (192,)
+    with torch.no_grad():
+        expected = real[0](ids).logits
+        torch.testing.assert_close(wide(ids).logits, expected, rtol=0, atol=1e-3)
+        with latent_attention(wide, factors):
+            torch.testing.assert_close(wide(ids).logits, expected, rtol=0, atol=2e-3)
+
+
+def test_calibration_text_and_evaluation_text_are_apart():
+    parts = [texts.wikipedia(half) for half in ("calibration", "evaluation")]
+    assert all(len(p) > 1_000_000 for p in parts)
+    paragraphs = [{line for line in p.splitlines() if len(line) > 200} for p in parts]
+    assert len(paragraphs[0] & paragraphs[1]) <= 2
