@@ -24,6 +24,7 @@ from bench.support import models, report, texts
 from lrattn.integrations.transformers.either import attending, held_bytes, new_cache
 from lrattn.integrations.transformers.generate import read_prompt
 from lrattn.integrations.transformers.load import read_windows
+from lrattn.integrations.transformers.naming import as_argument
 from lrattn.integrations.transformers.perplexity import perplexity
 
 LENGTH = 1024
@@ -85,9 +86,9 @@ def run(
     fixed = {"max_new_tokens": TIMED_TOKENS, "min_new_tokens": TIMED_TOKENS, "do_sample": False}
     with attending(model, factors):
         cache = new_cache(model, factors)
-        answer = model.generate(**prompt, past_key_values=cache, max_new_tokens=64, do_sample=False)[0, start:]
+        answer = model.generate(**prompt, **as_argument(model, cache), max_new_tokens=64, do_sample=False)[0, start:]
         begin = time.perf_counter()
-        model.generate(**prompt, past_key_values=new_cache(model, factors), **fixed)
+        model.generate(**prompt, **as_argument(model, new_cache(model, factors)), **fixed)
         seconds = time.perf_counter() - begin
         return {
             "method": method,
@@ -109,7 +110,7 @@ def cache_bytes(model: Any, ids: torch.Tensor, cache: Any, label: str) -> dict[s
     found: dict[str, int] = {}
     for length in tqdm(CONTEXTS, desc=f"filling the cache, {label}", unit="step"):
         chunk = ids[cache.get_seq_length() : length]
-        model(input_ids=chunk[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=chunk[None], **as_argument(model, cache), use_cache=True, logits_to_keep=1)
         found[str(length)] = held_bytes(cache)
     return found
 

@@ -24,6 +24,7 @@ import lrattn
 from bench.support import models, process, report, texts
 from lrattn.integrations.transformers.either import attending, held_bytes, new_cache
 from lrattn.integrations.transformers.load import read_windows
+from lrattn.integrations.transformers.naming import as_argument
 
 PATH = report.RESULTS / "memory.json"
 KEEPS = (0.5, 0.3)
@@ -71,7 +72,7 @@ def one(path: Path) -> dict[str, Any]:
         cache = new_cache(model, factors)
         before, points = process.resident(), []
         for chunk in tqdm(ids.split(STEP, 1), desc=label, unit="step"):
-            model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(input_ids=chunk, **as_argument(model, cache), use_cache=True, logits_to_keep=1)
             points.append({"tokens": cache.get_seq_length(), "held": held_bytes(cache), **process.resident()})
     return {"label": label, "keep": 1.0 if factors is None else factors.keep, "before": before, "points": points}
 

@@ -22,6 +22,7 @@ from lrattn.attention.dense import masked_attention
 from lrattn.attention.ops import merge_attention
 from lrattn.compression.substitute import Window, substituted
 from lrattn.factors.parts import AttentionParts, attention_parts, decoder_of, shadowed
+from lrattn.integrations.transformers.naming import as_argument
 
 PEER = "quanto"
 CHUNK = 32  # tokens; the cache of transformers quantises no more often than every 128
@@ -121,7 +122,7 @@ def quantised_cache(model: nn.Module, bits: int, residual: int) -> Iterator[None
         held, logits = new_cache(model, bits, residual), list[Tensor]()
         skipped = input_ids.shape[1] - logits_to_keep if logits_to_keep else 0
         for at, ids in enumerate(input_ids.split(CHUNK, 1)):
-            found = forward(input_ids=ids, past_key_values=held, use_cache=True).logits
+            found = forward(input_ids=ids, **as_argument(model, held), use_cache=True).logits
             logits.append(found[:, max(skipped - at * CHUNK, 0) :])
         return SimpleNamespace(logits=torch.cat(logits, 1))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from lrattn.attention.ops import check_backend, decode_attention, merge_attentio
 from lrattn.factors.parts import AttentionParts, attention_parts, decoder_of, shadowed
 from lrattn.factors.record import Factors
 from lrattn.integrations.transformers.cache import LatentCache, Span
+from lrattn.integrations.transformers.naming import cache_in, cache_name, with_cache
 from lrattn.integrations.transformers.verify import check_fit, verify
 from lrattn.integrations.transformers.window import near_of
 
@@ -38,8 +39,9 @@ def latent_attention(
     """Inside, model(...) and model.generate(...) attend on latents; on exit, by whatever way, the model is as before.
 
     Prefill and scoring run dense attention on keys and values rebuilt from the latents; decode runs
-    lrattn.decode_attention on the cache. Where transformers would make a cache of its own a LatentCache is made;
-    another cache raises. Padding must be on the left where a cache is used, and is not stored.
+    lrattn.decode_attention on the cache. A cache is given as `cache` or `past_key_values`, whatever the release calls
+    it. Where transformers would make a cache of its own a LatentCache is made; another cache raises, and so does a
+    pass that fills another one. Padding must be on the left where a cache is used, and is not stored.
 
     Args:
         model: a transformers causal language model. factors: of that model, in its dtype and on its device.
@@ -64,6 +66,10 @@ def latent_attention(
             undo.enter_context(shadowed(part.module, "forward", _Forward(session, part, i, backend)))
         if (original := getattr(model, "_prepare_cache_for_generation", None)) is not None:
             undo.enter_context(shadowed(model, "_prepare_cache_for_generation", session.prepare_cache(original)))
+            undo.enter_context(shadowed(model, "generate", session.generate(model.generate)))  # type: ignore[arg-type]
+        if model is not decoder:
+            undo.callback(model.register_forward_pre_hook(session.enter, with_kwargs=True).remove)
+            undo.callback(model.register_forward_hook(session.leave, always_call=True).remove)
         undo.callback(decoder.register_forward_pre_hook(session.before, with_kwargs=True).remove)
         undo.callback(decoder.register_forward_hook(session.after).remove)
         yield model
@@ -84,6 +90,9 @@ class _Session:
         self.default = self.near = near  # recent and sinks of the context, of this pass
         self.config: Any = decoder.config
         self.names = list(inspect.signature(decoder.forward).parameters)
+        self.cache_name = cache_name(decoder.forward)
+        self.given: Any = None  # the cache that the model around the decoder was called with
+        self.promised: LatentCache | None = None  # the cache of a generation whose first pass is still to come
         ropes = [part.rope for part in parts] + [layer.rope for layer in factors.layers if layer.rope is not None]
         self.limit = min(rope.max_position for rope in ropes)
         self.cache: LatentCache | None = None
@@ -96,36 +105,63 @@ class _Session:
         recent, sinks = self.default
         return LatentCache(self.model, self.factors, recent=recent, sinks=sinks)
 
-    def prepare_cache(self, original: Callable[..., None]) -> Callable[..., None]:
+    def generate(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """`generate`, which takes its cache by either name."""
+
+        @functools.wraps(original)
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return original(*args, **with_cache(kwargs, self.cache_name, cache_in(kwargs)))
+            finally:
+                self.promised = None
+
+        return generate
+
+    def prepare_cache(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """The step of `generate` that makes a cache, whichever kind was configured: a LatentCache here."""
 
         @functools.wraps(original)
-        def prepare(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-            given = model_kwargs.get("past_key_values")
-            if given is None and generation_config.use_cache is not False:
-                model_kwargs["past_key_values"] = self.new_cache()
+        def prepare(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            done = None
+            if cache_in(model_kwargs) is None and generation_config.use_cache is not False:
+                model_kwargs[self.cache_name] = self.new_cache()
             else:
-                original(generation_config, model_kwargs, *args, **kwargs)
+                done = original(generation_config, model_kwargs, *args, **kwargs)
+            self.promised = cache_in(model_kwargs)
+            return done
 
         return prepare
+
+    def enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The model is called: its cache, by whichever name, is what the decoder has to be called with."""
+        self.given = cache_in(kwargs)
+        return args, with_cache(kwargs, self.cache_name, self.given)
+
+    def leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.given = None
 
     def before(
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[()], dict[str, Any]]:
         """Finds the live tokens and their slots; padding is handled here, so the decoder is given no mask."""
         kwargs = dict(zip(self.names, args, strict=False)) | kwargs
-        cache = kwargs.get("past_key_values")
+        cache, name = cache_in(kwargs), self.cache_name
+        expected = next((c for c in (self.promised, self.given) if c is not None), cache)
+        self.promised = None
+        if cache is not expected:
+            raise RuntimeError(
+                f"{name}: expected the {type(expected).__name__} of this call in its decoder, got "
+                f"{'none' if cache is None else 'another'}: this release of transformers hands caches on in a way that "
+                "lrattn does not know"
+            )
         use_cache = kwargs.get("use_cache")
         if cache is None and (self.config.use_cache if use_cache is None else use_cache):
-            cache = kwargs["past_key_values"] = self.new_cache()
+            cache = self.new_cache()
+        kwargs = with_cache(kwargs, name, cache)
         if cache is not None and not isinstance(cache, LatentCache):
-            raise ValueError(
-                f"past_key_values: expected a LatentCache inside latent_attention, got {type(cache).__name__}"
-            )
+            raise ValueError(f"{name}: expected a LatentCache inside latent_attention, got {type(cache).__name__}")
         if cache is not None and cache.factors is not self.factors:
-            raise ValueError(
-                "past_key_values: expected a LatentCache of the factors given to latent_attention, got another"
-            )
+            raise ValueError(f"{name}: expected a LatentCache of the factors given to latent_attention, got another")
         if kwargs.get("output_attentions"):
             raise ValueError("output_attentions: expected False inside latent_attention, where no weights are formed")
         inputs = kwargs.get("input_ids")
@@ -134,7 +170,7 @@ class _Session:
             raise ValueError("input_ids: expected input_ids or inputs_embeds, got neither")
         batch, columns = inputs.shape[:2]
         if cache is not None and cache.lengths and len(cache.lengths) != batch:
-            raise ValueError(f"past_key_values: expected a batch of {len(cache.lengths)}, got {batch}")
+            raise ValueError(f"{name}: expected a batch of {len(cache.lengths)}, got {batch}")
         past = cache.lengths if cache is not None and cache.lengths else [0] * batch
         seen = 0 if cache is None else cache.seen
         span = _live_span(kwargs.get("attention_mask"), past, seen, batch, columns, cached=cache is not None)
@@ -153,6 +189,12 @@ class _Session:
         return (), kwargs
 
     def after(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """The pass is whole: its cache holds its tokens from now on, and is the one that is given back."""
+        back = cache_in(output) if isinstance(output, Mapping) else self.cache
+        if back is not None and back is not self.cache:
+            raise RuntimeError(
+                f"{self.cache_name}: expected the decoder to fill the cache it was given, got another one back"
+            )
         if self.cache is not None:
             self.cache.commit(self.span, self.positions.shape[1])
         self.cache = None

@@ -10,6 +10,7 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from lrattn.factors.record import Factors
 from lrattn.integrations.transformers.either import attending, held_bytes, new_cache
+from lrattn.integrations.transformers.naming import as_argument
 
 
 def generate(
@@ -50,7 +51,7 @@ def generate(
     begin = time.perf_counter()
     with attending(model, factors, recent, sinks):
         cache = new_cache(model, factors, recent, sinks)
-        ids = model.generate(**inputs, past_key_values=cache, **choice)[0, inputs["input_ids"].shape[1] :]
+        ids = model.generate(**inputs, **as_argument(model, cache), **choice)[0, inputs["input_ids"].shape[1] :]
     seconds = time.perf_counter() - begin
     return {
         "text": tokenizer.decode(ids, skip_special_tokens=True),
