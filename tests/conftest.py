@@ -11,6 +11,8 @@ settings.register_profile("few", max_examples=320, derandomize=True, database=No
 settings.register_profile("many", max_examples=10_000, print_blob=True, deadline=None)
 settings.load_profile("few")
 
+pytest.register_assert_rewrite("checks", "closeness")
+
 
 def pytest_addoption(parser):
     parser.addoption("--gpu", action="store_true", help="run the kernels on a GPU, in bfloat16 too")
@@ -18,6 +20,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs --gpu")
+    config.addinivalue_line("markers", "every(n): of its parameters' combinations one in n is quick, the rest slow")
     if config.getoption("--gpu"):
         assert torch.cuda.is_available(), "--gpu: no GPU is visible to torch"
         config.pluginmanager.register(TellsAtOnce())
@@ -25,11 +28,19 @@ def pytest_configure(config):
         os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--gpu"):
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs --gpu"))
+    """Before -m chooses: what every(n) leaves out is slow. Diagonals are quick: each value with some of the others."""
+    places = {}
+    for item in items:
+        if not config.getoption("--gpu") and "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs --gpu"))
+        every = item.get_closest_marker("every")
+        if every is not None:
+            found = [places.setdefault((item.function, name), {}) for name in item.callspec.params]
+            of_values = [own.setdefault(id(x), len(own)) for own, x in zip(found, item.callspec.params.values())]
+            if sum(of_values) % every.args[0]:
+                item.add_marker(pytest.mark.slow)
 
 
 class TellsAtOnce:

@@ -12,7 +12,7 @@ import lrattn
 from bench import demo, memory, quality, scale
 from bench.compiled import resources, traffic
 from bench.decode import launches
-from bench.evaluation import head_groups, quality_plot, quality_table
+from bench.evaluation import head_groups, quality_plan, quality_plot, quality_table
 
 ROOT = Path(lrattn.__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -43,11 +43,17 @@ def test_the_pipeline_in_the_package_docstring_runs():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_python_in_the_pages_runs(page, tmp_path, monkeypatch):
+def test_python_in_the_pages_prints_what_it_says(page, tmp_path, monkeypatch, capsys):
+    """`print(x)  # y` prints y, where ... stands for anything."""
     monkeypatch.chdir(tmp_path)
     names = {}
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
         exec(block, names)
+        said = re.findall(r"^print\(.*\)  # (.*)$", block, re.M)
+        printed = capsys.readouterr().out.splitlines()
+        assert len(said) == len(printed) == block.count("print(")
+        for line, words in zip(printed, said):
+            assert re.fullmatch(re.escape(words).replace(r"\.\.\.", ".*"), line), line
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -75,7 +81,31 @@ def test_the_readme_table_is_the_committed_run():
         assert re.search(
             rf"\| {row['method']} \| {row['keep']:.3f} \| {row['perplexity']:.2f} \| {held:,.0f} \|", text
         ), row
-    assert demo.headline(results["rows"]).split("; it writes")[0] in " ".join(text.split())
+    assert demo.headline(results["rows"]) in " ".join(text.split())
+
+
+def test_what_the_readme_gains_and_costs_is_measured():
+    """Its first table: losses of the frontier's cells, with the window; a step of a layer on the GPU."""
+    text = (ROOT / "README.md").read_text()
+    cells = json.loads(quality.PATH.read_text())["cells"]
+    times = json.loads(launches.PATH.read_text())
+    wanted = {"model": "smollm2", "method": "lrattn", "sample": "0", "recent": 64, "sinks": 4, "counted": False}
+    dense = quality_table.dense_of(cells, "smollm2")
+    for keep, bits in ((0.5, 16), (0.125, "auto"), (0.0625, "auto")):
+        cell = quality_plan.find(cells, **wanted, keep=keep, bits=bits, shared=True, refine=0)
+        lost = [cell["texts"][name]["nll"] - dense["texts"][name]["nll"] for name in ("wikipedia", "news")]
+        row = next(line for line in text.splitlines() if line.startswith("| `compress") and f"keep={keep}" in line)
+        assert f"| {lost[0]:.3f} / {lost[1]:.3f} |" in row
+    for layer, call in (("Llama-3.1-8B, keep 0.5", "keep=0.5"), ("Llama-3.1-8B, 8/4/2 bits", "keep=0.125")):
+        row = next(line for line in text.splitlines() if line.startswith("| `compress") and f"{call}" in line)
+        steps = [
+            r["us"]["table"] for r in times["rows"] if (r["layer"], r["batch"]) == (layer, 1) and "table" in r["us"]
+        ]
+        assert row.endswith(f"| {steps[-1]:.0f} µs [measured] |")  # as measured last
+    dense = (
+        4 * 8 * 128 * times["tokens"] / (0.92 * 3.08e12) * 1e6
+    )  # Llama-3.1-8B's heads, 16 bits, at the memory's rate
+    assert f"| dense, 16-bit | 1 | | {dense:.0f} µs [estimated] |" in text
 
 
 @pytest.mark.parametrize(

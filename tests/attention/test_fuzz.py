@@ -1,7 +1,7 @@
 """Every argument of decode_attention and write_latents, drawn by hypothesis.
 
-A few hundred cases, the same ones every time; `make fuzz` draws 10,000, others every time. A failure prints the
-arguments of the test, the smallest found: as `@example(..)` over the test they are tried again.
+Some cases and, slow, a few hundred, the same ones every time; `make fuzz` draws 10,000, others every time. A failure
+prints the arguments of the test, the smallest found: as `@example(..)` under its `@fuzz` they are tried again.
 """
 
 import functools
@@ -14,14 +14,12 @@ import oracle
 import packing
 import pytest
 import torch
-import truth
-from cases import CASES, Case, make, make_layer
+from cases import Case, make, make_layer
+from checks import attend_densely, on
 from closeness import assert_no_worse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import PLAIN, cases, layers
-from test_kernels import attend_densely, on
-from test_reference import ORACLE_ARGUMENTS
 from tqdm import tqdm
 
 import lrattn
@@ -44,20 +42,32 @@ SMALL = {
 FAULTY = {**SMALL, "longest": 40, "widths": PLAIN}
 
 
+SOME = 5  # the slow tests draw so many times as many examples
+
+
 def fuzz(share, **strategies):
     """Runs a test on 1 / share of the examples that the profile asks for, with a progress bar where one can be seen."""
 
     def wrap(test):
-        count = max(1, settings.default.max_examples // share)
+        def drawn(count):
+            bar = tqdm(desc=test.__name__, total=count, position=0, disable=None)
 
-        @functools.wraps(test)
-        def one(*args, **kwargs):
-            one.bar = one.bar or tqdm(desc=test.__name__, total=count, position=0, disable=None)
-            one.bar.update()
-            test(*args, **kwargs)
+            @functools.wraps(test)
+            def one(*args, **kwargs):
+                bar.update()
+                test(*args, **kwargs)
 
-        one.bar = None
-        return settings(max_examples=count)(given(**strategies)(one))
+            return settings(max_examples=count)(given(**strategies)(one))
+
+        whole = max(1, settings.default.max_examples // share)
+
+        @pytest.mark.parametrize(
+            "count", [max(1, whole // SOME), pytest.param(whole, marks=pytest.mark.slow)], ids=["some", "all"]
+        )
+        def counted(count, device):
+            drawn(count)(device=device)
+
+        return counted
 
     return wrap
 
@@ -100,20 +110,11 @@ def same(x, y):
 
 def exact(problem):
     layer, q, k_cache, v_cache, kwargs = packing.plain(on("cpu", *problem))
-    return truth.attend(q, k_cache, v_cache, layer, **kwargs)
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_truth_is_the_oracle(case):
-    layer, q, k_cache, v_cache, kwargs = make(case)
-    named = {n: kwargs[n] for n in ORACLE_ARGUMENTS if n in kwargs}
-    expected = oracle.attend(q, k_cache, v_cache, layer, **named)
-    for got, want in zip(truth.attend(q, k_cache, v_cache, layer, **kwargs), expected):
-        torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+    return oracle.attend(q, k_cache, v_cache, layer, **kwargs)
 
 
 @fuzz(1, case=cases().filter(lambda c: not (c.key_norm and c.key_bits)), seed=SEEDS, form=FORMS)
-def test_the_reference_is_dense_attention(case, seed, form):
+def test_the_reference_is_dense_attention(case, seed, form, device):
     """But where norms stand beside packed latents: as two 16-bit numbers, whatever the dtype."""
     problem = make(case, torch.float64, seed)
     out, lse = decode(problem, "reference", form)
@@ -139,7 +140,7 @@ def check_no_worse(case, dtype, seed, form, backend, device):
 
 
 @fuzz(4, case=cases(most_splits=17), seed=SEEDS, form=FORMS, dtype=st.sampled_from(FLOATS[1:]))
-def test_the_reference_is_no_worse_than_pytorch(case, seed, form, dtype):
+def test_the_reference_is_no_worse_than_pytorch(case, seed, form, dtype, device):
     check_no_worse(case, dtype, seed, form, "reference", "cpu")
 
 
@@ -204,10 +205,10 @@ def written(layer, zk, zv, k_cache, v_cache, slots):
         row = torch.zeros_like(k_cache[page, offset])
         row[: layer.row_width] = rows[i]
         if layer.key_norm is not None:
-            norm = truth.inverse_rms(layer, rows[i : i + 1])[0].clamp(max=torch.finfo(zk.dtype).max)
+            norm = oracle.inverse_rms(layer, rows[i : i + 1])[0].clamp(max=torch.finfo(zk.dtype).max)
             high = norm.to(zk.dtype)
             row[layer.row_width :][: 2 * heads] = torch.cat((high, (norm - high.double()).to(zk.dtype)))
-            terms = norm / truth.inverse_rms(truth.positive(layer), rows[i : i + 1].abs())[0]
+            terms = norm / oracle.inverse_rms(oracle.positive(layer), rows[i : i + 1].abs())[0]
             off[page, offset] = 4 * eps**2 + 8 * sum_eps * (1 + terms)
         k_cache[page, offset] = row
         if v_cache is not None:
@@ -240,7 +241,7 @@ def written_cases(draw, **limits):
 
 
 @fuzz(2, case=written_cases(), where=writes(), seed=SEEDS, dtype=st.sampled_from(FLOATS))
-def test_the_reference_writes_what_a_loop_writes(case, where, seed, dtype):
+def test_the_reference_writes_what_a_loop_writes(case, where, seed, dtype, device):
     check_write(case, where, dtype, seed, "reference", "cpu")
 
 
@@ -273,7 +274,7 @@ def refusals(call, run, found, backends):
 
 @fuzz(20, case=cases(**FAULTY).filter(lambda c: c.lens and c.S and c.lens[0]), seed=SEEDS, flat=st.booleans(),
       dtype=st.sampled_from([torch.float64, torch.float32]))  # fmt: skip
-def test_decode_attention_refuses_one_wrong_argument_by_name(case, seed, flat, dtype):
+def test_decode_attention_refuses_one_wrong_argument_by_name(case, seed, flat, dtype, device):
     layer, q, k_cache, v_cache, kwargs = make(case, dtype, seed)
     out = lrattn.decode_attention(q, k_cache, v_cache, layer, **kwargs)
     if flat and q.shape[1] == 1:
@@ -285,7 +286,7 @@ def test_decode_attention_refuses_one_wrong_argument_by_name(case, seed, flat, d
 
 
 @fuzz(20, case=written_cases(heads=4), where=writes(), seed=SEEDS)
-def test_write_latents_refuses_one_wrong_argument_by_name(case, where, seed):
+def test_write_latents_refuses_one_wrong_argument_by_name(case, where, seed, device):
     layer, zk, zv, k_cache, v_cache, slots, _ = new_tokens(case, {**where, "strided": False}, torch.float32, seed)
     names = "layer", "zk", "zv", "k_cache", "v_cache", "slot_mapping"
     call = dict(zip(names, (layer, zk, zv, k_cache, v_cache, slots)))

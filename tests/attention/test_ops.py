@@ -5,8 +5,9 @@ import torch
 import torch._dynamo.testing
 import triton
 from cases import Case, make, make_layer
-from test_kernels import attend, on
-from test_reference import LiveBytes
+from checks import attend, on
+from live import LiveBytes
+from slowly import slow_unless
 from torch import library
 
 import lrattn
@@ -33,7 +34,7 @@ def arguments(problem, project="heads"):
     return (q, k_cache, v_cache, kwargs["block_table"], kwargs["seq_lens"], *optional, *sides, layer.wo, *numbers)
 
 
-@pytest.mark.parametrize("name", ["full", "shared", "packed"])
+@pytest.mark.parametrize("name", slow_unless({"shared"}, ["full", "shared", "packed"]))
 def test_operators_are_what_they_say(name, device):
     """Schema, fake and autograd registration, and tracing with dynamic shapes, by PyTorch's own check."""
     problem = on(device, *make(CASES[name], torch.float32))
@@ -56,7 +57,7 @@ def test_operators_are_what_they_say(name, device):
         library.opcheck(torch.ops.lrattn.rebuild.default, (*caches, *tables, *keys, *values, rows))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_unless({"full", "packed"}, CASES))
 def test_compile_traces_the_whole_call(name, device):
     case = CASES[name]
     layer, q, k_cache, v_cache, kwargs = on(device, *make(case, torch.float32))
@@ -92,12 +93,12 @@ def test_longer_tables_are_not_compiled_anew(device):
 
     compiled = torch.compile(step, fullgraph=True, backend=counter, dynamic=True)
     table, lens, counts = kwargs["block_table"], kwargs["seq_lens"], []
-    for width in range(21, 26):  # no size of the layer's, which torch would take for the same number
+    for width in range(21, 24):  # no size of the layer's, which torch would take for the same number
         wider = torch.cat((table, table.new_full((2, width - table.shape[1]), -1)), 1)
         got, k = compiled(q, wider, lens, 44 - width)
         assert torch.equal(got, step(q, wider, lens, 23)[0]) and len(k) == 44 - width
         counts.append(counter.frame_count)
-    assert counts[1:] == [counts[1]] * 4 and counts[1] <= 2
+    assert counts[1:] == [counts[1]] * 2 and counts[1] <= 2
 
 
 @pytest.fixture

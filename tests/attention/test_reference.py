@@ -1,41 +1,24 @@
-"""decode_attention against dense attention on keys and values rebuilt one by one (oracle.py)."""
+"""decode_attention against dense attention on keys and values rebuilt head by head (oracle.py)."""
 
-import weakref
 from dataclasses import replace
 
+import dense
+import oracle
 import pytest
 import torch
-from cases import CASES, PACKED, PLAIN, Case, make, make_layer, variant
+from cases import CASES, PACKED, PLAIN, Case, make, make_layer
 from closeness import assert_no_worse
-from oracle import attend
+from live import LiveBytes
 from packing import plain
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import lrattn
-
-ORACLE_ARGUMENTS = (
-    "block_table",
-    "seq_lens",
-    "positions",
-    "seq_starts",
-    "sinks",
-    "causal",
-    "window_size",
-    "softcap",
-    "softmax_scale",
-)
-
-
-def truth(q, k_cache, v_cache, layer, kwargs):
-    return attend(q, k_cache, v_cache, layer, **{n: kwargs[n] for n in ORACLE_ARGUMENTS if n in kwargs})
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_decode_attention_equals_dense_attention(case):
     layer, q, k_cache, v_cache, kwargs = make(case)
     out, lse = lrattn.decode_attention(q, k_cache, v_cache, layer, return_lse=True, **kwargs)
-    expected, expected_lse = truth(q, k_cache, v_cache, layer, kwargs)
+    expected, expected_lse, _ = oracle.attend(q, k_cache, v_cache, layer, **kwargs)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
     torch.testing.assert_close(lse, expected_lse, rtol=0, atol=1e-10)
 
@@ -46,7 +29,7 @@ def test_packed_latents_are_attended_to_as_what_their_bits_say(case):
     layer, q, k_cache, v_cache, kwargs = problem
     out, lse = lrattn.decode_attention(q, k_cache, v_cache, layer, return_lse=True, **kwargs)
     own, *tensors, _ = plain(problem)
-    expected, expected_lse = truth(*tensors, own, kwargs)
+    expected, expected_lse, _ = oracle.attend(*tensors, own, **kwargs)
     close = 1e-4 if case.key_norm else 1e-10  # the norm is stored as two float16 numbers
     torch.testing.assert_close(out, expected, rtol=0, atol=close)
     torch.testing.assert_close(lse, expected_lse, rtol=0, atol=close)
@@ -111,7 +94,7 @@ def test_rows_do_not_depend_on_the_batch(splits, dtype):
 
 @pytest.mark.parametrize("project", ["heads", "latent"])
 def test_any_partition_of_the_tokens_merges_exactly(project):
-    case = variant(RAGGED, S=1, lens=(70, 33, 12))
+    case = replace(RAGGED, S=1, lens=(70, 33, 12))
     layer, q, k_cache, v_cache, kwargs = make(case)
     sinks = kwargs.pop("sinks")
     parts = []
@@ -160,55 +143,18 @@ def test_lengths_are_clamped_to_the_table_and_to_max_seq_len():
         assert torch.equal(lrattn.decode_attention(q, k_cache, v_cache, layer, **{**kwargs, **changes}), expected)
 
 
-def plain_pytorch(q, k_cache, v_cache, layer, kwargs):
-    """Rebuild, rotate and attend in q's dtype, one sequence at a time."""
-    rows = []
-    k, v = lrattn.rebuild(k_cache, v_cache, layer, kwargs["block_table"], kwargs["seq_lens"], kwargs["positions"])
-    lens = kwargs["seq_lens"].tolist()
-    for b, (kb, vb) in enumerate(zip(k.split(lens), v.split(lens))):
-        kb, vb = (x.repeat_interleave(q.shape[2] // x.shape[1], 1).transpose(0, 1) for x in (kb, vb))
-        p = torch.softmax((q[b].transpose(0, 1) @ kb.mT) * q.shape[-1] ** -0.5, -1)
-        rows.append((p @ vb).transpose(0, 1))
-    return torch.stack(rows)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["gqa", "bias", "key norm", "no rope", "riding row", "positions", "aligned"])
 def test_no_worse_than_pytorch_in_the_same_dtype(name, dtype):
     case = next((c for c in CASES if c.name == name), Case("aligned", M=2, lens=(300, 300)))
-    layer, q, k_cache, v_cache, kwargs = make(variant(case, lens=(300, 301)), dtype)
+    layer, q, k_cache, v_cache, kwargs = make(replace(case, lens=(300, 301)), dtype)
     if name == "aligned":  # queries along a key: large scores, a peaked softmax
         k, _ = lrattn.rebuild(k_cache, v_cache, layer, kwargs["block_table"], kwargs["seq_lens"])
         q = k[[150, 450]].repeat_interleave(2, 1)[:, None] * 3
-    exact_layer = layer.to(dtype=torch.float64)
-    exact_v = None if v_cache is None else v_cache.double()
-    exact, _ = truth(q.double(), k_cache.double(), exact_v, exact_layer, kwargs)
+    exact, _, _ = oracle.attend(q, k_cache, v_cache, layer, **kwargs)
     got = lrattn.decode_attention(q, k_cache, v_cache, layer, **kwargs)
-    assert_no_worse(got, plain_pytorch(q, k_cache, v_cache, layer, kwargs), exact)
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that are alive at once, of those made inside."""
-
-    def __init__(self):
-        super().__init__()
-        self.holders, self.sizes, self.peak = {}, {}, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)} - set(self.sizes)
-        for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor) and (at := x.untyped_storage().data_ptr()) not in given:
-                self.holders[at] = self.holders.get(at, 0) + 1
-                self.sizes[at] = x.untyped_storage().nbytes()
-                weakref.finalize(x, self.drop, at)
-        self.peak = max(self.peak, sum(self.sizes.values()))
-        return result
-
-    def drop(self, at):
-        self.holders[at] -= 1
-        if not self.holders[at]:
-            del self.holders[at], self.sizes[at]
+    own, _ = dense.attend(q, k_cache, v_cache, layer, **kwargs)
+    assert_no_worse(got, own, exact)
 
 
 @pytest.mark.parametrize("rope", [{"max_position": 8192}, None], ids=["rope", "no rope"])

@@ -1,12 +1,14 @@
 """The decode benchmark: what it counts, whom it runs, and what it says about those it does not time."""
 
 import json
+import math
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from slowly import slow_unless
 
 import lrattn
 from bench import decode_latency
@@ -127,7 +129,7 @@ def installed(monkeypatch):
         monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{name.__name__: name}))
 
 
-@pytest.mark.parametrize("shape", TINY, ids=lambda s: s.name)
+@pytest.mark.parametrize("shape", slow_unless({TINY[0], TINY[-1]}, TINY), ids=lambda s: s.name)
 def test_every_provider_computes_the_same_step(shape, installed):
     row = gpu_decode.measure(gpu_decode.Case(shape, 64, 2), dry())
     assert not row["faults"]
@@ -200,12 +202,12 @@ def test_time_that_is_up_leaves_out_the_least_valuable_and_a_later_run_goes_on(t
     first = gpu_decode.run(path, 0.0, bench, resume=False)
     names = [case.name for case in gpu_decode.cases(dry=True)]
     assert len(first["rows"]) == 1 and first["left_out"] == names[1:]
-    both = gpu_decode.run(path, 5.0, bench, resume=True)
+    both = gpu_decode.run(path, math.inf, bench, resume=True)
     assert both["rows"][0] == first["rows"][0] and len(both["rows"]) == len(names) and both["left_out"] == []
     assert json.loads(path.read_text()) == json.loads(json.dumps(both))
     monkeypatch.setattr(gpu_decode.report, "machine", lambda: {"gpu": "another"})
     with pytest.raises(SystemExit, match="another machine"):
-        gpu_decode.run(path, 5.0, bench, resume=True)
+        gpu_decode.run(path, math.inf, bench, resume=True)
 
 
 def test_without_a_gpu_the_first_line_says_so_and_no_gpu_file_is_written(tmp_path, monkeypatch, capsys):

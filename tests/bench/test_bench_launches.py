@@ -11,6 +11,7 @@ from lrattn.kernels.launch import Launch
 LAYER = launches.DRY["dry"]
 
 
+@pytest.mark.slow
 def test_a_rehearsal_times_the_table_and_an_alternative(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(sys, "argv", ["launches", "--dry", "--out", str(tmp_path)])

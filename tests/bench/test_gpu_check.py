@@ -2,21 +2,23 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
-import time
 
 import pytest
 
 from bench import gpu_check
 from bench.support import report
 
+HOUR = 3600.0  # nothing here takes as long, however slow the machine
 STEPS = [step.name for step in gpu_check.steps(report.RESULTS, dry=True)]
 
 
+@pytest.mark.slow
 def test_a_rehearsal_ends_well_and_leaves_one_small_folder(tmp_path):
     """The commands of the real run, through the interpreter."""
-    command = [sys.executable, "-m", "bench.gpu_check", "--dry", "--minutes", "6", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "bench.gpu_check", "--dry", "--minutes", "600", "--out", str(tmp_path / "out")]
     run = subprocess.run(
         [*command, "--commit", "abc1234"], cwd=gpu_check.ROOT, capture_output=True, text=True, check=False
     )
@@ -44,7 +46,7 @@ def step(name, code, share=1.0, worth=0.0, text=""):
 
 def test_a_step_that_fails_is_kept_and_does_not_stop_the_rest(tmp_path):
     steps = [step("bad", "import sys; sys.exit('a typo')"), step("good", "print('fine')", text="good.txt")]
-    assert gpu_check.run(steps, 60.0, tmp_path, dry=True) == 1
+    assert gpu_check.run(steps, HOUR, tmp_path, dry=True) == 1
     found = json.loads((tmp_path / "gpu_check.json").read_text())
     assert [row["status"] for row in found["steps"]] == ["failed: exit status 1", "done"]
     assert "a typo" in found["steps"][0]["output"] and found["faults"] == ["bad: failed: exit status 1"]
@@ -52,26 +54,42 @@ def test_a_step_that_fails_is_kept_and_does_not_stop_the_rest(tmp_path):
 
 
 def test_all_steps_well_is_exit_status_zero(tmp_path):
-    assert gpu_check.run([step("good", "")], 60.0, tmp_path, dry=True) == 0
+    assert gpu_check.run([step("good", "")], HOUR, tmp_path, dry=True) == 0
 
 
-def test_a_step_is_ended_with_all_it_started_when_its_time_is_up(tmp_path):
-    """The child would write its file after the step's end."""
-    late = tmp_path / "late"
-    child = f"import time; time.sleep(4); open({str(late)!r}, 'w')"
-    code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
-    begin = time.monotonic()
+def test_a_step_finds_the_cases_of_the_tests(tmp_path):
+    """Where pytest is missing, nobody else says where they are."""
+    code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('cases') is None)"
+    assert gpu_check.run([step("cases", code)], HOUR, tmp_path, dry=True) == 0
+
+
+def test_a_step_is_ended_with_all_it_started_when_its_time_is_up(tmp_path, monkeypatch):
+    """Its time is up once its child has begun; then nobody is left to hold the pipe that the child writes to."""
+    pipe, limits = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    writes = "print('begun', file=out, flush=True); time.sleep(100); print('late', file=out)"
+    child = f"import time; out = open({str(pipe)!r}, 'w'); {writes}"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+
+    class Popen(subprocess.Popen):
+        def wait(self, timeout=None):
+            if timeout is None:
+                return super().wait()
+            limits.append((timeout, pipe.open()))
+            assert limits[0][1].readline() == "begun\n"
+            raise subprocess.TimeoutExpired(self.args, timeout)
+
+    monkeypatch.setattr(gpu_check.subprocess, "Popen", Popen)
     assert gpu_check.run([step("slow", code, share=0.02)], 100.0, tmp_path, dry=True) == 1
-    assert time.monotonic() - begin < 4
-    assert "ended after its 2 s" in (tmp_path / "gpu_check.json").read_text()
-    time.sleep(max(0.0, 5 - (time.monotonic() - begin)))
-    assert not late.exists()
+    ((limit, out),) = limits
+    assert limit == 2.0 and "ended after its 2 s" in (tmp_path / "gpu_check.json").read_text()
+    assert out.read() == ""
 
 
 def test_a_step_is_begun_only_if_it_is_worth_it(tmp_path):
     ran = tmp_path / "ran"
-    steps = [step("long", f"open({str(ran)!r}, 'w')", worth=1000.0), step("short", "")]
-    assert gpu_check.run(steps, 60.0, tmp_path, dry=True) == 1
+    steps = [step("long", f"open({str(ran)!r}, 'w')", worth=2 * HOUR), step("short", "")]
+    assert gpu_check.run(steps, HOUR, tmp_path, dry=True) == 1
     first, second = json.loads((tmp_path / "gpu_check.json").read_text())["steps"]
     assert first["status"].startswith("not begun") and second["status"] == "done" and not ran.exists()
 
@@ -79,7 +97,7 @@ def test_a_step_is_begun_only_if_it_is_worth_it(tmp_path):
 def test_too_many_files_are_a_fault(tmp_path):
     for i in range(9):
         (tmp_path / f"{i}.json").write_text("")
-    assert gpu_check.run([], 60.0, tmp_path, dry=True) == 1
+    assert gpu_check.run([], HOUR, tmp_path, dry=True) == 1
 
 
 @pytest.mark.parametrize("module, expected", [("pytest", "gpu_smoke"), ("xdist", "--gpu")])

@@ -200,6 +200,7 @@ def test_every_way_to_extend_is_the_scoring_pass(family, recent, sinks):
         assert (model(ids).logits - expected).abs().max() > 0.05
 
 
+@pytest.mark.slow
 def test_the_kernels_generate_the_same(request):
     if request.config.getoption("--gpu"):
         pytest.skip("the model is on the CPU, where kernels are interpreted only")

@@ -133,6 +133,7 @@ def test_shards_hold_the_runs_of_their_heads(method):
             torch.testing.assert_close(got, expected[:, own], rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_kernels_attend_to_the_packed_rows(request):
     if request.config.getoption("--gpu"):
         pytest.skip("the model is on the CPU, where kernels are interpreted only")

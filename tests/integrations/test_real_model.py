@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from slowly import slow_unless
 
 import lrattn
 from bench.support import models, texts
@@ -21,8 +22,8 @@ def real():
 
 @pytest.fixture(scope="module")
 def moments(real):
-    windows = read_windows(real[1], texts.wikipedia("calibration"), 512, 4)
-    return lrattn.calibrate(real[0], windows.split(2), gather=["metric"], progress=False)
+    windows = read_windows(real[1], texts.wikipedia("calibration")[:10_000], 256, 2)
+    return lrattn.calibrate(real[0], windows.split(1), gather=["metric"], progress=False)
 
 
 def generate(model, inputs, **kwargs):
@@ -31,10 +32,11 @@ def generate(model, inputs, **kwargs):
     )
 
 
+@pytest.mark.slow
 def test_full_rank_is_exact(real, moments):
     model, tokenizer = real
     factors = lrattn.compress(model, moments=moments, keep=1.0, far=(0, 0), progress=False)
-    ids = read_windows(tokenizer, texts.wikipedia("evaluation"), 256, 1)
+    ids = read_windows(tokenizer, texts.wikipedia("evaluation")[:10_000], 256, 1)
     inputs = tokenizer(PROMPTS[1], return_tensors="pt")
     with torch.no_grad():
         expected = model(ids).logits
@@ -55,7 +57,7 @@ def simulated(model, factors, dtype):
     return twin
 
 
-@pytest.mark.parametrize("method, keep", [("palu", 0.7), ("lrattn", 0.5)])
+@pytest.mark.parametrize("method, keep", slow_unless([("lrattn", 0.5)], [("palu", 0.7), ("lrattn", 0.5)]))
 def test_latents_generate_what_the_simulated_model_generates(real, moments, method, keep):
     """Batched with left padding; half the bytes, the same tokens, no further from float64 than twice the simulation."""
     model, tokenizer = real
@@ -69,8 +71,6 @@ def test_latents_generate_what_the_simulated_model_generates(real, moments, meth
     errors = [(torch.stack(x.logits) - torch.stack(exact.logits)).abs() for x in (got, expected)]
     ours, theirs = (e.max().item() for e in errors)
     assert theirs < 5e-4 and ours < 1e-3
-    if method == "palu":
-        assert ours <= 2 * theirs < 1e-3
     # The largest of two such roundings differs twofold from run to run, with equal factors; their mean squares do not.
     ours, theirs = (e.square().mean().sqrt().item() for e in errors)
     assert ours <= 2 * theirs
@@ -79,14 +79,14 @@ def test_latents_generate_what_the_simulated_model_generates(real, moments, meth
     assert sum(x.shape[-1] for pair in cache.caches for x in pair if x is not None) <= keep * dense + 1e-6
 
 
-@pytest.mark.parametrize("method", ["recalkv-hsr"])
-def test_shuffled_copies_of_heads_are_put_together_again(real, method):
+@pytest.mark.slow
+def test_shuffled_copies_of_heads_are_put_together_again(real):
     """SmolLM2 as 9 shuffled kv heads, 3 of each: with copies in one group, a third of the bytes is exact."""
     wide, tokenizer = models.smollm2_mha()
-    ids = read_windows(tokenizer, texts.wikipedia("evaluation"), 128, 1)
-    windows = read_windows(tokenizer, texts.wikipedia("calibration"), 256, 2)
+    ids = read_windows(tokenizer, texts.wikipedia("evaluation")[:10_000], 128, 1)
+    windows = read_windows(tokenizer, texts.wikipedia("calibration")[:10_000], 256, 2)
     factors = lrattn.compress(
-        wide, windows.split(1), method, keep=1 / 3, group_size=3, ranks="uniform", far=(0, 0), progress=False
+        wide, windows.split(1), "recalkv-hsr", keep=1 / 3, group_size=3, ranks="uniform", far=(0, 0), progress=False
     )
     order = models.mha_order()
     for layer in factors.layers:

@@ -13,6 +13,7 @@ import lrattn
 from lrattn.factors.parts import attention_parts
 from lrattn.integrations.transformers import LatentCache, latent_attention
 from lrattn.integrations.transformers import attention as integration
+from lrattn.integrations.transformers.naming import as_argument
 
 FAMILIES = tuple(tiny.CONFIGS)
 
@@ -60,7 +61,7 @@ def test_greedy_tokens_are_those_of_the_simulated_model(family, shared):
     assert isinstance(got.past_key_values, LatentCache)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma3"])
+@pytest.mark.parametrize("family", ["qwen2", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_the_kernels_generate_the_same_tokens(family, request):
     """Interpreted: writing, decoding and, in the second half, rebuilding cached tokens for a long run."""
     if request.config.getoption("--gpu"):
@@ -383,7 +384,7 @@ def test_what_cannot_be_cached_is_refused_with_the_reason():
         for message, arguments in calls.items():
             with pytest.raises(ValueError, match=message):
                 model(ids, **arguments)
-        with pytest.raises(ValueError, match="position_ids: expected 1 consecutive positions from 8 on"):
+        with pytest.raises(ValueError, match="cache: it holds 8 tokens; expected positions to go on from 8, got"):
             cache = model(ids, position_ids=torch.arange(8)[None]).past_key_values
             model(ids[:, :1], past_key_values=cache, position_ids=torch.tensor([[9]]))
         with pytest.raises(ValueError, match=r"(cache|past_key_values): expected a batch of 2, got 3"):
@@ -393,7 +394,7 @@ def test_what_cannot_be_cached_is_refused_with_the_reason():
         with pytest.raises(ValueError, match="already inside latent_attention"), latent_attention(model, factors):
             pass
     with pytest.raises(RuntimeError, match="use it inside latent_attention"):
-        model(ids, past_key_values=LatentCache(model, factors))
+        model(ids, **as_argument(model, LatentCache(model, factors)))
 
 
 @pytest.mark.parametrize("family", ["llama", "mha"])

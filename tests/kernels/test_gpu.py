@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import Case, make, make_layer
-from test_kernels import attend, exact, on
+from checks import attend, exact, on
 
 import lrattn
 from lrattn.attention.cache import norm_columns

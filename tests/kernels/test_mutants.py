@@ -1,21 +1,19 @@
 """Kernels with one fault each: some test must see it. A test that no fault can fail proves nothing."""
 
 import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
-from typing import NamedTuple
 
+import checks
+import mutants
 import pytest
-import test_kernels
 import torch
 from cases import Case
+from mutants import KERNELS, Mutant, copy_with
+from slowly import slow_unless
 
-import lrattn.kernels
-
-KERNELS = Path(lrattn.kernels.__file__).parent
 CPU = torch.device("cpu")
+swap = mutants.swap
 
 KILLERS = {
     "groups": Case("groups", M=2, key_ranks=(32, 48), value_ranks=(64, 16), lens=(70, 3), key_order=(2, 0, 3, 1)),
@@ -115,18 +113,6 @@ KILLERS = {
 }
 
 
-class Mutant(NamedTuple):
-    """A fault: in `file`, `old` becomes `new`. killer: a case of KILLERS, or a test and its page size."""
-
-    file: str
-    old: str
-    new: str
-    killer: str
-
-    def __str__(self):
-        return f"{self.file}: {self.old} -> {self.new}"
-
-
 MUTANTS = [
     Mutant("scores.py", "k_low * cos - k_high * sin", "k_low * cos + k_high * sin", "groups"),
     Mutant("scores.py", "q_high * cos - q_low * sin", "q_high * cos + q_low * sin", "groups"),
@@ -203,6 +189,8 @@ MUTANTS = [
     Mutant("rebuild.py", "k_low * sin + k_high * cos", "k_low * sin - k_high * cos", "rebuild"),
     Mutant("rebuild.py", "head * x_strides[1]", "place * x_strides[1]", "rebuild"),
     Mutant("rebuild.py", "(at < rows)", "(at < rows - 1)", "known rows"),
+    Mutant("rows.py", "transposed(load_pieces(a, 0, rank, in_q, ROW))",
+           "transposed(load_pieces(a, 0, rank - 16, in_q, ROW))", "one pass"),
     Mutant("packed.py", "tl.join(x << 7, x >> 9)", "tl.join(x >> 9, x << 7)", "packed"),
     Mutant("packed.py", "tl.join(x << 7, x >> 9)", "tl.join(x << 7, x >> 8)", "packed"),
     Mutant("packed.py", "tl.join(x << 8, x)", "tl.join(x, x << 8)", "packed"),
@@ -231,111 +219,77 @@ MUTANTS = [
     Mutant("pack.py", "tl.where(bad > 0, BROKEN, held)", "held", "pack what is not finite"),
     Mutant("write.py", "half_pointer(p_norm, zk)", "half_pointer(p_norm + 2, zk)", "pack norm"),
 ]  # fmt: skip
-# These reach for memory that is not theirs: a process of its own sees what happens.
+# These reach for memory that is not theirs: a process of its own sees what happens. With the page size of the killer.
 WILD = [
-    Mutant("tiles.py", "other=0).to(tl.int64)\n", "other=0)\n", "test_offsets_beyond_32_bits 16"),
-    Mutant("tiles.py", "(pages + t0 // P).to(tl.int64)", "(pages + t0 // P)", "test_offsets_beyond_32_bits 64"),
-    Mutant("write.py", "mask=i < n, other=-1).to(tl.int64)", "mask=i < n, other=-1).to(tl.int32)",
-           "test_offsets_beyond_32_bits 16"),
+    Mutant("tiles.py", "other=0).to(tl.int64)\n", "other=0)\n", "16"),
+    Mutant("tiles.py", "(pages + t0 // P).to(tl.int64)", "(pages + t0 // P)", "64"),
+    Mutant("write.py", "mask=i < n, other=-1).to(tl.int64)", "mask=i < n, other=-1).to(tl.int32)", "16"),
 ]  # fmt: skip
+FIRST = {m.file: m for m in reversed(MUTANTS)}  # of each file: these are quick
+FIRST_KILLERS = {m.killer for m in FIRST.values()}
 
 
 def run(killer):
     """Raises AssertionError where the kernels in use are wrong."""
-    norm = KILLERS["norm"]
     if killer == "write":
         wide = Case("write", P=32, Hkv=2, key_ranks=(32,), value_ranks=(48,))
-        test_kernels.check_write(wide, torch.int64, torch.float32, CPU)
-    elif killer.startswith("pack") and not killer.startswith("packed"):
-        packing(killer)
+        checks.check_write(wide, torch.int64, torch.float32, CPU)
     elif killer == "write norm":
-        test_kernels.check_write(norm, torch.int32, torch.float16, CPU)
+        checks.check_write(KILLERS["norm"], torch.int32, torch.float16, CPU)
+    elif killer == "pack":
+        checks.check_write(KILLERS["packed, streamed"], torch.int64, torch.float32, CPU)
+    elif killer == "pack norm":
+        checks.check_write(KILLERS["packed, norm"], torch.int64, torch.float32, CPU)
+    elif killer == "pack what is not finite":
+        checks.check_broken(CPU)
     elif killer == "rebuild":
-        test_kernels.check_rebuild(KILLERS["groups"], torch.float32, CPU)
+        checks.check_rebuild(KILLERS["groups"], torch.float32, CPU)
     elif killer == "known rows":
-        test_kernels.test_rebuild_of_a_known_number_of_tokens("triton", CPU)
+        checks.check_known_rows("triton", CPU)
     elif killer == "long parts":
         long = Case("long parts", Hkv=2, lens=(300,), key_ranks=(16,), value_ranks=(16,))
-        test_kernels.check(long, torch.float32, CPU)
+        checks.check(long, torch.float32, CPU)
     else:
         dtype = torch.float16 if killer == "packed" else torch.float32  # float32 takes two passes
-        test_kernels.check(KILLERS[killer], dtype, CPU)
+        checks.check(KILLERS[killer], dtype, CPU)
 
 
-def packing(killer):
-    """Raises AssertionError where packed rows are not written as the reference writes them."""
-    if killer == "pack what is not finite":
-        test_kernels.test_latents_that_are_not_finite_are_packed_as_such(CPU)
-    else:
-        case = KILLERS["packed, norm"] if killer == "pack norm" else KILLERS["packed, streamed"]
-        test_kernels.check_write(case, torch.int64, torch.float32, CPU)
+def test_every_file_of_kernels_has_a_mutant():
+    assert set(FIRST) >= {path.name for path in KERNELS.glob("*.py") if "@triton.jit" in path.read_text()}
 
 
-def copy_with(mutant, folder):
-    """The kernels with the fault in, as files of their own."""
-    shutil.copytree(KERNELS, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    if mutant is not None:
-        path = folder / mutant.file
-        text = path.read_text()
-        assert mutant.old in text, f"{mutant.file} no longer holds {mutant.old!r}"
-        path.write_text(text.replace(mutant.old, mutant.new))
-
-
-@pytest.fixture
-def swap(monkeypatch, tmp_path, request):
-    """Makes `lrattn.kernels` a copy with a fault, for one test."""
-    if request.config.getoption("--gpu"):
-        pytest.skip("faults are shown in the interpreter")
-
-    def use(mutant):
-        copy_with(mutant, tmp_path / "kernels")
-        forget()
-        monkeypatch.setattr(lrattn.kernels, "__path__", [str(tmp_path / "kernels")])
-
-    def forget():
-        for name in modules():
-            del sys.modules[name]
-            delattr(lrattn.kernels, name.rpartition(".")[2])
-
-    def modules():
-        return [n for n in sys.modules if n.startswith("lrattn.kernels.")]
-
-    before = {name: sys.modules[name] for name in modules()}
-    yield use
-    forget()
-    for name, module in before.items():
-        sys.modules[name] = module
-        setattr(lrattn.kernels, name.rpartition(".")[2], module)
-
-
-@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+@pytest.mark.parametrize("mutant", slow_unless(set(FIRST.values()), MUTANTS), ids=str)
 def test_a_fault_is_seen(mutant, swap):
     swap(mutant)
     with pytest.raises(AssertionError):
         run(mutant.killer)
 
 
-@pytest.mark.parametrize("killer", sorted({m.killer for m in MUTANTS}))
+@pytest.mark.parametrize("killer", slow_unless(FIRST_KILLERS, sorted({m.killer for m in MUTANTS})))
 def test_without_a_fault_nothing_is_seen(killer, swap):
     swap(None)
     run(killer)
 
 
-@pytest.mark.parametrize("mutant", WILD, ids=str)
+def far_pages(mutant, page_size, folder):
+    """A process that checks offsets beyond 32 bits with a copy of the kernels."""
+    copy_with(mutant, folder / "kernels")
+    code = (
+        f"import lrattn.kernels; lrattn.kernels.__path__ = [{str(folder / 'kernels')!r}]\n"
+        f"import checks, torch; checks.check_far_pages({page_size}, torch.device('cpu')); print('well')\n"
+    )
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", [None, *WILD], ids=str)
 def test_a_wild_fault_is_seen(mutant, tmp_path, request):
+    """As an access outside all memory, or a wrong result; without a fault there is neither."""
     if request.config.getoption("--gpu"):
         pytest.skip("faults are shown in the interpreter")
-    copy_with(mutant, tmp_path / "kernels")
-    test, page = mutant.killer.split()
-    code = (
-        f"import lrattn.kernels, sys; lrattn.kernels.__path__ = [{str(tmp_path / 'kernels')!r}]\n"
-        "import test_kernels, torch\n"
-        f"test_kernels.{test}({page}, torch.device('cpu'))\n"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=_environment(), check=False)
-    assert run.returncode < 0 or "Error" in run.stderr.splitlines()[-1], run.stderr
-
-
-def _environment():
-    here = Path(__file__).parent
-    return {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{here.parent}:{here}"}
+    done = far_pages(mutant, mutant.killer if mutant else "16", tmp_path)
+    if mutant is None:
+        assert done.stdout == "well\n", done.stderr
+    else:
+        assert done.returncode < 0 or "AssertionError" in done.stderr, done.stderr

@@ -4,7 +4,7 @@ Unused slots are those past a sequence's length (or max_seq_len) and those befor
 window).
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -273,7 +273,3 @@ PACKED = [
          value_bits=(8, 2), rope={"partial_rotary_factor": 0.5},
          call={"softcap": 5.0, "window_size": 30, "num_splits": 2, "workspace_limit": 1}),
 ]  # fmt: skip
-
-
-def variant(case, **changes):
-    return replace(case, **changes)

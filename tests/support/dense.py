@@ -1,6 +1,7 @@
 """What a user would write without lrattn: rebuild, rotate and attend in the dtype of the query, densely."""
 
 import torch
+from oracle import dense_values
 
 import lrattn
 
@@ -26,7 +27,8 @@ def attend(q, k_cache, v_cache, layer, *, block_table, seq_lens, project="heads"
         seen = seen & (t <= own) if causal else seen.expand(q.shape[1], -1)
         seen = seen & (t > own - window) if window else seen
         if project == "latent":
-            v = latents(v_cache if v_cache is not None else k_cache, layer, used, n)
+            rows = k_cache if v_cache is None else v_cache
+            v = dense_values(layer, rows[used[0].long()].flatten(0, 1)[:n], project)
         k, v = (x.masked_fill(~seen.any(0)[:, None, None], 0.0).repeat_interleave(q.shape[2] // x.shape[1], 1)
                 for x in (k, v))  # fmt: skip
         scores = (torch.einsum("shd,thd->sht", q[b], k) * scale).to(wide)
@@ -39,12 +41,3 @@ def attend(q, k_cache, v_cache, layer, *, block_table, seq_lens, project="heads"
         outs.append(out.flatten(1) @ layer.wo.flatten(0, 1) if project == "hidden" else out)
         lses.append(torch.logsumexp(scores, -1))
     return torch.stack(outs), torch.stack(lses)
-
-
-def latents(cache, layer, pages, n):
-    """Each head's value latents [n, Hkv, max Rv], zeros past its rank."""
-    rows = cache[pages[0].long()].flatten(0, 1)[:n]
-    z = rows.new_zeros(n, layer.num_kv_heads, max(layer.values.ranks))
-    for heads, columns, rank in zip(layer.values.groups, layer.values.columns, layer.values.ranks):
-        z[:, list(heads), :rank] = rows[:, None, columns]
-    return z

@@ -1,58 +1,97 @@
-"""Attention over a latent cache, written the plain way: token by token, head by head, nothing shared with lrattn.
+"""Dense attention over a latent cache in float64: every head rebuilt and rotated as the records say.
 
-It reads the fields of the records (bases, ranks, head order, rope parameters) and the page layout as documented,
-rebuilds every key and value, and attends densely in float64.
+It takes every argument that changes a result, reads the fields of the records (bases, ranks, head order, rope
+parameters) and the page layout as documented, and calls nothing of lrattn but the frequencies of a rope, which
+tests/factors/test_rope.py holds against transformers.
 """
 
 import math
+from dataclasses import replace
 
 import torch
 
 
 def group_of(projection):
-    """kv head -> (group, first latent column, rank)."""
+    """kv head -> (first latent column, rank), heads in order."""
     heads = projection.up.shape[0]
     order = projection.head_order or tuple(range(heads))
     size = heads // len(projection.ranks)
     found = {}
     for place, head in enumerate(order):
         g = place // size
-        found[head] = (g, sum(projection.ranks[:g]), projection.ranks[g])
-    return found
+        found[head] = (sum(projection.ranks[:g]), projection.ranks[g])
+    return dict(sorted(found.items()))
 
 
-def rotate(x, position, rope):
-    """One head [D] rotated to one position, pair by pair."""
+def dense_heads(rows, projection, laid_out):
+    """Latent rows [n, width] -> heads [n, Hkv, D], bias added. laid_out: the projection whose columns a row has."""
+    columns = group_of(laid_out)
+    heads = []
+    for h, (_, rank) in group_of(projection).items():
+        start, _ = columns[h]
+        x = rows[:, start : start + rank] @ projection.up[h, :rank].double()
+        heads.append(x if projection.bias is None else x + projection.bias[h].double())
+    return torch.stack(heads, 1)
+
+
+def raw_keys(layer, rows):
+    return dense_heads(rows, layer.keys, layer.values if layer.shared else layer.keys)
+
+
+def rotate(x, positions, rope, sizes=False):
+    """x [n, Hkv, D] rotated to positions [n], angles in the dtype that the rope asks for; or bounds of its sizes."""
     frequencies, factor = rope.frequencies()
+    angles = positions.to(frequencies.dtype)[:, None, None] * frequencies
+    cos, sin = ((f(angles) * factor).double() for f in (torch.cos, torch.sin))
     n = 2 * len(frequencies)
+    first, second = (slice(0, n, 2), slice(1, n, 2)) if rope.interleaved else (slice(0, n // 2), slice(n // 2, n))
     y = x.clone()
-    for j, f in enumerate(frequencies.tolist()):
-        a, b = (2 * j, 2 * j + 1) if rope.interleaved else (j, j + n // 2)
-        cos, sin = math.cos(position * f) * factor, math.sin(position * f) * factor
-        y[a], y[b] = x[a] * cos - x[b] * sin, x[b] * cos + x[a] * sin
+    cos, sin, back = (cos.abs(), sin.abs(), sin.abs()) if sizes else (cos, sin, -sin)
+    y[..., first] = x[..., first] * cos + x[..., second] * back
+    y[..., second] = x[..., second] * cos + x[..., first] * sin
     return y
 
 
+def inverse_rms(layer, rows):
+    """1 / rms of the raw keys of latent rows [n, row width]: [n, Hkv]."""
+    return (raw_keys(layer, rows.double()).square().mean(-1) + layer.key_norm.eps) ** -0.5
+
+
+def positive(layer):
+    """The layer whose sums are those of the sizes of this one's terms."""
+
+    def side(x):
+        return replace(x, up=x.up.abs(), bias=None if x.bias is None else x.bias.abs())
+
+    return replace(layer, keys=side(layer.keys), values=side(layer.values))
+
+
+def dense_keys(layer, rows, norms, positions, sizes=False):
+    """Key rows [n, width] -> keys [n, Hkv, D], normed by norms [n, Hkv] and rotated."""
+    k = raw_keys(layer, rows)
+    if layer.key_norm is not None:
+        weight = layer.key_norm.weight.double()
+        k = k * norms[..., None] * (weight.abs() if sizes else weight)
+    return k if layer.rope is None else rotate(k, positions, layer.rope, sizes)
+
+
+def dense_values(layer, rows, project="heads"):
+    """Value rows [n, width] -> what is summed [n, Hkv, .]: heads, or latents padded with zeros."""
+    if project != "latent":
+        return dense_heads(rows, layer.values, layer.values)
+    groups = group_of(layer.values)
+    v = rows.new_zeros(len(rows), len(groups), max(layer.values.ranks))
+    for h, (column, rank) in groups.items():
+        v[:, h, :rank] = rows[:, column : column + rank]
+    return v
+
+
 def dense_kv(layer, k_row, v_row, position):
-    """One token's latent rows -> k, v [Hkv, D] in float64."""
-    k_row = k_row.double()
-    v_row = k_row if v_row is None else v_row.double()
-    keys, values = group_of(layer.keys), group_of(layer.values)
-    ks, vs = [], []
-    for h in range(layer.keys.up.shape[0]):
-        _, start, rank = keys[h]
-        if layer.shared:
-            start = values[h][1]
-        k = k_row[start : start + rank] @ layer.keys.up[h, :rank].double()
-        if layer.keys.bias is not None:
-            k = k + layer.keys.bias[h].double()
-        if layer.key_norm is not None:
-            k = k / torch.sqrt((k * k).mean() + layer.key_norm.eps) * layer.key_norm.weight.double()
-        ks.append(k if layer.rope is None else rotate(k, position, layer.rope))
-        _, start, rank = values[h]
-        v = v_row[start : start + rank] @ layer.values.up[h, :rank].double()
-        vs.append(v if layer.values.bias is None else v + layer.values.bias[h].double())
-    return torch.stack(ks), torch.stack(vs)
+    """One token's latent rows -> k, v [Hkv, D]. v_row: None where keys and values share one."""
+    k_row = k_row[None].double()
+    v_row = k_row if v_row is None else v_row[None].double()
+    norms = None if layer.key_norm is None else inverse_rms(layer, k_row)
+    return dense_keys(layer, k_row, norms, torch.tensor([position]))[0], dense_values(layer, v_row)[0]
 
 
 def attend(
@@ -67,43 +106,62 @@ def attend(
     positions=None,
     seq_starts=None,
     causal=True,
+    max_seq_len=None,
     window_size=None,
     softcap=0.0,
     sinks=None,
+    project="heads",
+    num_splits=0,
+    workspace_limit=0,
 ):
-    """Heads [B, S, Hq, D] and lse [B, S, Hq] in float64."""
+    """Result and lse in float64, and the sway of each: (by roundings of keys and queries, by roundings of sums).
+
+    Times eps of the dtype and of the sums it is how far rounding alone may move them, to first order, wherever the
+    softmax has its peak. The last two arguments change nothing.
+    """
     batch, num_queries, query_heads, head_dim = q.shape
-    size = k_cache.shape[1]
-    kv_heads = layer.keys.up.shape[0]
+    size, shared = k_cache.shape[1], query_heads // layer.keys.up.shape[0]
+    bound = min(block_table.shape[1] * size, math.inf if max_seq_len is None else max_seq_len)
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-    out = torch.zeros(batch, num_queries, query_heads, head_dim, dtype=torch.float64)
-    lse = torch.full((batch, num_queries, query_heads), -math.inf, dtype=torch.float64)
+    terms, wo = positive(layer), layer.wo.double()
+    outs, lses, sway = [], [], torch.zeros(2, 2, dtype=torch.float64)
     for b in range(batch):
-        length = min(int(seq_lens[b]), block_table.shape[1] * size)
-        start = 0 if seq_starts is None else int(seq_starts[b])
-        tokens = {}
-        for s in range(num_queries):
-            own = length - num_queries + s
-            last = own if causal else length - 1
-            first = max(start, 0, own - window_size + 1 if window_size else 0)
-            seen = range(first, last + 1)
-            for t in seen:
-                if t not in tokens:
-                    page, offset = int(block_table[b, t // size]), t % size
-                    position = t if positions is None else int(positions[page, offset])
-                    v_row = None if v_cache is None else v_cache[page, offset]
-                    tokens[t] = dense_kv(layer, k_cache[page, offset], v_row, position)
-            for h in range(query_heads):
-                kv = h // (query_heads // kv_heads)
-                scores = [float(q[b, s, h].double() @ tokens[t][0][kv]) * scale for t in seen]
-                if softcap:
-                    scores = [softcap * math.tanh(x / softcap) for x in scores]
-                logits = scores + ([] if sinks is None else [float(sinks[h])])
-                if not logits:
-                    continue
-                peak = max(logits)
-                weights = [math.exp(x - peak) for x in logits]
-                lse[b, s, h] = peak + math.log(sum(weights))
-                for w, t in zip(weights, seen):
-                    out[b, s, h] += w / sum(weights) * tokens[t][1][kv]
-    return out, lse
+        length = min(max(int(seq_lens[b]), 0), bound)
+        t, own = torch.arange(length), torch.arange(length - num_queries, length)[:, None]
+        seen = (t >= (0 if seq_starts is None else int(seq_starts[b]))).expand(num_queries, -1)
+        seen = seen & (t <= own) if causal else seen
+        seen = seen if window_size is None else seen & (t > own - window_size)
+        t = t[seen.any(0)]  # only what some query sees is read
+        seen, page, offset = seen[:, None, t], block_table[b, t // size].long(), t % size
+        k_rows = k_cache[page, offset].double()
+        v_rows = k_rows if v_cache is None else v_cache[page, offset].double()
+        at = t if positions is None else positions[page, offset].long()
+        norms = None if layer.key_norm is None else inverse_rms(layer, k_rows)
+
+        def scores(x, k):
+            return torch.einsum("shd,thd->sht", x, k.repeat_interleave(shared, 1))
+
+        def result(p, v, wo):
+            out = torch.einsum("sht,thr->shr", p, v.repeat_interleave(shared, 1))
+            return torch.einsum("shd,hde->se", out, wo) if project == "hidden" else out
+
+        k, v = dense_keys(layer, k_rows, norms, at), dense_values(layer, v_rows, project)
+        s = scores(q[b].double(), k) * scale
+        s = torch.tanh(s / softcap) * softcap if softcap else s
+        s = s.masked_fill(~seen, -torch.inf)
+        if sinks is not None:
+            s = torch.cat((s, sinks.double()[:, None].expand(num_queries, -1, 1)), 2)
+        lse = s.logsumexp(-1)
+        p = (s - lse[..., None]).exp().masked_fill(lse[..., None] == -torch.inf, 0.0)[..., : len(t)]
+        outs.append(result(p, v, wo))
+        lses.append(lse)
+        if p.numel():
+            sizes = k.abs(), dense_keys(terms, k_rows.abs(), norms, at, sizes=True)
+            by_score = [(scores(q[b].double().abs(), x) * seen).max() * abs(scale) for x in sizes]
+            most = [x.abs().amax(0, keepdim=True) for x in (v, dense_values(terms, v_rows.abs(), project))]
+            value, summed = (result(torch.ones_like(p[..., :1]), x, wo.abs()).max() for x in most)
+            moved = [[2 * by_score[0] * value, by_score[0]], [2 * by_score[1] * value + summed, by_score[1]]]
+            sway = torch.maximum(sway, torch.tensor(moved, dtype=torch.float64).T)
+    last = {"latent": (query_heads, max(layer.values.ranks)), "heads": (query_heads, head_dim), "hidden": wo.shape[2:]}
+    empty = q.new_empty(0, num_queries, *last[project]).double(), q.new_empty(0, num_queries, query_heads).double()
+    return (torch.stack(outs), torch.stack(lses), sway.tolist()) if outs else (*empty, sway.tolist())

@@ -46,6 +46,16 @@ def _pairs(pick, names):
     return {(a, pick[a], b, pick[b]) for a, b in itertools.combinations(names, 2)}
 
 
+def covering_some(rows):
+    """Which rows, a few of them, hold all pairs that any holds; greedy."""
+    pairs = [{(a, row[a], b, row[b]) for a, b in itertools.combinations(row, 2)} for row in rows]
+    missing, chosen = set().union(*pairs), []
+    while missing:
+        chosen.append(max(range(len(rows)), key=lambda i: len(pairs[i] & missing)))
+        missing -= pairs[chosen[-1]]
+    return chosen
+
+
 def uncovered(rows, columns):
     """Pairs of values that meet in no row."""
     met = {(a, repr(row[a]), b, repr(row[b])) for row in rows for a, b in itertools.combinations(columns, 2)}

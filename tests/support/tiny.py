@@ -1,11 +1,13 @@
 """Tiny random models of every supported family, with attention that matters: scores of order one."""
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
@@ -45,10 +47,14 @@ CONFIGS = {
 
 
 def model(family, seed=0, dtype=torch.float32):
+    return built(CONFIGS[family], seed).to(dtype)
+
+
+def built(config, seed):
     torch.manual_seed(seed)
-    built = AutoModelForCausalLM.from_config(CONFIGS[family], dtype=torch.float32).eval()
+    new = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
-        for name, p in built.named_parameters():
+        for name, p in new.named_parameters():
             if name.endswith(("q_proj.weight", "k_proj.weight")):
                 p.normal_(std=0.25)
             elif name.endswith(("v_proj.weight", "o_proj.weight", "lm_head.weight")):
@@ -57,9 +63,22 @@ def model(family, seed=0, dtype=torch.float32):
                 p.add_(torch.randn_like(p) * 0.2)
             elif name.endswith("_proj.bias"):
                 p.normal_(std=2.0 if "k_proj" in name else 0.3)
-    return built.to(dtype)
+    return new
 
 
 def tokens(batch, length, seed=1):
     g = torch.Generator().manual_seed(seed)
     return torch.randint(2, SIZES["vocab_size"], (batch, length), generator=g)
+
+
+def save(folder, seed=0):
+    """A Llama as `model` builds it, in a folder, with a tokenizer: a token for each byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = {word: i for i, word in enumerate(("<pad>", "<s>", *alphabet))}
+    bytewise = Tokenizer(models.BPE(words, []))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytewise.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytewise, pad_token="<pad>", bos_token="<s>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    tokenizer.save_pretrained(folder)
+    built(LlamaConfig(**SIZES | {"vocab_size": len(words)}), seed).save_pretrained(folder)

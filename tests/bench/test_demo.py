@@ -1,0 +1,74 @@
+"""The demo knows when it is wrong."""
+
+import copy
+import json
+
+import pytest
+import tiny
+import torch
+
+import lrattn
+from bench import demo
+from bench.support import report
+from lrattn.integrations.transformers import LatentCache, latent_attention
+
+RUN = json.loads((report.RESULTS / "demo.json").read_text())
+
+
+def test_the_committed_run_is_right_and_fits_a_terminal():
+    assert demo.faults(RUN) == []
+    assert max(map(len, demo.table(RUN).splitlines())) <= 100
+
+
+def held(row):
+    row["cache_bytes"]["4096"] -= 16
+
+
+def unfilled(row):
+    row["tokens_cached"] = 0
+
+
+def worse(row):
+    row["perplexity"] *= 1.03
+
+
+def nothing(row):
+    row["perplexity"] = float("nan")
+
+
+def other(row):
+    row["ids"][0] += 1
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (held, "bytes at 4096 tokens, its factors say"),
+        (unfilled, "the cache holds 0"),
+        (worse, "from dense, beyond 2.0%"),
+        (nothing, "from dense, beyond 2.0%"),
+        (other, "the answer begins otherwise than the dense one"),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_a_wrong_run_is_told_in_one_line_and_by_the_exit_status(change, says, tmp_path, capsys, monkeypatch):
+    results = copy.deepcopy(RUN)
+    change(results["rows"][-1])
+    (tmp_path / "demo.json").write_text(json.dumps(results))
+    monkeypatch.setattr("sys.argv", ["demo", "--plot-only", "--out", str(tmp_path)])
+    assert demo.main() == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("WRONG: lrattn, packed at keep 0.125: ") and says in line
+
+
+@pytest.mark.parametrize("bits", [16, "auto"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_cache_holds_the_bytes_that_the_demo_counts(family, bits):
+    """Counted from what the factors say alone; beyond the window and within it."""
+    model = tiny.model(family)
+    factors = lrattn.compress(model, [tiny.tokens(4, 100)], keep=0.5, bits=bits, far=(16, 2), progress=False)
+    for length in (10, 64):
+        cache = LatentCache(model, factors)
+        with torch.no_grad(), latent_attention(model, factors):
+            model(tiny.tokens(1, length), cache=cache)
+        assert cache.nbytes == demo.bytes_said(factors, length)
