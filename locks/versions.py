@@ -33,7 +33,7 @@ ENVIRONMENTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "5.23": ("main.txt", ("transformers==5.23.0", "triton==3.9.0")),
     "newest": ("main.txt", ("transformers==5.24.0", "triton==3.9.0")),
 }
-# The integration, the round trip of a cache and of its file, the operators, and a kernel that is compiled.
+# The integration, the round trip of a cache and of its file, the operators, a kernel compiled, the command line.
 TESTS = (
     "tests/integrations/test_transformers.py",
     "tests/integrations/test_recent.py",
@@ -42,6 +42,8 @@ TESTS = (
     "tests/attention/test_ops.py",
     "tests/factors",
     "tests/kernels/test_compiled.py",
+    "tests/test_cli.py",
+    "tests/test_cli_errors.py",
 )
 PACKAGES = ("transformers", "torch", "triton", "numpy", "safetensors", "tqdm", "huggingface-hub", "tokenizers")
 ASK = """import json, platform, sys

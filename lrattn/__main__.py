@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 import time
 from pathlib import Path
 from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
 
 from lrattn import Factors, __version__, calibrate, compress, narrowed
 from lrattn.compression import compressibility
@@ -31,6 +35,7 @@ examples (`make demo` unpacks this model and these texts):
 
 MODEL = "folder, .gguf file, or model in the hub's local cache"
 SHARED = {"auto": None, "no": False, "ride": "ride", "joint": True}
+STATE = "calibration file, written as it goes and gone on from; --refine goes on from STATE.<hash of the run>.refine"
 FAR = "the dense window the cache will hold: gradients count beyond it (default: the method's; 0 0 for none)"
 
 
@@ -46,6 +51,12 @@ def main(arguments: list[str] | None = None) -> None:
         lines, results = args.run(args)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raise SystemExit("lrattn: " + " ".join(str(error).split())) from error
+    except (MemoryError, RuntimeError) as error:
+        if not _is_of_memory(error):
+            raise
+        got = " ".join(str(error).split()) or type(error).__name__
+        less = "a shorter --length and a narrower --dtype take less"
+        raise SystemExit(f"lrattn: memory: expected enough, got none left ({got}); {less}") from error
     except KeyboardInterrupt:
         print("lrattn: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
@@ -94,7 +105,7 @@ def _parser() -> Parser:
     added.add_argument("--nested", action="store_true", help="distil all prefixes: for any --keep of eval and generate")
     added.add_argument("--group-size", type=int, default=4, help="kv heads that share a key latent (default 4)")
     added.add_argument("--shards", type=int, default=1, help="tensor-parallel ranks no key group may lie across")
-    added.add_argument("--state", type=Path, help="calibration file: written as it goes, gone on from if it exists")
+    added.add_argument("--state", type=Path, help=STATE)
     added.add_argument("--out", type=Path, required=True, help="factors file to write")
 
     added = command("eval", _eval, "Perplexity on a text: of the latent cache with --factors, else of the model.")
@@ -123,8 +134,14 @@ def _parser() -> Parser:
     return parser
 
 
+def _is_of_memory(error: Exception) -> bool:
+    """Whether an allocator had no memory left; that of the CPU has no error of its own."""
+    own = ("DefaultCPUAllocator", "not enough memory", "out of memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in own)
+
+
 def _share(text: str) -> float:
-    if not re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", text) or not 0 < float(text) <= 1:
+    if not re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)(e-?[0-9]+)?", text) or not 0 < float(text) <= 1:
         raise argparse.ArgumentTypeError(f"expected a share in (0, 1], got {text}")
     return float(text)
 
@@ -138,14 +155,12 @@ def _bits(text: str) -> Bits:
 
 
 def _compress(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    from lrattn.integrations.transformers.load import load_model, read_text, read_windows
-
     safefile.check_target("out", args.out)
-    if args.state is not None and args.state.absolute() == args.out.absolute():
-        raise ValueError(f"state: expected another file than --out, got {args.state}")
-    text = read_text(args.text)
-    model, tokenizer = load_model(args.model, args.dtype, args.device)
-    windows = read_windows(tokenizer, text, args.length, args.windows)
+    if args.state is not None:
+        safefile.check_target("state", args.state)
+        if os.path.realpath(args.state) == os.path.realpath(args.out):
+            raise ValueError(f"state: expected another file than --out, got {args.state}")
+    model, windows = _read(args.model, args)
     begin = time.perf_counter()
     factors = compress(
         model,
@@ -173,12 +188,10 @@ def _compress(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 def _eval(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     from lrattn.integrations.transformers.either import attending
-    from lrattn.integrations.transformers.load import load_model, read_text, read_windows
     from lrattn.integrations.transformers.perplexity import perplexity
 
-    text, factors = read_text(args.text), _load_factors(args)
-    model, tokenizer = load_model(args.model, args.dtype, args.device)
-    windows = read_windows(tokenizer, text, args.length, args.windows)
+    factors = _load_factors(args)
+    model, windows = _read(args.model, args)
     factors = None if factors is None else factors.to(model.device, model.dtype)
     with attending(model, factors, args.recent, args.sinks):
         results = {**_what(factors, args), "perplexity": perplexity(model, windows), "windows": list(windows.shape)}
@@ -215,8 +228,6 @@ def _info(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 
 def _compressibility(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    from lrattn.integrations.transformers.load import load_model, read_text, read_windows
-
     if args.text is None:
         raise ValueError("text: expected a file with --compressibility, got None")
     if len(args.model) > 1:
@@ -225,17 +236,28 @@ def _compressibility(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     if args.plot is not None:
         safefile.check_target("plot", args.plot)
         figure = compressibility.canvas(args.plot)
-    text = read_text(args.text)
-    model, tokenizer = load_model(name, args.dtype, args.device)
-    windows = read_windows(tokenizer, text, args.length, args.windows)
+    model, windows = _read(name, args)
     layers = compressibility.compressibility(model, calibrate(model, windows.split(1)))
     results = {"model": name, "text": str(args.text), "windows": list(windows.shape), "layers": layers}
     what = f"normalised effective ranks over {windows.shape[0]} windows of {windows.shape[1]} tokens"
     lines = [what, "", compressibility.table(layers)]
     if figure is not None:
-        compressibility.draw(figure, layers, args.plot)
+        with safefile.replacing("plot", args.plot) as partial:
+            compressibility.draw(figure, layers, partial)
         lines.append(f"wrote {args.plot}")
     return "\n".join(lines), results
+
+
+def _read(name: str, args: argparse.Namespace) -> tuple[Any, Tensor]:
+    """The model, and windows of the text that it has positions for."""
+    from lrattn.integrations.transformers.load import load_model, positions_of, read_text, read_windows
+
+    text = read_text(args.text)
+    model, tokenizer = load_model(name, args.dtype, args.device)
+    windows, most = read_windows(tokenizer, text, args.length, args.windows), positions_of(model)
+    if most is not None and windows.shape[1] > most:
+        raise ValueError(f"length: expected at most {most} tokens, the model's positions, got {args.length}")
+    return model, windows
 
 
 def _load_factors(args: argparse.Namespace) -> Factors | None:

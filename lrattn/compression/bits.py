@@ -10,7 +10,7 @@ convex in b, so that no other choice of the same bytes loses less, to one block.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
 from typing import Any, NamedTuple
@@ -51,8 +51,9 @@ def ladder_of(bits: Bits) -> tuple[int, ...]:
 
     Raises: ValueError for anything else.
     """
-    chosen: tuple[Any, ...] = WIDTHS if bits == "auto" else (bits,) if isinstance(bits, int) else tuple(bits)
-    if not chosen or any(isinstance(b, bool) or b not in WIDTHS for b in chosen):
+    given: Any = WIDTHS if bits == "auto" else bits
+    chosen = tuple(given) if isinstance(given, Collection) and not isinstance(given, str) else (given,)
+    if not chosen or any(not isinstance(b, int) or b not in WIDTHS for b in chosen):  # True is none of them
         raise ValueError(f"bits: expected 'auto', one of {WIDTHS} or some of them, got {bits!r}")
     return tuple(sorted(set(chosen)))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lrattn.compression.batches import Batch, check_batches, check_lengths, tokens_of, unfelt, unpadded
 from lrattn.compression.moments import GATHERED, GRADIENTS, Moments
 from lrattn.compression.substitute import Window, substituted
 from lrattn.factors import safefile
 from lrattn.factors.parts import AttentionParts, attention_parts, decoder_of, evaluating, frozen
 
-Batch = Tensor | Mapping[str, Any]
-INTEGERS = (torch.int64, torch.int32, torch.int16)
+HALVES = (torch.float16, torch.bfloat16)
 SAVE_EVERY = 60.0  # seconds between two writes of the state
 
 
@@ -47,29 +47,30 @@ def calibrate(
         far: (recent, sinks): gradients pass only through attention to tokens that a cache with that window would not
             hold dense for the query: for factors of the default window, that of METHODS["lrattn"].near. Where a batch
             is padded its sequences run one by one then.
-        state: a file that is written every minute and at the end. If it exists, sequences it has seen are skipped:
-            an interrupted run goes on where it was, and more text can be added. What it has gathered goes on too.
+        state: a file that is written every minute, at the end, and when Ctrl-C or an error stops the run: of whole
+            batches. If it exists, sequences it has seen are skipped: an interrupted run goes on where it was, and more
+            text can be added. What it has gathered goes on too.
         progress: show a bar on stderr.
 
     Products are float32 at least, sums of moments float64. Memory beside the model: E^2 float64 a layer and what is
-    gathered, for gradients also the activations of one batch; nothing grows with the number of tokens.
+    gathered, twice that with a state, and for gradients the activations of one batch; nothing grows with the number of
+    tokens.
 
-    Raises: ValueError if there are no tokens, a layer sees numbers that are not finite, or the state is of another
-    model, text or window, or lacks what is asked for.
+    Raises: ValueError if there are no tokens, or more in a sequence than the model has positions, a layer sees numbers
+    that are not finite, or the state is of another model, text or window, or lacks what is asked for; OSError if the
+    state cannot be written.
     """
-    unknown = sorted(set(gather) - set(GATHERED))
-    if unknown:
-        raise ValueError(f"gather: expected names out of {sorted(GATHERED)}, got {unknown}")
-    _check_gradients(gather)
+    check_batches(batches)
+    _check_gathered(gather)
     window = Window.of(far)
     parts = attention_parts(model)
     held = _resume(model, parts, gather, window, state)
     window = Window(*held.far)  # what is held goes on growing in its own
-    sums = _Sums(parts, held)
+    sums = _Sums(model, parts, held, apart=state is not None)
     if sums.differentiates and any(p.is_inference() for p in model.parameters()):
         raise ValueError("model: expected parameters that gradients can pass, got some made in torch.inference_mode()")
     run, device = model if sums.differentiates else decoder_of(model), next(model.parameters()).device
-    saved = time.monotonic()
+    saved, written = time.monotonic(), held.sequences
     with ExitStack() as stack, evaluating(model), torch.set_grad_enabled(sums.differentiates):
         for hook in sums.hooks():
             stack.callback(hook.remove)
@@ -77,61 +78,46 @@ def calibrate(
             stack.enter_context(substituted(model, sums.add_zeros, window, rotated=sums.rotated))
             stack.enter_context(frozen(model))
         shown = tqdm(batches, desc="calibrate", unit="batch", disable=not progress)
-        for ids, live, text in _unseen(shown, held):
-            passes: list[tuple[Tensor, Tensor | None]] = [(ids, live)]
-            if (window or sums.rotated) and live is not None and not bool(live.all()):
-                passes = [(row[None], None) for row in unpadded(ids, live)]
-            for rows, own in passes:
-                if not rows.numel():
-                    held = replace(held, sequences=held.sequences + 1, text=text)
-                    continue
-                rows, own = rows.to(device), None if own is None else own.to(device)
-                arguments = {} if own is None else {"attention_mask": own.long()}
-                sums.begin(own)
-                out = run(input_ids=rows, use_cache=False, **arguments)
-                held = sums.end(held, rows, out.logits if sums.differentiates else None, text)
-            if state is not None and time.monotonic() - saved >= SAVE_EVERY:
+        try:
+            for ids, live, text in _unseen(shown, held.sequences, held.text):
+                grown = held
+                for rows, own in _passes(ids, live, alone=bool(window) or sums.rotated):
+                    grown = sums.grown(grown, run, rows.to(device), None if own is None else own.to(device), text)
+                held = grown  # at once, so that whatever stops the run finds whole batches
+                if state is not None and time.monotonic() - saved >= SAVE_EVERY:
+                    held.save(state)
+                    saved, written = time.monotonic(), held.sequences
+        except BaseException:
+            if state is not None and held.sequences > written:
                 held.save(state)
-                saved = time.monotonic()
+            raise
     if not held.tokens:
         raise ValueError("batches: expected at least one token to calibrate on, got none")
     if sums.differentiates and not any(
         bool(x.any()) for name in GRADIENTS for x in held.sums.get(f"{name}.values", ())
     ):
-        raise ValueError(f"batches: expected tokens that attention sees beyond the window far={tuple(far)}, got none")
+        raise ValueError(unfelt(window, held.gathered))
     if state is not None:
         held.save(state)
     return held
 
 
-def _check_gradients(gather: Collection[str]) -> None:
-    """Raises ValueError where gradients by rotated keys are asked for together with others."""
+def _check_gathered(gather: Collection[str]) -> None:
+    """Raises ValueError for unknown names, and where gradients by rotated keys are asked for together with others."""
+    expected = f"gather: expected names out of {sorted(GATHERED)}, got"
+    if isinstance(gather, str) or not isinstance(gather, Collection):
+        raise ValueError(f"{expected} {gather!r}")
+    if unknown := [name for name in gather if name not in tuple(GATHERED)]:
+        raise ValueError(f"{expected} {unknown}")
     asked = sorted(set(gather) & set(GRADIENTS))
     if "rotated-metric" in asked and len(asked) > 1:
         raise ValueError(f"gather: expected no other gradients beside 'rotated-metric', got {asked}")
 
 
-def tokens_of(batch: Batch) -> tuple[Tensor, Tensor | None]:
-    """Token ids [b, t] int64, and where they are live [b, t] bool; None without padding.
-
-    Raises: ValueError for anything else.
-    """
-    ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.shape[1] or ids.dtype not in INTEGERS:
-        raise ValueError(f"batches: expected integer token ids [b, t], got {_told(ids)}")
-    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
-        raise ValueError(f"batches: expected an attention_mask {list(ids.shape)}, got {_told(mask)}")
-    return ids.long().clone(), None if mask is None else mask.bool()  # backward keeps them: not the caller's
-
-
-def unpadded(ids: Tensor, live: Tensor | None) -> list[Tensor]:
-    """Each sequence [t] of token ids [b, t] without its padding."""
-    return list(ids) if live is None else [row[kept] for row, kept in zip(ids, live, strict=True)]
-
-
-def _told(x: Any) -> str:
-    return f"{list(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+def _passes(ids: Tensor, live: Tensor | None, *, alone: bool) -> list[tuple[Tensor, Tensor | None]]:
+    """A batch in one pass of the model; or each sequence without its padding in one, where it has to be alone."""
+    padded = live is not None and not bool(live.all())
+    return [(row[None], None) for row in unpadded(ids, live)] if alone and padded else [(ids, live)]
 
 
 def second_moment(x: Tensor, live: Tensor | None) -> Tensor:
@@ -194,33 +180,34 @@ def _shapes(part: AttentionParts, gather: Collection[str]) -> dict[str, tuple[in
     return {"inputs": (inputs, inputs)} | {name: exact.get(name) or of_name[name.split(".")[0]] for name in names}
 
 
-def _unseen(batches: Iterable[Batch], held: Moments) -> Iterator[tuple[Tensor, Tensor | None, str]]:
-    """Token ids, where they are live, and the digest of all text so far, of the sequences that are not in `held`."""
+def _unseen(batches: Iterable[Batch], seen: int, seen_text: str) -> Iterator[tuple[Tensor, Tensor | None, str]]:
+    """Token ids, where they are live, and the digest of all text so far, of the sequences not yet seen."""
     text, passed = "", 0
     for batch in batches:
         ids, live = tokens_of(batch)
         for kept in unpadded(ids.cpu(), None if live is None else live.cpu()):
             text = hashlib.sha256(text.encode() + kept.numpy().tobytes()).hexdigest()
             passed += 1
-            if passed == held.sequences and text != held.text:
+            if passed == seen and text != seen_text:
                 raise ValueError("state: expected batches to begin with the text it has seen, got another text")
-        new = min(passed - held.sequences, len(ids))
+        new = min(passed - seen, len(ids))
         if new > 0:
             yield ids[-new:], None if live is None else live[-new:], text
-    if passed < held.sequences:
-        raise ValueError(
-            f"state: expected batches to begin with the {held.sequences} sequences it has seen, got {passed}"
-        )
+    if passed < seen:
+        raise ValueError(f"state: expected batches to begin with the {seen} sequences it has seen, got {passed}")
 
 
 class _Sums:
-    """The sums of `held` while they grow, and the hooks that feed them."""
+    """The sums of a batch while it passes the model, and the hooks that feed them.
 
-    def __init__(self, parts: list[AttentionParts], held: Moments) -> None:
-        self.parts, self.inputs, self.sums, self.gathered = parts, held.inputs, held.sums, held.gathered
+    apart: `held` keeps its own, so that it is whole whatever happens; else they grow in its place.
+    """
+
+    def __init__(self, model: nn.Module, parts: list[AttentionParts], held: Moments, *, apart: bool) -> None:
+        self.model, self.parts, self.gathered, self.apart = model, parts, held.gathered, apart
         self.differentiates = any(name in GRADIENTS for name in self.gathered)
         self.rotated = "rotated-metric" in self.gathered  # gradients are by rotated keys
-        self.begin(None)
+        self.begin(held, None)
 
     def hooks(self) -> Iterator[Any]:
         for i, part in enumerate(self.parts):
@@ -230,11 +217,11 @@ class _Sums:
 
     def _watch_inputs(self, i: int) -> Any:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self.inputs[i].add_(second_moment(args[0], self.live))
+            self.add("inputs", i, second_moment(args[0], self.live))
             rows = args[0].detach() if self.live is None else args[0].detach()[self.live]
             for name in {"magnitudes", "means"} & set(self.gathered):
                 x = rows.abs() if name == "magnitudes" else rows
-                self.sums[name][i].add_(x.flatten(0, -2).double().sum(0).cpu())
+                self.add(name, i, x.flatten(0, -2).double().sum(0).cpu())
 
         return hook
 
@@ -246,11 +233,11 @@ class _Sums:
             heads = part.turned(side, raw.detach().unflatten(-1, (-1, part.head_dim)), at)[live].double()
             if side == "k":
                 keys = heads.flatten(1)
-                self.sums["rotated.keys"][i].add_((keys.T @ keys).cpu())
-                self.sums["rotated.mean"][i].add_(keys.sum(0).cpu())
+                self.add("rotated.keys", i, (keys.T @ keys).cpu())
+                self.add("rotated.mean", i, keys.sum(0).cpu())
             else:
                 groups = heads.unflatten(1, (part.num_kv_heads, -1)).permute(1, 0, 2, 3).flatten(1, 2)
-                self.sums["rotated.queries"][i].add_((groups.mT @ groups).cpu())
+                self.add("rotated.queries", i, (groups.mT @ groups).cpu())
 
         return hook
 
@@ -260,22 +247,46 @@ class _Sums:
         self.leaves += [torch.zeros_like(k, requires_grad=True), torch.zeros_like(v, requires_grad=True)]
         return k + self.leaves[-2], v + self.leaves[-1]
 
-    def begin(self, live: Tensor | None) -> None:
+    def begin(self, held: Moments, live: Tensor | None) -> None:
         self.live = live
+        self.sums = {name: list(xs) for name, xs in {"inputs": held.inputs, **held.sums}.items()}
         self.seen: list[dict[str, Tensor]] = []  # what each layer's keys and values are maps of, for gradients
         self.leaves: list[Tensor] = []  # of keys, values, keys, ...
 
-    def end(self, held: Moments, ids: Tensor, logits: Tensor | None, text: str) -> Moments:
-        """The batch went through every layer: sum what its gradients tell, count it."""
-        for part, total in zip(self.parts, self.inputs, strict=True):
-            if not bool(total.isfinite().all()):
-                raise ValueError(
-                    f"batches: the inputs of {part.name} are not all finite; calibrate a model of a wider dtype"
-                )
-        if logits is not None:
-            self._differentiate(logits, ids)
-        tokens = ids.numel() if self.live is None else int(self.live.sum())
-        return replace(held, tokens=held.tokens + tokens, sequences=held.sequences + len(ids), text=text)
+    def add(self, name: str, i: int, x: Tensor) -> None:
+        """To layer i's sum. Nothing else may hold x."""
+        sums = self.sums[name]
+        sums[i] = x.add_(sums[i]) if self.apart else sums[i].add_(x)
+
+    def grown(self, held: Moments, run: nn.Module, ids: Tensor, live: Tensor | None, text: str) -> Moments:
+        """`held` and one pass of the model more."""
+        held = replace(held, sequences=held.sequences + len(ids), text=text)
+        if not ids.numel():
+            return held
+        check_lengths(self.parts, [ids.shape[1]])
+        self.begin(held, live)
+        arguments = {} if live is None else {"attention_mask": live.long()}
+        out = run(input_ids=ids, use_cache=False, **arguments)
+        for part, total in zip(self.parts, self.sums["inputs"], strict=True):
+            self._check_finite(f"inputs of {part.name}", total)
+        if self.differentiates:
+            self._differentiate(out.logits, ids)
+        tokens = ids.numel() if live is None else int(live.sum())
+        sums = {name: tuple(xs) for name, xs in self.sums.items()}
+        return replace(held, inputs=sums.pop("inputs"), sums=sums, tokens=held.tokens + tokens)
+
+    def _check_finite(self, what: str, total: Tensor) -> None:
+        """Raises ValueError if they are not, with what is to blame."""
+        if bool(total.isfinite().all()):
+            return
+        broken = next((name for name, p in self.model.named_parameters() if not bool(p.isfinite().all())), None)
+        if broken is not None:
+            look = f"the weight {broken} is not finite"
+        elif next(self.model.parameters()).dtype in HALVES:
+            look = "calibrate a model of a wider dtype"
+        else:
+            look = "all weights are finite: look at what the model's layers make of these tokens"
+        raise ValueError(f"batches: expected finite {what}, got some that are not; {look}")
 
     def _differentiate(self, logits: Tensor, ids: Tensor) -> None:
         wanted = [name for name in GRADIENTS if name in self.gathered]
@@ -295,15 +306,14 @@ class _Sums:
             if self.live is not None:
                 rows, grad = rows[self.live[b]], grad[self.live[b]]
             if name == "fisher":
-                self.sums[f"fisher.{side}"][i].add_((grad.T @ rows).square().cpu())
+                self.add(f"fisher.{side}", i, (grad.T @ rows).square().cpu())
             else:
                 rows, grad = rows.double(), grad.double()  # a sink outweighs a common token by more than float32 holds
                 size = grad.norm(dim=1, keepdim=True)
                 unit = grad[1:] / size[1:].clamp_min(torch.finfo(size.dtype).tiny)
-                self.sums[f"{name}.{side}"][i].add_((grad[1:].T @ unit).cpu())
-                self.sums[f"{weighted}.{side}"][i].add_(((rows * size).T @ rows).cpu())
-        if not bool(self.sums[f"{name}.{side}"][i].isfinite().all()):
-            raise ValueError("batches: a gradient is not finite; calibrate a model of a wider dtype")
+                self.add(f"{name}.{side}", i, (grad[1:].T @ unit).cpu())
+                self.add(f"{weighted}.{side}", i, ((rows * size).T @ rows).cpu())
+        self._check_finite(f"gradients of the {side} of {self.parts[i].name}", self.sums[f"{name}.{side}"][i])
 
 
 def _nll(logits: Tensor, labels: Tensor, live: Tensor | None) -> Tensor:

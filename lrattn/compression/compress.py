@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, replace
 from itertools import chain, islice
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from lrattn.compression import methods
+from lrattn.compression.batches import (
+    Batch,
+    check_batches,
+    check_lengths,
+    least_felt,
+    tokens_of,
+    unfelt,
+    unpadded,
+)
 from lrattn.compression.bits import Bits, ladder_of, share_held, spend
-from lrattn.compression.calibrate import Batch, calibrate, fingerprint
+from lrattn.compression.calibrate import calibrate, fingerprint
 from lrattn.compression.methods import METHODS, Method
 from lrattn.compression.methods.lorc import log_condition
 from lrattn.compression.moments import GRADIENTS, Moments
@@ -24,15 +34,19 @@ from lrattn.compression.ranks import (
     LayerShape,
     Ranks,
     budget,
+    check_count,
+    check_flag,
+    check_share,
     condition,
     fisher,
     group_size_within,
     spectrum,
     uniform,
 )
-from lrattn.compression.refine import parted
+from lrattn.compression.refine import digest_of, parted
 from lrattn.compression.refine import refine as distil
 from lrattn.compression.substitute import Window
+from lrattn.factors import safefile
 from lrattn.factors.layer import LayerFactors
 from lrattn.factors.parts import AttentionParts, attention_parts
 from lrattn.factors.record import Factors
@@ -86,7 +100,11 @@ def compress(
             sequences, which judges them, is not calibrated on, unless moments are given.
         nested: distil all prefixes of the latents together, for lrattn.narrowed.
         moments: of an earlier `calibrate` of this model, which is then not repeated.
-        state: a file for the calibration to go on from, see `calibrate`.
+        state: a file for the calibration to go on from, see `calibrate`: other methods and shares on the same text use
+            it again, if neither or both are distilled. A distillation goes on from a file beside it,
+            <state>.<run>.refine, where <run> is a hash of the model, the text and all choices made here: each run finds
+            its own. Nothing is deleted. You may delete a .refine file when the factors of its run are saved, and the
+            state when no more factors are to be made on this text.
         shards: tensor-parallel ranks that the heads will be divided over; no group of keys lies across them.
         bits: of a latent: 16, plain numbers; 8, 4 or 2 for all; or, for the methods of lrattn's own, what each block of
             16 latents may be given, "auto" for all of these. One reverse water-filling then spends the bytes
@@ -95,21 +113,27 @@ def compress(
         progress: show bars on stderr.
 
     Returns: Factors in the model's dtype, on its device.
-    Raises: ValueError naming the argument, what was expected and what came.
+    Raises: ValueError naming the argument, what was expected and what came; OSError if a state cannot be written.
     """
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"method: expected one of {sorted(METHODS)}, got {method!r}")
     recipe = METHODS[method]
     ranks = recipe.ranks if ranks is None else ranks
     if ranks not in RULES:
         raise ValueError(f"ranks: expected one of {sorted(RULES)}, got {ranks!r}")
-    if shared is not None and (shared not in FORMS or (shared and not recipe.shares)):
+    forms = FORMS if recipe.shares else (False,)
+    if shared is not None and (not isinstance(shared, bool | str) or shared not in forms):  # 1 == True is not a form
         expected = f"None or one of {FORMS}" if recipe.shares else f"None or False with method {method!r}"
         raise ValueError(f"shared: expected {expected}, got {shared!r}")
     gather = recipe.gathered(ranks)
     if not recipe.ruled_by(ranks):
         rules = [rule for rule in RULES if recipe.ruled_by(rule)]
         raise ValueError(f"ranks: expected one of {rules} with method {method!r}, got {ranks!r}")
+    for name, count, least in (("group_size", group_size, 1), ("shards", shards, 1), ("refine", refine, 0)):
+        check_count(name, count, least)
+    check_flag("nested", nested)
+    if moments is not None and not isinstance(moments, Moments):
+        raise ValueError(f"moments: expected those of calibrate, got {type(moments).__name__}")
     if far is None:
         far = moments.far if moments is not None and gather & set(GRADIENTS) else recipe.near
     far = astuple(Window.of(far))
@@ -118,31 +142,57 @@ def compress(
         raise ValueError(f"bits: expected one number with method {method!r} and ranks {ranks!r}, got {bits!r}")
     parts = attention_parts(model)
     if bytes_per_token is not None:
+        if keep is not None:
+            raise ValueError(f"bytes_per_token: expected None beside keep={keep}, got {bytes_per_token!r}")
         dense = sum(4 * part.num_kv_heads * part.head_dim for part in parts)
-        if keep is not None or not isinstance(bytes_per_token, int) or not 0 < bytes_per_token <= dense:
-            expected = f"1 .. {dense}" if keep is None else f"None beside keep={keep}"
-            raise ValueError(f"bytes_per_token: expected {expected}, got {bytes_per_token!r}")
+        check_count("bytes_per_token", bytes_per_token, 1, dense)
         keep = bytes_per_token / dense
     keep = KEEP if keep is None else keep
+    check_share(keep)
     held = share_held(keep, ladder)
     form = _form(shared, recipe, parts, held, group_size, shards)
-    shapes = [replace(_shape(part, recipe, form, group_size, shards), bits=ladder[0]) for part in parts]
-    budget(shapes, keep)  # refused before any work
-    if not isinstance(refine, int) or refine < 0 or (refine and batches is None):
-        expected = "0 without batches" if batches is None else "a number of steps"
-        raise ValueError(f"refine: expected {expected}, got {refine!r}")
+    by_bits = recipe.in_nats and ranks == "spectrum" and ladder != (16,)
+    in_row = 2 if by_bits and form == "ride" else 1  # parts of it that have bits apart
+    shapes = [_shape(part, recipe, form, group_size, shards) for part in parts]
+    shapes = [replace(shape, bits=ladder[0], parts=in_row) for shape in shapes]
+    try:
+        budget(shapes, keep)  # refused before any work
+    except ValueError as error:
+        if bytes_per_token is None:
+            raise
+        raise ValueError(f"bytes_per_token: expected more, got {bytes_per_token} ({error})") from error
+    _check_weights(parts)
+    if refine and batches is None:
+        raise ValueError(f"refine: expected 0 without batches, got {refine}")
+    if refine and ladder != (16,):
+        raise ValueError(f"refine: expected 0 with bits={bits!r}: packed latents are not trained, got {refine}")
     if nested and not refine:
-        raise ValueError(f"nested: expected False without refine=, got {nested!r}")
+        raise ValueError(f"nested: expected False without refine=, got {nested}")
     if isinstance(batches, Moments):
         raise ValueError("batches: expected token batches, got Moments, which are given as moments=")
-    batches = None if batches is None else list(batches)
-    lessons = batches
-    if refine and batches is not None:
-        lessons = [ids[None] for ids in parted(batches)[1]]
-    if moments is None and lessons is not None and (recipe.needs_data or gather):
+    if batches is not None:
+        check_batches(batches)
+        batches = list(batches)
+    judges, texts = _sequences(batches, refine)
+    lessons = [ids[None] for ids in texts] if refine else batches
+    calibrates = moments is None and lessons is not None and bool(recipe.needs_data or gather)
+    check_lengths(parts, map(len, (*judges, *texts)))
+    differentiates = calibrates and bool(gather & set(GRADIENTS))
+    if differentiates and max(map(len, texts), default=0) < least_felt(Window(*far), gather):
+        raise ValueError(unfelt(Window(*far), gather))
+    beside = None
+    if state is not None:
+        if not calibrates and not refine:
+            raise ValueError(f"state: expected None where nothing is calibrated or distilled, got {state}")
+        safefile.check_target("state", state)
+        if refine:
+            choices = method, keep, group_size, ranks, shared, far, shards, ladder, refine, nested
+            known = fingerprint(model), digest_of(judges, texts), "" if moments is None else moments.text
+            run = hashlib.sha256(repr((*known, *choices)).encode()).hexdigest()[:8]
+            beside = f"{os.fspath(state)}.{run}.refine"
+            safefile.check_target("state", beside)
+    if calibrates and lessons is not None:
         moments = calibrate(model, lessons, gather=gather, far=far, state=state, progress=progress)
-    elif state is not None:
-        raise ValueError(f"state: expected None where nothing is calibrated, got {state}")
     _check_data(model, method, gather, far, batches, moments, parts)
 
     problems = [
@@ -160,7 +210,7 @@ def compress(
         side = 1 if form else 0
         per_group = [int(held * problem.shape.full_ranks[side])] if chosen is None else chosen[i][side]
         problem.group(sum(per_group) // len(per_group))
-    if chosen is None and recipe.in_nats and ladder != (16,):
+    if by_bits:
         layers = _by_bits(problems, keep, held, ladder, progress)
     else:
         if chosen is None:
@@ -174,8 +224,15 @@ def compress(
     name = str(getattr(model.config, "_name_or_path", ""))
     factors = Factors(tuple(layers), method, name, ranks, predicted, far)
     if refine and batches is not None:
-        factors = distil(model, factors, batches, steps=refine, nested=nested, progress=progress)
+        factors = distil(model, factors, batches, steps=refine, nested=nested, state=beside, progress=progress)
     return factors
+
+
+def _sequences(batches: list[Batch] | None, refine: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Those that judge a distillation, none without one, and those that are calibrated and trained on."""
+    if batches is None:
+        return [], []
+    return parted(batches) if refine else ([], [row for batch in batches for row in unpadded(*tokens_of(batch))])
 
 
 def _by_ranks(
@@ -233,6 +290,15 @@ def _shape(part: AttentionParts, recipe: Method, form: Form, group_size: int, sh
         rotated=recipe.rotated,
         whole_values=recipe.whole_values,
     )
+
+
+def _check_weights(parts: list[AttentionParts]) -> None:
+    """Raises ValueError if one that is to be factored is not finite."""
+    for part in parts:
+        for name in ("k_proj", "v_proj"):
+            for kind, x in part.linear(name).named_parameters():
+                if not bool(x.isfinite().all()):
+                    raise ValueError(f"model: expected a finite {kind} of {part.name}.{name}, got one that is not")
 
 
 def _check_data(

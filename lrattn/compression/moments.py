@@ -61,6 +61,11 @@ class Moments:
         object.__setattr__(self, "inputs", tuple(self.inputs))
         object.__setattr__(self, "far", tuple(self.far))
 
+    def __repr__(self) -> str:
+        inputs = len(self.inputs[0]) if self.inputs else 0
+        what = f"layers={len(self.inputs)}, inputs={inputs}, tokens={self.tokens:,}, sequences={self.sequences:,}"
+        return f"Moments({what}, gathered={self.gathered}, far={self.far})"
+
     @property
     def gathered(self) -> tuple[str, ...]:
         """Which of GATHERED are here."""
@@ -98,7 +103,10 @@ class Moments:
         return g * mean, self.sums[f"{kind}weighted.{side}"][layer] / max(self.tokens, 1) / mean
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes one safetensors file; the file at `path` is replaced only when the new one is whole."""
+        """Writes one safetensors file; the file at `path` is replaced only when the new one is whole.
+
+        Raises: OSError if it cannot be written there.
+        """
         tensors = {
             f"{i}.{name}": x for name, xs in {"inputs": self.inputs, **self.sums}.items() for i, x in enumerate(xs)
         }

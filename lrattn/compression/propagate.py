@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrattn.compression.calibrate import Batch, second_moment, tokens_of
+from lrattn.compression.batches import Batch, tokens_of
+from lrattn.compression.calibrate import second_moment
 from lrattn.factors.layer import LayerFactors
 from lrattn.factors.parts import AttentionParts, attention_parts, decoder_of, evaluating, shadowed
 

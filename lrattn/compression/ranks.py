@@ -6,6 +6,7 @@ import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -31,6 +32,7 @@ class LayerShape:
     rotated: bool = False  # latents of rotated keys, which are not linear in the inputs
     whole_values: bool = False  # only keys are compressed
     bits: int = 16  # of a latent, the fewest there may be
+    parts: int = 1  # of a group's row, each with a step and a scale of its own at least
 
     @property
     def groups(self) -> tuple[int, int]:
@@ -58,17 +60,35 @@ class LayerShape:
     @property
     def overhead(self) -> int:
         """Bytes of a token that are not latents: norm columns, and scales where latents are packed."""
-        return self.norm_bytes + (0 if self.bits == 16 else ALIGNMENT * sum(self.groups))
+        return self.norm_bytes + (0 if self.bits == 16 else ALIGNMENT * self.parts * sum(self.groups))
 
     @property
     def dense(self) -> int:
         return 2 * self.heads * self.head_dim
 
 
+def check_count(name: str, value: Any, least: int, most: int | None = None) -> None:
+    """Raises ValueError for what is no integer within its bounds."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
+        bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name}: expected an integer {bounds}, got {value!r}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raises ValueError for what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: expected True or False, got {value!r}")
+
+
+def check_share(keep: Any) -> None:
+    """Raises ValueError for what is no number in (0, 1]."""
+    if not isinstance(keep, Real) or isinstance(keep, bool) or not 0 < float(keep) <= 1:
+        raise ValueError(f"keep: expected a share in (0, 1], got {keep!r}")
+
+
 def group_size_within(heads: int, at_most: int) -> int:
     """The largest divisor of Hkv not above `at_most`."""
-    if at_most < 1:
-        raise ValueError(f"group_size: expected at least 1, got {at_most}")
+    check_count("group_size", at_most, 1)
     return max(c for c in range(1, min(heads, at_most) + 1) if heads % c == 0)
 
 
@@ -190,10 +210,11 @@ def budget(shapes: Sequence[LayerShape], keep: float) -> int:
     Raises: ValueError if keep is outside (0, 1] or too small to give every group one step, or all of values that a
     method leaves whole.
     """
+    check_share(keep)
     full = sum(_caps(shapes))
     if keep == 1:
         return full
-    what = "one step of 16 a group and the norm columns"
+    what = f"{'one step' if shapes[0].parts == 1 else f'{shapes[0].parts} steps'} of 16 a group and the norm columns"
     what = f"all of the values, {what}" if any(s.whole_values for s in shapes) else what
     overhead, dense = sum(s.overhead for s in shapes), 2 * sum(s.dense for s in shapes)
     return min(affordable(keep, dense, overhead, sum(_leasts(shapes)), what, shapes[0].bits), full)
@@ -204,8 +225,7 @@ def affordable(keep: float, dense: int, overhead: int, least: int, what: str, bi
 
     Raises: ValueError if keep is outside (0, 1] or allows fewer than `least` steps: `what` says what those are.
     """
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep: expected a share in (0, 1], got {keep}")
+    check_share(keep)
     step = RANK_STEP * bits // 8
     steps = int(keep * dense - overhead + 1e-6) // step
     if steps < least:
@@ -225,9 +245,9 @@ def _caps(shapes: Sequence[LayerShape]) -> list[int]:
 
 
 def _leasts(shapes: Sequence[LayerShape]) -> list[int]:
-    """Steps that each group has at least, in the order of `_caps`: one, or all of them."""
+    """Steps that each group has at least, in the order of `_caps`: one for each part of its row, or all of them."""
     return [
-        rank // RANK_STEP if whole else 1
+        rank // RANK_STEP if whole else s.parts
         for s in shapes
         for rank, groups, whole in zip(s.full_ranks, s.groups, (False, s.whole_values), strict=True)
         for _ in range(groups)

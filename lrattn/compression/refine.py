@@ -8,17 +8,20 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import astuple, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lrattn.compression.calibrate import Batch, fingerprint, tokens_of, unpadded
+from lrattn.compression.batches import Batch, check_batches, check_lengths, tokens_of, unpadded
+from lrattn.compression.calibrate import fingerprint
 from lrattn.compression.nested import first, shared_out
+from lrattn.compression.ranks import check_count, check_flag
 from lrattn.compression.substitute import Window, substituted
 from lrattn.factors import safefile
 from lrattn.factors.layer import LayerFactors, sides_of
-from lrattn.factors.parts import evaluating, frozen
+from lrattn.factors.parts import attention_parts, evaluating, frozen
 from lrattn.factors.projection import Projection
 from lrattn.factors.record import Factors
 
@@ -60,16 +63,20 @@ def refine(
             None: as the factors say (Factors.near).
         nested: a step trains the first quarter, half, three quarters or all of every group's latents, in turns, and the
             factors are judged by all of these: for `narrowed`, at any keep below their own.
-        state: a file written at every judgement; if it exists, training goes on where it was.
+        state: a file written at every judgement, every eight steps, and when Ctrl-C or an error stops the run: of whole
+            steps. If it exists, training goes on where it was.
         progress: show a bar on stderr, with the divergence on the held-back sequences in nats a token.
 
-    Raises: ValueError for too few sequences, factors in another dtype or on another device than the model, layers of
-    which some are rotated and others not, or a state of other factors, steps, window or text.
+    Raises: ValueError for too few sequences or one with more tokens than the model has positions, factors in another
+    dtype or on another device than the model, packed ones, layers of which some are rotated and others not, or a state
+    of other factors, steps, window or text; OSError if the state cannot be written.
     """
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps: expected at least 1, got {steps!r}")
+    check_count("steps", steps, 1)
+    check_flag("nested", nested)
     if len({layer.rotated for layer in factors.layers}) > 1:
         raise ValueError("factors: expected rotated keys in all layers or in none, got some of each")
+    if any(layer.packed for layer in factors.layers):
+        raise ValueError("factors: expected plain latents, which can be trained, got packed ones")
     if state is not None:
         safefile.check_target("state", state)
     window = Window(*factors.near_or(recent, sinks))
@@ -79,18 +86,28 @@ def refine(
             f"factors: expected {own.dtype} on {own.device} as in the model, got {kind.dtype} on {kind.device}"
         )
     judges, lessons = parted(batches)
+    check_lengths(attention_parts(model), map(len, (*judges, *lessons)))
     run = _Run(model, factors, window, SHARES if nested else (1.0,))
     run.begin(steps, judges, lessons, state)
     shown = tqdm(total=steps, initial=run.step, desc="refine", unit="step", disable=not progress)
+    written = run.step if run.resumed else -1
     with evaluating(model), frozen(model), shown as bar:
-        while run.step < steps:
-            bar.set_postfix_str(f"divergence {run.best:.4f}, was {run.first:.4f}")
-            run.learn(lessons, _rate(run.step, steps, run.first))
-            bar.update()
-            if run.step % CHECK_EVERY == 0 or run.step == steps:
-                run.judge(judges)
-                if state is not None:
+        try:
+            while run.step < steps:
+                bar.set_postfix_str(f"divergence {run.best:.4f}, was {run.first:.4f}")
+                run.learn(lessons, _rate(run.step, steps, run.first))
+                bar.update()
+                due = run.step % CHECK_EVERY == 0 or run.step == steps
+                if due:
+                    run.judge(judges)
+                run.whole = run.now()
+                if due and state is not None:
                     run.save(state)
+                    written = run.step
+        except BaseException:
+            if state is not None and run.whole.step > written:
+                run.save(state)
+            raise
     return run.result()
 
 
@@ -105,14 +122,34 @@ def parted(batches: Iterable[Batch]) -> tuple[list[Tensor], list[Tensor]]:
 
     Raises: ValueError if there are fewer than two of two tokens or more.
     """
+    check_batches(batches)
     found = [row for batch in batches for row in unpadded(*tokens_of(batch)) if len(row) > 1]
     if len(found) < 2:
         raise ValueError(f"batches: expected two sequences of two tokens or more, got {len(found)}")
     return found[::HELD_BACK], [row for i, row in enumerate(found) if i % HELD_BACK]
 
 
+def digest_of(judges: list[Tensor], lessons: list[Tensor]) -> str:
+    """sha256 of the token ids of sequences, and of where each ends."""
+    text = hashlib.sha256()
+    for ids in (*judges, *lessons):
+        text.update(len(ids).to_bytes(8, "little") + ids.cpu().numpy().tobytes())
+    return text.hexdigest()
+
+
+class _Point(NamedTuple):
+    """Where training is after a whole step: tensors, Adam's two means of each, and the best so far. None of them
+    changes: a step makes new ones."""
+
+    step: int
+    best: float
+    tensors: dict[str, Tensor]
+    means: dict[str, tuple[Tensor, Tensor]]
+    kept: dict[str, Tensor]
+
+
 class _Run:
-    """The factors in training: tensors "<layer>.<side>.<up or down>", Adam's two means of each, and the best so far."""
+    """The factors in training: tensors "<layer>.<side>.<up or down>", and all that a `_Point` holds."""
 
     def __init__(self, model: nn.Module, factors: Factors, window: Window, shares: tuple[float, ...]) -> None:
         self.model, self.factors, self.window, self.shares = model, factors, window, shares
@@ -120,45 +157,47 @@ class _Run:
         self.tensors = {name: x.detach().float().clone() for name, x in _tensors(factors)}
         self.scales = {name: max(x.square().mean().sqrt().item(), 1e-30) for name, x in self.tensors.items()}
         self.means = {name: (torch.zeros_like(x), torch.zeros_like(x)) for name, x in self.tensors.items()}
-        self.kept = {name: x.clone() for name, x in self.tensors.items()}
+        self.kept = self.tensors
         self.step, self.first, self.best = 0, math.inf, math.inf
+        self.resumed, self.whole = False, self.now()
+
+    def now(self) -> _Point:
+        return _Point(self.step, self.best, self.tensors, self.means, self.kept)
 
     def begin(
         self, steps: int, judges: list[Tensor], lessons: list[Tensor], state: str | os.PathLike[str] | None
     ) -> None:
         """Goes on from the state, or judges the factors as they are."""
-        digest = sum(x.double().sum().item() for x in self.tensors.values())
-        text = hashlib.sha256()
-        for ids in (*judges, *lessons):
-            text.update(len(ids).to_bytes(8, "little") + ids.cpu().numpy().tobytes())
         self.about = [
             fingerprint(self.model),
-            digest,
+            sum(x.double().sum().item() for x in self.tensors.values()),
             steps,
             *astuple(self.window),
             list(self.shares),
-            text.hexdigest(),
+            digest_of(judges, lessons),
         ]
         if state is None or not Path(state).exists():
             self.judge(judges)
-            self.first = self.best
+            self.first, self.whole = self.best, self.now()
             return
         record, tensors = safefile.read(state, "refinement")
         if record["about"] != self.about:
             raise ValueError(f"state: expected a run of these factors, steps and text in {state}, got another's")
         held = {name: x.to(self.device) for name, x in tensors.items()}
         self.step, self.first, self.best = record["step"], record["first"], record["best"]
-        for name in self.tensors:
-            self.tensors[name], self.kept[name] = held[f"now.{name}"], held[f"best.{name}"]
-            self.means[name] = (held[f"first.{name}"], held[f"second.{name}"])
+        names = list(self.tensors)
+        self.tensors, self.kept = ({name: held[f"{part}.{name}"] for name in names} for part in ("now", "best"))
+        self.means = {name: (held[f"first.{name}"], held[f"second.{name}"]) for name in names}
+        self.resumed, self.whole = True, self.now()
 
     def save(self, state: str | os.PathLike[str]) -> None:
-        """Writes everything training goes on from."""
+        """Writes everything training goes on from: the last whole step."""
         held: dict[str, Tensor] = {}
-        for name, x in self.tensors.items():
-            parts = {"now": x, "best": self.kept[name], "first": self.means[name][0], "second": self.means[name][1]}
+        for name, x in self.whole.tensors.items():
+            first, second = self.whole.means[name]
+            parts = {"now": x, "best": self.whole.kept[name], "first": first, "second": second}
             held |= {f"{part}.{name}": tensor for part, tensor in parts.items()}
-        record = {"about": self.about, "step": self.step, "first": self.first, "best": self.best}
+        record = {"about": self.about, "step": self.whole.step, "first": self.first, "best": self.whole.best}
         safefile.write(state, "refinement", record, held)
 
     @torch.no_grad()
@@ -181,18 +220,19 @@ class _Run:
 
     def learn(self, lessons: list[Tensor], rate: float) -> None:
         """One step of Adam on one sequence, which meets another share of the latents in every round."""
-        leaves = [x.requires_grad_() for x in self.tensors.values()]
+        self.tensors = {name: x.detach().requires_grad_() for name, x in self.tensors.items()}
         rounds, at = divmod(self.step, len(lessons))
         share = self.shares[(at + rounds) % len(self.shares)]
-        grads = torch.autograd.grad(self.divergence(lessons[at], self.expected(lessons[at]), share), leaves)
-        self.step += 1
+        loss = self.divergence(lessons[at], self.expected(lessons[at]), share)
+        grads = torch.autograd.grad(loss, list(self.tensors.values()))
+        step, tensors, means = self.step + 1, {}, {}
         for (name, x), grad in zip(self.tensors.items(), grads, strict=True):
-            x.requires_grad_(False)
-            mean, second = self.means[name]
-            mean.lerp_(grad, 1 - BETAS[0])
-            second.lerp_(grad.square(), 1 - BETAS[1])
-            corrected = (second / (1 - BETAS[1] ** self.step)).sqrt().add_(1e-12)
-            x.sub_(mean / (1 - BETAS[0] ** self.step) / corrected * (rate * self.scales[name]))
+            mean = self.means[name][0].lerp(grad, 1 - BETAS[0])
+            second = self.means[name][1].lerp(grad.square(), 1 - BETAS[1])
+            corrected = (second / (1 - BETAS[1] ** step)).sqrt().add_(1e-12)
+            taken = mean / (1 - BETAS[0] ** step) / corrected * (rate * self.scales[name])
+            tensors[name], means[name] = x.detach() - taken, (mean, second)
+        self.step, self.tensors, self.means = step, tensors, means
 
     @torch.no_grad()
     def judge(self, judges: list[Tensor]) -> None:
@@ -203,8 +243,7 @@ class _Run:
             found += len(ids) * sum(self.divergence(ids, expected, share).item() for share in self.shares)
         found /= sum(map(len, judges)) * len(self.shares)
         if found < self.best:
-            self.best = found
-            self.kept = {name: x.clone() for name, x in self.tensors.items()}
+            self.best, self.kept = found, self.tensors
 
     def _weights(self, share: float) -> list[tuple[Linear, Linear]]:
         """Of every layer, the maps of keys and values that the tensors stand for, with this share of their latents."""

@@ -33,7 +33,7 @@ class Window:
     @classmethod
     def of(cls, far: Sequence[int]) -> Window:
         """Of two numbers, recent and sinks. Raises: ValueError for anything else."""
-        if not isinstance(far, Sequence) or len(far) != 2:
+        if not isinstance(far, Sequence) or isinstance(far, str) or len(far) != 2:
             raise ValueError(f"far: expected (recent, sinks), got {far!r}")
         return cls(*far)
 

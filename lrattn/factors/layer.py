@@ -104,6 +104,12 @@ class LayerFactors:
             if self.keys.down is not None:
                 raise ValueError("shared: expected keys.down to be None (values.down writes the row), got a tensor")
 
+    def __repr__(self) -> str:
+        sides = f"keys={self.keys.latents_told}, values={self.values.latents_told}"
+        form = ", shared" if self.shared else ", rotated" if self.rotated else ""
+        heads = f"heads={self.num_kv_heads}, head_dim={self.head_dim}"
+        return f"LayerFactors({heads}, {sides}{form}, {self.dtype} on {self.device})"
+
     @property
     def num_kv_heads(self) -> int:
         return self.keys.num_heads

@@ -75,6 +75,18 @@ class Projection:
         if len(widths := {tuple(bits for _, bits in f.segments) for f in formats}) > 1:
             raise ValueError(f"format: expected the same widths in every group, got {sorted(widths)}")
 
+    def __repr__(self) -> str:
+        extras = (("down", self.down is not None), ("bias", self.bias is not None))
+        more = "".join(f", {name}" for name, there in extras if there)
+        what = f"heads={self.num_heads}, head_dim={self.head_dim}, {self.latents_told}{more}"
+        return f"Projection({what}, {self.up.dtype} on {self.up.device})"
+
+    @property
+    def latents_told(self) -> str:
+        """How many of them there are, in words."""
+        groups = f" in {len(self.ranks)} groups" if len(self.ranks) > 1 else ""
+        return f"{self.width} {'packed ' if self.formats else ''}latents{groups}"
+
     @property
     def num_heads(self) -> int:
         return self.up.shape[0]
@@ -203,6 +215,10 @@ class KeyNorm:
 
     weight: Tensor
     eps: float = 1e-6
+
+    def __repr__(self) -> str:
+        weight = self.weight
+        return f"KeyNorm(head_dim={len(weight)}, eps={self.eps}, {weight.dtype} on {weight.device})"
 
     def inverse_rms(self, k: Tensor) -> Tensor:
         """1 / rms of raw keys [.., D] -> [..]."""

@@ -48,6 +48,11 @@ class Factors:
         if len(self.near) != 2 or any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in self.near):
             raise ValueError(f"near: expected two numbers of tokens, recent and sinks, got {self.near}")
 
+    def __repr__(self) -> str:
+        first = self.layers[0]
+        size = f"layers={len(self.layers)}, keep={self.keep:.3f}, bytes_per_token={self.bytes_per_token:,}"
+        return f"Factors(method={self.method!r}, {size}, near={self.near}, {first.dtype} on {first.device})"
+
     @property
     def bytes_per_token(self) -> int:
         """Bytes a token holds in the latent caches of all layers: norm columns, scales and padding included, what is
@@ -72,7 +77,10 @@ class Factors:
         return replace(self, layers=tuple(layer.to(device, dtype) for layer in self.layers))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes one safetensors file, no pickle; the file at `path` is replaced only when the new one is whole."""
+        """Writes one safetensors file, no pickle; the file at `path` is replaced only when the new one is whole.
+
+        Raises: OSError if it cannot be written there.
+        """
         tensors: dict[str, Tensor] = {}
         layers = []
         for i, layer in enumerate(self.layers):

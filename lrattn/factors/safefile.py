@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,12 +26,10 @@ def write(
     record: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Writes beside `path` and renames, so that a reader meets the old file or the new one.
+    """Writes beside `path` and renames, see `replacing`.
 
-    Raises: OSError if the file cannot be written.
+    Raises: OSError if the file cannot be written; ValueError for what is no path.
     """
-    path = Path(path)
-    check_target(kind, path)
     own: dict[str, Tensor] = {}
     for name, x in tensors.items():
         x = x.detach().cpu().contiguous()
@@ -41,26 +42,69 @@ def write(
         "record": text,
         "sha256": _digest(text, own),
     }
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.touch()
-        mode = partial.stat().st_mode  # the caller's umask; save_file makes a private file
-        save_file(own, partial, metadata=header)
-        partial.chmod(mode)
-        os.replace(partial, path)
-    except SafetensorError as error:
-        raise OSError(f"{path}: could not be written ({error})") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(kind, path) as partial:
+        try:
+            save_file(own, partial, metadata=header)
+        except SafetensorError as error:
+            raise OSError(f"{path}: could not be written ({error})") from error
+
+
+@contextmanager
+def replacing(name: str, path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Inside, a file to write; at the end it takes the place of the one at `path`, or is gone where that fails.
+
+    A reader meets the old file or the new one, whole, and writers do not meet. What a symbolic link leads to is
+    replaced, not the link. A file that is replaced keeps its permissions, a new one has those of any other.
+
+    Raises: as `check_target`.
+    """
+    with _partial(name, path) as (partial, target):
+        mode = (target if target.exists() else partial).stat().st_mode
+        yield partial
+        partial.chmod(stat.S_IMODE(mode))  # whatever made the file anew: save_file makes a private one
+        os.replace(partial, target)
 
 
 def check_target(name: str, path: str | os.PathLike[str]) -> None:
-    """Raises OSError, and says so of `name`, if no file can be written at `path`: before long work, not after it."""
+    """Tries to write beside `path`, before long work and not after it; nothing is left there.
+
+    Raises: OSError, which says so of `name`, if no file can be written there; ValueError for what is no path.
+    """
+    with _partial(name, path):
+        pass
+
+
+@contextmanager
+def _partial(name: str, path: str | os.PathLike[str]) -> Iterator[tuple[Path, Path]]:
+    """An empty file of this call's own, gone at the end, and beside it the file that `path` leads to."""
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"{name}: expected a path, got {path!r}")
     path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{name}: expected a file, got the folder {path}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{name}: expected an existing folder, got {path.parent}")
+    target = Path(os.path.realpath(path)) if os.path.islink(path) else path
+    partial = target.parent / f"{target.stem[:32]}.{uuid4().hex}.partial{path.suffix[:16]}"  # plots go by the suffix
+    try:
+        _check_kind(name, target)
+        partial.touch(exist_ok=False)
+        yield partial, target
+    except OSError as error:
+        if error.errno is None:  # it says what of
+            raise
+        raise type(error)(f"{name}: expected a place to write to, got {path} ({error.strerror})") from error
+    finally:
+        with suppress(OSError):  # where none could be made there is none
+            partial.unlink()
+
+
+def _check_kind(name: str, target: Path) -> None:
+    """Raises OSError if what is at `target` is nothing that another file may take the place of."""
+    if target.is_dir():
+        raise IsADirectoryError(f"{name}: expected a file, got the folder {target}")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{name}: expected an existing folder, got {target.parent}")
+    if target.is_symlink() or (target.exists() and not target.is_file()):
+        raise OSError(f"{name}: expected a file, got {target}, which is none")  # a circle of links, a device, a pipe
+    if target.exists() and not os.access(target, os.W_OK):
+        raise PermissionError(f"{name}: expected a file that may be written, got {target}, which is protected")
 
 
 def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

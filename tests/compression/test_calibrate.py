@@ -131,16 +131,49 @@ def test_what_cannot_be_summed_is_refused():
     ):
         with pytest.raises(ValueError, match=reason):
             lrattn.calibrate(model, [wrong], progress=False)
-    with pytest.raises(ValueError, match="tokens that attention sees beyond the window"):
+    one = r"beyond the window far=\(0, 0\), got none; give sequences of 2 or more"
+    with pytest.raises(ValueError, match=one):
         lrattn.calibrate(model, [ids[:, :1]], gather=["fisher"], progress=False)
     with torch.inference_mode():
         frozen = tiny.model("llama")
     with pytest.raises(ValueError, match=r"model: .* made in torch\.inference_mode"):
         lrattn.calibrate(frozen, [ids], gather=["fisher"], progress=False)
-    with torch.no_grad():
-        model.model.layers[1].input_layernorm.weight.fill_(float("inf"))
-    with pytest.raises(ValueError, match=r"inputs of model\.layers\.1\.self_attn are not all finite"):
-        lrattn.calibrate(model, [tiny.tokens(1, 8)], progress=False)
+    for batches in (5, None, "text", {"input_ids": ids}):
+        with pytest.raises(ValueError, match=r"batches: expected several of token ids \[b, t\], in a list, got"):
+            lrattn.calibrate(model, batches, progress=False)
+    for gather in ("fisher", ["fissher"], 5, None):
+        with pytest.raises(ValueError, match=r"gather: expected names out of \[.*\], got"):
+            lrattn.calibrate(model, [ids], gather=gather, progress=False)
+    for far in ("64", "x", 64, (64,), (64.0, 4), (True, 0), None):
+        with pytest.raises(ValueError, match=r"(far|recent): expected"):
+            lrattn.calibrate(model, [ids], far=far, progress=False)
+    with pytest.raises(ValueError, match="state: expected a path, got 5"):
+        lrattn.calibrate(model, [ids], state=5, progress=False)
+    long = "batches: expected sequences of at most 512 tokens, the model's positions, got one of 513"
+    with pytest.raises(ValueError, match=long):
+        lrattn.calibrate(model, [tiny.tokens(1, 513)], progress=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_that_are_not_finite_are_told_with_what_is_to_blame(dtype):
+    """A weight that is broken by name; a wider dtype only where there is one to go to."""
+    ids = [tiny.tokens(1, 8)]
+    for name, gather, where in (
+        ("model.layers.1.mlp.up_proj.weight", [], r"inputs of model\.layers\.2\.self_attn"),
+        ("lm_head.weight", ["fisher"], r"gradients of the keys of model\.layers\.0\.self_attn"),
+    ):
+        model = tiny.model("llama", dtype=dtype)
+        with torch.no_grad():
+            model.get_parameter(name)[3, 5] = torch.nan
+        with pytest.raises(ValueError, match=f"expected finite {where}, got some .*; the weight {name} is not finite$"):
+            lrattn.calibrate(model, ids, gather=gather, progress=False)
+    model = tiny.model("llama", dtype=dtype)
+    model.model.layers[1].register_forward_hook(lambda _, __, out: out * torch.inf)
+    look = "calibrate a model of a wider dtype" if dtype == torch.bfloat16 else "all weights are finite: look at what"
+    with pytest.raises(
+        ValueError, match=rf"finite inputs of model\.layers\.2\.self_attn, got some that are not; {look}"
+    ):
+        lrattn.calibrate(model, ids, progress=False)
 
 
 def interrupted(batches, after):
@@ -169,6 +202,107 @@ def test_an_interrupted_calibration_goes_on_where_it_was(gather, after, tmp_path
     assert sum(ran) == 6 - 2 * after
     same(expected, resumed)
     same(resumed, lrattn.Moments.load(path), rtol=0, atol=0)
+
+
+def same_bits(a, b):
+    """Bit for bit."""
+    assert a.sums.keys() == b.sums.keys()
+    same(a, b, rtol=0, atol=0)
+    for name in a.sums:
+        assert all(torch.equal(x, y) for x, y in zip(a.sums[name], b.sums[name], strict=True)), name
+
+
+@pytest.mark.parametrize("gather", GATHERS, ids=str)
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("where", ["between batches", "in a batch", "in the first batch"])
+def test_what_stops_a_run_loses_no_whole_batch(gather, stop, where, tmp_path):
+    """In the first minute too, half-way through a batch whose first layers have been summed, or between two."""
+    model, ids, path = tiny.model("llama"), tiny.tokens(6, 16), tmp_path / "state.safetensors"
+    expected = lrattn.calibrate(model, ids.split(2), gather=gather, progress=False)
+    passed = 0 if "first" in where else 1
+
+    def batches():
+        for n, batch in enumerate(ids.split(2)):
+            if n > passed and where == "between batches":
+                raise stop
+            stops.append(n == passed and where != "between batches")
+            yield batch
+
+    def leave(*_):
+        if stops[-1]:
+            raise stop
+
+    stops = []
+    hook = model.model.layers[1].register_forward_hook(leave)
+    with pytest.raises(stop):
+        lrattn.calibrate(model, batches(), gather=gather, state=path, progress=False)
+    hook.remove()
+    whole = passed + (where == "between batches")
+    assert path.exists() == bool(whole) and (not whole or lrattn.Moments.load(path).sequences == 2 * whole)
+    same_bits(lrattn.calibrate(model, ids.split(2), gather=gather, state=path, progress=False), expected)
+
+
+class StoppedAt:
+    """Ctrl-C at the n-th line of a source file that is run inside; `lines` that were run at the end."""
+
+    def __init__(self, name, n):
+        self.name, self.n, self.lines = name, n, 0
+
+    def __enter__(self):
+        self.before = sys.gettrace()
+        sys.settrace(lambda frame, event, arg: self.trace if frame.f_code.co_filename.endswith(self.name) else None)
+        return self
+
+    def trace(self, frame, event, arg):
+        self.lines += event == "line"
+        if self.lines == self.n:
+            self.lines += 1
+            raise KeyboardInterrupt
+        return self.trace
+
+    def __exit__(self, *_):
+        sys.settrace(self.before)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_ctrl_c_at_any_line_leaves_whole_batches(padded, tmp_path):
+    """Wherever it comes, what is saved is of whole batches and goes on to the same moments, bit for bit."""
+    model, ids, path = tiny.model("llama"), tiny.tokens(4, 16), tmp_path / "state.safetensors"
+    mask = torch.ones_like(ids)
+    mask[1::2, : 5 if padded else 0] = 0
+    batches = [{"input_ids": ids[i : i + 2], "attention_mask": mask[i : i + 2]} for i in (0, 2)]
+    choice = {"gather": ["metric"], "far": (4, 1), "progress": False}
+    expected = lrattn.calibrate(model, batches, **choice)
+    with StoppedAt("calibrate.py", 0) as whole:
+        lrattn.calibrate(model, batches, **choice, state=path)
+    found = []
+    for n in range(1, whole.lines, whole.lines // 24):
+        path.unlink(missing_ok=True)
+        with pytest.raises(KeyboardInterrupt), StoppedAt("calibrate.py", n):
+            lrattn.calibrate(model, batches, **choice, state=path)
+        found.append(lrattn.Moments.load(path).sequences if path.exists() else 0)
+        same_bits(lrattn.calibrate(model, batches, **choice, state=path), expected)
+    assert set(found) == {0, 2} or set(found) == {0, 2, 4}
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_state_that_cannot_be_written_is_found_before_the_work(tmp_path):
+    model = tiny.model("llama")
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    model.model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    start = lrattn.compress(tiny.model("llama"), method="svd", progress=False)
+    (tmp_path / "file").touch()
+    for place in ("/proc/x", "/sys/x", tmp_path / "file" / "state"):
+        for run in (
+            lambda place=place: lrattn.calibrate(model, [tiny.tokens(1, 90)], state=place, progress=False),
+            lambda place=place: lrattn.compress(model, [tiny.tokens(1, 90)], state=place, progress=False),
+            lambda place=place: lrattn.refine(model, start, [tiny.tokens(4, 90)], state=place, progress=False),
+        ):
+            with pytest.raises(OSError, match=r"^state: expected [^\n]*$"):
+                run()
+        for save in (start.save, lrattn.Moments([torch.eye(96).double()] * 3, 1).save):
+            with pytest.raises(OSError, match=r"^(factors|moments): expected [^\n]*$"):
+                save(place)
 
 
 def test_an_error_in_a_batch_leaves_the_last_whole_state(tmp_path, monkeypatch):
@@ -311,6 +445,22 @@ def test_gradients_beyond_a_window_are_those_of_far_tokens():
     for name, sums in some.sums.items():
         for x, y in zip(sums, found.sums[name], strict=True):
             torch.testing.assert_close(y, x, rtol=1e-4, atol=1e-6 * x.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    "gather, method, more", [("fisher", {"method": "palu", "ranks": "fisher"}, 0), ("metric", {}, 1)]
+)
+@pytest.mark.parametrize("far", [(0, 0), (3, 0), (0, 2), (4, 1)])
+def test_sequences_as_long_as_a_window_asks_for_are_felt(far, gather, method, more):
+    """The length that the error names is enough, and one token less is not; compress says so before it calibrates."""
+    model, least = tiny.model("llama"), sum(far) + 2 + (more if far[1] == 0 else 0)
+    lrattn.calibrate(model, [tiny.tokens(1, least)], gather=[gather], far=far, progress=False)
+    told = rf"beyond the window far=\({far[0]}, {far[1]}\), got none; give sequences of {least} or more"
+    with pytest.raises(ValueError, match=told):
+        lrattn.calibrate(model, [tiny.tokens(1, least - 1)], gather=[gather], far=far, progress=False)
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    with pytest.raises(ValueError, match=told):
+        lrattn.compress(model, [tiny.tokens(9, least - 1)], far=far, **method, progress=False)
 
 
 def test_a_state_without_gradients_serves_any_window(tmp_path):

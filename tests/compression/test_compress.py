@@ -4,6 +4,7 @@ import sys
 from contextlib import nullcontext
 from itertools import cycle
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -344,7 +345,8 @@ def test_compress_refuses_with_the_reason():
             "moments": lrattn.calibrate(model, ids, progress=False),
         },
         "keep: expected": {"batches": ids, "keep": 2.0},
-        "state: expected None where nothing is calibrated": {"method": "svd", "state": "state.safetensors"},
+        "state: expected None where nothing is calibrated or distilled": {"method": "svd", "state": "s"},
+        "sequences of at most 512 tokens, the model's positions": {"batches": [ids[0], tiny.tokens(1, 513)]},
         "shards: expected a divisor or a multiple of Hkv=4, got 3": {"batches": ids, "shards": 3},
         "batches: expected token batches, got Moments": {"batches": lrattn.calibrate(model, ids, progress=False)},
         "moments: expected those of this model": {
@@ -358,6 +360,83 @@ def test_compress_refuses_with_the_reason():
     other = lrattn.calibrate(tiny.model("qwen3"), ids, progress=False)
     with pytest.raises(ValueError, match="moments: expected 3 layers"):
         lrattn.compress(model, method="palu", moments=lrattn.Moments(other.inputs[:2], other.tokens), progress=False)
+
+
+WRONG = {
+    "method": (None, 3, ["svd"]),
+    "keep": ("0.5", True, float("nan"), 0, -0.5, 1.5, None),
+    "bytes_per_token": (1.5, "300", True, 0, 10**9, 10),
+    "bits": (None, "8", True, 8.0, [8.0], [], 3, (16, None)),
+    "group_size": ("4", True, 0, 4.0, None),
+    "shards": ("1", True, 0, 1.0, None),
+    "ranks": (3, "best", ["spectrum"]),
+    "shared": (1, 0, "joint", "no", ["ride"]),
+    "far": ("x", "64", 64, (64,), (64, 4, 1)),
+    "refine": (True, "8", 1.5, -1, None),
+    "nested": ("yes", 1, None),
+    "moments": ("moments", 5),
+    "batches": (5, "text", {"input_ids": torch.ones(1, 90, dtype=torch.int64)}, ["text"]),
+    "state": (5, True),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_no_such_choice_is_told_before_any_work(name):
+    """Of the wrong type as of the wrong size: a ValueError that names the argument, what was expected and what came."""
+    model = tiny.model("llama")
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    model.model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    for value in WRONG[name]:
+        if name == "keep" and value is None:
+            continue  # the default
+        with pytest.raises(ValueError, match=rf"^{name}: expected [^\n]*, got "):
+            lrattn.compress(model, **{"batches": [tiny.tokens(9, 90)], name: value}, progress=False)
+
+
+@pytest.mark.parametrize("shared", [False, "ride", True])
+@pytest.mark.parametrize("bits", [8, "auto"])
+def test_a_budget_too_small_is_refused_before_any_work(shared, bits):
+    """Up to a keep whose least row can be made, no model runs; from there on factors are made."""
+    model, runs = tiny.model("qwen3"), []
+    model.register_forward_pre_hook(lambda *_: runs.append(1))
+    refused = []
+    for keep in (0.02, 0.05, 0.08, 0.1, 0.11):
+        runs.clear()
+        try:
+            made = lrattn.compress(
+                model, [tiny.tokens(1, 12)], keep=keep, bits=bits, shared=shared, far=(0, 0), progress=False
+            )
+            assert made.keep <= keep
+        except ValueError as error:
+            assert not runs and str(error).startswith("keep: expected at least")
+            refused.append(keep)
+    assert 0.02 in refused and 0.11 not in refused
+
+
+def test_numbers_of_other_kinds_are_numbers():
+    """As numpy gives them; and what cuts factors asks for the same share as what makes them."""
+    model = tiny.model("llama")
+    factors = lrattn.compress(model, method="svd", keep=np.float32(0.5), progress=False)
+    assert factors.keep == lrattn.compress(model, method="svd", keep=0.5, progress=False).keep
+    assert lrattn.narrowed(factors, np.float32(0.25)).keep == lrattn.narrowed(factors, 0.25).keep
+    for keep in WRONG["keep"]:
+        with pytest.raises(ValueError, match=rf"keep: expected a share in \(0, 1\], got {keep!r}"):
+            lrattn.narrowed(factors, keep)
+    with pytest.raises(ValueError, match=r"bytes_per_token: expected more, got 10 \(keep: expected at least"):
+        lrattn.compress(model, method="svd", bytes_per_token=10, progress=False)
+
+
+@pytest.mark.parametrize("method", ["svd", "lrattn", "kq-svd"])
+@pytest.mark.parametrize("part", ["k_proj.weight", "v_proj.weight", "k_proj.bias"])
+def test_a_weight_that_is_not_finite_is_refused_by_name(part, method):
+    """Of the last layer, whose keys and values no other layer sees."""
+    model = tiny.model("qwen2")
+    name = f"model.layers.2.self_attn.{part}"
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[5] = torch.nan
+    linear, kind = part.split(".")
+    with pytest.raises(ValueError, match=f"model: expected a finite {kind} of model.layers.2.self_attn.{linear}, got"):
+        lrattn.compress(model, [tiny.tokens(2, 90)], method, progress=False)
 
 
 def test_progress_is_shown_and_can_be_turned_off(capsys):
@@ -490,6 +569,8 @@ def test_refinement_follows_and_is_refused_where_it_cannot():
         {"batches": [ids], "refine": -1},
         {"method": "svd", "refine": 2},
         {"batches": [ids], "refine": 1.5},
+        {"batches": [ids], "refine": 2, "bits": 8},
+        {"batches": [ids], "refine": 2, "bits": "auto"},
     ):
         with pytest.raises(ValueError, match="refine: expected"):
             lrattn.compress(model, **arguments, progress=False)
@@ -499,6 +580,62 @@ def test_refinement_follows_and_is_refused_where_it_cannot():
         lrattn.compress(model, [ids], keep=0.3, refine=2, nested=True, far=(0, 0), progress=False), 0.2
     )
     assert 0.18 < cut.keep <= 0.2
+
+
+def files(folder):
+    return sorted(p.name.split(".")[0] + "".join(p.suffixes[-1:]) for p in folder.iterdir())
+
+
+def test_a_distillation_goes_on_from_a_state_beside_the_calibration_s(tmp_path, monkeypatch):
+    """Stopped half-way it comes to the same factors, bit for bit, with no text calibrated on twice."""
+    model, ids, state = tiny.model("llama"), tiny.tokens(9, 20), tmp_path / "state"
+    choice = {"keep": 0.3, "refine": 12, "far": (0, 0), "progress": False}
+    whole = lrattn.compress(model, [ids], **choice)
+    run = sys.modules["lrattn.compression.refine"]._Run
+    learn, ran = run.learn, []
+
+    def until(own, *args):
+        if own.step == 5:
+            raise KeyboardInterrupt
+        learn(own, *args)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(run, "learn", until)
+        lrattn.compress(model, [ids], **choice, state=state)
+    assert files(tmp_path) == ["state", "state.refine"] and lrattn.Moments.load(state).sequences == 7
+    hook = model.register_forward_pre_hook(lambda *_: ran.append(1))
+    again = lrattn.compress(model, [ids], **choice, state=state)
+    hook.remove()
+    for a, b in zip(again.layers, whole.layers, strict=True):
+        assert torch.equal(a.values.up, b.values.up) and torch.equal(a.values.down, b.values.down)
+    assert again.method == whole.method == "lrattn, refined"
+    assert len(ran) == 7 * 2 + 2 * 2 * 2  # steps 5 .. 11, two passes each; two judgements of two sequences
+    model.register_forward_pre_hook(lambda *_: pytest.fail("of a finished run nothing is left to do"))
+    done = lrattn.compress(model, [ids], **choice, state=state)
+    assert torch.equal(done.layers[1].values.down, whole.layers[1].values.down)
+
+
+def test_each_distillation_has_a_state_of_its_own(tmp_path):
+    """Another share, other steps or more text: none meets the file of another, and the calibration serves them all."""
+    model, ids, state = tiny.model("llama"), tiny.tokens(10, 20), tmp_path / "state"
+    choice = {"keep": 0.3, "refine": 1, "far": (0, 0), "progress": False}
+    for n, other in enumerate(({}, {"keep": 0.4}, {"refine": 2}, {"nested": True}, {})):
+        made, same = (lrattn.compress(model, [ids[:9]], **choice | other, **to) for to in ({"state": state}, {}))
+        assert files(tmp_path) == ["state", *["state.refine"] * min(n + 1, 4)]
+        assert torch.equal(made.layers[1].values.down, same.layers[1].values.down)
+    lrattn.compress(model, [ids], **choice, state=state)
+    assert lrattn.Moments.load(state).sequences == 8 and len(files(tmp_path)) == 6
+    moments = lrattn.Moments.load(state)
+    lrattn.compress(model, [ids], moments=moments, **choice, state=tmp_path / "other")
+    lrattn.compress(model, [ids], "svd", **choice, state=tmp_path / "third")
+    assert files(tmp_path)[:2] == ["other.refine", "state"] and files(tmp_path)[-1] == "third.refine"
+
+
+def test_a_distillation_s_state_that_cannot_be_written_is_found_before_the_work(tmp_path):
+    model, name = tiny.model("llama"), "n" * 250  # a name with room for no ending
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    with pytest.raises(OSError, match=r"^state: expected a place to write to, got .*\.refine \(File name too long\)$"):
+        lrattn.compress(model, [tiny.tokens(9, 90)], refine=1, state=tmp_path / name, progress=False)
 
 
 def test_what_judges_a_refinement_is_not_calibrated_on(monkeypatch):

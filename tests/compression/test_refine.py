@@ -6,9 +6,11 @@ import sys
 import pytest
 import tiny
 import torch
+from test_calibrate import StoppedAt
 
 import lrattn
 from lrattn.compression.substitute import Window
+from lrattn.factors import safefile
 from lrattn.integrations.transformers import latent_attention
 
 
@@ -19,6 +21,13 @@ def divergence(model, factors, ids, **near):
         with latent_attention(model, factors, **near):
             got = model(ids, use_cache=False).logits.log_softmax(-1)
     return (expected.exp() * (expected - got)).sum(-1).mean().item()
+
+
+def same_bits(a, b):
+    """Bit for bit, and not the ones that training began with."""
+    assert (a.method, a.near) == (b.method, b.near)
+    for x, y in zip(a.layers, b.layers, strict=True):
+        assert torch.equal(x.keys.up, y.keys.up) and torch.equal(x.values.down, y.values.down)
 
 
 def text(sequences=4, length=48):
@@ -104,14 +113,56 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(module._Run, "learn", until)
         lrattn.refine(model, start, [ids], steps=20, state=path, progress=False)
-    again = lrattn.refine(model, start, [ids], steps=20, state=path, progress=False)
-    for a, b in zip(whole.layers, again.layers, strict=True):
-        torch.testing.assert_close(a.keys.down, b.keys.down, rtol=1e-5, atol=1e-6)
+    assert safefile.read(path, "refinement")[0]["step"] == 13
+    same_bits(lrattn.refine(model, start, [ids], steps=20, state=path, progress=False), whole)
     for wrong in ({"steps": 21}, {"steps": 20, "recent": 3}):
         with pytest.raises(ValueError, match="state: expected a run of these factors, steps and text"):
             lrattn.refine(model, start, [ids], state=path, progress=False, **wrong)
     with pytest.raises(ValueError, match="state: expected a run of these factors, steps and text"):
         lrattn.refine(model, start, [text() + 1], steps=20, state=path, progress=False)
+
+
+def test_a_step_whose_judgement_was_stopped_is_taken_again(tmp_path, monkeypatch):
+    """A judgement that would have been the best is not lost: it belongs to its step."""
+    module = sys.modules["lrattn.compression.refine"]
+    model, ids, path = tiny.model("llama"), text(), tmp_path / "run.safetensors"
+    start = lrattn.compress(model, [ids], keep=0.3, far=(0, 0), progress=False)
+    judge, stops = module._Run.judge, [False, True, False]
+
+    def judged(run, judges):
+        if run.step == 8 and stops.pop(0):
+            raise KeyboardInterrupt
+        judge(run, judges)
+        if run.step == 8:
+            run.best, run.kept = -1.0, run.tensors
+
+    monkeypatch.setattr(module._Run, "judge", judged)
+    whole = lrattn.refine(model, start, [ids], steps=12, progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        lrattn.refine(model, start, [ids], steps=12, state=path, progress=False)
+    assert safefile.read(path, "refinement")[0]["step"] == 7
+    same_bits(lrattn.refine(model, start, [ids], steps=12, state=path, progress=False), whole)
+    assert not stops
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_ctrl_c_at_any_line_leaves_whole_steps(nested, tmp_path):
+    """In a step, in a judgement or between them: what is saved goes on to the same factors, bit for bit."""
+    model, ids, path = tiny.model("llama"), text(3, 12), tmp_path / "run.safetensors"
+    start = lrattn.compress(model, [ids], keep=0.9, far=(0, 0), progress=False)
+    choice = {"steps": 10, "nested": nested, "progress": False}
+    expected = lrattn.refine(model, start, [ids], **choice)
+    with StoppedAt("refine.py", 0) as whole:
+        lrattn.refine(model, start, [ids], **choice, state=path)
+    found = []
+    for n in range(1, whole.lines, whole.lines // 12):
+        path.unlink(missing_ok=True)
+        with pytest.raises(KeyboardInterrupt), StoppedAt("refine.py", n):
+            lrattn.refine(model, start, [ids], **choice, state=path)
+        found.append(safefile.read(path, "refinement")[0]["step"] if path.exists() else -1)
+        same_bits(lrattn.refine(model, start, [ids], **choice, state=path), expected)
+    assert found == sorted(found) and len(set(found)) > 5
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 def test_padding_takes_no_part():
@@ -133,12 +184,19 @@ def test_the_model_is_left_alone_and_bad_input_refused():
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
     assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
     assert not any(side.up.requires_grad for layer in refined.layers for side in (layer.keys, layer.values))
+    packed = lrattn.compress(model, [ids], "svd", bits=8, progress=False)
     for arguments, reason in (
         ({"batches": [ids[:1]]}, "batches: expected two sequences"),
-        ({"batches": [ids], "steps": 0}, "steps: expected at least 1"),
+        *(({"steps": steps}, "steps: expected an integer of at least 1, got") for steps in (0, True, "8", 1.5, None)),
+        ({"nested": "yes"}, "nested: expected True or False, got 'yes'"),
+        ({"recent": True}, "recent: expected"),
+        ({"factors": packed}, "factors: expected plain latents"),
+        ({"state": 5}, "state: expected a path, got 5"),
+        ({"batches": {"input_ids": ids}}, "batches: expected several of token ids"),
+        ({"batches": [ids, tiny.tokens(1, 513)]}, "batches: expected sequences of at most 512 tokens, the model's pos"),
         ({"batches": [ids], "recent": -1}, "recent: expected"),
         ({"batches": [ids], "factors": start.to(dtype=torch.float64)}, "factors: expected torch.float32 on cpu"),
     ):
         with pytest.raises(ValueError, match=reason):
-            lrattn.refine(model, **{"factors": start} | arguments, progress=False)
+            lrattn.refine(model, **{"factors": start, "batches": [ids]} | arguments, progress=False)
     assert math.isfinite(divergence(model.eval(), refined, ids))

@@ -1,6 +1,7 @@
 """The frozen records: latents and back, shards, folds, and a file that is read whole or not at all."""
 
 import json
+import re
 import struct
 
 import pytest
@@ -178,6 +179,27 @@ def factors(dtype=torch.float32):
 
 def same(a, b):
     return (a is None and b is None) or (a.dtype == b.dtype and torch.equal(a, b))
+
+
+def test_a_record_is_one_readable_line():
+    """In a notebook, in a list too: what it is and how large, no numbers of its tensors."""
+    whole = factors()
+    told = {
+        whole: r"Factors\(method='palu', layers=4, keep=\d\.\d{3}, bytes_per_token=[\d,]+, near=\(0, 0\), "
+        r"torch\.float32 on cpu\)",
+        whole.layers[0]: r"LayerFactors\(heads=4, head_dim=\d+, keys=48 latents in 2 groups, values=64 latents, "
+        r"torch\.float32 on cpu\)",
+        whole.layers[0].keys: r"Projection\(heads=4, head_dim=\d+, 48 latents in 2 groups, down, bias, .*\)",
+        whole.layers[0].key_norm: r"KeyNorm\(head_dim=\d+, eps=1e-06, torch\.float32 on cpu\)",
+        lrattn.Moments([torch.eye(96).double()] * 3, 1180, 4, far=(64, 4)): r"Moments\(layers=3, inputs=96, "
+        r"tokens=1,180, sequences=4, gathered=\(\), far=\(64, 4\)\)",
+    }
+    for record, expected in told.items():
+        for text in (repr(record), str(record), f"{[record]}"[1:-1]):
+            assert re.fullmatch(expected, text), text
+    for layer in whole.layers:
+        assert all(len(repr(x).splitlines()) == 1 and len(repr(x)) < 160 for x in (layer, layer.keys, layer.values))
+        assert ("shared" in repr(layer), "rotated" in repr(layer)) == (layer.shared, layer.rotated)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

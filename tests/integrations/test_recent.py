@@ -227,9 +227,10 @@ def test_prompt_lookup_crops_and_goes_on(keep, recent):
     """Where far tokens are exact too, or none is far, refilled windows leave the original model's tokens."""
     model, factors = compressed("llama", keep)
     ids = tiny.tokens(1, 6).repeat(1, 5)
-    expected = generate(model, ids)
+    never = model.config.vocab_size  # release 5.5 looks prompts up for models with an end of text only
+    expected = generate(model, ids, eos_token_id=never)
     with latent_attention(model, factors, recent=recent, sinks=2):
-        assert torch.equal(generate(model, ids, prompt_lookup_num_tokens=3), expected)
+        assert torch.equal(generate(model, ids, prompt_lookup_num_tokens=3, eos_token_id=never), expected)
 
 
 def test_bytes_are_those_of_the_latents_and_the_window():

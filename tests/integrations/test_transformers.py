@@ -13,6 +13,7 @@ import lrattn
 from lrattn.factors.parts import attention_parts
 from lrattn.integrations.transformers import LatentCache, latent_attention
 from lrattn.integrations.transformers import attention as integration
+from lrattn.integrations.transformers import cache as latent_cache
 from lrattn.integrations.transformers.naming import as_argument
 
 FAMILIES = tuple(tiny.CONFIGS)
@@ -246,17 +247,24 @@ def test_an_exception_inside_a_forward_leaves_the_cache_as_it_was():
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
 
 
-def test_crop_and_second_turn():
+def test_crop_and_second_turn(monkeypatch):
+    """A positive number is the length to keep where the release of transformers says so."""
     model, factors = compressed("qwen3")
     ids = tiny.tokens(2, 50)
     cache = LatentCache(model, factors)
     with torch.no_grad(), latent_attention(model, factors):
         expected = model(ids, use_cache=False).logits
         model(torch.cat((ids[:, :30], ids[:, :15]), 1), past_key_values=cache)
-        cache.crop(-15)
-        assert cache.get_seq_length() == 30 and cache.lengths == [30, 30]
+        cache.crop(-5)
+        assert cache.get_seq_length() == 40 and cache.lengths == [40, 40]
+        monkeypatch.setattr(latent_cache, "KEEPS_LENGTH", False)
         with pytest.raises(ValueError, match="expected 0 or a negative number"):
             cache.crop(20)
+        monkeypatch.setattr(latent_cache, "KEEPS_LENGTH", True)
+        cache.crop(99)
+        assert cache.lengths == [40, 40]
+        cache.crop(30)
+        assert cache.get_seq_length() == 30 and cache.lengths == [30, 30]
         got = model(ids[:, 30:], past_key_values=cache).logits
     torch.testing.assert_close(got, expected[:, 30:], rtol=0, atol=1e-4)
 

@@ -190,7 +190,7 @@ class _Session:
 
     def after(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """The pass is whole: its cache holds its tokens from now on, and is the one that is given back."""
-        back = cache_in(output) if isinstance(output, Mapping) else self.cache
+        back = dict(output).get(self.cache_name) if isinstance(output, Mapping) else None
         if back is not None and back is not self.cache:
             raise RuntimeError(
                 f"{self.cache_name}: expected the decoder to fill the cache it was given, got another one back"
@@ -237,7 +237,13 @@ def _next_positions(position_ids: Any, span: Span, expected: list[int] | None) -
         if expected is not None and span.lengths[i] > count:
             first = expected[i]
         if live != list(range(first, first + count)):
-            raise ValueError(f"position_ids: expected {count} consecutive positions from {first} on, got {live[:8]}..")
+            held, got = span.lengths[i] - count, f"{live[:8]}.."
+            if expected is None or not held:
+                raise ValueError(f"position_ids: expected {count} consecutive positions from {first} on, got {got}")
+            raise ValueError(
+                f"cache: it holds {held} tokens; expected positions to go on from {first}, got {got}: give the whole "
+                f"text, those {held} tokens first, or a new cache"
+            )
         after.append(first + count)
     return after
 

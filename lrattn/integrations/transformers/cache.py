@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -13,6 +14,8 @@ from lrattn.attention.cache import allocate_cache, key_rows, value_rows
 from lrattn.factors.record import Factors
 from lrattn.integrations.transformers.verify import check_fit
 from lrattn.integrations.transformers.window import DenseWindow, Places, near_of
+
+KEEPS_LENGTH = "max_length" in inspect.signature(Cache.crop).parameters  # as in 5.5; not in 5.19
 
 
 class Span(NamedTuple):
@@ -181,11 +184,12 @@ class LatentCache(Cache):  # type: ignore[misc]
         Tokens that are near the end again but had left the dense window come back to it rebuilt from their latents:
         until as many new tokens came, attention is not that of a sequence that was never longer.
 
-        Raises: ValueError for a positive number, which meant the length to keep in older releases.
+        In releases of transformers whose caches are told the length to keep, a positive number is that length.
+        Raises: ValueError for a positive number in the others.
         """
-        if tokens_to_remove > 0:
+        if tokens_to_remove > 0 and not KEEPS_LENGTH:
             raise ValueError(f"tokens_to_remove: expected 0 or a negative number of tokens, got {tokens_to_remove}")
-        removed = min(-tokens_to_remove, self.seen)
+        removed = min(self.seen - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove, self.seen)
         if removed <= 0:
             return
         before, self.lengths = self.lengths, [max(n - removed, 0) for n in self.lengths]

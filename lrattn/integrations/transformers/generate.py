@@ -10,6 +10,7 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from lrattn.factors.record import Factors
 from lrattn.integrations.transformers.either import attending, held_bytes, new_cache
+from lrattn.integrations.transformers.load import positions_of, reason
 from lrattn.integrations.transformers.naming import as_argument
 
 
@@ -35,7 +36,7 @@ def generate(
         recent, sinks: tokens held dense beside their latents; None: as the factors say. None or 0 without factors.
 
     Returns: text, tokens, tokens_per_second (prefill included), cache_bytes: of the tensors held at the end.
-    Raises: ValueError for an empty prompt, or numbers that make no sense.
+    Raises: ValueError for an empty prompt, one that is too long for the model, or numbers that make no sense.
     """
     if tokens < 1 or beams < 1:
         raise ValueError(f"tokens, beams: expected at least 1, got {tokens} and {beams}")
@@ -44,6 +45,11 @@ def generate(
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed: expected a number from 0 to 2^63 - 1, got {seed}")
     inputs = read_prompt(tokenizer, prompt, chat).to(model.device)
+    given, most = inputs["input_ids"].shape[1], positions_of(model)
+    if most is not None and given + tokens - 1 > most:  # the last new token is not read
+        raise ValueError(
+            f"prompt, tokens: expected at most {most} together, the model's positions, got {given} and {tokens}"
+        )
     choice: dict[str, Any] = {"do_sample": temperature > 0, "num_beams": beams, "max_new_tokens": tokens}
     if temperature > 0:
         choice["temperature"] = temperature
@@ -51,7 +57,7 @@ def generate(
     begin = time.perf_counter()
     with attending(model, factors, recent, sinks):
         cache = new_cache(model, factors, recent, sinks)
-        ids = model.generate(**inputs, **as_argument(model, cache), **choice)[0, inputs["input_ids"].shape[1] :]
+        ids = model.generate(**inputs, **as_argument(model, cache), **choice)[0, given:]
     seconds = time.perf_counter() - begin
     return {
         "text": tokenizer.decode(ids, skip_special_tokens=True),
@@ -64,11 +70,14 @@ def generate(
 def read_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> BatchEncoding:
     """A prompt as inputs of `generate`, [1, t]; as a user's message in the chat template if `chat`.
 
-    Raises: ValueError for an empty prompt.
+    Raises: ValueError for an empty prompt, or without a chat template that takes it.
     """
     if not prompt.strip():
         raise ValueError("prompt: expected some text, got none")
     if not chat:
         return tokenizer(prompt, return_tensors="pt")
     message = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    try:
+        return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    except Exception as error:  # a template is a program, and the model's
+        raise ValueError(f"chat: expected a chat template that takes a user's message ({reason(error)})") from error

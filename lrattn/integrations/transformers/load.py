@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+HERE = "a folder of a model, a .gguf file, or a model in the hub's local cache"
 
 
 def load_model(
@@ -17,41 +29,88 @@ def load_model(
 
     Args:
         name: a folder that `save_pretrained` wrote, a .gguf file (its weights are expanded), or the name of a model
-            that is already in the hub's local cache.
+            that is already in the hub's local cache. Code that comes with a model is not run.
         dtype: of the weights; "auto" is the checkpoint's own. device: where to put them.
 
-    Raises: FileNotFoundError if there is no such model here; ValueError if its files are damaged or lack weights, or
-    there is no such device.
+    Raises: FileNotFoundError if the model or a file of it is not here; ValueError if transformers cannot load it, for
+    whatever reason, its files are damaged or lack weights, or there is no such device.
     """
     try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: expected one that is here, got {device!r}") from error
+        torch.zeros(1, device=device).item()  # "meta" is here, and holds nothing
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(f"device: expected one that is here, got {device!r} ({reason(error)})") from error
     path = Path(name)
     options: dict[str, object]
     if path.suffix == ".gguf" and path.is_file():
         options = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-        quantization = {"quantization_config": GgufConfig(gguf_file=path.name, dequantize=True)}
+        config = getattr(transformers, "GgufConfig", None)  # releases without it always expand the weights
+        quantization = {} if config is None else {"quantization_config": config(gguf_file=path.name, dequantize=True)}
     elif path.is_dir() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"model: expected a config.json in the folder {name}, got none")
     else:
         options, quantization = {"pretrained_model_name_or_path": name, "local_files_only": True}, {}
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(**options, **quantization, dtype=dtype, output_loading_info=True)
+    options["trust_remote_code"] = False  # else it is asked for on a terminal
+    with _told("a config.json that transformers can read" if path.is_dir() else HERE, name):
+        AutoConfig.from_pretrained(**options)
+    with _told("a model with a tokenizer", name):  # first: weights take longer
         tokenizer = AutoTokenizer.from_pretrained(**options)
-    except OSError as error:
-        expected = "a folder of a model, a .gguf file, or a model in the hub's local cache"
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"model: expected {expected}, got {name!r} ({reason})") from error
-    except SafetensorError as error:
-        raise ValueError(f"model: expected whole weights in {name}, got damaged ones ({error})") from error
-    model, notes = loaded
+    with _told("a model that transformers can load", name), _without_report():
+        model, notes = AutoModelForCausalLM.from_pretrained(
+            **options, **quantization, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+        model = model.eval().to(device)
+    if notes["mismatched_keys"]:
+        key, got, expected = sorted(notes["mismatched_keys"])[0]
+        raise ValueError(f"model: expected {key} of shape {list(expected)} in {name}, got {list(got)}")
     if notes["missing_keys"]:
         missing = sorted(notes["missing_keys"])
         raise ValueError(
             f"model: expected every weight in {name}, got none for {missing[0]} and {len(missing) - 1} more"
         )
-    return model.eval().to(device), tokenizer
+    return model, tokenizer
+
+
+@contextmanager
+def _told(expected: str, name: str) -> Iterator[None]:
+    """Around calls of transformers alone: whatever they raise is of the model's files, packages or size, and not ours.
+
+    Raises: FileNotFoundError for an OSError, else ValueError; one line that names the model.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"model: expected whole weights in {name}, got damaged ones ({error})") from error
+    except Exception as error:
+        kind = FileNotFoundError if isinstance(error, OSError) else ValueError
+        raise kind(f"model: expected {expected}, got {name!r} ({reason(error)})") from error
+
+
+def reason(error: Exception) -> str:
+    """The kind of an error, and its first line that says something: one that ends in a colon goes on in the next."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    last = next((i for i, line in enumerate(lines) if not line.endswith(":")), len(lines))
+    return ": ".join(filter(None, (type(error).__name__, " ".join(lines[: last + 1]))))
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Inside, transformers prints no table of the weights that do not fit: of those, an error tells."""
+    loader = logging.getLogger("transformers.modeling_utils")
+
+    def others(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    loader.addFilter(others)
+    try:
+        yield
+    finally:
+        loader.removeFilter(others)
+
+
+def positions_of(model: PreTrainedModel) -> int | None:
+    """How many tokens a sequence may have, as the model's config says; None where it does not."""
+    found: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return found
 
 
 def read_text(path: Path) -> str:
