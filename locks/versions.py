@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -72,7 +73,8 @@ def main() -> int:
 
 
 def releases(row: dict[str, Any]) -> list[tuple[int, ...]]:
-    return [tuple(int(n) for n in row[name].split("+")[0].split(".")) for name in ("python", *PACKAGES)]
+    """To sort by."""
+    return [tuple(map(int, re.findall(r"\d+", row[name].split("+")[0]))) for name in (*PACKAGES, "python")]
 
 
 def made(name: str, instead: Sequence[str], python: str) -> Path:
@@ -106,6 +108,8 @@ def tried(name: str, home: Path) -> dict[str, Any]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     report.unlink(missing_ok=True)
     subprocess.run([run, "-m", "pytest", *words, *TESTS], cwd=ROOT, env=environment, check=False)
+    if not report.is_file():
+        raise RuntimeError(f"{name}: the tests ended without a report")
     (suite,) = ElementTree.parse(report).iter("testsuite")
     counts = {word: int(suite.get(word, 0)) for word in ("tests", "failures", "errors", "skipped")}
     bad = counts["failures"] + counts["errors"]
@@ -124,7 +128,7 @@ def check_needs(run: str) -> None:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """One line an environment."""
     names = ("python", *PACKAGES)
-    wide = {name: max(len(name), *(len(row[name]) for row in rows)) for name in names}
+    wide = {name: max(len(cell) for cell in (name, *(row[name] for row in rows))) for name in names}
     lines = ["  ".join(f"{name:{wide[name]}}" for name in names) + "  passed  failed"]
     for row in rows:
         cells = "  ".join(f"{row[name]:{wide[name]}}" for name in names)

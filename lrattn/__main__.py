@@ -49,6 +49,10 @@ def main(arguments: list[str] | None = None) -> None:
     args = _parser().parse_args(arguments)
     try:
         lines, results = args.run(args)
+        print(json.dumps(results, indent=1) if args.json else lines, flush=True)
+    except BrokenPipeError:  # whoever read it has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raise SystemExit("lrattn: " + " ".join(str(error).split())) from error
     except (MemoryError, RuntimeError) as error:
@@ -60,7 +64,6 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("lrattn: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
-    print(json.dumps(results, indent=1) if args.json else lines)
 
 
 def _parser() -> Parser:

@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -314,3 +315,15 @@ def test_a_distillation_goes_on_after_ctrl_c(folder, capfd, monkeypatch, tmp_pat
     assert stopped.value.code == 130 and not (tmp_path / "f").exists()
     cli.main(words)
     assert steps == [*range(5), *range(4, 9)] and lrattn.Factors.load(tmp_path / "f").method == "lrattn, refined"
+
+
+@pytest.mark.parametrize(("target", "code", "says"), [("/dev/full", 1, "No space left on device"), ("", 1, "")])
+def test_a_result_that_nobody_takes_is_no_traceback(target, code, says, folder):
+    """A full disk is one line; a reader that has gone needs none."""
+    path = folder / "factors.safetensors"
+    lrattn.compress(tiny.model("llama"), method="svd", progress=False).save(path)
+    command = f"{sys.executable} -m lrattn info {path}"
+    words = f"{command} > {target}" if target else f"{command} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", words], capture_output=True, text=True, check=False)
+    assert done.returncode == code and "Traceback" not in done.stderr
+    assert (says in done.stderr) if says else not done.stderr

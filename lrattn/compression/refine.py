@@ -32,6 +32,7 @@ HELD_BACK = 8  # one sequence in so many is not trained on, and judges
 CHECK_EVERY = 8  # steps between two judgements
 SHARES = (1.0, 0.25, 0.75, 0.5)  # of nested latents, step by step
 BETAS = (0.9, 0.98)
+ALIKE = 1e-4  # two runs start from the same factors up to the signs and roundings that another machine makes
 Linear = tuple[Tensor, Tensor | None]  # weight [n, inputs] and bias [n] or None
 
 
@@ -155,8 +156,8 @@ class _Run:
         self.model, self.factors, self.window, self.shares = model, factors, window, shares
         self.device = next(model.parameters()).device
         self.tensors = {name: x.detach().float().clone() for name, x in _tensors(factors)}
-        self.scales = {name: max(x.square().mean().sqrt().item(), 1e-30) for name, x in self.tensors.items()}
         self.means = {name: (torch.zeros_like(x), torch.zeros_like(x)) for name, x in self.tensors.items()}
+        self.sizes = [x.double().square().mean().sqrt().item() for x in self.tensors.values()]
         self.kept = self.tensors
         self.step, self.first, self.best = 0, math.inf, math.inf
         self.resumed, self.whole = False, self.now()
@@ -170,7 +171,6 @@ class _Run:
         """Goes on from the state, or judges the factors as they are."""
         self.about = [
             fingerprint(self.model),
-            sum(x.double().sum().item() for x in self.tensors.values()),
             steps,
             *astuple(self.window),
             list(self.shares),
@@ -181,10 +181,13 @@ class _Run:
             self.first, self.whole = self.best, self.now()
             return
         record, tensors = safefile.read(state, "refinement")
-        if record["about"] != self.about:
+        sizes = zip(record["sizes"], self.sizes, strict=False)
+        alike = len(record["sizes"]) == len(self.sizes) and all(math.isclose(a, b, rel_tol=ALIKE) for a, b in sizes)
+        if record["about"] != self.about or not alike:
             raise ValueError(f"state: expected a run of these factors, steps and text in {state}, got another's")
         held = {name: x.to(self.device) for name, x in tensors.items()}
         self.step, self.first, self.best = record["step"], record["first"], record["best"]
+        self.sizes = record["sizes"]  # to the last bit
         names = list(self.tensors)
         self.tensors, self.kept = ({name: held[f"{part}.{name}"] for name in names} for part in ("now", "best"))
         self.means = {name: (held[f"first.{name}"], held[f"second.{name}"]) for name in names}
@@ -197,7 +200,13 @@ class _Run:
             first, second = self.whole.means[name]
             parts = {"now": x, "best": self.whole.kept[name], "first": first, "second": second}
             held |= {f"{part}.{name}": tensor for part, tensor in parts.items()}
-        record = {"about": self.about, "step": self.whole.step, "first": self.first, "best": self.whole.best}
+        record = {
+            "about": self.about,
+            "sizes": self.sizes,
+            "step": self.whole.step,
+            "first": self.first,
+            "best": self.whole.best,
+        }
         safefile.write(state, "refinement", record, held)
 
     @torch.no_grad()
@@ -226,11 +235,11 @@ class _Run:
         loss = self.divergence(lessons[at], self.expected(lessons[at]), share)
         grads = torch.autograd.grad(loss, list(self.tensors.values()))
         step, tensors, means = self.step + 1, {}, {}
-        for (name, x), grad in zip(self.tensors.items(), grads, strict=True):
+        for (name, x), size, grad in zip(self.tensors.items(), self.sizes, grads, strict=True):
             mean = self.means[name][0].lerp(grad, 1 - BETAS[0])
             second = self.means[name][1].lerp(grad.square(), 1 - BETAS[1])
             corrected = (second / (1 - BETAS[1] ** step)).sqrt().add_(1e-12)
-            taken = mean / (1 - BETAS[0] ** step) / corrected * (rate * self.scales[name])
+            taken = mean / (1 - BETAS[0] ** step) / corrected * (rate * max(size, 1e-30))
             tensors[name], means[name] = x.detach() - taken, (mean, second)
         self.step, self.tensors, self.means = step, tensors, means
 

@@ -1,7 +1,9 @@
 """Distillation of factors: it lowers the divergence, is never worse than its start, goes on where it was."""
 
 import math
+import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -28,6 +30,16 @@ def same_bits(a, b):
     assert (a.method, a.near) == (b.method, b.near)
     for x, y in zip(a.layers, b.layers, strict=True):
         assert torch.equal(x.keys.up, y.keys.up) and torch.equal(x.values.down, y.values.down)
+
+
+def recomputed(factors):
+    """The same factors as another machine may find them: other signs, other roundings."""
+
+    def side(x):
+        return replace(x, up=x.up * -(1 + 1e-6), down=None if x.down is None else -x.down)
+
+    layers = [replace(x, keys=side(x.keys), values=side(x.values)) for x in factors.layers]
+    return replace(factors, layers=tuple(layers))
 
 
 def text(sequences=4, length=48):
@@ -114,7 +126,12 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
         patched.setattr(module._Run, "learn", until)
         lrattn.refine(model, start, [ids], steps=20, state=path, progress=False)
     assert safefile.read(path, "refinement")[0]["step"] == 13
+    early = shutil.copy(path, tmp_path / "early.safetensors")
     same_bits(lrattn.refine(model, start, [ids], steps=20, state=path, progress=False), whole)
+    same_bits(lrattn.refine(model, recomputed(start), [ids], steps=20, state=early, progress=False), whole)
+    other = lrattn.compress(model, [tiny.tokens(4, 48, seed=9)], keep=0.3, far=(0, 0), shared=False, progress=False)
+    with pytest.raises(ValueError, match="state: expected a run of these factors, steps and text"):
+        lrattn.refine(model, other, [ids], steps=20, state=path, progress=False)
     for wrong in ({"steps": 21}, {"steps": 20, "recent": 3}):
         with pytest.raises(ValueError, match="state: expected a run of these factors, steps and text"):
             lrattn.refine(model, start, [ids], state=path, progress=False, **wrong)

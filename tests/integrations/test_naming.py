@@ -99,6 +99,36 @@ def test_a_cache_that_generate_does_not_hand_on_is_missed(exact, monkeypatch, na
     assert cache.lengths == [7]
 
 
+class Wrapped(nn.Module):
+    """A model around another, as adapters make them: what it does not have is the other's."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.base, name)
+
+    def forward(self, *args, **kwargs):
+        return self.base(*args, **kwargs)
+
+
+def test_a_model_that_is_wrapped_generates_on_latents(exact):
+    model, factors = exact
+    ids = tiny.tokens(1, 9)
+    expected = model.generate(ids, max_new_tokens=5, do_sample=False)
+    wrapped = Wrapped(model)
+    with latent_attention(wrapped, factors):
+        got = [run.generate(ids, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+               for run in (wrapped, model)]  # fmt: skip
+    for out in got:
+        assert torch.equal(out.sequences, expected) and isinstance(out.past_key_values, LatentCache)
+    assert "generate" not in vars(model) and "generate" not in vars(wrapped)
+
+
 def test_another_cache_that_comes_back_is_an_error(exact, monkeypatch, native):
     model, factors = exact
     original = type(model.model).forward

@@ -262,6 +262,10 @@ def test_crop_and_second_turn(monkeypatch):
             cache.crop(20)
         monkeypatch.setattr(latent_cache, "KEEPS_LENGTH", True)
         cache.crop(99)
+        single = LatentCache(model, factors)
+        model(ids[:1], past_key_values=single)
+        single.crop(0)
+        assert single.lengths == [0]
         assert cache.lengths == [40, 40]
         cache.crop(30)
         assert cache.get_seq_length() == 30 and cache.lengths == [30, 30]

@@ -65,8 +65,9 @@ def latent_attention(
         for i, part in enumerate(parts):
             undo.enter_context(shadowed(part.module, "forward", _Forward(session, part, i, backend)))
         if (original := getattr(model, "_prepare_cache_for_generation", None)) is not None:
-            undo.enter_context(shadowed(model, "_prepare_cache_for_generation", session.prepare_cache(original)))
-            undo.enter_context(shadowed(model, "generate", session.generate(model.generate)))  # type: ignore[arg-type]
+            owner = getattr(original, "__self__", model)  # the model itself, where another is wrapped around it
+            undo.enter_context(shadowed(owner, "_prepare_cache_for_generation", session.prepare_cache(original)))
+            undo.enter_context(shadowed(owner, "generate", session.generate(owner.generate)))  # type: ignore[arg-type]
         if model is not decoder:
             undo.callback(model.register_forward_pre_hook(session.enter, with_kwargs=True).remove)
             undo.callback(model.register_forward_hook(session.leave, always_call=True).remove)

@@ -184,12 +184,13 @@ class LatentCache(Cache):  # type: ignore[misc]
         Tokens that are near the end again but had left the dense window come back to it rebuilt from their latents:
         until as many new tokens came, attention is not that of a sequence that was never longer.
 
-        In releases of transformers whose caches are told the length to keep, a positive number is that length.
+        In releases of transformers whose caches are told the length to keep, 0 or a positive number is that length.
         Raises: ValueError for a positive number in the others.
         """
         if tokens_to_remove > 0 and not KEEPS_LENGTH:
             raise ValueError(f"tokens_to_remove: expected 0 or a negative number of tokens, got {tokens_to_remove}")
-        removed = min(self.seen - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove, self.seen)
+        keeps = KEEPS_LENGTH and tokens_to_remove >= 0
+        removed = min(self.seen - tokens_to_remove if keeps else -tokens_to_remove, self.seen)
         if removed <= 0:
             return
         before, self.lengths = self.lengths, [max(n - removed, 0) for n in self.lengths]
