@@ -59,7 +59,6 @@ $(VENV)/.installed: locks/install.py locks/main.txt locks/data.txt pyproject.tom
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("lrattn needs Python 3.11 or newer: make PYTHON=python3.12")'
 	$(PYTHON) -m venv --clear $(VENV)
 	$(RUN) locks/install.py locks/main.txt
-	$(RUN) -m pip install --quiet --no-deps -r locks/data.txt
 	touch $@
 
 $(VENV)/.quality: $(VENV)/.installed locks/quality.txt

@@ -146,14 +146,13 @@ def cache_bytes(model: Any, ids: torch.Tensor, cache: Any, label: str) -> dict[s
 
 def faults(results: dict[str, Any]) -> list[str]:
     """What is wrong with a run, a sentence each."""
-    dense, *rows = results["rows"]
-    found = []
+    dense, found = results["rows"][0], []
     for row in results["rows"]:
         name = f"{row['method']} at keep {row['keep']:.3f}"
         if row["tokens_cached"] != row["tokens_fed"]:
             found.append(f"{name}: {row['tokens_fed']} tokens were fed, the cache holds {row['tokens_cached']}")
-    for row in rows:
-        name = f"{row['method']} at keep {row['keep']:.3f}"
+        if row is dense:
+            continue
         for tokens, held in row["cache_bytes"].items():
             if held != row["factors_say"][tokens]:
                 said = row["factors_say"][tokens]

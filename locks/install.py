@@ -4,7 +4,7 @@
 
 On Linux the common index serves the CUDA build of torch, several gigabytes. pip is asked what it would install; only if
 that needs NVIDIA's libraries, and no GPU is here, does uv fetch PyTorch's CPU build instead. Everything else comes at
-exactly the versions of the lock, and lrattn itself as this folder, to be edited.
+exactly the versions of the lock, with what data.txt names, and lrattn itself as this folder, to be edited.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+DATA = ROOT / "locks" / "data.txt"
 PIP = [sys.executable, "-m", "pip", "install", "--quiet"]
 WITH_TORCH = re.compile(r"(torch|nvidia-|cuda-)")  # these come with the build of torch that is chosen
 
@@ -58,8 +59,8 @@ def install(lock: Path, instead: Sequence[str] = ()) -> None:
         raise ValueError(f"--with: expected packages of {lock}, got {sorted(unknown)}")
     chosen = [line for line in pinned(lock) if line.split("==")[0] not in lines] + list(instead)
     install_torch(next(line for line in chosen if line.startswith("torch==")), lock)
-    others = [line for line in chosen if not WITH_TORCH.match(line)]
-    print(f"installing {len(others)} packages of {lock.name}", flush=True)
+    others = [line for line in chosen if not WITH_TORCH.match(line)] + pinned(DATA)
+    print(f"installing {len(others)} packages of {lock.name} and {DATA.name}", flush=True)
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write("\n".join(others))
         file.flush()

@@ -25,7 +25,6 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PATH = ROOT / "bench" / "results" / "versions.json"
 HOMES = ROOT / ".venvs"
-DATA = ROOT / "locks" / "data.txt"
 
 # The lock, and what comes at another release than it says.
 ENVIRONMENTS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -91,7 +90,6 @@ def made(name: str, instead: Sequence[str], python: str) -> Path:
         subprocess.run([python, "-m", "venv", str(home)], check=True)
         run = str(home / "bin" / "python")
         subprocess.run([run, str(ROOT / "locks" / "install.py"), str(path), *words], check=True)
-        subprocess.run([run, "-m", "pip", "install", "--quiet", "--no-deps", "-r", str(DATA)], check=True)
         check_needs(run)
         stamp.write_text(holds)
     return home

@@ -29,8 +29,8 @@ ORDER = {
     "kernels": "launch plan arguments tiles packed pieces rows pack write rebuild absorb scores values fused_absorbed "
     "fused_rebuilt merge combine project decode",
     "attention": "dense cache reference operators checks ops",
-    "compression": "moments substitute batches calibrate clusters bits ranks methods propagate problem nested "
-    "refine compress compressibility",
+    "compression": "arguments moments substitute batches calibrate clusters bits ranks methods propagate problem "
+    "nested refine compress compressibility",
     "integrations": "transformers",
 }
 DUMPING_GROUNDS = {"utils", "helpers", "common", "misc", "base", "tools", "core"}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lrattn.compression import methods
+from lrattn.compression.arguments import check_count, check_flag, check_share
 from lrattn.compression.batches import (
     Batch,
     check_batches,
@@ -34,9 +35,6 @@ from lrattn.compression.ranks import (
     LayerShape,
     Ranks,
     budget,
-    check_count,
-    check_flag,
-    check_share,
     condition,
     fisher,
     group_size_within,

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lrattn.compression.arguments import check_count, check_flag
 from lrattn.compression.batches import Batch, check_batches, check_lengths, tokens_of, unpadded
 from lrattn.compression.calibrate import fingerprint
 from lrattn.compression.nested import first, shared_out
-from lrattn.compression.ranks import check_count, check_flag
 from lrattn.compression.substitute import Window, substituted
 from lrattn.factors import safefile
 from lrattn.factors.layer import LayerFactors, sides_of

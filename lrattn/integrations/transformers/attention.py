@@ -191,7 +191,7 @@ class _Session:
 
     def after(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """The pass is whole: its cache holds its tokens from now on, and is the one that is given back."""
-        back = dict(output).get(self.cache_name) if isinstance(output, Mapping) else None
+        back = output.get(self.cache_name) if isinstance(output, Mapping) else None
         if back is not None and back is not self.cache:
             raise RuntimeError(
                 f"{self.cache_name}: expected the decoder to fill the cache it was given, got another one back"
