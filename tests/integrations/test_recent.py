@@ -200,8 +200,8 @@ def test_after_a_crop_the_window_refills_as_tokens_come(family, rows):
     for removed in (1, 2, 5, 12):
         cache = LatentCache(model, factors, recent=recent, sinks=sinks)
         fed(model, factors, torch.cat((ids[:, : 30 - removed], tiny.tokens(2, removed, seed=9)), 1), 11, cache)
-        cache.crop(-(removed // 2))
-        cache.crop(removed // 2 - removed)
+        for part in filter(None, (removed // 2, removed - removed // 2)):  # crop(0) is of a length in release 5.5
+            cache.crop(-part)
         start = cache.lengths[0]
         got = fed(model, factors, ids[:, start:], 1, cache)
         for k in range(40 - start):
