@@ -34,7 +34,7 @@ from triton.runtime.jit import JITFunction
 import lrattn
 from bench.decode.decode_shapes import packing
 from bench.support import report
-from lrattn.factors.operands import Keys, Operands
+from lrattn.factors.operands import Operands
 from lrattn.kernels import absorb, combine, decode, launch, merge, plan, project, rebuild, scores, values, write
 from lrattn.kernels.arguments import Call, Rule, Tokens
 from lrattn.kernels.fused_absorbed import fused_absorbed
@@ -45,10 +45,9 @@ SOURCES = sorted((Path(lrattn.__file__).parent / "kernels").glob("*.py"))
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 META = torch.device("meta")
 PAGE, BATCH = 16, 2
-ALL = "bias norm rule"
+ALL = "bias rule"
 PACKED = (8, 4, 2)  # widths of packed rows
 FORMATS = ((), (8,), (4,), (2,), PACKED, (16, 8, 2))  # of which each kernel is shown at one shape; () is plain
-EXTRAS = ["rule"], ["rule bias", "rule norm"], [ALL]  # the most options there can be, by a row's extras
 
 
 class Device(NamedTuple):
@@ -105,10 +104,13 @@ class Problem(NamedTuple):
     def sides(self) -> Operands:
         """The records the kernels take, of a layer with two groups; no numbers, only shapes."""
         heads = 2 * self.group
-        bias = torch.zeros(heads, self.head, dtype=self.dtype) if self.has("bias") else None
+        offset = torch.zeros(heads, self.head, dtype=self.dtype) if self.has("bias") else None
         keys, values = (
             lrattn.Projection(
-                torch.zeros(heads, rank, self.head, dtype=self.dtype), (rank,) * 2, bias=bias, format=self.format(rank)
+                up=torch.zeros(heads, rank, self.head, dtype=self.dtype),
+                ranks=(rank,) * 2,
+                offset=offset,
+                format=self.format(rank),
             )
             for rank in (self.rank, self.value_rank())
         )
@@ -119,7 +121,6 @@ class Problem(NamedTuple):
             values=values,
             rope=lrattn.Rope(1e4, self.head, 256) if self.rope else None,
             shared=self.shared,
-            key_norm=lrattn.KeyNorm(torch.ones(self.head, dtype=self.dtype)) if self.has("norm") else None,
         ).to(META)
         return layer.operands
 
@@ -136,9 +137,8 @@ class Problem(NamedTuple):
     def query(self) -> torch.Tensor:
         return empty(BATCH, self.steps, 2 * self.group * self.heads, self.head, dtype=self.dtype)
 
-    def cache(self, keys: Keys) -> torch.Tensor:
-        width = 2 * max(self.rank, self.value_rank()) + (0 if keys.sizes.norm_column < 0 else 16)
-        return empty(8, PAGE, width, dtype=torch.uint8 if self.bits else self.dtype)
+    def cache(self) -> torch.Tensor:
+        return empty(8, PAGE, 2 * max(self.rank, self.value_rank()), dtype=torch.uint8 if self.bits else self.dtype)
 
     def partial(self) -> tuple[torch.Tensor, torch.Tensor]:
         return fp32(BATCH, 2, self.rows(), self.value_rank()), fp32(BATCH, 2, self.rows())
@@ -167,7 +167,7 @@ def latent_scores(p: Problem) -> None:
     keys, _ = p.sides()
     x = empty(BATCH, 2, p.rows(), 2, launch.block_d(p.head) // 2, dtype=p.dtype)
     s = fp32(BATCH, p.rows(), 2 * launch.BLOCK_T)
-    scores.latent_scores(x, p.steps, p.cache(keys), keys, p.tokens(), p.rule(), s, 0, 2, 2, not p.has("positions"))
+    scores.latent_scores(x, p.steps, p.cache(), keys, p.tokens(), p.rule(), s, 0, 2, 2, not p.has("positions"))
 
 
 def turn_queries(p: Problem) -> None:
@@ -185,13 +185,13 @@ def absorbed_scores(p: Problem) -> None:
     keys, _ = p.sides()
     a, constant = empty(BATCH, p.rows(), p.rank, dtype=p.dtype), fp32(BATCH, p.rows()) if p.has("bias") else None
     s = fp32(BATCH, p.rows(), 2 * launch.BLOCK_T)
-    absorb.absorbed_scores(a, constant, p.steps, p.cache(keys), keys, p.tokens(), p.rule(), s, 0, 2, 2)
+    absorb.absorbed_scores(a, constant, p.steps, p.cache(), keys, p.tokens(), p.rule(), s, 0, 2, 2)
 
 
 def latent_values(p: Problem) -> None:
-    keys, side = p.sides()
+    _, side = p.sides()
     s, y, lse = fp32(BATCH, p.rows(), 2 * launch.BLOCK_T), fp32(BATCH, 2, p.rows(), p.rank), fp32(BATCH, 2, p.rows())
-    values.latent_values(s, p.steps, p.cache(keys), side, p.tokens(), p.rule(), y, lse, 0, 2, 2)
+    values.latent_values(s, p.steps, p.cache(), side, p.tokens(), p.rule(), y, lse, 0, 2, 2)
 
 
 def absorbed_pass(p: Problem) -> None:
@@ -199,7 +199,7 @@ def absorbed_pass(p: Problem) -> None:
     a, constant = empty(BATCH, p.rows(), p.rank, dtype=p.dtype), fp32(BATCH, p.rows()) if p.has("bias") else None
     choice = plan.fused(p.rows(), p.dtype, launch.name(META), keys.sizes, side.sizes, False)
     assert choice is not None, "the launch table has a row for it"
-    cache, (y, lse) = p.cache(keys), p.partial()
+    cache, (y, lse) = p.cache(), p.partial()
     cv = None if p.shared else cache
     fused_absorbed(a, constant, p.steps, cache, cv, keys, side, p.tokens(), p.rule(), y, lse, 0, 2, 2, choice)
 
@@ -209,7 +209,7 @@ def rebuilt_pass(p: Problem) -> None:
     x, turned = empty(BATCH, 2, p.rows(), 2, launch.block_d(p.head) // 2, dtype=p.dtype), not p.has("positions")
     choice = plan.fused(p.rows(), p.dtype, launch.name(META), keys.sizes, side.sizes, turned)
     assert choice is not None, "the launch table has a row for it"
-    cache, (y, lse) = p.cache(keys), p.partial()
+    cache, (y, lse) = p.cache(), p.partial()
     cv = None if p.shared else cache
     fused_rebuilt(x, p.steps, cache, cv, keys, side, p.tokens(), p.rule(), y, lse, 0, 2, 2, turned, choice)
 
@@ -241,19 +241,19 @@ def project_heads(p: Problem) -> None:
 def write_latents(p: Problem) -> None:
     keys, side = p.sides()
     z, slots = empty(4, 2 * p.rank, dtype=p.dtype), empty(4, dtype=torch.int64)
-    write.write_latents(z, z, p.cache(keys), p.cache(keys), slots, keys, side, 1e-6)
+    write.write_latents(z, z, p.cache(), p.cache(), slots, keys, side)
 
 
 def rebuild_keys(p: Problem) -> None:
     keys, _ = p.sides()
     x = empty(4, keys.sizes.num_heads, p.head, dtype=p.dtype)
-    rebuild.rebuild_keys(p.cache(keys), keys, p.tokens(), empty(BATCH, dtype=torch.int64), x)
+    rebuild.rebuild_keys(p.cache(), keys, p.tokens(), empty(BATCH, dtype=torch.int64), x)
 
 
 def rebuild_values(p: Problem) -> None:
     keys, side = p.sides()
     x = empty(4, keys.sizes.num_heads, p.head, dtype=p.dtype)
-    rebuild.rebuild_values(p.cache(keys), side, p.tokens(), empty(BATCH, dtype=torch.int64), x)
+    rebuild.rebuild_values(p.cache(), side, p.tokens(), empty(BATCH, dtype=torch.int64), x)
 
 
 class Compilation(NamedTuple):
@@ -288,14 +288,13 @@ def compilations() -> Iterator[Compilation]:
                 yield Compilation(latent_values, device, problem, row.itemsize == 2 and heads * steps == 64)
         for row in rows_for(launch.FUSED_ABSORBED, device):
             for problem in fused_problems(row):
-                for options in ("", *EXTRAS[row.extras]):
+                for options in ("", most(row)):
                     whole = problem._replace(options=options, rope=False)
                     yield Compilation(absorbed_pass, device, whole, row.itemsize == 2)
         for row in rows_for(launch.FUSED_REBUILT, device):
             for problem in fused_problems(row):
-                for extra in EXTRAS[row.extras]:
-                    for options in ("", extra, f"{extra} positions")[: 3 if row.table else 2]:
-                        yield Compilation(rebuilt_pass, device, problem._replace(options=options), row.itemsize == 2)
+                for options in ("", most(row), f"{most(row)} positions")[: 3 if row.table else 2]:
+                    yield Compilation(rebuilt_pass, device, problem._replace(options=options), row.itemsize == 2)
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             for options in ("", f"{ALL} positions"):
                 large = Problem(96, 256, 16, 3, 1, dtype, options)
@@ -336,6 +335,11 @@ def fused_problems(row: launch.Row) -> Iterator[Problem]:
 
 def rows_for(table: tuple[launch.Row, ...], device: str) -> list[launch.Row]:
     return [row for row in table if not row.devices or device in row.devices]
+
+
+def most(row: launch.Row) -> str:
+    """The most options there can be."""
+    return ALL if row.biased else "rule"
 
 
 def bits_of(row: launch.Row) -> tuple[int, ...]:
@@ -413,7 +417,7 @@ def compile_for(c: Compilation) -> list[dict[str, Any]]:
 def recompiled() -> list[str]:
     """Kernels of a decode step that other lengths, splits or table widths would compile anew."""
     keys, side = Problem().sides()
-    cache, q = Problem().cache(keys), empty(BATCH, 1, 2, 128, dtype=torch.bfloat16)
+    cache, q = Problem().cache(), empty(BATCH, 1, 2, 128, dtype=torch.bfloat16)
     with compiling("sm90") as compiled:
         for pages, bound, splits in ((8, 128, 1), (1, 1, 3), (7, 100, 4), (9, 100, 6), (64, 1024, 16)):
             tokens = Tokens(empty(BATCH, pages), empty(BATCH), None, None, bound)

@@ -68,7 +68,6 @@ class Way(NamedTuple):
     passes: int = 2
     rope: bool = True
     shared: bool = False
-    key_norm: bool = False
     positions: bool = False
     forced: bool = False
     group: int = GROUP
@@ -84,7 +83,6 @@ WAYS = [
     Way(LLAMA_2, "absorbed", 128, (128, 128), 1, rope=False),
     Way(LLAMA_3, "rebuilt", 256, (256, 256)),
     Way(LLAMA_3, "rebuilt", 128, (128, 128)),
-    Way(LLAMA_3, "rebuilt, key norm", 256, (256, 256), key_norm=True),
     Way(LLAMA_3, "rebuilt, positions", 256, (256, 256), positions=True),
     Way(LLAMA_3, "rebuilt, joint values", 256, (512,)),
     Way(LLAMA_3, "rebuilt, no groups", 64, (64,) * 8, 1, group=1),
@@ -114,7 +112,6 @@ def layer_of(way: Way) -> lrattn.LayerFactors:
         values=side(way.value_ranks),
         rope=lrattn.Rope(1e4, HEAD_DIM, TOKENS) if way.rope else None,
         shared=way.shared,
-        key_norm=lrattn.KeyNorm(torch.ones(HEAD_DIM, dtype=DTYPE)) if way.key_norm else None,
     )
 
 

@@ -40,12 +40,10 @@ def rebuild_all(layer: lrattn.LayerFactors, tokens: int) -> Callable[[Tensor, Te
         """[B, Hkv, T, D]"""
         parts = [z[..., columns] @ basis for columns, basis in zip(side.columns, bases[side], strict=True)]
         found = torch.cat(parts, -1).unflatten(-1, (-1, side.head_dim))
-        return (found if side.bias is None else found + side.bias).transpose(1, 2)
+        return (found if side.offset is None else found + side.offset).transpose(1, 2)
 
     def attend(q: Tensor, zk: Tensor, zv: Tensor) -> Tensor:
         k = heads(layer.keys, zk)
-        if layer.key_norm is not None:
-            k = F.rms_norm(k, k.shape[-1:], layer.key_norm.weight, layer.key_norm.eps)
         rows = q.unflatten(1, (k.shape[1], -1))  # [B, Hkv, M, D]
         return F.scaled_dot_product_attention(rows, _turn(k, cos, sin), heads(layer.values, zv)).flatten(1, 2)
 

@@ -113,16 +113,13 @@ def _layer(shape: Shape, tokens: int, shared: bool, normal: Callable[..., Tensor
 
     def side(ranks: tuple[int, ...]) -> lrattn.Projection:
         up = normal(model.kv_heads, ranks[0], model.head_dim, scale=ranks[0] ** -0.5)
-        bias = normal(model.kv_heads, model.head_dim) if model.bias else None
-        return lrattn.Projection(up, ranks, bias=bias, format=shape.formats(ranks))
+        offset = normal(model.kv_heads, model.head_dim) if model.offset else None
+        return lrattn.Projection(up, ranks, offset=offset, format=shape.formats(ranks))
 
     key_ranks, value_ranks = shape.key_ranks, shape.value_ranks
     if shared:
         own = sum(value_ranks) // len(key_ranks) // RANK_STEP * RANK_STEP
         value_ranks = tuple(rank + own for rank in key_ranks)
-    norm = lrattn.KeyNorm(normal(model.head_dim, scale=0.1) + 1) if model.key_norm else None
     rope = lrattn.Rope(model.theta, model.head_dim, tokens, scaling=dict(model.scaling))
     keys, values = side(key_ranks), side(value_ranks)
-    return lrattn.LayerFactors(
-        replace(keys, format=None) if shared else keys, values, rope, shared=shared, key_norm=norm
-    )
+    return lrattn.LayerFactors(replace(keys, format=None) if shared else keys, values, rope, shared=shared)

@@ -135,7 +135,7 @@ def palu_scorer(x: Problem, launch: palu_scores.Launch = palu_scores.PUBLISHED) 
     for fits, what in (
         (x.batch == 1, "one sequence"),
         (plain, f"a plain RoPE of theta {palu_scores.THETA:.0f}"),
-        (x.layer.key_norm is None and keys.bias is None, "keys without norm and bias"),
+        (keys.offset is None, "keys without an offset"),
         (x.layer.num_kv_heads == palu_scores.HEADS, f"{palu_scores.HEADS} kv heads"),
         (keys.head_order is None and len(set(keys.ranks)) == 1, "heads in order and groups of one rank"),
     ):

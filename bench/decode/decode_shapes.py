@@ -1,7 +1,7 @@
 """Attention layers of known models, and what one decode step of each has to read and multiply: plain arithmetic.
 
 Counts are per token and step. bytes: what must be read of the cache, once. temporaries: what a way writes and reads
-again. flops: products alone, 2 a multiplication with its sum; rotation, norms and softmax are left out.
+again. flops: products alone, 2 a multiplication with its sum; rotation and softmax are left out.
 
     way                     bytes w       temporaries                    flops
     dense                   2 Hkv D       0                              4 Hq D
@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from lrattn.factors.formats import Format
-from lrattn.factors.shapes import RANK_STEP, norm_width
+from lrattn.factors.shapes import RANK_STEP
 
 GROUP = 4  # kv heads that share a latent
 TILE = 64  # tokens for which a query is turned back once
@@ -41,8 +41,7 @@ class Model(NamedTuple):
     theta: float
     head_dim: int = 128
     scaling: tuple[tuple[str, Any], ...] = ()  # as in its configuration
-    key_norm: bool = False
-    bias: bool = False  # on keys and values
+    offset: bool = False  # of keys and values
 
 
 LLAMA3 = (
@@ -54,8 +53,8 @@ LLAMA3 = (
 )
 LLAMA_31 = Model("Llama-3.1-8B", 32, 8, 5e5, scaling=LLAMA3)
 LLAMA_2 = Model("Llama-2-7B", 32, 32, 1e4)
-QWEN_3 = Model("Qwen3-8B", 32, 8, 1e6, key_norm=True)
-QWEN_25 = Model("Qwen2.5-7B", 28, 4, 1e6, bias=True)
+QWEN_3 = Model("Qwen3-8B", 32, 8, 1e6)
+QWEN_25 = Model("Qwen2.5-7B", 28, 4, 1e6, offset=True)
 MODELS = (LLAMA_31, LLAMA_2, QWEN_3, QWEN_25)
 
 
@@ -100,11 +99,10 @@ class Shape(NamedTuple):
 
     @property
     def row_bytes(self) -> int:
-        """Of a token's rows in both caches, norm columns included."""
-        ranks, heads = self.key_ranks + self.value_ranks, self.model.kv_heads * self.model.key_norm
-        if (formats := self.formats(ranks)) is not None:
-            return sum(f.nbytes for f in formats) + 2 * ITEMSIZE * heads
-        return ITEMSIZE * (sum(ranks) + (norm_width(heads) if heads else 0))
+        """Of a token's rows in both caches."""
+        ranks = self.key_ranks + self.value_ranks
+        formats = self.formats(ranks)
+        return ITEMSIZE * sum(ranks) if formats is None else sum(f.nbytes for f in formats)
 
     @property
     def kept(self) -> float:

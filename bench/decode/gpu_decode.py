@@ -47,8 +47,8 @@ MEMORY = "does not fit into the device's memory beside the others"
 COPIED = 1 << 30  # bytes, to measure what memory gives
 DRY_MODELS = (
     Model("dry MHA", 2, 2, 1e4, head_dim=64),
-    Model("dry GQA with norm", 4, 2, 1e4, head_dim=64, key_norm=True),
-    Model("dry GQA with bias", 6, 2, 1e4, head_dim=64, bias=True),
+    Model("dry GQA", 4, 2, 1e4, head_dim=64),
+    Model("dry GQA with offset", 6, 2, 1e4, head_dim=64, offset=True),
 )
 
 
@@ -94,9 +94,9 @@ class Bench(NamedTuple):
 def cases(dry: bool = False) -> list[Case]:
     """All cases, the most valuable first."""
     if dry:
-        plain, norm, bias = (Shape(model, "Palu", 0.5) for model in DRY_MODELS)
+        plain, grouped, offset = (Shape(model, "Palu", 0.5) for model in DRY_MODELS)
         packed = plain._replace(bits=PACKINGS[1])
-        return [Case(plain, 64, 1), Case(norm, 64, 2), Case(bias, 64, 1), Case(packed, 64, 1), Case(plain, 128, 1)]
+        return [Case(plain, 64, 1), Case(grouped, 64, 2), Case(offset, 64, 1), Case(packed, 64, 1), Case(plain, 128, 1)]
     shapes = list(all_shapes())
     first = [s for s in shapes if s.model in (LLAMA_31, LLAMA_2)]
     first.sort(key=lambda s: (KEEPS.index(s.keep), PACKINGS.index(s.bits), GROUPINGS.index(s.grouping),

@@ -3,19 +3,14 @@
 PAGE LAYOUT. A cache is [N, P, width]: N pages of P tokens, token-major, the last axis contiguous; other strides
 are free, so key and value caches may be slices of one tensor.
 
-    key row     | group 0: Rk_0 | group 1: Rk_1 | ... | hi: Hkv | lo: Hkv | pad to 16 |
-    value row   | group 0: Rv_0 | group 1: Rv_1 | ... |
+    key row     | group 0: Rk_0 | group 1: Rk_1 | ...
+    value row   | group 0: Rv_0 | group 1: Rv_1 | ...
 
-The columns hi and lo exist with a key norm only: 1 / rms of each rebuilt key head is hi + lo, two numbers of the
-cache's dtype. With `shared` there is one row, as wide as the value row plus the norm columns, and a key group
-uses the first Rk_g columns of its run. Keys are stored before norm and RoPE, values before their bias.
+With `shared` there is one row, the value row, and a key group uses the first Rk_g columns of its run. Latents stand for
+keys and values without their offsets; for keys before RoPE where the layer has one.
 
-Where latents are packed (lrattn/factors/formats.py) a cache is uint8, and its width bytes:
-
-    key row     | group 0: run | group 1: run | ... | hi: Hkv | lo: Hkv |
-    value row   | group 0: run | group 1: run | ... |
-
-with hi and lo of 16 bits each, float16 where the layer's dtype is wider. Keys and values may differ in this.
+Where latents are packed (lrattn/factors/formats.py) a cache is uint8, and each group's latents are a run of bytes. Keys
+and values may differ in this.
 
 Token t of sequence b lies in page block_table[b, t // P] at offset t % P; its slot is page * P + offset.
 """
@@ -27,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrattn.factors.formats import Format, half
 from lrattn.factors.layer import LayerFactors
-from lrattn.factors.shapes import RANK_STEP, accumulator, norm_width
+from lrattn.factors.projection import Projection
+from lrattn.factors.shapes import RANK_STEP
 
 WHOLE_PAGES = 64  # up to this page size whole pages are copied and cut, which is faster than copying rows
 
@@ -80,78 +75,26 @@ def write_rows(cache: Tensor, rows: Tensor, slots: Tensor) -> None:
     cache[slots // page_size, slots % page_size] = rows[inside]
 
 
-def pack_keys(layer: LayerFactors, zk: Tensor) -> Tensor:
-    """Key latents [n, row_width] as rows of the key cache, [n, k_width] in its dtype."""
-    if not layer.row_side.formats:
-        return torch.cat((zk, norm_columns(layer, zk)), 1)
-    runs = pack(layer.row_side.formats, zk)
-    if layer.key_norm is None:
-        return runs
-    back = unpack(layer.row_side.formats, runs, layer.dtype).to(layer.dtype)  # as kernels unpack them
-    norms = norm_columns(layer, back)[:, : 2 * layer.num_kv_heads]
-    return torch.cat((runs, norms.contiguous().view(torch.uint8)), 1)
+def pack(side: Projection, z: Tensor) -> Tensor:
+    """Latents [.., sum R] as rows of a cache: the runs of all groups side by side, [.., bytes], or as they are."""
+    if not side.formats:
+        return z
+    parts = z.split(side.ranks, -1)
+    return torch.cat([f.encode(part) for f, part in zip(side.formats, parts, strict=True)], -1)
 
 
-def key_rows(layer: LayerFactors, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Rows [n, k_width] of the key cache -> latents [n, row_width] and 1 / rms of their keys [n, Hkv], or None.
-
-    Packed latents come in the dtype of sums, plain ones in their own.
-    """
-    heads, latents = layer.num_kv_heads, rows
-    acc = accumulator(layer.dtype)
-    if layer.row_side.formats:
-        width = layer.k_width - layer.norm_bytes
-        latents = unpack(layer.row_side.formats, rows[:, :width], layer.dtype)
-        norms = rows[:, width:].contiguous().view(half(layer.dtype))
-    else:
-        latents, norms = rows[:, : layer.row_width], rows[:, layer.row_width :]
-    if layer.key_norm is None:
-        return latents, None
-    return latents, norms[:, :heads].to(acc) + norms[:, heads : 2 * heads]
-
-
-def pack_values(layer: LayerFactors, zv: Tensor) -> Tensor:
-    """Value latents [n, sum Rv] as rows of the value cache, [n, v_width]."""
-    return pack(layer.values.formats, zv) if layer.values.formats else zv
-
-
-def value_rows(layer: LayerFactors, rows: Tensor) -> Tensor:
-    """Rows [n, v_width] of the value cache -> latents [n, sum Rv], as `key_rows` gives them."""
-    return unpack(layer.values.formats, rows, layer.dtype) if layer.values.formats else rows
-
-
-def pack(formats: tuple[Format, ...], z: Tensor) -> Tensor:
-    """Latents [.., sum R] of all groups -> their runs side by side, [.., bytes]."""
-    parts = z.split([f.rank for f in formats], -1)
-    return torch.cat([f.encode(part) for f, part in zip(formats, parts, strict=True)], -1)
-
-
-def unpack(formats: tuple[Format, ...], runs: Tensor, dtype: torch.dtype) -> Tensor:
-    """Runs [.., bytes] of all groups of a layer of `dtype` -> latents [.., sum R] in the dtype of its sums."""
-    parts = runs.split([f.nbytes for f in formats], -1)
-    return torch.cat([f.decode(part, dtype) for f, part in zip(formats, parts, strict=True)], -1)
+def unpack(side: Projection, rows: Tensor) -> Tensor:
+    """Rows of a cache -> latents [.., sum R]; packed ones in the dtype of sums, plain ones in their own."""
+    if not side.formats:
+        return rows
+    parts = rows.split([f.nbytes for f in side.formats], -1)
+    return torch.cat([f.decode(part, side.up.dtype) for f, part in zip(side.formats, parts, strict=True)], -1)
 
 
 def stored(layer: LayerFactors, zk: Tensor, zv: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Latents [.., row_width] and [.., sum Rv] as a cache gives them back, in the layer's dtype."""
 
-    def of(formats: tuple[Format, ...], z: Tensor) -> Tensor:
-        return unpack(formats, pack(formats, z), layer.dtype).to(layer.dtype) if formats else z
+    def of(side: Projection, z: Tensor) -> Tensor:
+        return unpack(side, pack(side, z)).to(layer.dtype)
 
-    return of(layer.row_side.formats, zk), None if zv is None else of(layer.values.formats, zv)
-
-
-def norm_columns(layer: LayerFactors, zk: Tensor) -> Tensor:
-    """1 / rms of the keys that latents [n, row_width] stand for: [n, norm width], hi | lo | zeros; 16-bit numbers where
-    latents are packed."""
-    kind = half(layer.dtype) if layer.row_side.formats else layer.dtype
-    heads = layer.num_kv_heads
-    norms = zk.new_zeros(len(zk), 0 if layer.key_norm is None else norm_width(heads), dtype=kind)
-    if layer.key_norm is not None:
-        exact = torch.empty(len(zk), heads, dtype=accumulator(zk.dtype), device=zk.device)
-        for g, members in enumerate(layer.keys.groups):
-            exact[:, list(members)] = layer.key_norm.inverse_rms(layer.raw_keys(zk.to(exact.dtype), g))
-        exact.clamp_(max=torch.finfo(kind).max)
-        norms[:, :heads] = exact.to(kind)
-        norms[:, heads : 2 * heads] = (exact - norms[:, :heads]).to(kind)
-    return norms
+    return of(layer.row_side, zk), None if zv is None else of(layer.values, zv)

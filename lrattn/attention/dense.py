@@ -1,5 +1,9 @@
-"""Dense causal attention, blocked over queries: for prefill, and for what differentiates through attention. And
-attention of a few queries over tokens of any order, with its log-sum-exp: a part of a larger softmax."""
+"""Dense attention of queries on columns of which near ones are exact and far ones are not: for prefill, and for what
+differentiates through attention. And attention of a few queries with its log-sum-exp: a part of a larger softmax.
+
+A column is a place in the batch's table of tokens, padding included: all rows have as many. Query i sees column j
+exactly where j > i - near or j is among the first `sinks` live ones of its row, else as the far keys and values say.
+"""
 
 from __future__ import annotations
 
@@ -11,71 +15,193 @@ from torch import Tensor
 
 from lrattn.factors.shapes import accumulator
 
-BLOCK = 512
+BLOCK = 512  # queries at a time
+SMALL_BLOCK = 64  # where their scores are held
+Pair = tuple[Tensor, Tensor]  # keys and values, [B, Hkv, n, D] each
 
 
 @dataclass(frozen=True, eq=False)
-class Near:
-    """Keys and values of their own for the tokens near a query: its `recent` last ones, itself included, and the sinks.
+class Sight:
+    """Which columns the queries of columns begin .. end see, and how.
 
     Args:
-        k, v: [n, Hkv, D] of tokens `at` [n], ascending indices in the sequence: every token that is near some query.
-        recent, sinks: query i takes a token j from here where j > i - recent or j < sinks.
+        window: columns a query sees back, itself included; None for all.
+        pads: [B], first live column of each row; None: 0.
+        live: [B, T] bool, more that is not seen; None: nothing more.
+        full: [B or 1, S, T] bool, what is seen instead of all that; None: it holds.
+        base: [B], where the first `sinks` columns of each row begin; None: at `pads`, which may have moved on since.
     """
 
-    k: Tensor
-    v: Tensor
-    at: Tensor
-    recent: int
-    sinks: int
+    begin: int
+    end: int
+    near: int = 0
+    sinks: int = 0
+    window: int | None = None
+    pads: Tensor | None = None
+    live: Tensor | None = None
+    full: Tensor | None = None
+    base: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the last queries of a causal mask or a window are all there is to it, but for padding on the left."""
+        return self.live is None and self.full is None
+
+    @property
+    def all_near(self) -> bool:
+        """Whether no query sees a far column."""
+        reach = self.end if self.full is not None or self.window is None else min(self.window, self.end)
+        return reach <= self.near
+
+    def _allowed(self, i: Tensor, j: Tensor, first: int, last: int) -> Tensor:
+        """i [s, 1], queries first .. last; j [n] or [B, 1, n], columns -> [1 or B, s, n] bool."""
+        if self.full is not None:
+            rows = self.full[:, first:last]
+            if j.dim() == 1:
+                return rows[..., j]
+            rows = rows.expand(len(j), -1, -1)
+            return rows.gather(2, j.clamp(0, self.end - 1).expand(-1, rows.shape[1], -1))
+        seen = j <= i
+        if self.window is not None:
+            seen = seen & (j > i - self.window)
+        seen = seen if seen.dim() == 3 else seen[None]
+        if self.live is not None:
+            at = j.expand(len(self.live), 1, -1) if j.dim() == 3 else j
+            seen = seen & (self.live[:, None, j] if j.dim() == 1 else self.live[:, None].gather(2, at))
+        return seen if self.pads is None else seen & (j >= self.pads[:, None, None])
+
+    def queries(self, first: int, last: int, like: Tensor) -> Tensor:
+        return torch.arange(self.begin + first, self.begin + last, device=like.device)[:, None]
+
+    def far(self, first: int, last: int, like: Tensor) -> tuple[slice, Tensor]:
+        """The columns that some of these queries may see far, and which of them see which: [1 or B, s, n] bool."""
+        low, high = 0, self.end if self.full is not None else max(self.begin + last - self.near, 0)
+        if self.window is not None and self.full is None:
+            low = min(max(self.begin + first - self.window + 1, 0), high)
+        i, j = self.queries(first, last, like), torch.arange(low, high, device=like.device)
+        seen = self._allowed(i, j, first, last)
+        if self.near:
+            seen = seen & (j <= i - self.near)
+        if self.sinks:
+            at = self._sinks_at
+            seen = seen & ((j < at) | (j >= at + self.sinks))
+        return slice(low, high), seen
+
+    def recent(self, first: int, last: int, held: int, like: Tensor) -> tuple[slice, Tensor]:
+        """As `far`, of the last `held` columns, of those that are seen exactly; the slice is among the held ones."""
+        low = max(self.begin + first - self.near + 1, self.end - held)
+        high = self.end if self.full is not None else self.begin + last
+        i, j = self.queries(first, last, like), torch.arange(low, high, device=like.device)
+        seen = self._allowed(i, j, first, last) & (j > i - self.near)
+        return slice(low - (self.end - held), high - (self.end - held)), seen
+
+    def first(self, first: int, last: int, like: Tensor) -> Tensor:
+        """Which queries see which of their row's first `sinks` columns, unless as recent ones: [1 or B, s, sinks]."""
+        i, j = self.queries(first, last, like), torch.arange(self.sinks, device=like.device) + self._sinks_at
+        seen = self._allowed(i, j.clamp(max=self.end - 1), first, last)
+        return seen & (j <= i - self.near) & (j < self.end)
+
+    @property
+    def _sinks_at(self) -> Tensor | int:
+        """Where each row's first columns begin, [B, 1, 1], or 0."""
+        at = self.pads if self.base is None else self.base
+        return 0 if at is None else at[:, None, None]
 
 
-def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None, near: Near | None = None
+def dense_attention(
+    q: Tensor,
+    sight: Sight,
+    far: Pair | None,
+    recent: Pair | None = None,
+    first: Pair | None = None,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """q [S, Hq, D], k and v [T, Hkv, D] -> [S, Hq, D]; the queries are the last S of the T tokens.
+    """q [B, Hq, S, D] -> [B, Hq, S, D]: one softmax over far, recent and first columns.
 
-    With `near`, a query sees near tokens there and the others in k and v: one softmax over both. Memory O(BLOCK * T).
+    Args:
+        far: keys and values of all columns, as those that are far see them; None where all are near.
+        recent: of the last columns, exact. first: of each row's first live columns, exact.
+        sinks: [Hq], logits that join the denominator alone.
+
+    A query that sees nothing gives zeros. Memory a row: O(BLOCK * T); with softcap or sinks O(SMALL_BLOCK * Hq * T).
+    Gradients pass.
     """
-    num_queries, length = len(q), len(k)
-    outs = []
-    for first in range(0, num_queries, BLOCK):
-        last = min(first + BLOCK, num_queries)
-        own = torch.arange(first, last, device=q.device)[:, None] + (length - num_queries)
-        end = length - num_queries + last
-        begin = 0 if window is None else max(0, length - num_queries + first - window + 1)
-        t = torch.arange(begin, end, device=q.device)
-        keys, values, seen = k[begin:end], v[begin:end], t <= own
-        if near is not None:
-            seen = seen & ((t <= own - near.recent) & (t >= near.sinks))
-            band = (near.at < near.sinks) | ((near.at > own[0] - near.recent) & (near.at < end))
-            at = near.at[band]
-            keys, values = torch.cat((keys, near.k[band])), torch.cat((values, near.v[band]))
-            t = torch.cat((t, at))
-            seen = torch.cat((seen, (at <= own) & ((at > own - near.recent) | (at < near.sinks))), 1)
-        if window is not None:
-            seen = seen & (t > own - window)
-        heads = F.scaled_dot_product_attention(
-            q[None, first:last].transpose(1, 2),
-            keys.transpose(0, 1)[None],
-            values.transpose(0, 1)[None],
-            attn_mask=seen,
-            scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        outs.append(heads[0].transpose(0, 1))
-    return torch.cat(outs) if outs else torch.empty_like(q)
+    plain = sight.begin == 0 and sight.plain and sight.pads is None and sight.window is None
+    if far is not None and recent is None and first is None and plain and not softcap and sinks is None:
+        return F.scaled_dot_product_attention(q, *far, is_causal=True, scale=scale, enable_gqa=_grouped(q, far))
+    outs, step = [], SMALL_BLOCK if softcap or sinks is not None else BLOCK
+    for a in range(0, q.shape[2], step):
+        b = min(a + step, q.shape[2])
+        k, v, seen = side_by_side(sight, a, b, far, recent, first)
+        outs.append(_attend(q[:, :, a:b], k, v, seen[:, None], scale, softcap, sinks))
+    return torch.cat(outs, 2) if len(outs) > 1 else outs[0]
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """q [B, S, Hq, D], k and v [B, n, Hkv, D], seen [B, S, n] bool -> out [B, S, Hq, D], lse [B, S, Hq].
+def side_by_side(
+    sight: Sight, a: int, b: int, far: Pair | None, recent: Pair | None, first: Pair | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What queries a .. b see of far, recent and first columns: k, v [B, Hkv, n, D], and which of them sees which,
+    [1 or B, b - a, n] bool. One of the three at least is given."""
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    if far is not None:
+        at, seen = sight.far(a, b, far[0])
+        parts.append((far[0][:, :, at], far[1][:, :, at], seen))
+    if recent is not None:
+        at, seen = sight.recent(a, b, recent[0].shape[2], recent[0])
+        parts.append((recent[0][:, :, at], recent[1][:, :, at], seen))
+    if first is not None:
+        parts.append((*first, sight.first(a, b, first[0])))
+    parts = [part for part in parts if part[0].shape[2]] or parts[:1]
+    if len(parts) == 1:
+        return parts[0]
+    batch = max(len(part[2]) for part in parts)
+    k, v = (torch.cat([part[x] for part in parts], 2) for x in (0, 1))
+    return k, v, torch.cat([part[2].expand(batch, -1, -1) for part in parts], 2)
+
+
+def _grouped(q: Tensor, pair: Pair) -> bool:
+    return q.shape[1] != pair[0].shape[1]
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, softcap: float, sinks: Tensor | None
+) -> Tensor:
+    """seen [B or 1, 1, s, n]."""
+    if softcap or sinks is not None:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out, lse = masked_attention(q, k, v, seen[:, 0], scale, softcap)
+        return with_sinks(out, lse, sinks).transpose(1, 2)
+    blind = ~seen.any(-1, keepdim=True)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen | blind, scale=scale, enable_gqa=_grouped(q, (k, v))
+    )  # a query that sees nothing sees everything: no NaN, and its result is not used
+    return out.masked_fill(blind, 0.0)
+
+
+def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
+    """Attention [.., Hq, D] with its lse [.., Hq], once logits [Hq] have joined the denominator."""
+    if sinks is None:
+        return out
+    return (out.to(lse.dtype) * torch.sigmoid(lse - sinks.to(lse.dtype))[..., None]).to(out.dtype)
+
+
+def masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, softcap: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """q [B, S, Hq, D], k and v [B, n, Hkv, D], seen [B or 1, S, n] bool -> out [B, S, Hq, D], lse [B, S, Hq].
 
     A query that sees nothing gives zeros and -inf. Memory O(B * S * Hq * n); sums in float32 (float64 for float64).
     """
     acc = accumulator(q.dtype)
     heads = q.to(acc).unflatten(2, (k.shape[2], -1)) * scale  # [B, S, Hkv, M, D]
-    scores = torch.einsum("bshmd,bthd->bshmt", heads, k.to(acc)).masked_fill(~seen[:, :, None, None], -torch.inf)
+    scores = torch.einsum("bshmd,bthd->bshmt", heads, k.to(acc))
+    scores = softcap * (scores / softcap).tanh() if softcap else scores
+    blind = ~seen.any(-1)[:, :, None, None]  # such a query sees everything until the end: gradients stay finite
+    scores = scores.masked_fill(~(seen[:, :, None, None] | blind[..., None]), -torch.inf)
     lse = scores.logsumexp(-1)
-    p = (scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None]).exp()
-    out = torch.einsum("bshmt,bthd->bshmd", p, v.to(acc))
+    out = torch.einsum("bshmt,bthd->bshmd", (scores - lse[..., None]).exp(), v.to(acc))
+    out, lse = out.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, -torch.inf)
     return out.flatten(2, 3).to(q.dtype), lse.flatten(2, 3)

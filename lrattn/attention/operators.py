@@ -24,7 +24,7 @@ DECODE = f"""Tensor q, Tensor k_cache, Tensor? v_cache, Tensor block_table, Tens
     bool causal, SymInt max_seq_len, int window_size, int num_splits, int workspace_limit"""
 SCHEMAS = (
     f"""write_latents(Tensor zk, Tensor? zv, Tensor(a!) k_cache, Tensor(b!)? v_cache, Tensor slots, {KEYS},
-    {VALUES}, float eps) -> ()""",
+    {VALUES}) -> ()""",
     f"""rebuild(Tensor k_cache, Tensor? v_cache, Tensor block_table, Tensor seq_lens, Tensor? positions, {KEYS},
     {VALUES}, SymInt num_tokens) -> (Tensor, Tensor)""",
     f"decode_attention({DECODE}) -> (Tensor, Tensor)",
@@ -53,13 +53,12 @@ def _write_latents(
     key_numbers: Any,
     value_tensors: Any,
     value_numbers: Any,
-    eps: float,
 ) -> None:
     from lrattn.kernels.write import write_latents
 
     with torch.cuda.device_of(k_cache):  # Triton launches on the current device
         sides = Operands.of_lists(key_tensors, key_numbers, value_tensors, value_numbers)
-        write_latents(zk, zv, k_cache, v_cache, slots, *sides, eps)
+        write_latents(zk, zv, k_cache, v_cache, slots, *sides)
 
 
 def _rebuild(

@@ -36,7 +36,7 @@ def write_latents(
     *,
     backend: str | None = None,
 ) -> None:
-    """Stores latents in their slots, with the norm columns where the layer has a key norm.
+    """Stores latents in their slots.
 
     Args:
         zk: [.., row_width], zv: [.., sum Rv] (None when shared), in the layer's dtype; packed here
@@ -68,8 +68,7 @@ def write_latents(
     if backend == "reference":
         reference.write_latents(layer, zk, zv, k_cache, v_cache, slots)
     else:
-        eps = 0.0 if layer.key_norm is None else layer.key_norm.eps
-        torch.ops.lrattn.write_latents(zk, zv, k_cache, v_cache, slots, *lists(*layer.operands), eps)
+        torch.ops.lrattn.write_latents(zk, zv, k_cache, v_cache, slots, *lists(*layer.operands))
 
 
 @torch.no_grad()
@@ -84,7 +83,7 @@ def rebuild(
     num_tokens: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Dense keys (normed, rotated) and values of the cached tokens, for a dense prefill kernel.
+    """Dense keys and values of the cached tokens, as attention is given them, for a dense prefill kernel.
 
     Args:
         k_cache, v_cache, layer, block_table, seq_lens, positions: as for decode_attention.

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lrattn.attention.cache import WHOLE_PAGES, key_rows, pack_keys, pack_values, read_rows, value_rows, write_rows
+from lrattn.attention.cache import WHOLE_PAGES, pack, read_rows, unpack, write_rows
 from lrattn.factors.layer import LayerFactors
 from lrattn.factors.rope import rows_at
 from lrattn.factors.shapes import accumulator, product_dtype
@@ -28,9 +28,9 @@ def write_latents(
     slots: Tensor,
 ) -> None:
     """zk [n, row_width], zv [n, sum Rv] -> rows `slots` [n] of the caches."""
-    write_rows(k_cache, pack_keys(layer, zk), slots)
+    write_rows(k_cache, pack(layer.row_side, zk), slots)
     if zv is not None and v_cache is not None:
-        write_rows(v_cache, pack_values(layer, zv), slots)
+        write_rows(v_cache, pack(layer.values, zv), slots)
 
 
 def rebuild(
@@ -47,11 +47,11 @@ def rebuild(
     for pages, length in zip(block_table, seq_lens.clamp(0, limit).tolist(), strict=True):
         _check_positions(layer, length, positions)
         _check_pages(k_cache, pages, 0, length)
-        zk, _ = key_rows(layer, read_rows(k_cache, pages, 0, length))
+        zk = unpack(layer.row_side, read_rows(k_cache, pages, 0, length))
         at = torch.arange(length, device=zk.device)
         if positions is not None:
             at = read_rows(positions[..., None], pages, 0, length)[:, 0]
-        zv = None if v_cache is None else value_rows(layer, read_rows(v_cache, pages, 0, length)).to(layer.dtype)
+        zv = None if v_cache is None else unpack(layer.values, read_rows(v_cache, pages, 0, length)).to(layer.dtype)
         parts.append(layer.rebuild(zk.to(layer.dtype), zv, at))
     empty = layer.keys.up.new_empty(0, layer.num_kv_heads, layer.head_dim)
     return torch.cat([empty, *(k for k, _ in parts)]), torch.cat([empty, *(v for _, v in parts)])
@@ -188,9 +188,9 @@ def _attend_span(
     latent = q.new_zeros(heads, rows, max(layer.values.ranks))
     for t0 in range(begin, end, step):
         t1 = min(t0 + step, end)
-        ck, inverse = key_rows(layer, read_rows(row.k_cache, row.pages, t0, t1))
-        cv = ck if row.v_cache is None else value_rows(layer, read_rows(row.v_cache, row.pages, t0, t1))
-        s = _scores(row, queries, ck, inverse, t0, t1)  # [Hkv, M S, n]
+        ck = unpack(layer.row_side, read_rows(row.k_cache, row.pages, t0, t1))
+        cv = ck if row.v_cache is None else unpack(layer.values, read_rows(row.v_cache, row.pages, t0, t1))
+        s = _scores(row, queries, ck, t0, t1)  # [Hkv, M S, n]
         seen = _seen(index, mask, t0, t1)
         if seen is not None:
             s.unflatten(1, (-1, len(index))).masked_fill_(~seen, -torch.inf)
@@ -213,15 +213,14 @@ def _absorb(layer: LayerFactors, q: Tensor) -> list[Tensor]:
     """Queries [Hkv, M S, D] made ready: pairs adjacent; without a rope also multiplied into each group's latents."""
     ready = [q[..., layer.pairs]]
     if layer.rope is None:
-        weighted = q if layer.norm_weight is None else q * layer.norm_weight
         for members, block in zip(layer.keys.groups, layer.key_basis.blocks, strict=True):
             up = block.to(q.dtype).unflatten(1, (len(members), -1)).permute(1, 2, 0)  # [C, D, Rk]
-            ready.append(weighted[list(members)] @ up)  # [C, M S, Rk]
+            ready.append(q[list(members)] @ up)  # [C, M S, Rk]
     return ready
 
 
-def _scores(row: _Row, queries: list[Tensor], ck: Tensor, inverse: Tensor | None, t0: int, t1: int) -> Tensor:
-    """Scaled, capped scores [Hkv, M S, n] of key latents [n, row_width] and 1 / rms [n, Hkv]; not masked."""
+def _scores(row: _Row, queries: list[Tensor], ck: Tensor, t0: int, t1: int) -> Tensor:
+    """Scaled, capped scores [Hkv, M S, n] of key latents [n, row_width]; not masked."""
     layer, q = row.layer, queries[0]
     turns = None
     if layer.turns is not None:
@@ -237,12 +236,8 @@ def _scores(row: _Row, queries: list[Tensor], ck: Tensor, inverse: Tensor | None
         else:
             tile = layer.turn_(layer.raw_keys(ck, g), turns)  # [n, C, D]
             s[list(members)] = q[list(members)] @ tile.permute(1, 2, 0)
-    if layer.rope is None and layer.keys.bias is not None:
-        bias = layer.keys.bias.to(q.dtype)
-        bias = bias if layer.norm_weight is None else bias * layer.norm_weight
-        s += q @ bias[..., None]
-    if inverse is not None:
-        s *= inverse.T[:, None]
+    if layer.rope is None and layer.keys.offset is not None:
+        s += q @ layer.keys.offset.to(q.dtype)[..., None]
     return s.div_(row.softcap).tanh_().mul_(row.softcap) if row.softcap else s
 
 
@@ -277,14 +272,14 @@ def _join_sinks(latent: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tens
 
 
 def _project(latent: Tensor, mass: Tensor, layer: LayerFactors, project: str) -> Tensor:
-    """Latent results [S, Hq, Rv] -> what was asked for; the value bias counts with the mass on tokens."""
+    """Latent results [S, Hq, Rv] -> what was asked for; the value offset counts with the mass on tokens."""
     if project == "latent":
         return latent
     split = (layer.num_kv_heads, -1)
     up = layer.values.up.to(latent.dtype)
     heads = torch.einsum("shmr,hrd->shmd", latent.unflatten(1, split), up)
-    if layer.values.bias is not None:
-        heads += mass.unflatten(1, split)[..., None] * layer.values.bias[:, None].to(heads.dtype)
+    if layer.values.offset is not None:
+        heads += mass.unflatten(1, split)[..., None] * layer.values.offset[:, None].to(heads.dtype)
     heads = heads.flatten(1, 2)
     if project == "heads" or layer.wo is None:
         return heads

@@ -20,13 +20,13 @@ class Basis:
     """
 
     rows: Tensor  # [sum ranks, C * D], groups one below the other, the heads of a group side by side
-    bias: Tensor | None  # [Hkv, D] by place, float32 (float64 for float64)
+    bias: Tensor | None  # the offset, [Hkv, D] by place, float32 (float64 for float64)
     heads: Tensor  # [Hkv] int32, place -> kv head
     places: Tensor  # [Hkv] int32, kv head -> place
     runs: Tensor  # [G, 3] int32: first column in a cache row, rank, first row of `rows`
     packs: Tensor | None  # [G, 4 n] int32: n segments of packed rows, as formats.table has them
     blocks: tuple[Tensor, ...]  # per group [rank, C * D], views of `rows`
-    biases: tuple[Tensor, ...]  # per group [C, D], views of `bias`; no groups without a bias
+    biases: tuple[Tensor, ...]  # per group [C, D], views of `bias`; no groups without an offset
 
     @classmethod
     def of(cls, side: Projection, columns: tuple[slice, ...], dims: Tensor, formats: tuple[Format, ...]) -> Basis:
@@ -38,7 +38,7 @@ class Basis:
         order = torch.tensor([h for members in side.groups for h in members], dtype=torch.int32)
         blocks = [side.block(g).to(kind).unflatten(1, (-1, side.head_dim))[..., dims] for g in range(len(side.ranks))]
         rows = torch.cat([b.flatten(1) for b in blocks])
-        bias = None if side.bias is None else side.bias[order.long()][:, dims].to(accumulator(side.up.dtype))
+        bias = None if side.offset is None else side.offset[order.long()][:, dims].to(accumulator(side.up.dtype))
         runs = [(c.start, rank, own.start) for c, rank, own in zip(columns, side.ranks, side.columns, strict=True)]
         return cls(
             rows=rows,

@@ -11,23 +11,24 @@ from torch import Tensor
 from lrattn.factors.basis import Basis
 from lrattn.factors.formats import widest
 from lrattn.factors.operands import Operands
-from lrattn.factors.projection import KeyNorm, Projection
+from lrattn.factors.projection import Projection
 from lrattn.factors.rope import Rope, rows_at
-from lrattn.factors.shapes import accumulator, check, norm_width, product_dtype
+from lrattn.factors.shapes import accumulator, check, check_tensors, product_dtype
 
 
 @dataclass(frozen=True, eq=False)
 class LayerFactors:
     """What attention needs of one layer beside the query and the cache.
 
+    Latents are written from keys and values as attention is given them: after the model's norms and rotation. With a
+    rope, keys are turned back before they are stored, and again when they are rebuilt; without one they are stored as
+    they come, and queries meet the latents themselves.
+
     Args:
         keys, values: the two sides. Heads, head dim, dtype and device agree.
-        rope: rotation of the rebuilt keys; None for keys that need none (`rotated`, or a model without positions).
+        rope: the model's rotation, which stored keys are without; None: keys are stored as attention is given them.
         shared: one row per group serves both: values use the whole row, keys its first keys.ranks[g] columns.
-        key_norm: RMS norm between the rebuilt key (bias included) and its rotation.
         wo: [Hq, D, E] output projection, needed only for project="hidden".
-        rotated: keys.down reads the model's keys, normed and rotated, [Hkv * D, sum Rk], instead of the attention
-            inputs; rope and key_norm are then None, and keys.bias is added to the rebuilt rotated key.
 
     Raises: ValueError naming the tensor, what was expected and what came.
     """
@@ -36,13 +37,10 @@ class LayerFactors:
     values: Projection
     rope: Rope | None
     shared: bool = False
-    key_norm: KeyNorm | None = None
     wo: Tensor | None = None
-    rotated: bool = False
-    # Derived once. The key basis and the norm weight have the two dimensions of a rotated pair side by side.
+    # Derived once. The key basis has the two dimensions of a rotated pair side by side.
     key_basis: Basis = field(init=False, repr=False)
     value_basis: Basis = field(init=False, repr=False)
-    norm_weight: Tensor | None = field(init=False, repr=False)  # [D]
     pairs: Tensor = field(init=False, repr=False)  # [D], pair order -> model order
     turns: Tensor | None = field(init=False, repr=False)  # [max_position, rotary_dim / 2] complex
     offset_turns: Tensor | None = field(init=False, repr=False)  # [MAX_BLOCK, rotary_dim / 2] complex, factor 1
@@ -57,35 +55,24 @@ class LayerFactors:
         whole = torch.arange(head_dim, device=device)
         object.__setattr__(self, "key_basis", Basis.of(self.keys, self.key_columns, self.pairs, self.row_side.formats))
         object.__setattr__(self, "value_basis", Basis.of(self.values, self.values.columns, whole, self.values.formats))
-        weight = None if self.key_norm is None else self.key_norm.weight[self.pairs].to(accumulator(self.dtype))
-        object.__setattr__(self, "norm_weight", weight)
         turns = None if self.rope is None else self.rope.turns(device, self.dtype)
         object.__setattr__(self, "turns", turns)
         offsets = None if self.rope is None else self.rope.offset_turns(device)
         object.__setattr__(self, "offset_turns", offsets)
-        given = self.keys, self.values, (self.key_basis, self.value_basis), self.rope, self.shared, weight
-        norm_column = (
-            -1 if weight is None else self.k_width - self.norm_bytes if self.row_side.formats else self.row_width
-        )
+        given = self.keys, self.values, (self.key_basis, self.value_basis), self.rope, self.shared
         packs = widest(self.row_side.formats), widest(self.values.formats)
-        object.__setattr__(self, "operands", Operands.of(*given, norm_column, (turns, offsets), packs))
+        object.__setattr__(self, "operands", Operands.of(*given, (turns, offsets), packs))
 
     def _check(self) -> None:
         up, dims = self.keys.up, {"Hkv": self.keys.num_heads, "D": self.keys.head_dim}
         kind: dict[str, Any] = {"dtype": up.dtype, "device": up.device}
         check("values.up", self.values.up, "Hkv Rv D", dims, **kind)
-        if self.rotated:
-            for name, set_ in (("rope", self.rope), ("key_norm", self.key_norm), ("shared", self.shared or None)):
-                if set_ is not None:
-                    raise ValueError(f"{name}: expected none for rotated keys, got {set_}")
-            if self.keys.down is not None:
-                check("keys.down", self.keys.down, f"{self.num_kv_heads * self.head_dim} sumRk", dims)
-        elif self.keys.down is not None and self.values.down is not None:
-            check("values.down", self.values.down, f"{self.keys.down.shape[0]} sumRv", dims)
+        n = self.num_kv_heads * self.head_dim
+        for name, side, rows in (("keys", self.keys, n), ("values", self.values, 2 * n if self.shared else n)):
+            if side.down is not None and not side.of_inputs:
+                check(f"{name}.down", side.down, f"{rows} {side.width}", dims)
         if self.rope is not None and (self.rope.rotary_dim > self.head_dim or self.head_dim % 2):
             raise ValueError(f"rope: expected an even D of at least {self.rope.rotary_dim}, got D={self.head_dim}")
-        if self.key_norm is not None:
-            check("key_norm.weight", self.key_norm.weight, "D", dims, **kind)
         if self.wo is not None:
             check("wo", self.wo, "Hq D E", dims, **kind)
             if dims["Hq"] % dims["Hkv"]:
@@ -104,9 +91,13 @@ class LayerFactors:
             if self.keys.down is not None:
                 raise ValueError("shared: expected keys.down to be None (values.down writes the row), got a tensor")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled and copied without what is derived, whose tables are views of each other in other dtypes."""
+        return LayerFactors, (self.keys, self.values, self.rope, self.shared, self.wo)
+
     def __repr__(self) -> str:
         sides = f"keys={self.keys.latents_told}, values={self.values.latents_told}"
-        form = ", shared" if self.shared else ", rotated" if self.rotated else ""
+        form = (", shared" if self.shared else "") + ("" if self.rope is None else ", before RoPE")
         heads = f"heads={self.num_kv_heads}, head_dim={self.head_dim}"
         return f"LayerFactors({heads}, {sides}{form}, {self.dtype} on {self.device})"
 
@@ -128,7 +119,7 @@ class LayerFactors:
 
     @property
     def row_width(self) -> int:
-        """Latents in a row of the key cache (of the only cache when shared), norm columns not included."""
+        """Latents in a row of the key cache (of the only cache when shared)."""
         return self.values.width if self.shared else self.keys.width
 
     @property
@@ -143,11 +134,8 @@ class LayerFactors:
 
     @property
     def k_width(self) -> int:
-        """Columns of the key cache: latents, then the norm columns (1/rms as hi and lo part), padded to 16. Bytes where
-        latents are packed; norm columns are 16-bit numbers there, and not padded."""
-        if self.row_side.formats:
-            return self.row_side.latent_bytes + self.norm_bytes
-        return self.row_width + (0 if self.key_norm is None else norm_width(self.num_kv_heads))
+        """Columns of the key cache: latents, or bytes where they are packed."""
+        return self.row_side.latent_bytes if self.row_side.formats else self.row_width
 
     @property
     def v_width(self) -> int:
@@ -166,26 +154,14 @@ class LayerFactors:
         return torch.uint8 if self.values.formats else self.dtype
 
     @property
-    def norm_bytes(self) -> int:
-        """Bytes of one token's norm columns, at 16 bits a number."""
-        if self.key_norm is None:
-            return 0
-        return 4 * self.num_kv_heads if self.row_side.formats else 2 * norm_width(self.num_kv_heads)
-
-    @property
     def bytes_per_token(self) -> int:
-        """Bytes a token holds in the caches: norm columns, scales and padding included, plain numbers at 16 bits."""
-        return self.row_side.latent_bytes + self.norm_bytes + (0 if self.shared else self.values.latent_bytes)
+        """Bytes a token holds in the caches: scales and padding included, plain numbers at 16 bits."""
+        return self.row_side.latent_bytes + (0 if self.shared else self.values.latent_bytes)
 
     @property
     def key_columns(self) -> tuple[slice, ...]:
         """Each key group's latents in a row of the key cache."""
         return _columns_in_rows(self.keys, self.values) if self.shared else self.keys.columns
-
-    @property
-    def sides(self) -> tuple[Projection, Projection]:
-        """Keys and values, each with a write side of its own: a shared row is taken apart."""
-        return sides_of(self.keys, self.values)
 
     def check_presence(self, name: str, x: Tensor | None) -> None:
         """Raises ValueError unless the value side's tensor `x` is there, or None for a shared layer."""
@@ -193,39 +169,61 @@ class LayerFactors:
             expected = "None, the layer is shared" if self.shared else "a tensor, the layer is not shared"
             raise ValueError(f"{name}: expected {expected}, got {'None' if x is None else 'a tensor'}")
 
-    def project(self, x: Tensor, keys: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Attention inputs x [.., E] -> latents (zk [.., sum Rk], zv [.., sum Rv]); (row, None) when shared.
+    def project(self, k: Tensor, v: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Keys and values -> latents (zk [.., sum Rk], zv [.., sum Rv]); (row, None) when shared.
+
+            z = ([k, v] - offset) @ down,   k turned back from its position where the layer has a rope
 
         Args:
-            keys: [.., Hkv, D], the model's keys of x, normed and rotated: of a rotated layer, and of no other.
+            k, v: [.., Hkv, D] each, as attention is given them: after the model's norms, keys rotated.
+            positions: [..] integers, of a layer with a rope: where the keys were rotated to. Others take none.
 
-        Raises: ValueError if a write side (`down`) is missing, or x or keys do not fit it.
+        Products are of the layer's dtype (float32 for float16 on a CPU); what comes before is in float32.
+        Raises: ValueError if a write side (`down`) is missing or reads attention inputs, or a tensor does not fit.
         """
-        if (keys is not None) != self.rotated:
-            expected = "[.., Hkv, D], the layer is rotated" if self.rotated else "None, the layer is not rotated"
-            raise ValueError(f"keys: expected {expected}, got {'None' if keys is None else 'a tensor'}")
-        read = {"values": x} if self.shared else {"keys": x, "values": x}
-        if keys is not None:
-            shape = [*x.shape[:-1], self.num_kv_heads, self.head_dim]
-            if list(keys.shape) != shape:
-                raise ValueError(f"keys: expected shape {shape}, got {list(keys.shape)}")
-            read["keys"] = keys.flatten(-2)
-        rows = []
-        for name, given in read.items():
-            side: Projection = getattr(self, name)
-            own = "x" if given is x else "keys"
-            if side.down is None:
-                inputs = "E" if given is x else "Hkv * D"
-                raise ValueError(f"{name}.down: expected [{inputs}, {side.width}] to write latents, got None")
-            if given.shape[-1:] != side.down.shape[:1] or given.dtype != side.down.dtype or given.device != self.device:
-                expected = f"[.., {side.down.shape[0]}] {side.down.dtype} on {self.device}"
-                raise ValueError(f"{own}: expected {expected}, got {list(given.shape)} {given.dtype} on {given.device}")
-            kind = product_dtype(given)
-            rows.append((given.to(kind) @ side.down.to(kind)).to(given.dtype))
-        return rows[0], (rows[1] if len(rows) > 1 else None)
+        check_tensors(k=k, v=v)
+        lead = k.shape[:-2]
+        for name, x, leading in (("k", k, ".."), ("v", v, ", ".join(map(str, lead)))):
+            shape = (*lead, self.num_kv_heads, self.head_dim)
+            if x.shape != shape or x.dtype != self.dtype or x.device != self.device:
+                told = ", ".join(filter(None, (leading, str(self.num_kv_heads), str(self.head_dim))))
+                expected = f"[{told}] {self.dtype} on {self.device}"
+                raise ValueError(f"{name}: expected {expected}, got {list(x.shape)} {x.dtype} on {x.device}")
+        if self.rope is not None:
+            k = self.rope.turn_back(k, self._positions(positions, lead))
+        elif positions is not None:
+            raise ValueError("positions: expected None, the layer has no rope, got a tensor")
+        heads = [self._centred(side, x) for side, x in ((self.keys, k), (self.values, v))]
+        if self.shared:
+            return self._latents("values", torch.cat(heads, -1)), None
+        return self._latents("keys", heads[0]), self._latents("values", heads[1])
+
+    def _centred(self, side: Projection, x: Tensor) -> Tensor:
+        """x [.., Hkv, D] without the offset, heads side by side: [.., Hkv * D]."""
+        acc = accumulator(self.dtype)
+        return (x if side.offset is None else x.to(acc) - side.offset.to(acc)).flatten(-2)
+
+    def _latents(self, name: str, x: Tensor) -> Tensor:
+        side: Projection = getattr(self, name)
+        if side.down is None:
+            raise ValueError(f"{name}.down: expected [{x.shape[-1]}, {side.width}] to write latents, got None")
+        if side.of_inputs:
+            raise ValueError(
+                f"{name}.down: expected a map of heads, got one of attention inputs, from a file before version 3: "
+                "use lrattn.in_kv_space(factors, model)"
+            )
+        kind = product_dtype(side.down)
+        return (x.to(kind) @ side.down.to(kind)).to(self.dtype)
+
+    def _positions(self, positions: Tensor | None, lead: torch.Size) -> Tensor:
+        """Raises ValueError unless they are integers of this shape."""
+        if not isinstance(positions, Tensor) or positions.shape != lead or positions.is_floating_point():
+            got = f"{list(positions.shape)} {positions.dtype}" if isinstance(positions, Tensor) else positions
+            raise ValueError(f"positions: expected integers of shape {list(lead)}, got {got}")
+        return positions
 
     def raw_keys(self, row: Tensor, g: int) -> Tensor:
-        """Keys of group g from rows [n, >= row_width], bias added: [n, C, D], pairs adjacent, not normed or rotated.
+        """Keys of group g from rows [n, >= row_width], as they are stored: [n, C, D], pairs adjacent, not rotated.
 
         Rows wider than the layer's dtype are multiplied in their own.
         """
@@ -236,16 +234,14 @@ class LayerFactors:
         return tile + self.key_basis.biases[g] if self.key_basis.biases else tile
 
     def turn_(self, tile: Tensor, turns: Tensor | None) -> Tensor:
-        """Norm weight and rotation of raw keys [n, C, D] in place; turns [n, rotary_dim / 2]."""
-        if self.norm_weight is not None:
-            tile *= self.norm_weight
+        """Rotation of raw keys [n, C, D] in place; turns [n, rotary_dim / 2]."""
         if self.rope is not None and turns is not None:
             rotated = tile[..., : self.rope.rotary_dim].unflatten(-1, (-1, 2))
             torch.view_as_complex(rotated).mul_(turns[:, None])
         return tile
 
     def rebuild(self, zk: Tensor, zv: Tensor | None, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Latents -> dense keys (normed, rotated) and values, [.., Hkv, D] each, in the latents' dtype.
+        """Latents -> dense keys (rotated) and values, [.., Hkv, D] each, in the latents' dtype.
 
         Args:
             zk: [.., row width]; zv: [.., sum Rv], None when shared.
@@ -263,22 +259,16 @@ class LayerFactors:
         value_rows = rows if zv is None else zv.reshape(-1, zv.shape[-1])
         turns = None
         if self.turns is not None:
-            if positions is None or positions.shape != lead or positions.is_floating_point():
-                got = None if positions is None else f"{list(positions.shape)} {positions.dtype}"
-                raise ValueError(f"positions: expected integers of shape {list(lead)}, got {got}")
-            turns = rows_at(self.turns, positions.reshape(-1).to(rows.device))
+            turns = rows_at(self.turns, self._positions(positions, lead).reshape(-1).to(rows.device))
         k = rows.new_empty(len(rows), self.num_kv_heads, self.head_dim)
         for g, heads in enumerate(self.keys.groups):
-            tile = self.raw_keys(rows, g)
-            norm = None if self.key_norm is None else self.key_norm.inverse_rms(tile)
-            tile = self.turn_(tile, turns)
-            tile = tile if norm is None else tile * norm[..., None]
+            tile = self.turn_(self.raw_keys(rows, g), turns)
             for i, h in enumerate(heads):
                 k[:, h, self.pairs] = tile[:, i].to(k.dtype)
         return k.view(*lead, *k.shape[1:]), self.values_of(value_rows).view(*lead, *k.shape[1:])
 
     def values_of(self, rows: Tensor) -> Tensor:
-        """Value latents [n, sum Rv] -> [n, Hkv, D], bias added, in the latents' dtype."""
+        """Value latents [n, sum Rv] -> [n, Hkv, D], in the latents' dtype."""
         v = rows.new_empty(len(rows), self.num_kv_heads, self.head_dim)
         basis = self.value_basis
         for g, (heads, columns) in enumerate(zip(self.values.groups, self.values.columns, strict=True)):
@@ -291,7 +281,7 @@ class LayerFactors:
         """Value basis folded into the output projection: [Hq, max Rv, E] = uv[h // M] @ wo[h].
 
         With it a "latent" result needs one product instead of two. It is smaller than the two only when Rv <= D;
-        the value bias stays outside: it adds (mass on tokens) * bias[h // M] @ wo[h].
+        the value offset stays outside: it adds (mass on tokens) * offset[h // M] @ wo[h].
         """
         if self.wo is None:
             raise ValueError("wo: expected [Hq, D, E] to fold the value basis into, got None")
@@ -304,7 +294,6 @@ class LayerFactors:
             self,
             keys=self.keys.to(device, dtype),
             values=self.values.to(device, dtype),
-            key_norm=None if self.key_norm is None else self.key_norm.to(device, dtype),
             wo=None if self.wo is None else self.wo.to(device, dtype),
         )
 
@@ -330,8 +319,7 @@ class LayerFactors:
             if wo.shape[0] % world:
                 raise ValueError(f"shard: expected Hq={wo.shape[0]} to be divisible by world, got {world}")
             wo = wo.chunk(world)[rank].contiguous()
-        keys = self.keys.select_rotated(chosen) if self.rotated else self.keys.select(chosen)
-        return replace(self, keys=keys, values=self.values.select(chosen), wo=wo)
+        return replace(self, keys=self.keys.select(chosen), values=self.values.select(chosen), wo=wo)
 
 
 def sides_of(keys: Projection, values: Projection) -> tuple[Projection, Projection]:
@@ -339,7 +327,7 @@ def sides_of(keys: Projection, values: Projection) -> tuple[Projection, Projecti
     if keys.down is not None or values.down is None:
         return keys, values
     down = torch.cat([values.down[:, columns] for columns in _columns_in_rows(keys, values)], 1)
-    return replace(keys, down=down), values
+    return replace(keys, down=down, of_inputs=values.of_inputs), values
 
 
 def _columns_in_rows(keys: Projection, values: Projection) -> tuple[slice, ...]:

@@ -20,8 +20,7 @@ class KeySizes(NamedTuple):
     rotary_dim: int
     interleaved: int  # 1: pairs are dimensions (2j, 2j + 1)
     exact_turns: int  # 1: float32 results must use every token's own row of turns
-    extras: int  # how many of bias and key norm there are
-    norm_column: int  # where 1 / rms begins in a key row; -1: no key norm
+    biased: int  # 1: there is a bias
     max_position: int  # rows of the turns; 0 without
     num_heads: int  # Hkv
     groups: int  # G
@@ -50,7 +49,6 @@ class Keys(NamedTuple):
     packs: Tensor | None  # [G, 4 n] int32: n segments of packed rows, see Basis
     heads: Tensor  # [Hkv] int32, place -> kv head
     bias: Tensor | None  # [Hkv, D] float32
-    weight: Tensor | None  # [D] float32, of the key norm
     turns: Tensor | None  # [max_position, rotary_dim] float32, cos and sin of a pair adjacent; None: no rotation
     offset_turns: Tensor | None  # [MAX_BLOCK, rotary_dim] float32
     sizes: KeySizes
@@ -76,8 +74,7 @@ class Operands(NamedTuple):
     @classmethod
     def of(
         cls, keys: Projection, values: Projection, bases: tuple[Basis, Basis], rope: Rope | None, shared: bool,
-        norm_weight: Tensor | None, norm_column: int, tables: tuple[Tensor | None, Tensor | None],
-        packs: tuple[tuple[int, ...], tuple[int, ...]],
+        tables: tuple[Tensor | None, Tensor | None], packs: tuple[tuple[int, ...], tuple[int, ...]],
     ) -> Operands:  # fmt: skip
         """bases: of keys and of values. tables: complex turns by position and by offset in a tile. packs: segments of
         the rows that keys and values are read from."""
@@ -85,17 +82,15 @@ class Operands(NamedTuple):
         turns, offsets = (None if x is None else torch.view_as_real(x).flatten(1) for x in tables)
         positions = 0 if turns is None else len(turns)
         rotation = (0, 0, 0) if rope is None else (rope.rotary_dim, int(rope.interleaved), int(rope.fp32_angles))
-        extras = (key.bias is not None) + (norm_weight is not None)
+        biased = int(key.bias is not None)
         groups = keys.groups, values.groups
         paired = len(groups[0]) == len(groups[1]) and all(set(k) == set(v) for k, v in zip(*groups, strict=True))
-        key_sizes = KeySizes(
-            keys.head_dim, max(keys.ranks), *rotation, extras, norm_column, positions, *_heads(keys), packs[0]
-        )
+        key_sizes = KeySizes(keys.head_dim, max(keys.ranks), *rotation, biased, positions, *_heads(keys), packs[0])
         value_sizes = ValueSizes(
             max(values.ranks), int(paired), int(shared), values.head_dim, *_heads(values), packs[1]
         )
         return cls(
-            Keys(key.rows, key.runs, key.packs, key.heads, key.bias, norm_weight, turns, offsets, key_sizes),
+            Keys(key.rows, key.runs, key.packs, key.heads, key.bias, turns, offsets, key_sizes),
             Values(value.rows, value.runs, value.packs, value.heads, value.places, value.bias, values.up, value_sizes),
         )
 

@@ -16,16 +16,20 @@ from lrattn.factors.shapes import FLOATS, RANK_STEP, check
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """x -> x @ down = latents; latents of group g @ up[h, :ranks[g]] + bias[h] = head h.
+    """(heads - offset) @ down = latents; latents of group g @ up[h, :ranks[g]] + offset[h] = head h.
 
     Args:
         up: [Hkv, max rank, D], heads in the model's order; rows past a group's rank are zero.
         ranks: one rank per group, each a multiple of 16; C = Hkv / len(ranks) heads share a group.
-        down: [E, sum ranks], groups side by side; needed only to write latents.
-        bias: [Hkv, D], added to every head; outside the low-rank part, so exact.
+        down: [Hkv * D, sum ranks], groups side by side; [2 * Hkv * D, sum ranks], keys before values, of the values
+            whose row serves both. Needed only to write latents.
+        offset: [Hkv, D], such as the model's bias or the mean: taken from heads before the map and added to what is
+            rebuilt; outside the low-rank part, so exact. Of keys, before RoPE where the layer has one.
         head_order: kv heads listed group by group; None is 0 .. Hkv - 1.
         format: bits of the latents, one Format for each group or one for all; None is plain numbers of the cache's
             dtype. Widths come in the same order in every group.
+        of_inputs: down reads attention inputs, [E, sum ranks], as in files before version 3: latents are read, and not
+            written, until `lrattn.in_kv_space`.
 
     Raises: ValueError naming the tensor, what was expected and what came.
     """
@@ -33,9 +37,10 @@ class Projection:
     up: Tensor
     ranks: tuple[int, ...]
     down: Tensor | None = None
-    bias: Tensor | None = None
+    offset: Tensor | None = None
     head_order: tuple[int, ...] | None = None
     format: Format | tuple[Format, ...] | None = None
+    of_inputs: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ranks", tuple(self.ranks))
@@ -53,9 +58,12 @@ class Projection:
             )
         kind: dict[str, Any] = {"dtype": self.up.dtype, "device": self.up.device}
         if self.down is not None:
-            check("down", self.down, f"E {sum(self.ranks)}", dims, **kind)
-        if self.bias is not None:
-            check("bias", self.bias, "Hkv D", dims, **kind)
+            check("down", self.down, f"n {sum(self.ranks)}", dims, **kind)
+            n = self.num_heads * self.head_dim
+            if not self.of_inputs and dims["n"] not in (n, 2 * n):
+                raise ValueError(f"down: expected Hkv * D = {n} rows, or twice as many in shared rows, got {dims['n']}")
+        if self.offset is not None:
+            check("offset", self.offset, "Hkv D", dims, **kind)
         if self.head_order is not None:
             object.__setattr__(self, "head_order", tuple(int(h) for h in self.head_order))
             if sorted(self.head_order) != list(range(self.num_heads)):
@@ -76,7 +84,7 @@ class Projection:
             raise ValueError(f"format: expected the same widths in every group, got {sorted(widths)}")
 
     def __repr__(self) -> str:
-        extras = (("down", self.down is not None), ("bias", self.bias is not None))
+        extras = (("down", self.down is not None), ("offset", self.offset is not None))
         more = "".join(f", {name}" for name, there in extras if there)
         what = f"heads={self.num_heads}, head_dim={self.head_dim}, {self.latents_told}{more}"
         return f"Projection({what}, {self.up.dtype} on {self.up.device})"
@@ -134,16 +142,16 @@ class Projection:
         return heads.transpose(0, 1).reshape(self.ranks[g], -1)
 
     def dense(self) -> Tensor:
-        """The weight it stands for, [Hkv, D, E], bias not included.
+        """The map it stands for, [inputs, Hkv * D], offset not included.
 
         Raises: ValueError without `down`.
         """
         if self.down is None:
-            raise ValueError(f"down: expected [E, {self.width}], got None")
-        weight = self.up.new_empty(self.num_heads, self.head_dim, self.down.shape[0])
-        for heads, columns, rank in zip(self.groups, self.columns, self.ranks, strict=True):
-            weight[list(heads)] = self.up[list(heads), :rank].mT @ self.down[:, columns].T
-        return weight
+            raise ValueError(f"down: expected [Hkv * D, {self.width}], got None")
+        made = self.up.new_empty(self.down.shape[0], self.num_heads, self.head_dim)
+        for g, (heads, columns) in enumerate(zip(self.groups, self.columns, strict=True)):
+            made[:, list(heads)] = (self.down[:, columns] @ self.block(g)).unflatten(1, (-1, self.head_dim))
+        return made.flatten(1)
 
     def take(self, latents: Sequence[Sequence[int]]) -> Projection:
         """Some latents of each group, by their place in its row.
@@ -160,16 +168,13 @@ class Projection:
         return replace(self, up=up, ranks=ranks, down=None if self.down is None else self.down[:, columns])
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Projection:
-        moved = {n: x.to(device, dtype) for n in ("up", "down", "bias") if (x := getattr(self, n)) is not None}
+        moved = {n: x.to(device, dtype) for n in ("up", "down", "offset") if (x := getattr(self, n)) is not None}
         return replace(self, **moved)
 
     def select(self, heads: list[int]) -> Projection:
-        """The same projection for some kv heads, in the order given.
+        """The same projection for some kv heads, in the order given: it reads those heads alone.
 
-        A group is kept whole if any of its heads is chosen: where a group is cut, its latents are needed by
-        several shards and each of them holds a copy.
-
-        Raises: ValueError if groups would keep different numbers of heads.
+        Raises: ValueError if groups would keep different numbers of heads, or latents read other heads.
         """
         kept = [g for g, members in enumerate(self.groups) if set(members) & set(heads)]
         parts = [[h for h in self.groups[g] if h in heads] for g in kept]
@@ -177,52 +182,21 @@ class Projection:
             raise ValueError(f"shard: expected every group cut into equal parts, got heads {parts} for heads {heads}")
         ranks = tuple(self.ranks[g] for g in kept)
         order = tuple(heads.index(h) for part in parts for h in part)
+        down = None if self.down is None else torch.cat([self.down[:, self.columns[g]] for g in kept], 1)
+        if down is not None and not self.of_inputs:
+            by_head = down.unflatten(0, (-1, self.num_heads, self.head_dim))  # [1 or 2, Hkv, D, sum R]
+            if by_head[:, [h for h in range(self.num_heads) if h not in heads]].any():
+                raise ValueError(
+                    f"shard: expected latents that are written from heads {heads} alone, got some that need others; "
+                    "compress(shards=) makes groups within shards"
+                )
+            down = by_head[:, heads].flatten(0, 2)
         return replace(
             self,
             up=self.up[heads, : max(ranks)].contiguous(),
             ranks=ranks,
-            down=None if self.down is None else torch.cat([self.down[:, self.columns[g]] for g in kept], 1),
-            bias=None if self.bias is None else self.bias[heads].contiguous(),
+            down=down,
+            offset=None if self.offset is None else self.offset[heads].contiguous(),
             head_order=None if order == tuple(range(len(heads))) else order,
             format=tuple(self.formats[g] for g in kept) if self.formats else None,
         )
-
-    def select_rotated(self, heads: list[int]) -> Projection:
-        """As `select`, of latents written from rotated keys: from the keys of those heads alone.
-
-        Raises: ValueError if groups would be cut, or latents read other heads.
-        """
-        for members in self.groups:
-            if 0 < len(set(members) & set(heads)) < len(members):
-                raise ValueError(f"shard: expected whole key groups, whose latents need all heads, got {members} cut")
-        chosen = self.select(heads)
-        if chosen.down is None:
-            return chosen
-        by_head = chosen.down.unflatten(0, (self.num_heads, -1))  # [Hkv, D, sum Rk]
-        if by_head[[h for h in range(self.num_heads) if h not in heads]].any():
-            raise ValueError(f"shard: expected keys.down to read heads {heads} only for their latents, got others")
-        return replace(chosen, down=by_head[heads].flatten(0, 1))
-
-
-@dataclass(frozen=True, eq=False)
-class KeyNorm:
-    """RMS norm of each rebuilt key head, before RoPE: k * weight / sqrt(mean(k^2) + eps).
-
-    Args:
-        weight: [D]; where a model stores it as an offset from one (Gemma), the offset is added already.
-        eps: added to the mean square.
-    """
-
-    weight: Tensor
-    eps: float = 1e-6
-
-    def __repr__(self) -> str:
-        weight = self.weight
-        return f"KeyNorm(head_dim={len(weight)}, eps={self.eps}, {weight.dtype} on {weight.device})"
-
-    def inverse_rms(self, k: Tensor) -> Tensor:
-        """1 / rms of raw keys [.., D] -> [..]."""
-        return (k.square().mean(-1) + self.eps).rsqrt()
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> KeyNorm:
-        return replace(self, weight=self.weight.to(device, dtype))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from lrattn.factors import safefile
 from lrattn.factors.formats import Format
 from lrattn.factors.layer import LayerFactors
-from lrattn.factors.projection import KeyNorm, Projection
+from lrattn.factors.projection import Projection
 from lrattn.factors.rope import Rope
 
 
@@ -26,6 +27,8 @@ class Factors:
         predicted: per layer, what it adds to the loss of a token, in nats, to second order; () where not known.
         near: (recent, sinks), the dense window that a cache of these factors should hold: the last and first tokens a
             query sees exactly. Caches in transformers hold it where they are not told otherwise.
+        samples: per layer, a few numbers of its attention's parameters, in their dtype: they tell another model, or the
+            same one with other weights. () where not known.
     """
 
     layers: tuple[LayerFactors, ...]
@@ -34,17 +37,18 @@ class Factors:
     rule: str = ""
     predicted: tuple[float, ...] = ()
     near: tuple[int, int] = (0, 0)
+    samples: tuple[Tensor, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
         object.__setattr__(self, "predicted", tuple(self.predicted))
         object.__setattr__(self, "near", tuple(self.near))
+        object.__setattr__(self, "samples", tuple(self.samples))
         if not self.layers:
             raise ValueError("layers: expected at least one LayerFactors, got none")
-        if self.predicted and len(self.predicted) != len(self.layers):
-            raise ValueError(
-                f"predicted: expected one for each of {len(self.layers)} layers, got {len(self.predicted)}"
-            )
+        for name in ("predicted", "samples"):
+            if (given := len(getattr(self, name))) not in (0, len(self.layers)):
+                raise ValueError(f"{name}: expected one for each of {len(self.layers)} layers, got {given}")
         if len(self.near) != 2 or any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in self.near):
             raise ValueError(f"near: expected two numbers of tokens, recent and sinks, got {self.near}")
 
@@ -55,8 +59,8 @@ class Factors:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes a token holds in the latent caches of all layers: norm columns, scales and padding included, what is
-        not packed at 16 bits a number."""
+        """Bytes a token holds in the latent caches of all layers: scales and padding included, what is not packed at
+        16 bits a number."""
         return sum(layer.bytes_per_token for layer in self.layers)
 
     @property
@@ -70,11 +74,25 @@ class Factors:
         return self.bytes_per_token / self.dense_bytes_per_token
 
     def near_or(self, recent: int | None, sinks: int | None) -> tuple[int, int]:
-        """The two as given, or as `near` says where they are None."""
+        """The two as given, or as `near` says where they are None. Raises: ValueError unless they count tokens."""
+        for name, n in (("recent", recent), ("sinks", sinks)):
+            if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 0):
+                raise ValueError(f"{name}: expected a number of tokens, 0 or more, got {n!r}")
         return self.near[0] if recent is None else recent, self.near[1] if sinks is None else sinks
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Factors:
-        return replace(self, layers=tuple(layer.to(device, dtype) for layer in self.layers))
+    def to(
+        self,
+        device: torch.device | str | Sequence[torch.device | str] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Factors:
+        """The same factors on another device, or each layer on one of several, and in another dtype.
+
+        Raises: ValueError for several devices that are not one for each layer.
+        """
+        devices = [device] * len(self.layers) if device is None or isinstance(device, str | torch.device) else device
+        if len(devices) != len(self.layers):
+            raise ValueError(f"device: expected one, or one for each of {len(self.layers)} layers, got {len(devices)}")
+        return replace(self, layers=tuple(x.to(d, dtype) for x, d in zip(self.layers, devices, strict=True)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file, no pickle; the file at `path` is replaced only when the new one is whole.
@@ -86,22 +104,19 @@ class Factors:
         for i, layer in enumerate(self.layers):
             entry: dict[str, Any] = {
                 "shared": layer.shared,
-                "rotated": layer.rotated,
                 "rope": None if layer.rope is None else asdict(layer.rope),
             }
             for name in ("keys", "values"):
                 side: Projection = getattr(layer, name)
-                entry[name] = {"ranks": side.ranks, "head_order": side.head_order}
+                entry[name] = {"ranks": side.ranks, "head_order": side.head_order, "of_inputs": side.of_inputs}
                 if side.formats:
                     entry[name]["format"] = [f.segments for f in side.formats]
-                parts = {"up": side.up, "down": side.down, "bias": side.bias}
+                parts = {"up": side.up, "down": side.down, "offset": side.offset}
                 tensors |= {f"{i}.{name}.{part}": x for part, x in parts.items() if x is not None}
-            if layer.key_norm is not None:
-                entry["key_norm"] = {"eps": layer.key_norm.eps}
-                tensors[f"{i}.key_norm.weight"] = layer.key_norm.weight
             if layer.wo is not None:
                 tensors[f"{i}.wo"] = layer.wo
             layers.append(entry)
+        tensors |= {f"{i}.samples": x for i, x in enumerate(self.samples)}
         names = ("method", "model", "rule", "predicted", "near")
         record = {name: getattr(self, name) for name in names} | {"layers": layers}
         safefile.write(path, "factors", record, tensors)
@@ -110,33 +125,44 @@ class Factors:
     def load(cls, path: str | os.PathLike[str]) -> Factors:
         """Reads a file that `save` wrote, to the CPU.
 
-        Raises: FileNotFoundError; ValueError if it is damaged, truncated, foreign or newer. Never a part of it.
+        Files before version 3 have maps of attention inputs: see Projection.of_inputs.
+
+        Raises: FileNotFoundError; ValueError if it is damaged, truncated, foreign or newer, or has the key norms of an
+        older version. Never a part of it.
         """
-        record, tensors = safefile.read(path, "factors")
+        record, tensors, version = safefile.read(path, "factors")
+        if version < 3 and any(entry.get("key_norm") for entry in record["layers"]):
+            raise ValueError(
+                f"{path}: expected factors without a key norm, got those of version {version}, whose latents are of "
+                "keys before the norm: make them anew with lrattn.compress"
+            )
         layers = []
         for i, entry in enumerate(record["layers"]):
             sides = {
                 name: Projection(
                     up=tensors[f"{i}.{name}.up"],
                     down=tensors.get(f"{i}.{name}.down"),
-                    bias=tensors.get(f"{i}.{name}.bias"),
-                    **entry[name] | {"format": _formats(entry[name].get("format"))},
+                    offset=tensors.get(f"{i}.{name}.{'bias' if version < 3 else 'offset'}"),
+                    **_of_inputs(entry, name, version) | entry[name] | {"format": _formats(entry[name].get("format"))},
                 )
                 for name in ("keys", "values")
             }
-            norm = entry.get("key_norm")
             layers.append(
                 LayerFactors(
                     **sides,
                     rope=None if entry["rope"] is None else Rope(**entry["rope"]),
                     shared=entry["shared"],
-                    key_norm=None if norm is None else KeyNorm(tensors[f"{i}.key_norm.weight"], norm["eps"]),
                     wo=tensors.get(f"{i}.wo"),
-                    rotated=entry.get("rotated", False),
                 )
             )
-        given = {name: record[name] for name in ("predicted", "near") if name in record}
-        return cls(tuple(layers), record["method"], record["model"], record["rule"], **given)
+        given = {name: record[name] for name in ("rule", "predicted", "near") if name in record}
+        samples = tuple(tensors[f"{i}.samples"] for i in range(len(layers)) if f"{i}.samples" in tensors)
+        return cls(tuple(layers), record["method"], record["model"], **given, samples=samples)
+
+
+def _of_inputs(entry: dict[str, Any], name: str, version: int) -> dict[str, bool]:
+    """Whether a side's latents are of attention inputs: before version 3 all but those of rotated keys."""
+    return {"of_inputs": version < 3 and not (name == "keys" and entry.get("rotated", False))}
 
 
 def _formats(segments: list[list[tuple[int, int]]] | None) -> tuple[Format, ...] | None:

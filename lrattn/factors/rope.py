@@ -98,11 +98,12 @@ class Rope:
             original: int = scaling.get("original_max_position_embeddings") or outer or max_position
             scaling["original_max_position_embeddings"] = original
             scaling.setdefault("factor", max_position / original)
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        if "dim" not in changes:  # configs of layers with different heads have none of their own
+            head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            changes["dim"] = int(head_dim)
         return cls(
             **{
                 "theta": float(theta),
-                "dim": int(head_dim),
                 "max_position": max_position,
                 "scaling": scaling if kind != "default" else None,
                 "partial_rotary_factor": float(partial),
@@ -150,11 +151,25 @@ class Rope:
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """x [.., H, D] rotated to positions [..]; sums in float32 (float64 for float64), result in x.dtype."""
-        turns = rows_at(self.turns(x.device, x.dtype), positions.reshape(-1).to(x.device))
-        turns = turns.view(*positions.shape, 1, -1)
-        n = self.rotary_dim
-        pairs = x[..., self.pair_order(x.shape[-1])[:n].to(x.device)].to(accumulator(x.dtype)).unflatten(-1, (-1, 2))
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * turns).to(x.dtype)
+        return self._turned(x, self._turns_at(x, positions)).to(x.dtype)
+
+    def turn_back(self, x: Tensor, positions: Tensor) -> Tensor:
+        """The inverse of `rotate`, the attention factor taken out too; result in the dtype of the sums."""
+        return self._turned(x, self._turns_at(x, positions).reciprocal())
+
+    def pull_back(self, gradient: Tensor, positions: Tensor) -> Tensor:
+        """The gradient by x of what has this gradient [.., H, D] by rotate(x, positions); in the dtype of the sums."""
+        return self._turned(gradient, self._turns_at(gradient, positions).conj())
+
+    def _turns_at(self, x: Tensor, positions: Tensor) -> Tensor:
+        """[.., 1, rotary_dim / 2]."""
+        rows = rows_at(self.turns(x.device, x.dtype), positions.reshape(-1).to(x.device))
+        return rows.view(*positions.shape, 1, rows.shape[-1])
+
+    def _turned(self, x: Tensor, turns: Tensor) -> Tensor:
+        n, x = self.rotary_dim, x.to(accumulator(x.dtype))
+        pairs = x[..., self.pair_order(x.shape[-1])[:n].to(x.device)].unflatten(-1, (-1, 2)).contiguous()
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * turns)
         whole = turned.flatten(-2) if self.interleaved else turned.transpose(-2, -1).flatten(-2)
         return torch.cat((whole, x[..., n:]), -1)
 

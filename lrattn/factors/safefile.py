@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-VERSION = 2
+VERSION = 3
 
 
 def write(
@@ -107,8 +107,8 @@ def _check_kind(name: str, target: Path) -> None:
         raise PermissionError(f"{name}: expected a file that may be written, got {target}, which is protected")
 
 
-def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The record and the tensors, on the CPU.
+def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor], int]:
+    """The record, the tensors, on the CPU, and the version that was written.
 
     Raises: FileNotFoundError; ValueError if the file is damaged, truncated, foreign, of another kind or newer.
     """
@@ -127,7 +127,7 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[
     text = header.get("record", "")
     if header.get("sha256") != _digest(text, tensors):
         raise ValueError(f"{path}: damaged: the contents do not match the sha256 in the header")
-    return json.loads(text), tensors
+    return json.loads(text), tensors, int(header["version"])
 
 
 def _check_header(path: Path, kind: str, header: Mapping[str, str]) -> None:

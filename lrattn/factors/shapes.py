@@ -8,7 +8,7 @@ Hkv   key / value heads                 lse       log-sum-exp of the scores [B, 
 M     query heads per kv head
 D     head dimension                    keep      bytes of the latent cache divided by
 E     hidden size                                 bytes of the dense 16-bit cache,
-G     groups (clusters) of kv heads               scales and norm columns included
+G     groups (clusters) of kv heads               scales included
 C     kv heads per group
 R     rank of a group (Rk, Rv)
 P     tokens per page
@@ -31,11 +31,6 @@ def cdiv(n: int, step: int) -> int:
 
 def round_up(n: int, step: int) -> int:
     return cdiv(n, step) * step
-
-
-def norm_width(heads: int) -> int:
-    """Columns a key norm adds to a key row: a hi and a lo number per kv head, padded to 16."""
-    return round_up(2 * heads, RANK_STEP)
 
 
 def check(

@@ -11,8 +11,8 @@ from lrattn.factors.record import Factors
 def summarize(factors: Factors) -> dict[str, Any]:
     """Where the bytes go: keep, the split between keys and values, the ranks of every layer, and the loss foreseen.
 
-    Bytes are those of a token, plain latents and norm columns at 16 bits a number, packed ones with their scales. Rows
-    that keys and values share count as the values'. key_bits, value_bits: (latents, bits) of the segments of each
+    Bytes are those of a token, plain latents at 16 bits a number, packed ones with their scales. Rows that keys and
+    values share count as the values'. key_bits, value_bits: (latents, bits) of the segments of each
     packed group. key_rank is the mean rank of a key group: what rebuilding keys takes time for.
     Predicted losses are nats a token, to second order; None where the method foresees none.
     """
@@ -44,8 +44,7 @@ def summarize(factors: Factors) -> dict[str, Any]:
                 "key_bits": [f.segments for f in layer.keys.formats],
                 "value_bits": [f.segments for f in layer.values.formats],
                 "predicted_loss": factors.predicted[i] if factors.predicted else None,
-                "norm_columns": layer.norm_bytes // 2,
-                "rotated": layer.rotated,
+                "rotated": layer.rope is None,
                 "keep": layer.bytes_per_token / (4 * layer.num_kv_heads * layer.head_dim),
             }
             for i, layer in enumerate(factors.layers)
@@ -57,7 +56,6 @@ def headline(summary: dict[str, Any]) -> str:
     """The whole in five lines, or six with a dense window."""
     count, first = len(summary["layers"]), summary["layers"][0]
     made = summary["method"] + (f", ranks {summary['ranks']}" if summary["ranks"] else "")
-    norms = 1 - summary["key_share"] - summary["value_share"]
     split = f"keys {summary['key_share']:.1%}, values {summary['value_share']:.1%}"
     if summary["shared"]:
         split = f"rows that keys and values share {summary['value_share']:.1%}"
@@ -71,7 +69,7 @@ def headline(summary: dict[str, Any]) -> str:
             f"{count} layers of {first['kv_heads']} kv heads of {first['head_dim']}, {summary['dtype']}",
             f"keep {summary['keep']:.3f}: {summary['bytes_per_token']:,} of {summary['dense_bytes_per_token']:,} bytes "
             + (f"a token, {16 * summary['keep']:.2f} bits a number" if packed else "a token at 16 bits a number"),
-            split + (f", norm columns {norms:.1%}" if norms > 1e-9 else ""),
+            split,
             f"{how} {summary['key_rank']:.0f} latents"
             + ("" if foreseen is None else f"; predicted loss {foreseen:.2g} nats a token"),
             *beside,

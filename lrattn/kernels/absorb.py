@@ -14,7 +14,6 @@ from lrattn.kernels.pieces import product
 from lrattn.kernels.tiles import (
     LENGTHS,
     SLICED,
-    load_inverse_rms,
     load_latents,
     load_rows,
     load_run,
@@ -32,14 +31,14 @@ def absorb_queries_kernel(
     q, q_strides,            # [B, S, Hq, D]    query, model order
     uk,                      # [sum Rk, C * D]  key basis
     runs, heads,             # [G, 3], [Hkv]    int32: column, rank, first row of uk; place -> kv head
-    bias, weight,            # [Hkv, D], [D]    float32, by place; None without
+    bias,                    # [Hkv, D]         float32, by place; None without
     a, a_strides,            # [B, Hq * S, Rk]  out, dtype of q
     constant,                # [B, Hq * S]      out, float32: the bias' share of each row's scores
     S,
     C: tl.constexpr, M: tl.constexpr, D: tl.constexpr, Hkv: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
-    """a[b, h S + i] = (weight * q[b, i, h]) @ uk[k]^T,   constant = (weight * q[b, i, h]) . bias[k],   k = h // M
+    """a[b, h S + i] = q[b, i, h] @ uk[k]^T,   constant = q[b, i, h] . bias[k],   k = h // M
 
     Grid: (row blocks * Hkv, rank blocks, B). A program owns BLOCK_Q query rows of one kv head and BLOCK_R latents.
     Needs: BLOCK_D a power of two >= 32 and >= D. Sums are float32.
@@ -56,15 +55,13 @@ def absorb_queries_kernel(
     s, h = (i % S).to(tl.int64), (head * M + i // S).to(tl.int64)
     p_q = q + i_b * q_strides[0] + s * q_strides[1] + h * q_strides[2]
     x = tl.load(p_q[:, None] + d[None, :], mask=in_q[:, None] & (d < D)[None, :], other=0.0)
-    if weight is not None:
-        x = x.to(tl.float32) * tl.load(weight + d, mask=d < D, other=0.0)[None, :]
     row = (head * M * S + i).to(tl.int64)
     if bias is not None:
         if tl.program_id(1) == 0:
             shift = tl.sum(x * tl.load(bias + place * D + d, mask=d < D, other=0.0)[None, :], 1)
             tl.store(constant + i_b * Hkv * M * S + row, shift, mask=in_q)
     u = load_rows(uk, C * D, r0, rank, place % C * D, d, D, r).to(q.dtype.element_ty)
-    got = tl.dot(x.to(q.dtype.element_ty), tl.trans(u), input_precision="ieee")
+    got = tl.dot(x, tl.trans(u), input_precision="ieee")
     p_a = a + i_b * a_strides[0] + row[:, None] * a_strides[1] + r[None, :]
     tl.store(p_a, got.to(a.dtype.element_ty), mask=in_q[:, None] & (r < rank)[None, :])
 
@@ -80,13 +77,13 @@ def absorbed_scores_kernel(
     runs, heads,             # [G, 3], [Hkv]    int32: column, rank, first row of uk; place -> kv head
     packs,                   # [G, 4 n]         int32: segments of packed rows; None where they are plain
     s, s_strides,            # [B, Hq * S, T]   out, float32, T tokens of the chunk; -inf where not seen
-    scale, softcap, bound, S, window, norm_column, first_tile, tiles, parts,
+    scale, softcap, bound, S, window, first_tile, tiles, parts,
     C: tl.constexpr, M: tl.constexpr, P: tl.constexpr, Hkv: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, NORMED: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
     R1: tl.constexpr, R2: tl.constexpr, ROW: tl.constexpr, RESIDENT: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr,
 ):
-    """s[b, h S + i, t] = softcap(scale * norm(ck[b, t, g] . a[b, h S + i] + constant[b, h S + i]))
+    """s[b, h S + i, t] = softcap(scale * (ck[b, t, g] . a[b, h S + i] + constant[b, h S + i]))
 
     Grid: (row blocks * G, parts, B). A program owns BLOCK_Q of the C M S query rows of one group and one of `parts`
     equal parts of the sequence's tiles: with one row block each latent is read once.
@@ -145,9 +142,6 @@ def absorbed_scores_kernel(
                 score = tl.dot(z, tl.trans(load_latents(p_a, 0, rank, in_q, r + r1)), score, input_precision="ieee")
         if constant is not None:
             score += shift[None, :]
-        if NORMED:
-            own = live[:, None] & in_q[None, :]
-            score *= load_inverse_rms(p_ck[:, None], norm_column, Hkv, head[None, :], own, packs, a)
         score = scaled(score, scale, softcap, CAPPED)
         mask = seen(t, live, query, begin, end, S, window, CAUSAL, WINDOWED)
         score = tl.where(mask, score, float("-inf"))
@@ -164,7 +158,7 @@ def absorb_queries(q: Tensor, keys: Keys) -> tuple[Tensor, Tensor | None]:
     constant = None if keys.bias is None else torch.empty(a.shape[:2], dtype=torch.float32, device=q.device)
     choice = launch.absorb_queries(launch.name(q.device), q.itemsize)
     absorb_queries_kernel[cdiv(rows, choice.block_q) * heads, cdiv(keys.sizes.rank, choice.block_r), batch](
-        q, q.stride(), keys.rows, keys.runs, keys.heads, keys.bias, keys.weight, a, a.stride(), constant, num_queries,
+        q, q.stride(), keys.rows, keys.runs, keys.heads, keys.bias, a, a.stride(), constant, num_queries,
         C=keys.sizes.group_size, M=query_heads // heads, D=head_dim, Hkv=heads,
         BLOCK_D=launch.block_d(head_dim), BLOCK_Q=choice.block_q, BLOCK_R=choice.block_r,
         num_warps=choice.warps, num_stages=choice.stages,
@@ -186,9 +180,9 @@ def absorbed_scores(
         a, a.stride(), constant, ck, ck.stride(), tokens.pages, tokens.pages.stride(0),
         tokens.lens, tokens.lens.stride(0), tokens.starts, tokens.starts_stride,
         keys.runs, keys.heads, keys.packs, s, s.stride(), rule.scale, rule.softcap, tokens.bound, num_queries,
-        rule.window, keys.sizes.norm_column, first_tile, tiles, parts,
+        rule.window, first_tile, tiles, parts,
         C=keys.sizes.group_size, M=a.shape[1] // (heads * num_queries), P=ck.shape[1], Hkv=heads,
-        CAUSAL=rule.causal, WINDOWED=rule.window > 0, CAPPED=rule.softcap > 0, NORMED=keys.sizes.norm_column >= 0,
+        CAUSAL=rule.causal, WINDOWED=rule.window > 0, CAPPED=rule.softcap > 0,
         R1=r1, R2=r2, ROW=launch.scored(keys.sizes.packed, choice), RESIDENT=choice.resident,
         BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T,
         num_warps=choice.warps, num_stages=choice.stages,

@@ -14,7 +14,6 @@ from lrattn.kernels.rows import load_row, load_row_queries, row_zeros, store_row
 from lrattn.kernels.tiles import (
     LENGTHS,
     SLICED,
-    load_inverse_rms,
     load_run,
     part_of,
     reach,
@@ -41,13 +40,13 @@ def fused_absorbed_kernel(
     heads,                   # [Hkv]            int32, place -> kv head
     y, y_strides,            # [B, slots, Hq * S, Rv]  out, float32; rows whose lse is -inf are not written
     lse, lse_strides,        # [B, slots, Hq * S]      out, float32, natural log
-    scale, softcap, bound, S, window, norm_column, first_tile, tiles, splits,
+    scale, softcap, bound, S, window, first_tile, tiles, splits,
     C: tl.constexpr, M: tl.constexpr, P: tl.constexpr, Hkv: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, NORMED: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
     KEYS: tl.constexpr, VALUES: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr,
 ):
-    """y[b, i, h S + j] = softmax_t(softcap(scale * norm(ck[b, t, g] . a[b, h S + j] + constant))) @ cv[b, t, g]
+    """y[b, i, h S + j] = softmax_t(softcap(scale * (ck[b, t, g] . a[b, h S + j] + constant))) @ cv[b, t, g]
 
     with t in split i. KEYS and VALUES are the pieces of a rank, or the tiles of packed rows. Without cv they are the
     same columns of one row, which is loaded once; absorbed queries are zero past the key rank.
@@ -94,9 +93,6 @@ def fused_absorbed_kernel(
         score = product(z, x)
         if constant is not None:
             score += shift[None, :]
-        if NORMED:
-            own = live[:, None] & in_q[None, :]
-            score *= load_inverse_rms(p_ck[:, None], norm_column, Hkv, head[None, :], own, key_packs, a)
         score = scaled(score, scale, softcap, CAPPED)
         mask = seen(t, live, query, begin, end, S, window, CAUSAL, WINDOWED)
         score = tl.where(mask, score, float("-inf"))
@@ -126,9 +122,9 @@ def fused_absorbed(
         a, a.stride(), constant, ck, ck.stride(), cv, (0, 0) if cv is None else cv.stride(),
         tokens.pages, tokens.pages.stride(0), tokens.lens, tokens.lens.stride(0), tokens.starts, tokens.starts_stride,
         keys.runs, values.runs, keys.packs, values.packs, keys.heads, y, y.stride(), lse, lse.stride(),
-        rule.scale, rule.softcap, tokens.bound, num_queries, rule.window, key.norm_column, first_tile, tiles, splits,
+        rule.scale, rule.softcap, tokens.bound, num_queries, rule.window, first_tile, tiles, splits,
         C=key.group_size, M=all_rows // (key.num_heads * num_queries), P=ck.shape[1], Hkv=key.num_heads,
-        CAUSAL=rule.causal, WINDOWED=rule.window > 0, CAPPED=rule.softcap > 0, NORMED=key.norm_column >= 0,
+        CAUSAL=rule.causal, WINDOWED=rule.window > 0, CAPPED=rule.softcap > 0,
         KEYS=launch.row(key.packed, value.rank if cv is None else key.rank, choice.block_r),
         VALUES=launch.row(value.packed, value.rank, choice.block_r),
         BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T, num_warps=choice.warps, num_stages=choice.stages,

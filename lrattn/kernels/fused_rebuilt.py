@@ -14,7 +14,6 @@ from lrattn.kernels.rows import load_row, load_row_basis, row_zeros, store_row
 from lrattn.kernels.tiles import (
     LENGTHS,
     SLICED,
-    load_inverse_rms,
     load_run,
     load_turns,
     part_of,
@@ -40,19 +39,19 @@ def fused_rebuilt_kernel(
     key_runs, value_runs,    # [G, 3]           int32: column, rank, first row of the basis
     key_packs, value_packs,  # [G, 4 n]         int32: segments of packed rows; None where they are plain
     heads,                   # [Hkv]            int32, place -> kv head
-    bias, weight,            # [Hkv, D], [D]    float32 by place, pairs adjacent; None without
+    bias,                    # [Hkv, D]         float32 by place, pairs adjacent; None without
     turns,                   # [max_position, ROTARY]  float32, cos and sin of a pair adjacent; offsets' if not TABLE
     positions, pos_strides,  # [N, P]           int32, or None: the index in the sequence
     y, y_strides,            # [B, slots, Hq * S, Rv]  out, float32; rows whose lse is -inf are not written
     lse, lse_strides,        # [B, slots, Hq * S]      out, float32, natural log
-    scale, softcap, bound, S, window, max_position, norm_column, first_tile, tiles, splits,
+    scale, softcap, bound, S, window, max_position, first_tile, tiles, splits,
     C: tl.constexpr, M: tl.constexpr, D: tl.constexpr, P: tl.constexpr, Hkv: tl.constexpr,
     ROTARY: tl.constexpr, TABLE: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
     KEYS: tl.constexpr, VALUES: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr,
 ):
-    """y[b, i, h S + j] = softmax_t(softcap(scale * q[b, j, h] . Rot(t) norm(ck[b, t] @ uk[k] + bias[k]))) @ cv[b, t]
+    """y[b, i, h S + j] = softmax_t(softcap(scale * q[b, j, h] . Rot(t) (ck[b, t] @ uk[k] + bias[k]))) @ cv[b, t]
 
     with t in split i, k = h // M. As in the scores, queries come turned back by each tile's first token and keys are
     turned by the offset only; with TABLE every token's own row is read instead. KEYS and VALUES are the pieces of a
@@ -104,9 +103,6 @@ def fused_rebuilt_kernel(
         k = product(z, u)
         if bias is not None:
             k += tl.load(bias + place * D + d, mask=d < D, other=0.0)[None, :]
-        if weight is not None:  # the norm before rounding: a raw key may be too large for float16
-            inverse = load_inverse_rms(p_ck, norm_column, Hkv, head, live, key_packs, x)
-            k *= inverse[:, None] * tl.load(weight + d, mask=d < D, other=0.0)[None, :]
         p_x = first_x + (i * BLOCK_D)[:, None] + j[None, :]
         if TABLE:
             at = t
@@ -151,10 +147,10 @@ def fused_rebuilt(
     fused_rebuilt_kernel[cdiv(rows, choice.block_q) * key.num_heads, splits, batch](
         x, x.stride(), ck, ck.stride(), cv, (0, 0) if cv is None else cv.stride(),
         tokens.pages, tokens.pages.stride(0), tokens.lens, tokens.lens.stride(0), tokens.starts, tokens.starts_stride,
-        keys.rows, keys.runs, values.runs, keys.packs, values.packs, keys.heads, keys.bias, keys.weight,
+        keys.rows, keys.runs, values.runs, keys.packs, values.packs, keys.heads, keys.bias,
         keys.offset_turns if turned else keys.turns, tokens.positions, tokens.positions_strides,
         y, y.stride(), lse, lse.stride(), rule.scale, rule.softcap, tokens.bound, num_queries, rule.window,
-        key.max_position, key.norm_column, first_tile, tiles, splits,
+        key.max_position, first_tile, tiles, splits,
         C=key.group_size, M=rows // num_queries, D=key.head_dim, P=ck.shape[1], Hkv=key.num_heads,
         ROTARY=key.rotary_dim, TABLE=not turned,
         CAUSAL=rule.causal, WINDOWED=rule.window > 0, CAPPED=rule.softcap > 0,

@@ -40,7 +40,7 @@ class Row(NamedTuple):
     least_itemsize: int = 2
     table: bool = True  # also where every token's own row of turns is read
     values: int = ANY  # columns of a value rank's pieces
-    extras: int = 2  # of key bias and key norm, how many at once
+    biased: bool = True  # also where keys have a bias
     shared: bool = True  # also where one row serves keys and values
     packed: bool = False  # for packed rows, or for plain ones
 
@@ -50,7 +50,8 @@ BIG = ("sm80", "sm90", "sm100")  # more than 160 KiB of shared memory; gfx9 has 
 
 LATENT_SCORES = (
     Row(Launch(4, 2, block_d=64, resident=True), HOPPER, head=64, rank=384, queries=16),
-    Row(Launch(8, 2, block_d=64, resident=True), HOPPER, head=64, rank=384),
+    Row(Launch(8, 2, block_d=64, resident=True), HOPPER, head=64, rank=384, table=False),
+    Row(Launch(8, 2, block_d=64, resident=True), HOPPER, head=64, rank=288),
     Row(Launch(4, 2, block_d=64, resident=True), ("sm80",), head=64, rank=256),
     Row(Launch(4, 2, block_d=128, resident=True), ("sm90",), head=128, rank=192, queries=16),  # two to a multiprocessor
     Row(Launch(8, 2, block_d=128, resident=True), ("sm90",), head=128, rank=128),
@@ -105,7 +106,7 @@ LATENT_VALUES = (
 FUSED_ABSORBED = (
     Row(Launch(4, 2, block_r=128), ("sm90",), rank=256, values=256, queries=16),
     Row(Launch(4, 2, block_r=128), ("sm90",), rank=0, values=384, queries=16),
-    Row(Launch(4, 2, block_r=128), ("sm90",), rank=0, values=512, queries=16, extras=0),
+    Row(Launch(4, 2, block_r=128), ("sm90",), rank=0, values=512, queries=16, biased=False),
     Row(Launch(8, 2, block_r=128), ("sm90",), rank=256, values=512, queries=16, shared=False),
     Row(Launch(8, 2, block_r=128), ("sm90",), rank=256, values=256, queries=32),
     Row(Launch(8, 2, block_r=128), ("sm90",), rank=128, values=128, queries=64),
@@ -114,20 +115,20 @@ FUSED_ABSORBED = (
     Row(Launch(4, 1, block_r=128), ("gfx9",), rank=256, values=256, queries=16),
     Row(Launch(4, 1, block_r=128), (), rank=128, values=128, itemsize=4, least_itemsize=4),
     Row(Launch(4, 1, block_r=64), ("sm90",), rank=256, values=256, queries=16, packed=True),
-    Row(Launch(8, 1, block_r=64), ("sm90",), rank=0, values=384, queries=16, extras=0, packed=True),
+    Row(Launch(8, 1, block_r=64), ("sm90",), rank=0, values=384, queries=16, biased=False, packed=True),
 )
 FUSED_REBUILT = (
-    Row(Launch(4, 1, block_r=128), ("sm90",), head=64, rank=256, values=256, queries=16, extras=1),
-    Row(Launch(4, 1, block_r=128), ("sm90",), head=64, rank=128, values=128, queries=32, extras=1),
-    Row(Launch(4, 2, block_r=128), ("sm90",), head=128, rank=128, values=128, queries=16, table=False, extras=0),
-    Row(Launch(4, 2, block_r=64), ("sm90",), head=128, rank=0, values=128, queries=16, table=False, extras=1),
-    Row(Launch(4, 2, block_r=64), ("sm90",), head=128, rank=0, values=256, queries=16, table=False, extras=0),
+    Row(Launch(4, 1, block_r=128), ("sm90",), head=64, rank=256, values=256, queries=16),
+    Row(Launch(4, 1, block_r=128), ("sm90",), head=64, rank=128, values=128, queries=32),
+    Row(Launch(4, 2, block_r=128), ("sm90",), head=128, rank=128, values=128, queries=16, table=False, biased=False),
+    Row(Launch(4, 2, block_r=64), ("sm90",), head=128, rank=0, values=128, queries=16, table=False),
+    Row(Launch(4, 2, block_r=64), ("sm90",), head=128, rank=0, values=256, queries=16, table=False, biased=False),
     Row(Launch(8, 1, block_r=128), ("sm100",), head=64, rank=256, values=256, queries=16),
     Row(Launch(8, 1, block_r=128), ("sm100",), head=128, rank=128, values=128, queries=16),
-    Row(Launch(8, 1, block_r=128), ("sm100",), head=128, rank=0, values=256, queries=16, extras=1),
+    Row(Launch(8, 1, block_r=128), ("sm100",), head=128, rank=0, values=256, queries=16),
     Row(Launch(4, 1, block_r=128), HOPPER, head=128, rank=128, values=128, queries=16, itemsize=4, least_itemsize=4),
-    Row(Launch(8, 1, block_r=64), ("sm90",), head=64, rank=256, values=256, queries=16, extras=0, packed=True),
-    Row(Launch(8, 1, block_r=64), ("sm90",), head=128, rank=128, values=128, queries=16, extras=0, packed=True),
+    Row(Launch(8, 1, block_r=64), ("sm90",), head=64, rank=256, values=256, queries=16, biased=False, packed=True),
+    Row(Launch(8, 1, block_r=64), ("sm90",), head=128, rank=128, values=128, queries=16, biased=False, packed=True),
 )
 ABSORB_QUERIES = (
     Row(Launch(4, 1, block_q=16, block_r=64), ()),
@@ -145,12 +146,6 @@ PROJECT = (
     Row(Launch(4, 1, block_q=16, block_r=32, block_d=32), (), itemsize=4),
 )
 WRITE_LATENTS = (Row(Launch(4, 1, block_n=16, block_r=128), (), itemsize=4),)
-NORM_COLUMNS = (
-    Row(Launch(4, 2, block_n=16, block_r=64), ()),
-    Row(Launch(4, 1, block_n=16, block_r=32), (), itemsize=4),
-    Row(Launch(8, 1, block_n=16, block_r=32), (), packed=True),
-    Row(Launch(4, 1, block_n=16, block_r=32), (), itemsize=4, packed=True),
-)
 REBUILD = (
     Row(Launch(8, 3, block_n=64, block_r=64), BIG, head=128),
     Row(Launch(8, 2, block_n=64, block_r=64), ("gfx9",), head=128),
@@ -163,7 +158,7 @@ REBUILD = (
 
 def find(
     table: tuple[Row, ...], device: str, itemsize: int, *, head: int = 0, rank: int = 0, queries: int = 0,
-    turned: bool = True, values: int = 0, extras: int = 0, packed: bool = False,
+    turned: bool = True, values: int = 0, biased: bool = False, packed: bool = False,
 ) -> Launch | None:  # fmt: skip
     """The first launch of a table whose row fits, or None."""
     for row in table:
@@ -171,9 +166,8 @@ def find(
             row.least_itemsize <= itemsize <= row.itemsize
             and (not row.devices or device in row.devices)
             and (head <= row.head and rank <= row.rank and queries <= row.queries)
-            and (values <= row.values and extras <= row.extras and (turned or row.table))
-            and (row.shared or rank)
-            and row.packed == packed
+            and (values <= row.values and row.packed == packed)
+            and ((row.table or turned) and (row.shared or rank) and (row.biased or not biased))
         ):
             return row.launch
     return None
@@ -188,9 +182,9 @@ def pick(table: tuple[Row, ...], device: str, itemsize: int, **shape: Any) -> La
 
 
 # launch of a kernel: device and itemsize, and the padded head dim for `rebuild`
-absorb_queries, turn_queries, combine, merge, project, write_latents, norm_columns, rebuild = (
+absorb_queries, turn_queries, combine, merge, project, write_latents, rebuild = (
     cache(partial(pick, table))
-    for table in (ABSORB_QUERIES, TURN_QUERIES, COMBINE, MERGE, PROJECT, WRITE_LATENTS, NORM_COLUMNS, REBUILD)
+    for table in (ABSORB_QUERIES, TURN_QUERIES, COMBINE, MERGE, PROJECT, WRITE_LATENTS, REBUILD)
 )
 
 
@@ -228,12 +222,12 @@ def latent_values(rank: int, rows: int, itemsize: int, device: str, packed: bool
 
 @cache
 def fused_absorbed(
-    key_rank: int, value_rank: int, rows: int, itemsize: int, device: str, extras: int, packed: bool
+    key_rank: int, value_rank: int, rows: int, itemsize: int, device: str, biased: bool, packed: bool
 ) -> Launch | None:
-    """key_rank 0: one row serves both. extras: how many of key bias and key norm there are."""
+    """key_rank 0: one row serves both. biased: keys have a bias."""
     found = find(
         FUSED_ABSORBED, device, itemsize, rank=padded(key_rank), values=padded(value_rank),
-        queries=block_q(rows), extras=extras, packed=packed,
+        queries=block_q(rows), biased=biased, packed=packed,
     )  # fmt: skip
     return found and found._replace(block_q=block_q(rows))
 
@@ -247,13 +241,13 @@ def fused_rebuilt(
     itemsize: int,
     device: str,
     turned: bool,
-    extras: int,
+    biased: bool,
     packed: bool,
 ) -> Launch | None:
     """As fused_absorbed."""
     found = find(
         FUSED_REBUILT, device, itemsize, head=block_d(head_dim), rank=padded(key_rank),
-        values=padded(value_rank), queries=block_q(rows), turned=turned, extras=extras, packed=packed,
+        values=padded(value_rank), queries=block_q(rows), turned=turned, biased=biased, packed=packed,
     )  # fmt: skip
     return found and found._replace(block_q=block_q(rows))
 

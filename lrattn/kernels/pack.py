@@ -8,8 +8,8 @@ from lrattn.factors.formats import ALIGNMENT, MEAN_BITS
 from lrattn.factors.operands import Keys, Values
 from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
-from lrattn.kernels.packed import BROKEN, SCALE_FRACTION, SCALE_LEAST, segment
-from lrattn.kernels.tiles import LENGTHS, SLICED, half_pointer, load_run
+from lrattn.kernels.packed import BROKEN, SCALE_FRACTION, SCALE_LEAST, half_pointer, segment
+from lrattn.kernels.tiles import LENGTHS, SLICED, load_run
 
 NEAREST, UPWARDS = tl.constexpr(1 << 19), tl.constexpr((1 << 20) - 1)  # added before a scale's fraction is cut
 
@@ -90,7 +90,7 @@ def pack_latents_kernel(
 
 
 def pack_latents(z: Tensor, cache: Tensor, slots: Tensor, side: Keys | Values) -> None:
-    """Latents z [n, sum R] to rows `slots` [n] of the cache that `side` reads, norm columns left out."""
+    """Latents z [n, sum R] to rows `slots` [n] of the cache that `side` reads."""
     num_pages, page_size, _ = cache.shape
     bits = side.sizes.packed[::2]
     scaled = [n for n, b in enumerate(bits) if b < 16]

@@ -13,8 +13,6 @@ rounded by an eighth of a step at 8.
 import triton
 import triton.language as tl
 
-from lrattn.kernels.tiles import half_pointer
-
 SCALE_FRACTION, SCALE_LEAST = tl.constexpr(20), tl.constexpr(111 << 23)  # see lrattn/factors/formats.py
 BROKEN = tl.constexpr(255)
 
@@ -38,6 +36,16 @@ def segments(packs, g, rank, TILES: tl.constexpr):
         for i in tl.static_range(len(TILES)):
             segs = segs + segment(packs, TILES[i][0], rank)
     return segs
+
+
+@triton.jit
+def half_pointer(p, like):
+    """`p` as a pointer to the 16-bit numbers in packed rows of a layer of the dtype of pointer `like`."""
+    if like.dtype.element_ty.primitive_bitwidth > 16:
+        half = p.to(tl.pointer_type(tl.float16))
+    else:
+        half = p.to(tl.pointer_type(like.dtype.element_ty))
+    return half
 
 
 @triton.jit

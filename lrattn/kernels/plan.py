@@ -45,11 +45,11 @@ def fused(
     of_keys = launch.columns(keys.packed, keys.rank)
     ranks = (0 if values.shared else of_keys), launch.columns(values.packed, values.rank)
     if not keys.rotary_dim:
-        return launch.fused_absorbed(*ranks, rows // keys.groups, dtype.itemsize, device, keys.extras, packed)
+        return launch.fused_absorbed(*ranks, rows // keys.groups, dtype.itemsize, device, bool(keys.biased), packed)
     if keys.group_size > 1 and not values.shared:
         return None
     return launch.fused_rebuilt(
-        *ranks, keys.head_dim, rows // keys.num_heads, dtype.itemsize, device, turned, keys.extras, packed
+        *ranks, keys.head_dim, rows // keys.num_heads, dtype.itemsize, device, turned, bool(keys.biased), packed
     )
 
 

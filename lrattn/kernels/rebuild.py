@@ -12,7 +12,6 @@ from lrattn.kernels.packed import keys_streamed, segments
 from lrattn.kernels.tiles import (
     LENGTHS,
     SLICED,
-    load_inverse_rms,
     load_latents,
     load_rows,
     load_run,
@@ -32,16 +31,16 @@ def rebuild_kernel(
     basis,                   # [sum R, C * D]   for keys with pairs adjacent
     runs, heads,             # [G, 3], [Hkv]    int32: column, rank, first row of basis; place -> kv head
     packs,                   # [G, 4 n]         int32: segments of packed rows; None where they are plain
-    bias, weight,            # [Hkv, D], [D]    float32, as the basis; None without
+    bias,                    # [Hkv, D]         float32, as the basis; None without
     turns,                   # [max_position, ROTARY]  float32, cos and sin of a pair adjacent; None: no rotation
     positions, pos_strides,  # [N, P]           int32, or None: the index in the sequence
     x, x_strides,            # [sum T, Hkv, D]  out, model order
-    bound, tiles, rows, max_position, norm_column,
+    bound, tiles, rows, max_position,
     C: tl.constexpr, D: tl.constexpr, P: tl.constexpr, Hkv: tl.constexpr,
-    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, NORMED: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
     ROW: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
-    """x[ends[b] - T_b + t, k] = Rot(t) norm(cache[b, t, g] @ basis[k] + bias[k])
+    """x[ends[b] - T_b + t, k] = Rot(t) (cache[b, t, g] @ basis[k] + bias[k])
 
     Grid: (Hkv * tiles * B). A program owns BLOCK_T tokens of one kv head. Packed rows come in tiles, ROW.
     Needs: BLOCK_D a power of two >= 32 and >= D, P a multiple of 16. Sums are float32.
@@ -71,10 +70,6 @@ def rebuild_kernel(
             k = tl.dot(z, u, k, input_precision="ieee")
     if bias is not None:
         k += tl.load(bias + place * D + d, mask=d < D, other=0.0)[None, :]
-    if weight is not None:
-        k *= tl.load(weight + d, mask=d < D, other=0.0)[None, :]
-    if NORMED:
-        k *= load_inverse_rms(p_cache, norm_column, Hkv, head, live, packs, x)[:, None]
     at = tl.load(ends + i_b) - length + t
     p_x = x + at * x_strides[0] + head * x_strides[1]
     stored = live & (at < rows)
@@ -95,40 +90,31 @@ def rebuild_kernel(
 
 
 def rebuild_keys(ck: Tensor, keys: Keys, tokens: Tokens, ends: Tensor, x: Tensor) -> None:
-    """Keys of all tokens, normed and rotated, to x [sum T, Hkv, D]."""
+    """Keys of all tokens, rotated, to x [sum T, Hkv, D]."""
     size = keys.sizes
     _rebuild(
-        ck, keys.rows, keys.runs, keys.heads, keys.packs, size.packed, keys.bias, keys.weight, keys.turns, tokens, ends,
-        x,
-        max_position=size.max_position, norm_column=size.norm_column,
-        C=size.group_size, ROTARY=size.rotary_dim, INTERLEAVED=bool(size.interleaved), NORMED=size.norm_column >= 0,
+        ck, keys, keys.turns, tokens, ends, x, max_position=size.max_position,
+        ROTARY=size.rotary_dim, INTERLEAVED=bool(size.interleaved),
     )  # fmt: skip
 
 
 def rebuild_values(cv: Tensor, values: Values, tokens: Tokens, ends: Tensor, x: Tensor) -> None:
     """Values of all tokens to x [sum T, Hkv, D]."""
-    _rebuild(
-        cv, values.rows, values.runs, values.heads, values.packs, values.sizes.packed, values.bias, None, None, tokens,
-        ends, x,
-        max_position=0, norm_column=-1, C=values.sizes.group_size, ROTARY=0, INTERLEAVED=False, NORMED=False,
-    )  # fmt: skip
+    _rebuild(cv, values, None, tokens, ends, x, max_position=0, ROTARY=0, INTERLEAVED=False)
 
 
-def _rebuild(
-    cache, rows, runs, heads, packs, packed, bias, weight, turns, tokens, ends, x, *, max_position, norm_column,
-    **constants,
-):  # fmt: skip
-    page_size, head_dim = cache.shape[1], x.shape[2]
+def _rebuild(cache, side, turns, tokens, ends, x, *, max_position, **constants):
+    page_size, head_dim, packed = cache.shape[1], x.shape[2], side.sizes.packed
     choice = launch.rebuild(launch.name(cache.device), x.itemsize, head=launch.block_d(head_dim), packed=bool(packed))
     tiles = cdiv(tokens.bound, choice.block_n)
-    programs = heads.shape[0] * tiles * tokens.lens.shape[0]
+    programs = side.sizes.num_heads * tiles * tokens.lens.shape[0]
     if not programs or not x.shape[0]:
         return
     rebuild_kernel[(programs,)](
         cache, cache.stride(), tokens.pages, tokens.pages.stride(0), tokens.lens, tokens.lens.stride(0), ends,
-        rows, runs, heads, packs, bias, weight, turns, tokens.positions, tokens.positions_strides,
-        x, x.stride(), tokens.bound, tiles, x.shape[0], max_position, norm_column,
-        D=head_dim, P=page_size, Hkv=heads.shape[0], **constants,
+        side.rows, side.runs, side.heads, side.packs, side.bias, turns, tokens.positions, tokens.positions_strides,
+        x, x.stride(), tokens.bound, tiles, x.shape[0], max_position,
+        C=side.sizes.group_size, D=head_dim, P=page_size, Hkv=side.sizes.num_heads, **constants,
         ROW=launch.streamed(packed, choice.block_r), BLOCK_D=launch.block_d(head_dim), BLOCK_T=choice.block_n,
         BLOCK_R=choice.block_r,
         num_warps=choice.warps, num_stages=choice.stages,

@@ -13,7 +13,6 @@ from lrattn.kernels.pieces import product
 from lrattn.kernels.tiles import (
     LENGTHS,
     SLICED,
-    load_inverse_rms,
     load_latents,
     load_rows,
     load_run,
@@ -80,18 +79,18 @@ def latent_scores_kernel(
     uk,                      # [sum Rk, C * D]  key basis, pairs adjacent
     runs, heads,             # [G, 3], [Hkv]    int32: column, rank, first row of uk; place -> kv head
     packs,                   # [G, 4 n]         int32: segments of packed rows; None where they are plain
-    bias, weight,            # [Hkv, D], [D]    float32 by place, pairs adjacent; None without
+    bias,                    # [Hkv, D]         float32 by place, pairs adjacent; None without
     turns,                   # [max_position, ROTARY]  float32, cos and sin of a pair adjacent; offsets' if not TABLE
     positions, pos_strides,  # [N, P]           int32, or None: the index in the sequence
     s, s_strides,            # [B, Hq * S, T]   out, float32, T tokens of the chunk; -inf where not seen
-    scale, softcap, bound, S, window, max_position, norm_column, first_tile, tiles, parts,
+    scale, softcap, bound, S, window, max_position, first_tile, tiles, parts,
     C: tl.constexpr, M: tl.constexpr, D: tl.constexpr, P: tl.constexpr, Hkv: tl.constexpr,
     ROTARY: tl.constexpr, TABLE: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
     R1: tl.constexpr, R2: tl.constexpr, ROW: tl.constexpr, RESIDENT: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr,
 ):
-    """s[b, h S + i, t] = softcap(scale * q[b, i, h] . Rot(t) norm(ck[b, t, g] @ uk[k] + bias[k])),  k = h // M, k in g
+    """s[b, h S + i, t] = softcap(scale * q[b, i, h] . Rot(t) (ck[b, t, g] @ uk[k] + bias[k])),  k = h // M, k in g
 
     Rot(t) = Rot(t0) Rot(t - t0): the queries come turned back by each tile's first token t0, the keys are turned by
     the offset only, whose table stays on chip. With TABLE every token's own row is read instead.
@@ -143,8 +142,6 @@ def latent_scores_kernel(
         else:
             at = tl.arange(0, BLOCK_T)
             p_x += ((t0 - origin) // BLOCK_T).to(tl.int64) * x_strides[1]
-        if weight is not None:
-            inverse = load_inverse_rms(p_ck, norm_column, Hkv, head, live, packs, x)
         score = tl.zeros([BLOCK_T, BLOCK_Q], tl.float32)
         for d0 in tl.static_range(0, D, BLOCK_D):
             if packs is not None:
@@ -163,8 +160,6 @@ def latent_scores_kernel(
                     k = tl.dot(load_latents(p_ck, column, rank, live, r + r1), u, k, input_precision="ieee")
             if bias is not None:
                 k += tl.load(bias + place * D + d0 + d, mask=d0 + d < D, other=0.0)[None, :]
-            if weight is not None:  # the norm before rounding: a raw key may be too large for float16
-                k *= inverse[:, None] * tl.load(weight + d0 + d, mask=d0 + d < D, other=0.0)[None, :]
             if TABLE:
                 cos, sin = load_turns(turns, at, max_position, d0 + d, ROTARY)
             elif not RESIDENT:
@@ -211,9 +206,9 @@ def latent_scores(
     turns = keys.offset_turns if turned else keys.turns
     latent_scores_kernel[cdiv(rows, choice.block_q) * heads, parts, batch](
         x, x.stride(), ck, ck.stride(), tokens.pages, tokens.pages.stride(0), tokens.lens, tokens.lens.stride(0),
-        tokens.starts, tokens.starts_stride, keys.rows, keys.runs, keys.heads, keys.packs, keys.bias, keys.weight,
-        turns, tokens.positions, tokens.positions_strides, s, s.stride(), rule.scale, rule.softcap, tokens.bound,
-        num_queries, rule.window, keys.sizes.max_position, keys.sizes.norm_column, first_tile, tiles, parts,
+        tokens.starts, tokens.starts_stride, keys.rows, keys.runs, keys.heads, keys.packs, keys.bias, turns,
+        tokens.positions, tokens.positions_strides, s, s.stride(), rule.scale, rule.softcap, tokens.bound,
+        num_queries, rule.window, keys.sizes.max_position, first_tile, tiles, parts,
         C=keys.sizes.group_size, M=rows // num_queries, D=keys.sizes.head_dim, P=ck.shape[1], Hkv=heads,
         ROTARY=keys.sizes.rotary_dim, TABLE=not turned,
         CAUSAL=rule.causal, WINDOWED=rule.window > 0, CAPPED=rule.softcap > 0,

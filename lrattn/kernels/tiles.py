@@ -110,26 +110,6 @@ def load_turns(turns, at, rows, d, ROTARY: tl.constexpr):
 
 
 @triton.jit
-def half_pointer(p, like):
-    """`p` as a pointer to the 16-bit numbers in packed rows of a layer of the dtype of pointer `like`."""
-    if like.dtype.element_ty.primitive_bitwidth > 16:
-        half = p.to(tl.pointer_type(tl.float16))
-    else:
-        half = p.to(tl.pointer_type(like.dtype.element_ty))
-    return half
-
-
-@triton.jit
-def load_inverse_rms(cache, column, Hkv, head, live, packs, like):
-    """The stored 1 / rms (hi + lo) of one kv head for the key rows `cache` points at; `column` is a byte with packs."""
-    if packs is not None:
-        cache = half_pointer(cache + tl.multiple_of(column, 4), like)
-        column = 0
-    hi = tl.load(cache + (column + head), mask=live, other=0.0).to(tl.float32)
-    return hi + tl.load(cache + (column + Hkv + head), mask=live, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def soft_cap(x, cap):
     """cap * tanh(x / cap), exact to rounding for small x too."""
     y = x / cap

@@ -7,36 +7,86 @@ from lrattn import merge_attention
 from lrattn.attention import dense
 
 
-def plain(q, k, v, near_k, near_v, recent, sinks, scale, window):
-    """Every query and head on its own: which of the two keys it sees, one softmax."""
+def plain(q, far, near, begin, recent, sinks, window, pads, seen, softcap, extra):
+    """Every row, query and head on its own: which of the two keys it sees of each column, one softmax."""
     out = torch.zeros_like(q)
-    for s in range(len(q)):
-        i = len(k) - len(q) + s
-        tokens = [j for j in range(i + 1) if window is None or j > i - window]
-        chosen = [(near_k[j], near_v[j]) if j > i - recent or j < sinks else (k[j], v[j]) for j in tokens]
-        for h in range(q.shape[1]):
-            g = h * k.shape[1] // q.shape[1]
-            p = torch.softmax(torch.stack([q[s, h] @ x[g] for x, _ in chosen]) * scale, 0)
-            out[s, h] = sum(w * y[g] for w, (_, y) in zip(p, chosen, strict=True))
+    for b in range(len(q)):
+        for s in range(q.shape[2]):
+            i = begin + s
+            columns = [j for j in range(pads[b], i + 1) if (window is None or j > i - window) and seen[b, j]]
+            pick = [near if j > i - recent or j < pads[b] + sinks else far for j in columns]
+            for h in range(q.shape[1] if columns else 0):
+                g = h * far[0].shape[1] // q.shape[1]
+                scores = torch.stack([x[0][b, g, j] @ q[b, h, s] for x, j in zip(pick, columns)]) * 0.3
+                scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+                joined = scores if extra is None else torch.cat((scores, extra[h : h + 1]))
+                p = torch.softmax(joined, 0)[: len(columns)]
+                out[b, h, s] = sum(w * x[1][b, g, j] for w, x, j in zip(p, pick, columns))
     return out
+
+
+def heads(seed=0, columns=21, queries=21, heads=4):
+    g = torch.Generator().manual_seed(seed)
+    pairs = [torch.randn(2, 2, columns, 8, generator=g, dtype=torch.float64) for _ in range(4)]
+    return torch.randn(2, heads, queries, 8, generator=g, dtype=torch.float64), tuple(pairs[:2]), tuple(pairs[2:])
+
+
+def dense_of(q, far, near, begin, recent, sinks, window=None, pads=None, live=None, softcap=0.0, extra=None):
+    """`dense_attention` as a cache calls it: the last columns, and each row's first live ones, beside all of them."""
+    end = far[0].shape[2]
+    own = None if pads is None else torch.tensor(pads)
+    sight = dense.Sight(begin, end, recent, sinks, window, own, live)
+    held = slice(max(begin - recent + 1, 0), end)
+    last = tuple(x[:, :, held] for x in near) if recent else None
+    first = None
+    if sinks:
+        at = (torch.zeros(2, 1, dtype=torch.int64) if own is None else own[:, None]) + torch.arange(sinks)
+        at = at.clamp_max(end - 1)[:, None, :, None].expand(-1, 2, -1, 8)
+        first = tuple(x.gather(2, at) for x in near)
+    return dense.dense_attention(q, sight, far, last, first, scale=0.3, softcap=softcap, sinks=extra)
 
 
 @pytest.mark.parametrize("queries", [1, 3, 21])
 @pytest.mark.parametrize("recent, sinks", [(0, 0), (1, 0), (5, 2), (0, 4), (40, 1), (3, 40)])
 @pytest.mark.parametrize("window", [None, 7])
-def test_near_tokens_have_keys_of_their_own(queries, recent, sinks, window, monkeypatch):
+@pytest.mark.parametrize("kind", ["whole", "padded", "holes", "capped"])
+def test_near_columns_have_keys_of_their_own(queries, recent, sinks, window, kind, monkeypatch):
     monkeypatch.setattr(dense, "BLOCK", 8)
-    g = torch.Generator().manual_seed(0)
-    q = torch.randn(queries, 4, 8, generator=g, dtype=torch.float64)
-    k, v, near_k, near_v = (torch.randn(21, 2, 8, generator=g, dtype=torch.float64) for _ in range(4))
-    expected = plain(q, k, v, near_k, near_v, recent, sinks, 0.3, window)
-    first = 21 - queries
-    at = torch.tensor([j for j in range(21) if j < sinks or j > first - recent], dtype=torch.int64)
-    near = dense.Near(near_k[at], near_v[at], at, recent, sinks)
-    got = dense.causal_attention(q, k, v, 0.3, window, near)
+    monkeypatch.setattr(dense, "SMALL_BLOCK", 5)
+    q, far, near = heads(queries=queries)
+    pads, live, softcap, extra = [0, 0], None, 0.0, None
+    if kind in ("padded", "holes"):
+        pads = [5, 0]
+    if kind == "holes":
+        live = torch.arange(21).expand(2, -1) >= torch.tensor(pads)[:, None]
+        live = live & (torch.arange(21) != 9)
+    if kind == "capped":
+        softcap, extra = 2.0, torch.tensor([0.5, -torch.inf, 1.0, 0.0], dtype=torch.float64)
+    seen = torch.ones(2, 21, dtype=torch.bool) if live is None else live
+    begin = 21 - queries
+    expected = plain(q, far, near, begin, recent, sinks, window, pads, seen, softcap, extra)
+    given = None if pads == [0, 0] else pads
+    got = dense_of(q, far, near, begin, recent, sinks, window, given, live, softcap, extra)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
-    if not recent and not sinks:
-        torch.testing.assert_close(dense.causal_attention(q, k, v, 0.3, window), expected, rtol=0, atol=1e-12)
+
+
+def test_a_mask_in_full_says_what_is_seen():
+    """Columns after the query too, as between image tokens; near ones are those within `near` columns before it."""
+    q, far, near = heads()
+    g = torch.Generator().manual_seed(1)
+    full = torch.rand(2, 21, 21, generator=g) < 0.5
+    full[0, 3] = False  # a query that sees nothing
+    sight = dense.Sight(0, 21, 4, 0, full=full)
+    got = dense.dense_attention(q, sight, far, near, scale=0.3)
+    for b, h, s in ((0, 1, 3), (0, 0, 10), (1, 3, 20), (1, 2, 0)):
+        columns = [j for j in range(21) if full[b, s, j]]
+        pick = [near if j > s - 4 else far for j in columns]
+        if not columns:
+            assert not got[b, h, s].any()
+            continue
+        p = torch.softmax(torch.stack([x[0][b, h // 2, j] @ q[b, h, s] for x, j in zip(pick, columns)]) * 0.3, 0)
+        expected = sum(w * x[1][b, h // 2, j] for w, x, j in zip(p, pick, columns))
+        torch.testing.assert_close(got[b, h, s], expected, rtol=0, atol=1e-12)
 
 
 def test_parts_of_the_tokens_with_their_lse_are_the_whole():
@@ -58,12 +108,14 @@ def test_parts_of_the_tokens_with_their_lse_are_the_whole():
     assert not out[1, 2].any() and (lse[1, 2] == -torch.inf).all()
 
 
-def test_gradients_pass_to_far_and_near_tokens_apart():
-    g = torch.Generator().manual_seed(0)
-    q, k, v, near_k, near_v = (torch.randn(12, 2, 8, generator=g, dtype=torch.float64) for _ in range(5))
-    leaves = [x.requires_grad_() for x in (k, v, near_k, near_v)]
-    near = dense.Near(near_k, near_v, torch.arange(12), 4, 1)
-    dense.causal_attention(q, k, v, 0.3, near=near).square().sum().backward()
-    far = [bool(x) for x in k.grad.abs().sum((1, 2)) > 0]
-    assert far == [0 < j < 8 for j in range(12)]  # the last query is near to tokens 8 and on, all to token 0
-    assert all((x.grad.abs().sum((1, 2)) > 0).all() for x in leaves[2:])
+def test_gradients_pass_to_far_and_near_columns_apart():
+    """And stay finite where a query sees nothing, also under a softcap."""
+    for softcap in (0.0, 2.0):
+        q, far, near = heads(columns=12, queries=12)
+        leaves = [x.requires_grad_() for x in (*far, *near)]
+        dense_of(q, far, near, 0, 4, 1, pads=[0, 3], softcap=softcap).square().sum().backward()
+        moved = [bool(x) for x in far[0].grad[0].abs().sum((0, 2)) > 0]
+        assert moved == [0 < j < 8 for j in range(12)]  # the last query is near to columns 8 and on, all to column 0
+        assert all(x.grad.isfinite().all() for x in leaves)
+        assert all((x.grad[0].abs().sum((0, 2)) > 0).all() for x in leaves[2:])
+        assert not any(x.grad[1, :, :3].any() for x in leaves)  # padding

@@ -13,16 +13,15 @@ from torch import library
 import lrattn
 from lrattn.attention import operators
 from lrattn.factors.operands import lists
-from lrattn.factors.shapes import norm_width
 
 SMALL = {"Hkv": 2, "lens": (20, 3)}
-FULL = Case("full", M=2, S=2, bias=True, key_norm=True, sinks=True, positions=True, starts=(3, 0), **SMALL)
+FULL = Case("full", M=2, S=2, offset=True, sinks=True, positions=True, starts=(3, 0), **SMALL)
 CASES = {
     "plain": Case("plain", **SMALL),
     "full": FULL,
     "shared": Case("shared", shared=True, key_ranks=(32,), value_ranks=(48,), **SMALL),
-    "absorbed": Case("absorbed", rope=None, bias=True, **SMALL),
-    "packed": Case("packed", key_norm=True, key_bits=(8, 4), value_bits=(4, 2), **SMALL),
+    "absorbed": Case("absorbed", rope=None, offset=True, **SMALL),
+    "packed": Case("packed", key_bits=(8, 4), value_bits=(4, 2), **SMALL),
 }
 
 
@@ -49,7 +48,7 @@ def test_operators_are_what_they_say(name, device):
     zv = None if layer.shared else torch.randn(3, layer.values.width, device=device)
     written = (zk, zv, k_cache.clone(), None if v_cache is None else v_cache.clone())
     slots = torch.arange(3, device=device)
-    library.opcheck(torch.ops.lrattn.write_latents.default, (*written, slots, *keys, *values, 1e-6))
+    library.opcheck(torch.ops.lrattn.write_latents.default, (*written, slots, *keys, *values))
     positions = None if kwargs["positions"] is None else kwargs["positions"].clamp(min=0)
     tables = (kwargs["block_table"], kwargs["seq_lens"], positions)
     for rows in (-1, sum(CASES[name].lens)):
@@ -57,8 +56,11 @@ def test_operators_are_what_they_say(name, device):
         library.opcheck(torch.ops.lrattn.rebuild.default, (*caches, *tables, *keys, *values, rows))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method")  # inductor's own
+@pytest.mark.parametrize("compiler", slow_unless({"aot_eager"}, ["eager", "aot_eager", "inductor"]))
 @pytest.mark.parametrize("name", slow_unless({"full", "packed"}, CASES))
-def test_compile_traces_the_whole_call(name, device):
+def test_compile_traces_the_whole_call(name, compiler, device):
+    torch._dynamo.reset()
     case = CASES[name]
     layer, q, k_cache, v_cache, kwargs = on(device, *make(case, torch.float32))
     slots = torch.tensor([700, 3 * case.P], device=device)  # one is skipped, one overwrites a spare page
@@ -76,9 +78,10 @@ def test_compile_traces_the_whole_call(name, device):
     zk = torch.randn(2, layer.row_width, device=device)
     zv = None if layer.shared else torch.randn(2, layer.values.width, device=device)
     expected = step(q, zk, zv, k_cache, v_cache, slots)
-    got = torch.compile(step, fullgraph=True, backend="aot_eager")(q, zk, zv, k_cache, v_cache, slots)
+    got = torch.compile(step, fullgraph=True, backend=compiler)(q, zk, zv, k_cache, v_cache, slots)
+    close = 1e-5 if compiler == "inductor" else 0  # which adds in another order
     for a, b in zip(got, expected):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
+        torch.testing.assert_close(a, b, rtol=close, atol=close)
 
 
 def test_longer_tables_are_not_compiled_anew(device):
@@ -123,7 +126,7 @@ def test_a_call_reads_no_number_from_the_device(name, launches, monkeypatch):
     zk = torch.empty(3, layer.row_width, dtype=q.dtype, device="meta")
     zv = None if layer.shared else torch.empty(3, layer.values.width, dtype=q.dtype, device="meta")
     slots = torch.empty(3, dtype=torch.int64, device="meta")
-    operators._write_latents(zk, zv, k_cache, v_cache, slots, *lists(*layer.operands), 1e-6)
+    operators._write_latents(zk, zv, k_cache, v_cache, slots, *lists(*layer.operands))
     tables = (kwargs["block_table"], kwargs["seq_lens"], kwargs["positions"])
     operators._rebuild(k_cache, v_cache, *tables, *lists(*layer.operands), 23)
     names = {n for n, _ in launches}
@@ -204,9 +207,8 @@ def test_a_cpu_outside_the_interpreter_is_refused(monkeypatch):
 
 
 def test_bad_input_leaves_the_caches(device):
-    layer = make_layer(Case("norm", key_norm=True), torch.float32).to(device)
+    layer = make_layer(Case("bad"), torch.float32).to(device)
     k_cache, v_cache = (x.fill_(7.0) for x in lrattn.allocate_cache(layer, 2, 16))
-    assert k_cache.shape[-1] == layer.row_width + norm_width(4)
     zk, zv = torch.ones(2, layer.row_width, device=device), torch.ones(2, layer.v_width, device=device)
     slots = torch.arange(2, device=device)
     for bad in ((zk.half(), zv, slots), (zk, zv[:, :-1], slots), (zk, zv, slots[:1]), (zk[:, 1:], zv, slots)):

@@ -11,9 +11,10 @@ from packing import POISON, plain, read_cache
 
 import lrattn
 from lrattn.__main__ import main
-from lrattn.attention.cache import key_rows, stored, value_rows
+from lrattn.attention.cache import stored, unpack
 from lrattn.factors.formats import uniform
 from lrattn.integrations.transformers import LatentCache, latent_attention
+from lrattn.models.interface import cache_argument
 
 FAMILIES = tuple(tiny.CONFIGS)
 FORMS = (False, "ride", True)
@@ -23,6 +24,13 @@ def compressed(family="llama", **kwargs):
     model = tiny.model(family)
     given = {"keep": 0.3, "bits": "auto", "far": (0, 0), "progress": False} | kwargs
     return model, lrattn.compress(model, [tiny.tokens(4, 40)], **given)
+
+
+def heads_of(model, ids):
+    """Keys and values of each layer as attention is given them, two lists of [B, T, Hkv, D]."""
+    with torch.no_grad():
+        layers = model(ids, use_cache=True).past_key_values.layers
+    return [layer.keys.transpose(1, 2) for layer in layers], [layer.values.transpose(1, 2) for layer in layers]
 
 
 def formats_of(factors):
@@ -35,7 +43,7 @@ def formats_of(factors):
 def test_the_budget_is_met_from_below(family, shared):
     _model, factors = compressed(family, shared=shared)
     caches = [x for layer in factors.layers for x in lrattn.allocate_cache(layer, 1, 16) if x is not None]
-    assert sum(x.nbytes for x in caches) == 16 * factors.bytes_per_token  # scales, padding and norm columns included
+    assert sum(x.nbytes for x in caches) == 16 * factors.bytes_per_token  # scales and padding included
     assert all(x.dtype == torch.uint8 for x in caches)
     step = 2 * max(layer.keys.num_heads for layer in factors.layers) * 16  # of a block in every group, and scales
     assert 0.3 * factors.dense_bytes_per_token - step < factors.bytes_per_token <= 0.3 * factors.dense_bytes_per_token
@@ -52,7 +60,7 @@ def test_bytes_a_token_instead_of_a_share(nbytes):
 @pytest.mark.parametrize("shared", FORMS)
 def test_more_bytes_foresee_less_loss(shared):
     model, _ = compressed()
-    moments = lrattn.calibrate(model, [tiny.tokens(4, 40)], gather=["metric"], progress=False)
+    moments = lrattn.calibrate(model, [tiny.tokens(4, 40)], gather=["before", "metric"], progress=False)
     lost = [
         sum(lrattn.compress(model, moments=moments, keep=k, bits="auto", shared=shared, progress=False).predicted)
         for k in (0.1, 0.2, 0.4, 0.7, 1.0)
@@ -63,7 +71,7 @@ def test_more_bytes_foresee_less_loss(shared):
 def test_bits_lose_less_than_ranks_at_the_same_bytes():
     """And every width the ladder has lowers what is foreseen."""
     model, _ = compressed()
-    moments = lrattn.calibrate(model, [tiny.tokens(4, 40)], gather=["metric"], progress=False)
+    moments = lrattn.calibrate(model, [tiny.tokens(4, 40)], gather=["before", "metric"], progress=False)
     lost = {
         bits: sum(lrattn.compress(model, moments=moments, keep=0.08, bits=bits, shared=True, progress=False).predicted)
         for bits in (16, 8, 4, (2, 4), "auto")
@@ -78,30 +86,23 @@ def test_the_fold_changes_nothing_but_bits(family, shared):
     _, factors = compressed(family, shared=shared)
     for layer in factors.layers:
         assert layer.packed
-        for side in layer.sides:
+        for side in (layer.keys, layer.values):
             assert (side.up.norm(dim=2).sum(0) > 0).all()
     model, whole = compressed(family, keep=1.0, bits=8, shared=shared)
-    for i, layer in enumerate(whole.layers):
-        part = lrattn.factors.parts.attention_parts(model)[i]
-        for name, side in zip(("k_proj", "v_proj"), layer.sides, strict=True):
-            torch.testing.assert_close(side.dense(), part.weight(name), rtol=0, atol=2e-4)
+    for layer, k, v in zip(whole.layers, *heads_of(model, tiny.tokens(1, 40)), strict=True):
+        positions = None if layer.rope is None else torch.arange(40)[None]
+        back = layer.rebuild(*layer.project(k, v, positions), positions)
+        torch.testing.assert_close(back, (k, v), rtol=0, atol=2e-4)
 
 
 def test_deviations_are_folded_in():
-    """Latents of the calibration text have a mean square of one."""
+    """Latents of the calibration text have a mean square of one; those past the 96 that it has are no larger."""
     model, factors = compressed(shared=True)
-    seen = []
-    hooks = [
-        part.linear("k_proj").register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
-        for part in lrattn.factors.parts.attention_parts(model)
-    ]
-    with torch.no_grad():
-        model(tiny.tokens(4, 40))
-    for hook in hooks:
-        hook.remove()
-    for x, layer in zip(seen, factors.layers, strict=True):
-        z, _ = layer.project(x)
-        torch.testing.assert_close(z.square().mean((0, 1)), torch.ones(z.shape[-1]), rtol=1e-3, atol=0)
+    for layer, k, v in zip(factors.layers, *heads_of(model, tiny.tokens(4, 40)), strict=True):
+        z, _ = layer.project(k, v, None if layer.rope is None else torch.arange(40).expand(4, -1))
+        sizes = z.square().mean((0, 1))
+        torch.testing.assert_close(sizes[:96], torch.ones(96), rtol=1e-3, atol=0)
+        assert (sizes < 1.001).all()
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -151,23 +152,15 @@ def test_a_cache_holds_what_the_page_layout_says(case):
     lrattn.write_latents(layer, zk, zv, *caches, torch.arange(20))
     assert sum(x[0, 0].nbytes for x in caches if x is not None) >= layer.bytes_per_token
     k_cache, v_cache = caches
-    back, norms = key_rows(layer, k_cache.flatten(0, 1)[:20])
+    back = unpack(layer.row_side, k_cache.flatten(0, 1)[:20])
     if layer.row_side.formats:
-        read = read_cache(k_cache, layer.row_side.formats, 2 * 4 * case.key_norm, torch.float32).flatten(0, 1)
-        torch.testing.assert_close(back.double(), read[:20, : layer.row_width], rtol=1e-6, atol=1e-9)
-        assert read[20:].isnan()[:, : layer.row_width].all()
-        if norms is not None:
-            held = read[:20, layer.row_width :]
-            torch.testing.assert_close(norms.double(), held[:, :4] + held[:, 4:8], rtol=1e-6, atol=0)
-    if norms is not None:  # of the keys that will be rebuilt, not of those that came
-        exact = torch.stack([layer.key_norm.inverse_rms(layer.raw_keys(back, g)) for g in range(len(layer.keys.ranks))])
-        order = torch.tensor([h for heads in layer.keys.groups for h in heads])
-        exact = exact.permute(1, 0, 2).flatten(1)[:, order.argsort()]
-        torch.testing.assert_close(norms, exact, rtol=1e-5, atol=0)
+        read = read_cache(k_cache, layer.row_side.formats, torch.float32).flatten(0, 1)
+        torch.testing.assert_close(back.double(), read[:20], rtol=1e-6, atol=1e-9)
+        assert read[20:].isnan().all()
     k, v = stored(layer, zk, zv)
     assert torch.equal(k, back.float())
     if v_cache is not None:
-        assert torch.equal(v, value_rows(layer, v_cache.flatten(0, 1)[:20]).float())
+        assert torch.equal(v, unpack(layer.values, v_cache.flatten(0, 1)[:20]).float())
 
 
 @pytest.mark.parametrize("case", PACKED, ids=str)
@@ -184,7 +177,7 @@ def test_rebuild_of_packed_latents(case):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_narrow_layers_are_as_good_as_wide_ones(dtype):
-    case = Case("both", key_bits=(8, 4), value_bits=(8, 4), M=2, lens=(60, 33), key_norm=True)
+    case = Case("both", key_bits=(8, 4), value_bits=(8, 4), M=2, lens=(60, 33))
     problem = make(case, dtype)
     layer, q, k_cache, v_cache, kwargs = problem
     out = lrattn.decode_attention(q, k_cache, v_cache, layer, **kwargs)
@@ -306,9 +299,9 @@ def test_decoding_from_a_packed_cache_is_scoring(family, shared):
     model, factors = compressed(family, shared=shared)
     ids = tiny.tokens(2, 40)
     expected = scored(model, factors, ids)
-    cache = LatentCache(model, factors)
+    cache = LatentCache(factors)
     with torch.no_grad(), latent_attention(model, factors):
-        got = [model(part, past_key_values=cache).logits for part in ids.split((20, 1, 1, 12, 6), 1)]
+        got = [model(part, **cache_argument(cache)).logits for part in ids.split((20, 1, 1, 12, 6), 1)]
     error = torch.cat(got, 1) - expected  # where a sum is rounded another way, a code may be the next one
     assert error.abs().max() < 0.03 and error.square().mean().sqrt() < 2e-3
     unpacked = [
@@ -320,9 +313,9 @@ def test_decoding_from_a_packed_cache_is_scoring(family, shared):
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_bytes_of_a_packed_cache(family):
     model, factors = compressed(family)
-    cache = LatentCache(model, factors)
+    cache = LatentCache(factors)
     with torch.no_grad(), latent_attention(model, factors):
-        model(tiny.tokens(2, 64), past_key_values=cache)
+        model(tiny.tokens(2, 64), **cache_argument(cache))
     assert cache.nbytes == 128 * factors.bytes_per_token + 2 * 4 * 4  # and the block table
     assert f"keep={factors.keep:.3f}" in repr(cache)
 
@@ -331,17 +324,19 @@ def test_crop_and_go_on():
     model, factors = compressed("qwen2")
     ids = tiny.tokens(1, 30)
     expected = scored(model, factors, ids)
-    cache = LatentCache(model, factors, recent=4)
+    cache = LatentCache(factors, recent=4)
     with torch.no_grad(), latent_attention(model, factors):
-        model(ids, past_key_values=cache)
+        model(ids, **cache_argument(cache))
         cache.crop(-10)
-        got = model(ids[:, 20:], past_key_values=cache).logits
-    assert cache.num_tokens == 30 and got.isfinite().all() and got.shape == expected[:, 20:].shape
+        got = model(ids[:, 20:], **cache_argument(cache)).logits
+    assert cache.get_seq_length() == 30 and got.isfinite().all() and got.shape == expected[:, 20:].shape
 
 
 def test_sixteen_bits_everywhere_is_plain():
-    model, factors = compressed(keep=1.0, bits="auto", shared=True)
-    assert {b for f in formats_of(factors) for _, b in f.segments} == {16}
+    model, factors = compressed(keep=1.0, bits=16, shared=True)
+    given = [tuple(lrattn.Format(((rank, 16),)) for rank in x.values.ranks) for x in factors.layers]
+    layers = [replace(x, values=replace(x.values, format=f)) for x, f in zip(factors.layers, given, strict=True)]
+    factors = replace(factors, layers=layers)
     ids = tiny.tokens(1, 30)
     with torch.no_grad():
         torch.testing.assert_close(scored(model, factors, ids), model(ids).logits, rtol=0, atol=0.05)

@@ -29,10 +29,10 @@ ALONE = {"key_ranks": (32, 96, 48, 16), "value_ranks": (64, 16, 128, 48), "value
 EVERYTHING = {"sinks": True, "starts": (70, 0, 1, 3), "S": 3, "call": {"softcap": 4.0, "window_size": 50}}
 ABSORBED = [
     paired("absorbed", rope=None),
-    paired("absorbed, norm and bias", rope=None, key_norm=True, bias=True, strided=True),
+    paired("absorbed, offset", rope=None, offset=True, strided=True),
     paired("absorbed, everything", rope=None, P=48, **EVERYTHING),
     paired("absorbed, joint row", rope=None, **JOINT),
-    paired("absorbed, riding row", rope=None, key_norm=True, call={"num_splits": 3, "project": "latent"}, **RIDING),
+    paired("absorbed, riding row", rope=None, call={"num_splits": 3, "project": "latent"}, **RIDING),
     paired("absorbed, chunks", rope=None, lens=(200, 70), call={"workspace_limit": 1, "num_splits": 2}),
     paired("absorbed, not causal", rope=None, S=2, call={"causal": False, "project": "hidden"}),
 ]
@@ -40,11 +40,11 @@ MANY_SPLITS = paired("many splits", S=2, sinks=True, value_ranks=(96, 16), call=
 REBUILT = [
     paired("rebuilt, one head a group", strided=True, **ALONE),
     paired("rebuilt, interleaved", D=80, rope={"interleaved": True}, **ALONE),
-    paired("rebuilt, bias", bias=True, **ALONE),
+    paired("rebuilt, offset", offset=True, **ALONE),
     paired("rebuilt, partial", rope={"partial_rotary_factor": 0.25}, positions=True, **ALONE),
     paired("rebuilt, everything", P=48, **ALONE, **EVERYTHING),
     paired("rebuilt, joint row", **JOINT),
-    paired("rebuilt, joint row, norm", D=128, key_norm=True, strided=True, **JOINT),
+    paired("rebuilt, joint row, wider head", D=128, strided=True, **JOINT),
     paired("rebuilt, riding row", call={"num_splits": 3, "project": "latent"}, **RIDING),
     paired("rebuilt, chunks", lens=(200, 70), call={"workspace_limit": 1, "num_splits": 2}, **ALONE),
 ]

@@ -30,7 +30,7 @@ PLAIN = Case("rebuilt", M=2, D=128, key_ranks=(128, 160), value_ranks=(160, 128)
 
 
 class Way(NamedTuple):
-    """A way to run a call: how often it reads each live latent of the keys, of the values, and each stored norm.
+    """A way to run a call: how often it reads each live latent of the keys and of the values.
 
     In a shared row key columns are read for the keys and for the values. A way that reads them once for both reads
     keys 0 times.
@@ -39,14 +39,13 @@ class Way(NamedTuple):
     case: Case
     keys: int
     values: int = 1
-    norms: int = 0
 
     def __str__(self):
         return self.case.name
 
 
-def way(name, keys, values=1, norms=0, **changes):
-    return Way(replace(PLAIN, name=name, **changes), keys, values, norms)
+def way(name, keys, values=1, **changes):
+    return Way(replace(PLAIN, name=name, **changes), keys, values)
 
 
 ONE = {"Hkv": 2, "key_ranks": (128,), "value_ranks": (160,), "key_order": None}  # group of two heads
@@ -58,25 +57,25 @@ WAYS = [
     # Rebuilt keys: a head is a program, so the 2 heads of a group each read its latents.
     way("rebuilt", 2),
     way("rebuilt, positions", 2, positions=True),
-    way("rebuilt, key norm", 2, norms=1, key_norm=True, bias=True),
+    way("rebuilt, offset", 2, offset=True),
     way("rebuilt, one head a group", 1, key_ranks=(128, 160, 128, 144), value_ranks=(128,) * 4),
     way("rebuilt, many queries", 2 * 2, 3, **MANY),
     way("rebuilt, streamed rank", 4, key_ranks=(336,), lens=(70, 0)),
     way("rebuilt, wide head", 2 * 2, **ONE | {"D": 256, "lens": (70, 0)}),  # 128 dimensions at a time
-    # Absorbed keys: a group is a program; a norm is asked for by each of its head's query rows.
+    # Absorbed keys: a group is a program.
     way("absorbed", 1, rope=None),
-    way("absorbed, key norm", 1, norms=2, key_norm=True, bias=True, rope=None),
+    way("absorbed, offset", 1, offset=True, rope=None),
     way("absorbed, many queries", 3, 3, rope=None, **MANY),
     way("absorbed, streamed rank", 1, rope=None, key_ranks=(336,), lens=(70, 0)),
     # Values: a tile of columns is a program, so each latent is read once however wide they are.
     way("joint values", 2, value_ranks=(528,), lens=(70, 0)),
     # Shared rows, read for the keys and for the values.
     way("joint row, wider head", 2 * 2, **JOINT | {"D": 256, "lens": (70, 0)}),
-    way("riding row, norm", 2, norms=1, key_norm=True, **RIDING),
+    way("riding row, offset", 2, offset=True, **RIDING),
     # One pass: a row that serves both is read once; where a head is a program, once by each of its group.
     way("one pass, absorbed", 1, rope=None, value_order=PLAIN.key_order),
     way("one pass, absorbed, joint row", 0, rope=None, **JOINT),
-    way("one pass, absorbed, riding row, norm", 0, norms=2, rope=None, key_norm=True, **RIDING),
+    way("one pass, absorbed, riding row", 0, rope=None, **RIDING),
     way("one pass, rebuilt, one head a group", 1, key_ranks=(128, 96, 128, 80), value_ranks=(128, 96, 64, 128),
         value_order=PLAIN.key_order),
     way("one pass, rebuilt, joint row", 0, 2, shared=True, key_ranks=(128, 96), value_ranks=(128, 96),
@@ -87,8 +86,8 @@ WAYS = [
         call={"window_size": 40, "project": "latent", "num_splits": 3}, **JOINT),
     # Packed rows: bytes of codes are read as latents are, and a scale with every tile of its segment.
     way("packed", 2, strided=False, key_bits=(8, 4, 2), value_bits=(4, 2)),
-    way("packed, streamed rank, key norm", 2 * 2, norms=1, key_norm=True, key_ranks=(336,), value_ranks=(96, 112),
-        strided=False, key_bits=(16, 8, 2), value_bits=(8,), lens=(70, 0)),
+    way("packed, streamed rank", 2 * 2, key_ranks=(336,), value_ranks=(96, 112), strided=False, key_bits=(16, 8, 2),
+        value_bits=(8,), lens=(70, 0)),
     way("packed, absorbed", 1, rope=None, strided=False, key_bits=(8, 2), value_bits=(4,), dtype=torch.float32),
     way("packed, riding row", 2, strided=False, key_bits=(8, 4, 2), **RIDING),
     way("packed, one pass, rebuilt, joint row", 0, 2, D=64, shared=True, key_ranks=(128, 96), value_ranks=(128, 96),
@@ -122,7 +121,7 @@ def run(way):
 
 
 # What they say of a way, a quick one says of another that differs in one thing.
-LONG = {"absorbed, many queries", "absorbed, key norm", "joint row, wider head", "packed, absorbed",
+LONG = {"absorbed, many queries", "absorbed, offset", "joint row, wider head", "packed, absorbed",
         "packed, riding row", "packed, one pass, rebuilt, joint row", "packed, one pass, absorbed, riding row",
         "many splits", "chunks", "rebuilt, positions", "one pass, absorbed, joint row",
         "one pass, rebuilt, one head a group"}  # fmt: skip
@@ -153,20 +152,16 @@ def columns(call):
         keys = packed_columns(layer.row_side, way.keys, layer.keys.ranks, layer.k_width)
         if layer.shared:
             return keys + packed_columns(layer.values, way.values, layer.values.ranks, layer.k_width), None
-        norms = layer.k_width - layer.norm_bytes
-        keys[norms : norms + 4 * layer.num_kv_heads] = way.norms
         return keys, packed_columns(layer.values, way.values, layer.values.ranks, layer.v_width)
     keys, values = np.zeros(layer.k_width, int), np.zeros(layer.v_width, int)
     if layer.shared:
         at = np.cumsum((0, *layer.values.ranks))
         for g, rank in enumerate(layer.keys.ranks):
             keys[at[g] : at[g] + rank] = way.keys
-        keys[: layer.row_width] += way.values
+        keys += way.values
     else:
-        keys[: layer.row_width] = way.keys
+        keys[:] = way.keys
         values[:] = way.values
-    if layer.key_norm is not None:
-        keys[layer.row_width : layer.row_width + 2 * layer.num_kv_heads] = way.norms
     return keys, values
 
 
@@ -217,11 +212,9 @@ def test_a_live_latent_is_read_as_often_as_the_way_says_and_a_dead_one_never(cal
 def test_latents_fill_the_sectors_they_are_read_from(call):
     slots, _ = live_slots(call)
     for cache, _ in caches(call):
-        plain = cache is call.k_cache and not call.layer.packed
-        latents = cache[..., : call.layer.row_width if plain else None]
-        least = int(slots.sum()) * latents.shape[2] * cache.itemsize
+        least = int(slots.sum()) * cache.shape[2] * cache.itemsize
         ends = 2 * SECTOR * len(call.case.lens) * call.layer.packed  # a packed row may begin inside a sector
-        assert SECTOR * call.seen.sectors(latents) <= 1.02 * least + ends
+        assert SECTOR * call.seen.sectors(cache) <= 1.02 * least + ends
 
 
 def check_table(call):
@@ -262,11 +255,7 @@ def check(way):
     return call
 
 
-WRITES = {
-    "plain": PLAIN,
-    "key norm": replace(PLAIN, key_norm=True, bias=True),
-    "riding row, norm": replace(PLAIN, key_norm=True, **RIDING),
-}
+WRITES = {"plain": PLAIN, "riding row": replace(PLAIN, **RIDING)}
 
 
 def check_write(case):
@@ -287,13 +276,8 @@ def check_write(case):
             times = np.broadcast_to(written.reshape(4, case.P, 1), cache.shape)
             np.testing.assert_array_equal(seen.writes(cache), times)
             assert not seen.reads(cache).any()
-    copies = np.ones(layer.row_width, int)
-    if case.key_norm:  # a head is a program: it rebuilds its key from its group's latents
-        widths = layer.values.ranks if case.shared else layer.keys.ranks
-        for column, rank in zip(np.cumsum((0, *widths)), layer.keys.ranks):
-            copies[column : column + rank] += 2
-    np.testing.assert_array_equal(seen.reads(zk), kept[:, None] * copies)
-    assert zv is None or (seen.reads(zv) == kept[:, None]).all()
+    for z in (zk, zv):
+        assert z is None or (seen.reads(z) == kept[:, None]).all()
 
 
 @pytest.mark.parametrize("name", WRITES)
@@ -303,7 +287,7 @@ def test_a_live_slot_is_written_once_and_nothing_else(name, request):
     check_write(WRITES[name])
 
 
-REBUILDS = [way("keys and values", 2, 2), way("key norm", 2, 2, 1, key_norm=True, positions=True),
+REBUILDS = [way("keys and values", 2, 2), way("offset", 2, 2, offset=True, positions=True),
             way("joint values", 2, 4, value_ranks=(528,), lens=(70, 0)),
             way("riding row", 2, 2, lens=(70, 0), **RIDING), way("no rope", 2, 2, rope=None, P=48, **ONE)]  # fmt: skip
 

@@ -1,17 +1,20 @@
-"""The frozen records: latents and back, shards, folds, and a file that is read whole or not at all."""
+"""The frozen records: keys and values to latents and back, shards, folds, and a file that is read whole or not at
+all."""
 
 import json
 import re
 import struct
+from dataclasses import replace
 
 import pytest
 import safetensors
 import torch
-from cases import CASES, Case, make_layer
-from oracle import dense_kv
+from cases import CASES, PACKED, Case, make_layer
+from oracle import dense_kv, group_of, rotate
 
 import lrattn
 from lrattn.factors import safefile
+from lrattn.factors.layer import sides_of
 
 BY_NAME = {case.name: case for case in CASES}
 RICH = Case(
@@ -20,45 +23,200 @@ RICH = Case(
     key_ranks=(32, 16),
     value_ranks=(64,),
     key_order=(2, 1, 3, 0),
-    bias=True,
-    key_norm=True,
+    offset=True,
     rope={"partial_rotary_factor": 0.5, "scaling": {"rope_type": "linear", "factor": 2.0, "unused": [1, 2]}},
 )
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+ROPES = {
+    "no rope": None,
+    "halves": {},
+    "interleaved": {"interleaved": True},
+    "partial": {"partial_rotary_factor": 0.5},
+    "partial, interleaved": {"partial_rotary_factor": 0.25, "interleaved": True},
+    "yarn": {"scaling": YARN},
+    "float32 angles": {"scaling": YARN, "fp32_angles": True},
+}
+FORMS = ("apart", "ride", "joint")
+HEADS, DIM = 4, 32
+
+
+def random(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def heads_for(layer, *lead, seed=0):
+    """Keys and values, and where the keys were rotated to."""
+    shape = (*lead, layer.num_kv_heads, layer.head_dim)
+    g = torch.Generator().manual_seed(seed)
+    positions = None if layer.rope is None else torch.randint(layer.rope.max_position, lead, generator=g)
+    return random(*shape, seed=seed, dtype=layer.dtype), random(*shape, seed=seed + 1, dtype=layer.dtype), positions
+
+
+def turned_back(layer, k, positions):
+    """By the oracle: turned the other way, the factor taken out of what was turned."""
+    if layer.rope is None:
+        return k
+    n, (_, factor) = layer.rope.rotary_dim, layer.rope.frequencies()
+    back = rotate(k.flatten(0, -3), -positions.flatten(), layer.rope).view(k.shape)
+    return torch.cat((back[..., :n] / factor**2, back[..., n:]), -1)
+
+
+def written(layer, k, v, positions):
+    """The latents that heads should become, as the record's fields are documented."""
+    heads = []
+    for side, x in ((layer.keys, turned_back(layer, k, positions)), (layer.values, v)):
+        heads.append((x if side.offset is None else x - side.offset).flatten(-2))
+    if layer.shared:
+        return torch.cat(heads, -1) @ layer.values.down, None
+    return heads[0] @ layer.keys.down, heads[1] @ layer.values.down
 
 
 @pytest.mark.parametrize(
-    "name", ["head order", "key norm, groups", "bias", "riding row", "no rope, bias and norm", "interleaved"]
-)
-def test_rebuild_is_the_documented_map(name):
+    "name",
+    ["head order", "ragged ranks and batch", "offset", "riding row, head order", "no rope, offset", "interleaved",
+     "partial interleaved", "yarn"],
+)  # fmt: skip
+def test_what_is_written_and_read_back_is_the_documented_map(name):
     layer = make_layer(BY_NAME[name])
-    rows = torch.randn(2, 3, layer.row_width, dtype=torch.float64)
-    values = None if layer.shared else torch.randn(2, 3, layer.v_width, dtype=torch.float64)
-    positions = torch.tensor([[0, 7, 4000], [1, 2, 3]])
-    k, v = layer.rebuild(rows, values, positions)
+    k, v, positions = heads_for(layer, 2, 3)
+    rows, values = layer.project(k, v, positions)
+    torch.testing.assert_close((rows, values), written(layer, k, v, positions), rtol=0, atol=1e-11)
+    back = layer.rebuild(rows, values, positions)
     for i in range(2):
         for t in range(3):
             row = None if values is None else values[i, t]
-            expected = dense_kv(layer, rows[i, t], row, int(positions[i, t]))
-            torch.testing.assert_close((k[i, t], v[i, t]), expected, rtol=0, atol=1e-12)
+            expected = dense_kv(layer, rows[i, t], row, 0 if positions is None else int(positions[i, t]))
+            torch.testing.assert_close((back[0][i, t], back[1][i, t]), expected, rtol=0, atol=1e-11)
 
 
-def test_project_is_the_write_side():
-    layer = make_layer(RICH)
-    x = torch.randn(5, 2, RICH.E, dtype=torch.float64)
-    zk, zv = layer.project(x)
-    torch.testing.assert_close((zk, zv), (x @ layer.keys.down, x @ layer.values.down))
-    shared = make_layer(BY_NAME["joint row"])
-    row, none = shared.project(x)
-    assert none is None
-    torch.testing.assert_close(row, x @ shared.values.down)
+@pytest.mark.parametrize("name", ["riding row, head order", "joint row", "head order"])
+def test_the_map_of_a_side_is_down_and_up_of_each_head(name):
+    layer = make_layer(BY_NAME[name])
+    for side in sides_of(layer.keys, layer.values):
+        made = side.dense().unflatten(1, (layer.num_kv_heads, layer.head_dim))
+        for h, (column, rank) in group_of(side).items():
+            torch.testing.assert_close(made[:, h], side.down[:, column : column + rank] @ side.up[h, :rank])
 
 
-def test_project_refuses_other_inputs():
-    layer = make_layer(RICH)
-    with pytest.raises(ValueError, match=r"x: expected \[\.\., 24\] torch.float64"):
-        layer.project(torch.randn(5, 23, dtype=torch.float64))
-    with pytest.raises(ValueError, match="x: expected"):
-        layer.project(torch.randn(5, 24))
+def whole(form, rope=None, order=None, dtype=torch.float64):
+    """A layer of two groups that loses nothing; in a ride values have what the key latent leaves of them."""
+    g = torch.Generator().manual_seed(0)
+    size, n, apart = 2 * DIM, HEADS * DIM, form == "apart"
+    key_rank, value_rank = {"apart": (size, size), "ride": (size, 2 * size), "joint": (2 * size, 2 * size)}[form]
+    key_up, value_up = (torch.zeros(HEADS, rank, DIM, dtype=torch.float64) for rank in (key_rank, value_rank))
+    key_down, value_down = [], []
+
+    def orthogonal(m):
+        return torch.linalg.qr(torch.randn(m, m, generator=g, dtype=torch.float64))[0]
+
+    order = order or tuple(range(HEADS))
+    for heads in (order[:2], order[2:]):
+        q, p, m = orthogonal(size), orthogonal(size), torch.randn(size, size, generator=g, dtype=torch.float64) / 8
+        if form == "joint":
+            row = orthogonal(2 * size)
+            keys, values = row[:size].T, row[size:].T
+        else:  # latents [k q, (v - k m) p], m = 0 apart
+            m = m * (form == "ride")
+            row = torch.cat((torch.cat((q, -m @ p), 1), torch.cat((torch.zeros_like(q), p), 1)))
+            keys, values = q.T, p.T if apart else torch.cat((q.T @ m, p.T))
+        at = torch.cat([torch.arange(h * DIM, (h + 1) * DIM) for h in heads])
+        placed = torch.zeros(2 * n, 2 * size, dtype=torch.float64)
+        placed[torch.cat((at, n + at))] = row
+        key_down.append(placed[:n, :size])
+        value_down.append(placed[n:, size:] if apart else placed)
+        for i, h in enumerate(heads):
+            key_up[h], value_up[h] = (up[:, i * DIM : (i + 1) * DIM] for up in (keys, values))
+    offsets = [random(HEADS, DIM, seed=i) * 2 for i in range(2)]
+    down = torch.cat(key_down, 1) if apart else None
+    sides = (
+        lrattn.Projection(key_up, (key_rank,) * 2, down, offsets[0], order),
+        lrattn.Projection(value_up, (value_rank,) * 2, torch.cat(value_down, 1), offsets[1], order),
+    )
+    made = None if rope is None else lrattn.Rope(**{"theta": 1e4, "dim": DIM, "max_position": 4096, **rope})
+    return lrattn.LayerFactors(*sides, made, shared=not apart).to(dtype=dtype)
+
+
+@pytest.mark.parametrize("order", [None, (3, 0, 2, 1)])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rope", ROPES)
+def test_nothing_is_lost_at_full_rank(rope, form, order):
+    layer = whole(form, ROPES[rope], order)
+    k, v, positions = heads_for(layer, 5, 2)
+    for got, expected in zip(layer.rebuild(*layer.project(k, v, positions), positions), (k, v), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize(("dtype", "slack"), [(torch.float32, 8), (torch.bfloat16, 2), (torch.float16, 2)])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rope", ["no rope", "yarn"])
+def test_at_full_rank_rounding_is_all_that_is_lost(rope, form, dtype, slack):
+    """Of what is written, of latents and of what is rebuilt; and of sums, in float32 alone."""
+    layer = whole(form, ROPES[rope], dtype=dtype)
+    k, v, positions = heads_for(layer, 50)
+    rows = layer.project(k, v, positions)
+    assert all(z is None or z.dtype == dtype for z in rows)
+    for got, expected in zip(layer.rebuild(*rows, positions), (k, v), strict=True):
+        error = (got.double() - expected.double()).norm() / expected.double().norm()
+        assert got.dtype == dtype and error < slack * torch.finfo(dtype).eps
+
+
+def on_grid(x):
+    """Numbers that add up exactly."""
+    return x.mul(64).round().div(64)
+
+
+@pytest.mark.parametrize("rope", ["no rope", "yarn"])
+@pytest.mark.parametrize("form", FORMS)
+def test_latents_do_not_change_with_a_constant_of_heads_and_offset(form, rope):
+    """And so neither do their codes, where they are packed: bit for bit, where no rotation rounds."""
+    layer = whole(form, ROPES[rope], dtype=torch.float32)
+    k, v, positions = heads_for(layer, 16)
+    rows, caches = [], []
+    for c in (0.0, 32.25):
+        sides = [
+            replace(side, offset=on_grid(side.offset) + c, format=(lrattn.Format(((side.ranks[0], 4),)),) * 2)
+            for side in (layer.keys, layer.values)
+        ]
+        keys = replace(sides[0], format=None) if layer.shared else sides[0]
+        other = replace(layer, keys=keys, values=sides[1])
+        moved = [on_grid(x) + c for x in (k, v)]
+        turned = moved[0] if layer.rope is None else layer.rope.rotate(moved[0], positions)
+        rows.append(other.project(turned, moved[1], positions))
+        caches.append(lrattn.allocate_cache(other, 1, 16))
+        lrattn.write_latents(other, *rows[-1], *caches[-1], torch.arange(16))
+        back = other.rebuild(*rows[-1], positions)
+        torch.testing.assert_close(back, (turned, moved[1]), rtol=0, atol=1e-4)
+    for a, b in [*zip(*rows), *(zip(*caches) if layer.rope is None else ())]:
+        assert (a is b is None) or (torch.equal(a, b) if layer.rope is None else (a - b).abs().max() < 1e-3)
+
+
+def test_project_refuses_what_does_not_fit():
+    layer, free, joint = (make_layer(c) for c in (RICH, BY_NAME["no rope"], BY_NAME["joint row"]))
+    k, v, at = heads_for(layer, 5)
+    old = replace(layer, keys=replace(layer.keys, of_inputs=True), values=replace(layer.values, of_inputs=True))
+    read_only = replace(layer, keys=replace(layer.keys, down=None), values=replace(layer.values, down=None))
+    for message, (own, *arguments) in {
+        r"k: expected \[\.\., 4, 64\] torch.float64 on cpu, got \[5, 4, 63\] torch.float64": (layer, k[..., 1:], v, at),
+        r"k: expected \[\.\., 4, 64\] torch.float64 on cpu, got \[5, 3, 64\]": (layer, k[:, 1:], v[:, 1:], at),
+        r"k: expected \[\.\., 4, 64\] torch.float64 on cpu, got \[64\]": (layer, k[0, 0], v, at),
+        r"k: expected .* on cpu, got \[5, 4, 64\] torch.float32": (layer, k.float(), v, at),
+        "k: expected a tensor, got NoneType": (layer, None, v, at),
+        r"v: expected \[5, 4, 64\] torch.float64 on cpu, got \[4, 4, 64\]": (layer, k, v[1:], at),
+        r"v: expected \[4, 64\] torch.float64 on cpu, got \[3, 64\]": (layer, k[0], v[0, 1:], at[0]),
+        "v: expected .* got .* torch.bfloat16": (layer, k, v.bfloat16(), at),
+        "v: expected a tensor, got list": (joint, k, [v], at),
+        r"positions: expected integers of shape \[5\], got None": (layer, k, v, None),
+        r"positions: expected integers of shape \[5\], got \[4\] torch.int64": (layer, k, v, at[1:]),
+        r"positions: expected integers of shape \[5\], got \[5\] torch.float64": (layer, k, v, at.double()),
+        r"positions: expected integers of shape \[5\], got 7": (joint, k, v, 7),
+        r"positions: expected 0 \.\. 4095 of the rope, got 4096 \.\. 4096": (layer, k, v, at * 0 + 4096),
+        "positions: expected None, the layer has no rope, got a tensor": (free, k, v, at),
+        r"keys.down: expected \[256, 48\] to write latents, got None": (read_only, k, v, at),
+        r"keys.down: expected a map of heads, got one of attention inputs, .*: use lrattn.in_kv_space": (old, k, v, at),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            own.project(*arguments)
+    assert layer.project(k[:0], v[:0], at[:0])[0].shape == (0, 48)
 
 
 def test_rebuild_refuses_what_does_not_fit():
@@ -80,30 +238,46 @@ def test_rebuild_refuses_what_does_not_fit():
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
-def test_shards_together_are_the_layer(world, shared):
-    case = Case("tp", M=2, key_ranks=(32, 16, 48, 16), value_ranks=(64,), bias=True, key_norm=True)
+def test_shards_write_from_their_own_heads_and_together_are_the_layer(world, shared):
+    """Each holds the latents of its groups; a head that several ranks hold is written by each of them."""
+    values = {1: (64,), 2: (32, 48)}.get(world, (32, 32, 64, 48))
+    case = Case("tp", M=2, key_ranks=(32, 16, 48, 16), value_ranks=values, offset=True)
     if shared:
-        case = Case("tp", M=2, key_ranks=(32, 16, 48, 16), value_ranks=(32, 32, 64, 48), shared=True)
+        case = replace(case, value_ranks=(32, 32, 64, 48), shared=True)
     layer = make_layer(case)
-    x = torch.randn(3, case.E, dtype=torch.float64)
-    k, v = layer.rebuild(*layer.project(x), torch.arange(3))
+    k, v, at = heads_for(layer, 3)
+    latents = layer.project(k, v, at)
+    heads = layer.rebuild(*latents, at)
     parts = [layer.shard(r, world) for r in range(world)]
-    rebuilt = [p.rebuild(*p.project(x), torch.arange(3)) for p in parts]
-    heads = k.repeat_interleave(max(world // 4, 1), 1), v.repeat_interleave(max(world // 4, 1), 1)
-    torch.testing.assert_close(torch.cat([k for k, _ in rebuilt], 1), heads[0])
-    torch.testing.assert_close(torch.cat([v for _, v in rebuilt], 1), heads[1])
+    rows, rebuilt = [], []
+    for r, part in enumerate(parts):
+        own = slice(r * 4 // world, max((r + 1) * 4 // world, r * 4 // world + 1))
+        rows.append(part.project(k[:, own], v[:, own], at))
+        rebuilt.append(part.rebuild(*rows[-1], at))
+    for side in range(2):
+        expected = heads[side].repeat_interleave(max(world // 4, 1), 1)
+        torch.testing.assert_close(torch.cat([x[side] for x in rebuilt], 1), expected)
+        if world <= 4 and latents[side] is not None:
+            torch.testing.assert_close(torch.cat([z[side] for z in rows], 1), latents[side])
     assert torch.equal(torch.cat([p.wo for p in parts]), layer.wo)
     if not shared and world == 4:
         assert [p.keys.ranks for p in parts] == [(32,), (16,), (48,), (16,)]
-        assert all(p.values.ranks == (64,) for p in parts)  # one value latent serves every head: each rank holds it
 
 
-def test_shard_keeps_head_order_and_refuses_uneven_cuts():
-    layer = make_layer(Case("order", key_ranks=(32, 16), key_order=(0, 3, 2, 1), value_ranks=(48,)))
-    x = torch.randn(3, 24, dtype=torch.float64)
-    k, _ = layer.rebuild(*layer.project(x), torch.arange(3))
-    part = layer.shard(1, 2)  # heads 2 and 3: one of each group, the later first
-    torch.testing.assert_close(part.rebuild(*part.project(x), torch.arange(3))[0], k[:, 2:])
+def test_a_group_across_shards_is_refused_where_it_writes_and_held_by_all_where_it_only_reads():
+    case = Case("order", key_ranks=(32, 16), key_order=(0, 3, 2, 1), value_ranks=(48,))
+    layer = make_layer(case)
+    with pytest.raises(
+        ValueError,
+        match=r"shard: expected latents that are written from heads \[2, 3\] alone, got some that need others; "
+        r"compress\(shards=\) makes groups within shards",
+    ):
+        layer.shard(1, 2)
+    k, v, at = heads_for(layer, 3)
+    latents = layer.project(k, v, at)
+    reads = replace(layer, keys=replace(layer.keys, down=None), values=replace(layer.values, down=None))
+    part = reads.shard(1, 2)  # heads 2 and 3: one of each group, the later first
+    torch.testing.assert_close(part.rebuild(*latents, at)[0], layer.rebuild(*latents, at)[0][:, 2:])
     uneven = make_layer(Case("uneven", Hkv=6, key_ranks=(32, 16), key_order=(0, 1, 3, 2, 4, 5), value_ranks=(48,)))
     with pytest.raises(ValueError, match="cut into equal parts"):
         uneven.shard(0, 2)
@@ -129,9 +303,11 @@ def test_fold_output_is_two_products_in_one():
         ({"up": torch.zeros(0, 32, 8)}, "up: expected heads and dimensions"),
         ({"ranks": (48,)}, "up: expected 48 rows"),
         ({"ranks": (32, 32, 32)}, "number of groups that divides Hkv=4"),
-        ({"down": torch.zeros(7, 31)}, r"down: expected shape \[E, 32\]"),
-        ({"bias": torch.zeros(4, 9)}, "bias: expected shape"),
-        ({"bias": torch.zeros(4, 8, dtype=torch.float16)}, "bias: expected dtype"),
+        ({"down": torch.zeros(32, 31)}, r"down: expected shape \[n, 32\]"),
+        ({"down": torch.zeros(7, 32)}, r"down: expected Hkv \* D = 32 rows, or twice as many in shared rows, got 7"),
+        ({"down": torch.zeros(32, 32).double()}, "down: expected dtype"),
+        ({"offset": torch.zeros(4, 9)}, "offset: expected shape"),
+        ({"offset": torch.zeros(4, 8, dtype=torch.float16)}, "offset: expected dtype"),
         ({"head_order": (0, 1, 2, 2)}, "head_order: expected a permutation"),
         ({"format": "int4"}, "format: expected None"),
     ],
@@ -145,7 +321,7 @@ def test_layer_errors_name_the_tensor():
     def side(heads=4, rank=32, **kwargs):
         return lrattn.Projection(up=torch.zeros(heads, rank, 8), ranks=(rank,), **kwargs)
 
-    rope = lrattn.Rope(1e4, 8, 16)
+    rope, down = lrattn.Rope(1e4, 8, 16), torch.zeros(32, 32)
     for message, arguments in {
         "values.up: expected shape": {"values": side(2)},
         "rope: expected an even D of at least 16, got D=8": {"rope": lrattn.Rope(1e4, 16, 16)},
@@ -154,12 +330,13 @@ def test_layer_errors_name_the_tensor():
             "values": lrattn.Projection(torch.zeros(4, 32, 9), (32,)),
             "rope": rope,
         },
-        "key_norm.weight: expected": {"key_norm": lrattn.KeyNorm(torch.ones(7))},
         "wo: expected a multiple of Hkv=4": {"wo": torch.zeros(6, 8, 3)},
         "shared: expected key ranks within": {"keys": side(rank=48), "shared": True},
-        "shared: expected keys.down to be None": {"keys": side(down=torch.zeros(3, 32)), "shared": True},
+        "shared: expected keys.down to be None": {"keys": side(down=down), "shared": True},
         "shared: expected equal groups": {"keys": side(head_order=(1, 0, 2, 3)), "shared": True},
-        "values.down: expected": {"keys": side(down=torch.zeros(3, 32)), "values": side(down=torch.zeros(4, 32))},
+        r"keys.down: expected shape \[32, 32\], got \[64, 32\]": {"keys": side(down=torch.zeros(64, 32))},
+        r"values.down: expected shape \[32, 32\], got \[64, 32\]": {"values": side(down=torch.zeros(64, 32))},
+        r"values.down: expected shape \[64, 32\], got \[32, 32\]": {"values": side(down=down), "shared": True},
     }.items():
         with pytest.raises(ValueError, match=message):
             lrattn.LayerFactors(**{"keys": side(), "values": side(), "rope": rope, **arguments})
@@ -167,14 +344,24 @@ def test_layer_errors_name_the_tensor():
 
 def test_to_moves_every_tensor():
     layer = make_layer(RICH).to(dtype=torch.float32)
-    tensors = [layer.keys.up, layer.keys.down, layer.keys.bias, layer.values.up, layer.key_norm.weight, layer.wo]
+    tensors = [layer.keys.up, layer.keys.down, layer.keys.offset, layer.values.up, layer.values.offset, layer.wo]
     assert {x.dtype for x in (*tensors, layer.key_basis.rows, layer.value_basis.rows)} == {torch.float32}
     assert layer.turns.dtype == torch.complex64
 
 
-def factors(dtype=torch.float32):
-    cases = [RICH, BY_NAME["riding row"], BY_NAME["no rope"], BY_NAME["plain"]]
-    return lrattn.Factors(tuple(make_layer(case, dtype) for case in cases), method="palu", model="a model")
+def test_layers_can_lie_on_devices_of_their_own():
+    several = factors().to(["cpu", "meta", "cpu", "cpu"], torch.float16)
+    assert [layer.device.type for layer in several.layers] == ["cpu", "meta", "cpu", "cpu"]
+    assert {layer.dtype for layer in several.layers} == {torch.float16}
+    assert {layer.device.type for layer in several.to("meta").layers} == {"meta"}
+    with pytest.raises(ValueError, match="device: expected one, or one for each of 4 layers, got 1"):
+        several.to(["cpu"])
+
+
+def factors(dtype=torch.float32, **more):
+    packed = {case.name: case for case in PACKED}["joint row"]
+    cases = [RICH, BY_NAME["riding row"], BY_NAME["no rope"], packed]
+    return lrattn.Factors(tuple(make_layer(case, dtype) for case in cases), method="palu", model="a model", **more)
 
 
 def same(a, b):
@@ -184,40 +371,54 @@ def same(a, b):
 def test_a_record_is_one_readable_line():
     """In a notebook, in a list too: what it is and how large, no numbers of its tensors."""
     whole = factors()
+    moments = lrattn.Moments({"before": (torch.eye(97).double(),) * 3}, 1180, 4, far=(64, 4))
     told = {
         whole: r"Factors\(method='palu', layers=4, keep=\d\.\d{3}, bytes_per_token=[\d,]+, near=\(0, 0\), "
         r"torch\.float32 on cpu\)",
         whole.layers[0]: r"LayerFactors\(heads=4, head_dim=\d+, keys=48 latents in 2 groups, values=64 latents, "
-        r"torch\.float32 on cpu\)",
-        whole.layers[0].keys: r"Projection\(heads=4, head_dim=\d+, 48 latents in 2 groups, down, bias, .*\)",
-        whole.layers[0].key_norm: r"KeyNorm\(head_dim=\d+, eps=1e-06, torch\.float32 on cpu\)",
-        lrattn.Moments([torch.eye(96).double()] * 3, 1180, 4, far=(64, 4)): r"Moments\(layers=3, inputs=96, "
-        r"tokens=1,180, sequences=4, gathered=\(\), far=\(64, 4\)\)",
+        r"before RoPE, torch\.float32 on cpu\)",
+        whole.layers[0].keys: r"Projection\(heads=4, head_dim=\d+, 48 latents in 2 groups, down, offset, .*\)",
+        moments: r"Moments\(layers=3, tokens=1,180, sequences=4, gathered=\('before',\), far=\(64, 4\)\)",
     }
     for record, expected in told.items():
         for text in (repr(record), str(record), f"{[record]}"[1:-1]):
             assert re.fullmatch(expected, text), text
     for layer in whole.layers:
         assert all(len(repr(x).splitlines()) == 1 and len(repr(x)) < 160 for x in (layer, layer.keys, layer.values))
-        assert ("shared" in repr(layer), "rotated" in repr(layer)) == (layer.shared, layer.rotated)
+        assert ("shared" in repr(layer), "before RoPE" in repr(layer)) == (layer.shared, layer.rope is not None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_save_and_load_give_the_same_record(dtype, tmp_path):
-    saved = factors(dtype)
+    samples = tuple(random(9, seed=i, dtype=dtype) for i in range(4))
+    saved = factors(dtype, rule="fisher", predicted=(0.5, 0.25, 1.0, 0.0), near=(64, 4), samples=samples)
     saved.save(tmp_path / "f.safetensors")
     assert [p.name for p in tmp_path.iterdir()] == ["f.safetensors"]
     loaded = lrattn.Factors.load(tmp_path / "f.safetensors")
-    assert (loaded.method, loaded.model, loaded.keep) == (saved.method, saved.model, saved.keep)
+    for name in ("method", "model", "rule", "predicted", "near", "keep"):
+        assert getattr(loaded, name) == getattr(saved, name)
+    assert all(same(a, b) for a, b in zip(loaded.samples, samples, strict=True))
     for a, b in zip(saved.layers, loaded.layers, strict=True):
         assert (a.rope, a.shared) == (b.rope, b.shared)
         assert same(a.wo, b.wo)
-        assert (a.key_norm is None) == (b.key_norm is None)
-        if a.key_norm is not None:
-            assert same(a.key_norm.weight, b.key_norm.weight) and a.key_norm.eps == b.key_norm.eps
         for x, y in ((a.keys, b.keys), (a.values, b.values)):
-            assert (x.ranks, x.head_order, x.format) == (y.ranks, y.head_order, y.format)
-            assert same(x.up, y.up) and same(x.down, y.down) and same(x.bias, y.bias)
+            assert (x.ranks, x.head_order, x.format, x.of_inputs) == (y.ranks, y.head_order, y.format, False)
+            assert same(x.up, y.up) and same(x.down, y.down) and same(x.offset, y.offset)
+        for z, own in zip(*(layer.project(*heads_for(a, 3)) for layer in (a, b)), strict=True):
+            assert same(z, own)
+
+
+def test_what_is_known_of_layers_is_known_of_all():
+    layers = factors().layers
+    for name, some in (("predicted", (0.5,)), ("samples", (torch.zeros(3),) * 3)):
+        with pytest.raises(ValueError, match=f"{name}: expected one for each of 4 layers, got {len(some)}"):
+            lrattn.Factors(layers, **{name: some})
+    with pytest.raises(ValueError, match="layers: expected at least one LayerFactors, got none"):
+        lrattn.Factors(())
+    for wrong in (-1, 1.5, True, "4"):
+        for name in ("recent", "sinks"):
+            with pytest.raises(ValueError, match=f"{name}: expected a number of tokens, 0 or more, got {wrong!r}"):
+                factors().near_or(**{"recent": None, "sinks": None, name: wrong})
 
 
 def test_tensors_that_share_memory_are_saved(tmp_path):

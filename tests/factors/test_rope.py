@@ -154,6 +154,27 @@ def test_interleaved_pairs_are_cohere_s():
     torch.testing.assert_close(rope.rotate(q.transpose(1, 2), positions).transpose(1, 2), expected)
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("partial", [1.0, 0.5])
+@pytest.mark.parametrize(
+    "scaling", [None, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}]
+)
+def test_a_rotation_is_undone_and_gradients_are_pulled_back_through_it(scaling, partial, interleaved):
+    """The factor of yarn included, in the dtype of the sums."""
+    rope = Rope(1e4, 32, 256, scaling, interleaved, partial)
+    x, g = torch.randn(2, 5, 3, 4, 32, dtype=torch.float64).unbind(0)
+    x.requires_grad_()
+    positions = torch.randint(256, (5, 3))
+    turned = rope.rotate(x, positions)
+    assert scaling is None or not torch.allclose(turned.norm(), x.norm(), rtol=1e-2)
+    torch.testing.assert_close(rope.turn_back(turned, positions), x)
+    torch.testing.assert_close(rope.pull_back(g, positions), torch.autograd.grad(turned, x, g)[0])
+    for kind in (torch.bfloat16, torch.float16, torch.float32):
+        assert rope.turn_back(x.detach().to(kind), positions).dtype == torch.float32
+        assert rope.rotate(x.detach().to(kind), positions).dtype == kind
+    assert rope.turn_back(x[:0], positions[:0]).shape == (0, 3, 4, 32)
+
+
 def test_version_4_configs_read_the_same():
     class Config:
         rope_theta, max_position_embeddings, hidden_size, num_attention_heads = 5e5, 131072, 4096, 32

@@ -6,7 +6,6 @@ from cases import Case, make, make_layer
 from checks import attend, exact, on
 
 import lrattn
-from lrattn.attention.cache import norm_columns
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -39,7 +38,7 @@ def test_a_captured_step_is_right_for_the_next(rope, limit, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_writing_is_captured_too(dtype):
-    layer = make_layer(Case("norm", key_norm=True), dtype).to(CUDA)
+    layer = make_layer(Case("write"), dtype).to(CUDA)
     k_cache, v_cache = (x.zero_() for x in lrattn.allocate_cache(layer, 4, 16))
     zk, zv = (torch.randn(3, n, device=CUDA).to(dtype) for n in (layer.row_width, layer.v_width))
     slots = torch.tensor([5, -1, 40], device=CUDA)
@@ -49,10 +48,7 @@ def test_writing_is_captured_too(dtype):
         lrattn.write_latents(layer, zk, zv, k_cache, v_cache, slots)
     zk.normal_(), slots.copy_(torch.tensor([1, 63, 64], device=CUDA))
     graph.replay()
-    rows = k_cache.flatten(0, 1)
-    assert torch.equal(rows[1, : layer.row_width], zk[0]) and torch.equal(rows[63, : layer.row_width], zk[1])
-    own = norm_columns(layer, zk)
-    torch.testing.assert_close(rows[[1, 63], layer.row_width :], own[:2], rtol=1e-2, atol=1e-4)
+    assert torch.equal(k_cache.flatten(0, 1)[[1, 63]], zk[:2])
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

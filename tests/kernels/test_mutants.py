@@ -22,23 +22,21 @@ KILLERS = {
     "whole tiles": Case("whole tiles", Hkv=2, P=64, key_ranks=(32,), lens=(130, 3)),
     "padded": Case("padded", Hkv=2, key_ranks=(112,), value_ranks=(112,), shared=True, lens=(20,), strided=True),
     "streamed": Case("streamed", Hkv=1, key_ranks=(528,), value_ranks=(32,), lens=(20,)),
-    "wide": Case("wide", Hkv=2, D=256, key_ranks=(32,), lens=(20,), bias=True),
+    "wide": Case("wide", Hkv=2, D=256, key_ranks=(32,), lens=(20,), offset=True),
     "queries": Case("queries", M=3, S=4, Hkv=2, lens=(40, 9), call={"project": "hidden"}),
     "window": Case("window", S=3, Hkv=2, lens=(150, 40), starts=(0, 25), call={"window_size": 20}),
     "interleaved": Case("interleaved", Hkv=2, rope={"interleaved": True}),
     "partial": Case("partial", Hkv=2, rope={"partial_rotary_factor": 0.5}, lens=(70,)),
     "positions": Case("positions", Hkv=2, positions=True),
-    "norm": Case("norm", Hkv=2, key_norm=True, bias=True, key_ranks=(32,), lens=(30,)),
-    "absorbed": Case("absorbed", M=2, rope=None, bias=True, key_norm=True, key_ranks=(32, 48), key_order=(2, 0, 3, 1)),
+    "absorbed": Case("absorbed", M=2, rope=None, offset=True, key_ranks=(32, 48), key_order=(2, 0, 3, 1)),
     "long absorbed": Case("long absorbed", Hkv=2, rope=None, key_ranks=(272,), lens=(70, 3)),
     "softcap": Case("softcap", Hkv=2, call={"softcap": 2.0}),
-    "sinks": Case("sinks", M=2, sinks=True, bias=True, value_ranks=(16, 32), value_order=(3, 1, 0, 2)),
+    "sinks": Case("sinks", M=2, sinks=True, offset=True, value_ranks=(16, 32), value_order=(3, 1, 0, 2)),
     "one pass": Case(
         "one pass",
         M=2,
         rope=None,
-        bias=True,
-        key_norm=True,
+        offset=True,
         key_ranks=(32, 112),
         value_ranks=(112, 16),
         lens=(200, 3),
@@ -49,8 +47,7 @@ KILLERS = {
     "one pass, rebuilt": Case(
         "one pass, rebuilt",
         M=2,
-        bias=True,
-        key_norm=True,
+        offset=True,
         key_ranks=(32, 112),
         lens=(150, 3),
         value_ranks=(48, 112),
@@ -108,7 +105,6 @@ KILLERS = {
         key_bits=(8, 4, 2),
         value_bits=(8, 2),
     ),
-    "packed, norm": Case("packed, norm", Hkv=2, key_norm=True, key_ranks=(32,), lens=(30,), key_bits=(8, 4)),
     "chunks": Case("chunks", Hkv=2, lens=(300,), call={"workspace_limit": 1, "num_splits": 2}),
 }
 
@@ -123,7 +119,6 @@ MUTANTS = [
     Mutant("scores.py", "range(0, rank, R1)", "range(0, rank - R1, R1)", "streamed"),
     Mutant("scores.py", "p_x + d0 // 2", "p_x", "wide"),
     Mutant("scores.py", "bias + place * D + d0 + d", "bias + place * D + d", "wide"),
-    Mutant("scores.py", "weight + d0 + d, mask", "weight + d0 + d + 1, mask", "norm"),
     Mutant("scores.py", "tl.where(in_q, i % S, -1)", "tl.where(in_q, i // S, -1)", "queries"),
     Mutant("scores.py", "at = tl.load(positions + page", "at = tl.load(positions + 0 * page", "positions"),
     Mutant("tiles.py", "(t % P).to", "(t % 16).to", "pages"),
@@ -138,13 +133,11 @@ MUTANTS = [
            "groups"),
     Mutant("tiles.py", "return 2 * j, 2 * j + 1", "return j, j + ROTARY // 2", "interleaved"),
     Mutant("tiles.py", "(pair < ROTARY)", "(pair < 2 * ROTARY)", "partial"),
-    Mutant("tiles.py", "column + Hkv + head", "column + head", "norm"),
     Mutant("tiles.py", "-1.0 / 3", "1.0 / 3", "softcap"),
     Mutant("absorb.py", "load_run(runs, g)", "load_run(runs, 0)", "absorbed"),
     Mutant("absorb.py", "i % (M * S)).to", "i // C).to", "absorbed"),
     Mutant("absorb.py", "score += shift[None, :]", "score -= shift[None, :]", "absorbed"),
     Mutant("absorb.py", "tl.program_id(1) * BLOCK_R", "0 * BLOCK_R", "long absorbed"),
-    Mutant("absorb.py", "x.to(tl.float32) * tl.load(weight", "x.to(tl.float32) + tl.load(weight", "absorbed"),
     Mutant("values.py", "acc * fade[:, None]", "acc", "pages"),
     Mutant("values.py", "range(t_begin, t_end, BLOCK_T)", "range(t_begin, t_end - BLOCK_T, BLOCK_T)", "batch"),
     Mutant("values.py", "load_run(runs, g)", "load_run(runs, 0)", "groups"),
@@ -161,7 +154,6 @@ MUTANTS = [
     Mutant("fused_rebuilt.py", "place % C * D, d, D, KEYS", "0, d, D, KEYS", "one pass, rebuilt"),
     Mutant("fused_rebuilt.py", "load_run(value_runs, place // C)", "load_run(value_runs, 0)", "one pass, alone"),
     Mutant("fused_rebuilt.py", "bias + place * D + d", "bias + head * D + d", "one pass, rebuilt"),
-    Mutant("fused_rebuilt.py", "inverse[:, None] *", "1.0 *", "one pass, rebuilt"),
     Mutant("fused_rebuilt.py", "tl.where(in_q, i % S, -1)", "tl.where(in_q, i // S, -1)", "one pass, alone"),
     Mutant("fused_rebuilt.py", "positions + page * pos", "positions + 0 * page * pos", "one pass, positions"),
     Mutant("fused_rebuilt.py", "page * cv_strides[0]", "page * cv_strides[1] * P", "one pass, strided"),
@@ -182,9 +174,7 @@ MUTANTS = [
     Mutant("project.py", "+ k % D)[None, :]", "+ 0 * k)[None, :]", "queries"),
     Mutant("write.py", "slot % P * cv_strides[1]", "slot % 16 * cv_strides[1]", "write"),
     Mutant("write.py", "(slot >= 0) & (slot < num_slots)", "(slot >= 0) & (slot < num_slots - 1)", "write"),
-    Mutant("write.py", "(r >= pad_column) & (r < k_width)", "(r > pad_column) & (r < k_width)", "write norm"),
-    Mutant("write.py", "(inverse - hi.to(tl.float32))", "(inverse - inverse)", "write norm"),
-    Mutant("write.py", "p_norm + Hkv, (inverse", "p_norm + Hkv + 1, (inverse", "write norm"),
+    Mutant("write.py", "(r < k_width)[None, :]", "(r < k_width - 1)[None, :]", "write"),
     Mutant("rebuild.py", "tl.load(ends + i_b) - length + t", "t", "rebuild"),
     Mutant("rebuild.py", "k_low * sin + k_high * cos", "k_low * sin - k_high * cos", "rebuild"),
     Mutant("rebuild.py", "head * x_strides[1]", "place * x_strides[1]", "rebuild"),
@@ -210,14 +200,11 @@ MUTANTS = [
     Mutant("values.py", "packs + g * 4 * SEGMENTS", "packs", "packed, streamed"),
     Mutant("values.py", "latents_of(segs, TILES, 0, i_r * BLOCK_R)", "latents_of(segs, TILES, 0, 0)",
            "packed, streamed"),
-    Mutant("tiles.py", "half_pointer(cache + tl.multiple_of(column, 4), like)", "half_pointer(cache, like)",
-           "packed, norm"),
     Mutant("pack.py", "+ UPWARDS", "+ NEAREST", "pack"),
     Mutant("pack.py", "+ NEAREST", "+ UPWARDS", "pack"),
     Mutant("pack.py", "<< (k * BITS[s])", "<< (k * 2)", "pack"),
     Mutant("pack.py", "size = tl.maximum(size, tl.max(tl.abs(x), 1))", "size = tl.max(tl.abs(x), 1)", "pack"),
     Mutant("pack.py", "tl.where(bad > 0, BROKEN, held)", "held", "pack what is not finite"),
-    Mutant("write.py", "half_pointer(p_norm, zk)", "half_pointer(p_norm + 2, zk)", "pack norm"),
 ]  # fmt: skip
 # These reach for memory that is not theirs: a process of its own sees what happens. With the page size of the killer.
 WILD = [
@@ -234,12 +221,8 @@ def run(killer):
     if killer == "write":
         wide = Case("write", P=32, Hkv=2, key_ranks=(32,), value_ranks=(48,))
         checks.check_write(wide, torch.int64, torch.float32, CPU)
-    elif killer == "write norm":
-        checks.check_write(KILLERS["norm"], torch.int32, torch.float16, CPU)
     elif killer == "pack":
         checks.check_write(KILLERS["packed, streamed"], torch.int64, torch.float32, CPU)
-    elif killer == "pack norm":
-        checks.check_write(KILLERS["packed, norm"], torch.int64, torch.float32, CPU)
     elif killer == "pack what is not finite":
         checks.check_broken(CPU)
     elif killer == "rebuild":

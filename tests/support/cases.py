@@ -4,7 +4,7 @@ Unused slots are those past a sequence's length (or max_seq_len) and those befor
 window).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,8 +32,7 @@ class Case:
     E: int = 24
     rope: Any = "default"
     shared: bool = False
-    bias: bool = False
-    key_norm: bool = False
+    offset: bool = False  # of keys and of values
     key_order: tuple[int, ...] | None = None
     value_order: tuple[int, ...] | None = None
     positions: bool = False
@@ -74,28 +73,29 @@ def make_layer(case, dtype=torch.float64, seed=0):
             x[head, ranks[place // (case.Hkv // len(ranks))] :] = 0
         return loose(x)
 
-    keys = lrattn.Projection(
-        up=up(case.key_ranks, case.key_order),
-        ranks=case.key_ranks,
-        down=None if case.shared else normal(case.E, sum(case.key_ranks)),
-        bias=normal(case.Hkv, case.D, scale=2.0) if case.bias else None,
-        head_order=case.key_order,
-        format=None if case.shared else formats(case.key_ranks, case.key_bits),
-    )
-    values = lrattn.Projection(
-        up=up(case.value_ranks, case.value_order),
-        ranks=case.value_ranks,
-        down=normal(case.E, sum(case.value_ranks)),
-        bias=normal(case.Hkv, case.D) if case.bias else None,
-        head_order=case.value_order,
-        format=formats(case.value_ranks, case.key_bits if case.shared else case.value_bits),
-    )
+    def side(ranks, order, bits, spread, read):
+        """`read` sides are written from: a group's latents read its own heads of them."""
+        made = lrattn.Projection(
+            up=up(ranks, order),
+            ranks=ranks,
+            offset=normal(case.Hkv, case.D, scale=spread) if case.offset else None,
+            head_order=order,
+            format=formats(ranks, bits),
+        )
+        if not read:
+            return made
+        down = torch.zeros(read, case.Hkv, case.D, made.width, dtype=dtype)
+        for heads, columns in zip(made.groups, made.columns):
+            down[:, list(heads), :, columns] = normal(read, len(heads), case.D, columns.stop - columns.start)
+        return replace(made, down=down.flatten(0, 2))
+
     return lrattn.LayerFactors(
-        keys=keys,
-        values=values,
+        keys=side(case.key_ranks, case.key_order, () if case.shared else case.key_bits, 2.0, int(not case.shared)),
+        values=side(
+            case.value_ranks, case.value_order, case.key_bits if case.shared else case.value_bits, 1.0, 1 + case.shared
+        ),
         rope=rope_of(case),
         shared=case.shared,
-        key_norm=lrattn.KeyNorm(normal(case.D, scale=0.3) + 1, 1e-6) if case.key_norm else None,
         wo=loose(normal(case.Hkv * case.M, case.D, case.E, scale=case.D**-0.5)),
     )
 
@@ -206,11 +206,9 @@ CASES = [
     Case("head order", Hkv=6, M=2, D=80, key_ranks=(32, 48), key_order=(4, 0, 2, 5, 1, 3),
          value_order=(5, 4, 3, 2, 0, 1)),
     Case("three heads a group", Hkv=3, M=3, key_ranks=(96,), value_ranks=(80,), lens=(50,)),
-    Case("bias", M=2, bias=True, key_ranks=(32, 16), lens=(20, 9)),
-    Case("key norm", key_norm=True, bias=True, M=2, lens=(21, 3)),
-    Case("key norm, groups", key_norm=True, key_ranks=(32, 16), key_order=(3, 1, 0, 2), lens=(21,)),
+    Case("offset", M=2, offset=True, key_ranks=(32, 16), lens=(20, 9)),
     Case("no rope", rope=None, M=2, key_ranks=(32, 16), lens=(30, 2)),
-    Case("no rope, bias and norm", rope=None, bias=True, key_norm=True, key_order=(2, 0, 3, 1), key_ranks=(32, 16)),
+    Case("no rope, offset", rope=None, offset=True, key_order=(2, 0, 3, 1), key_ranks=(32, 16)),
     Case("interleaved", rope={"interleaved": True}, M=2, D=96),
     Case("partial rotary", rope={"partial_rotary_factor": 0.25}, D=80, M=2),
     Case("partial interleaved", rope={"partial_rotary_factor": 0.5, "interleaved": True}, D=128),
@@ -223,9 +221,8 @@ CASES = [
     Case("joint row", shared=True, key_ranks=(48, 64), value_ranks=(48, 64), M=2, lens=(33, 5)),
     Case("riding row", shared=True, key_ranks=(32, 16), value_ranks=(48, 64), M=2, lens=(33, 5)),
     Case(
-        "riding row, head order, norm",
+        "riding row, head order",
         shared=True,
-        key_norm=True,
         key_ranks=(32, 16),
         value_ranks=(48, 64),
         key_order=(3, 0, 2, 1),
@@ -239,15 +236,15 @@ CASES = [
     Case("window", lens=(60, 5), call={"window_size": 20}),
     Case("window and queries", S=4, M=2, lens=(60, 5, 2), starts=(0, 2, 0), call={"window_size": 7}),
     Case("softcap", call={"softcap": 3.0}, M=2),
-    Case("sinks", sinks=True, bias=True, M=2, lens=(20, 0, 1)),
+    Case("sinks", sinks=True, offset=True, M=2, lens=(20, 0, 1)),
     Case("scale", call={"softmax_scale": 0.3}),
     Case("splits", M=2, S=2, lens=(70, 3, 0), call={"num_splits": 5}),
     Case("splits, window, sinks", sinks=True, S=2, lens=(70, 33), call={"num_splits": 3, "window_size": 40}),
     Case("small workspace", S=4, M=2, lens=(70, 40), call={"workspace_limit": 1}),
     Case("big pages", P=64, lens=(130, 64, 63), M=2),
     Case("wide head", D=256, Hkv=2, key_ranks=(64,), value_ranks=(32,)),
-    Case("everything", M=2, S=3, D=80, Hkv=4, key_ranks=(32, 16), value_ranks=(64,), key_order=(2, 1, 3, 0), bias=True,
-         key_norm=True, positions=True, starts=(3, 0), sinks=True, lens=(50, 21), P=32,
+    Case("everything", M=2, S=3, D=80, Hkv=4, key_ranks=(32, 16), value_ranks=(64,), key_order=(2, 1, 3, 0),
+         offset=True, positions=True, starts=(3, 0), sinks=True, lens=(50, 21), P=32,
          rope={"partial_rotary_factor": 0.5}, call={"softcap": 5.0, "window_size": 30, "num_splits": 2}),
 ]  # fmt: skip
 
@@ -264,12 +261,11 @@ PACKED = [
     Case("joint row", key_bits=(8, 4, 2), shared=True, key_ranks=(112, 128), value_ranks=(112, 128), M=3, lens=(33, 5)),
     Case("riding row", key_bits=(8, 4, 8, 2), shared=True, key_ranks=(32,), value_ranks=(96,), M=2, lens=(33, 5)),
     Case("five scales", key_bits=(8, 4, 2, 8, 4), shared=True, key_ranks=(48,), value_ranks=(80,), lens=(18,)),
-    Case("norm", key_bits=(8, 4), value_bits=(8,), key_norm=True, bias=True, key_ranks=(32, 48), M=2, lens=(21, 3)),
-    Case("norm, joint", key_bits=(8, 2), shared=True, key_norm=True, key_ranks=(48,), value_ranks=(48,), lens=(21,)),
-    Case("no rope", rope=None, key_bits=(8, 4), value_bits=(4, 2), key_ranks=(32,), M=2, lens=(30, 2), bias=True),
-    Case("no rope, joint", rope=None, key_bits=(16, 4), shared=True, key_ranks=(64,), value_ranks=(64,), key_norm=True),
-    Case("everything", M=2, S=3, D=80, key_ranks=(32, 48), value_ranks=(64,), key_order=(2, 1, 3, 0), bias=True,
-         key_norm=True, positions=True, starts=(3, 0), sinks=True, lens=(50, 21), P=32, key_bits=(4, 2),
+    Case("offset", key_bits=(8, 4), value_bits=(8,), offset=True, key_ranks=(32, 48), M=2, lens=(21, 3)),
+    Case("no rope", rope=None, key_bits=(8, 4), value_bits=(4, 2), key_ranks=(32,), M=2, lens=(30, 2), offset=True),
+    Case("no rope, joint", rope=None, key_bits=(16, 4), shared=True, key_ranks=(64,), value_ranks=(64,)),
+    Case("everything", M=2, S=3, D=80, key_ranks=(32, 48), value_ranks=(64,), key_order=(2, 1, 3, 0),
+         offset=True, positions=True, starts=(3, 0), sinks=True, lens=(50, 21), P=32, key_bits=(4, 2),
          value_bits=(8, 2), rope={"partial_rotary_factor": 0.5},
          call={"softcap": 5.0, "window_size": 30, "num_splits": 2, "workspace_limit": 1}),
 ]  # fmt: skip

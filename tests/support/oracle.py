@@ -24,18 +24,14 @@ def group_of(projection):
 
 
 def dense_heads(rows, projection, laid_out):
-    """Latent rows [n, width] -> heads [n, Hkv, D], bias added. laid_out: the projection whose columns a row has."""
+    """Latent rows [n, width] -> heads [n, Hkv, D], offset added. laid_out: the projection whose columns a row has."""
     columns = group_of(laid_out)
     heads = []
     for h, (_, rank) in group_of(projection).items():
         start, _ = columns[h]
         x = rows[:, start : start + rank] @ projection.up[h, :rank].double()
-        heads.append(x if projection.bias is None else x + projection.bias[h].double())
+        heads.append(x if projection.offset is None else x + projection.offset[h].double())
     return torch.stack(heads, 1)
-
-
-def raw_keys(layer, rows):
-    return dense_heads(rows, layer.keys, layer.values if layer.shared else layer.keys)
 
 
 def rotate(x, positions, rope, sizes=False):
@@ -52,26 +48,18 @@ def rotate(x, positions, rope, sizes=False):
     return y
 
 
-def inverse_rms(layer, rows):
-    """1 / rms of the raw keys of latent rows [n, row width]: [n, Hkv]."""
-    return (raw_keys(layer, rows.double()).square().mean(-1) + layer.key_norm.eps) ** -0.5
-
-
 def positive(layer):
     """The layer whose sums are those of the sizes of this one's terms."""
 
     def side(x):
-        return replace(x, up=x.up.abs(), bias=None if x.bias is None else x.bias.abs())
+        return replace(x, up=x.up.abs(), offset=None if x.offset is None else x.offset.abs())
 
     return replace(layer, keys=side(layer.keys), values=side(layer.values))
 
 
-def dense_keys(layer, rows, norms, positions, sizes=False):
-    """Key rows [n, width] -> keys [n, Hkv, D], normed by norms [n, Hkv] and rotated."""
-    k = raw_keys(layer, rows)
-    if layer.key_norm is not None:
-        weight = layer.key_norm.weight.double()
-        k = k * norms[..., None] * (weight.abs() if sizes else weight)
+def dense_keys(layer, rows, positions, sizes=False):
+    """Key rows [n, width] -> keys [n, Hkv, D], rotated."""
+    k = dense_heads(rows, layer.keys, layer.values if layer.shared else layer.keys)
     return k if layer.rope is None else rotate(k, positions, layer.rope, sizes)
 
 
@@ -90,8 +78,7 @@ def dense_kv(layer, k_row, v_row, position):
     """One token's latent rows -> k, v [Hkv, D]. v_row: None where keys and values share one."""
     k_row = k_row[None].double()
     v_row = k_row if v_row is None else v_row[None].double()
-    norms = None if layer.key_norm is None else inverse_rms(layer, k_row)
-    return dense_keys(layer, k_row, norms, torch.tensor([position]))[0], dense_values(layer, v_row)[0]
+    return dense_keys(layer, k_row, torch.tensor([position]))[0], dense_values(layer, v_row)[0]
 
 
 def attend(
@@ -136,7 +123,6 @@ def attend(
         k_rows = k_cache[page, offset].double()
         v_rows = k_rows if v_cache is None else v_cache[page, offset].double()
         at = t if positions is None else positions[page, offset].long()
-        norms = None if layer.key_norm is None else inverse_rms(layer, k_rows)
 
         def scores(x, k):
             return torch.einsum("shd,thd->sht", x, k.repeat_interleave(shared, 1))
@@ -145,7 +131,7 @@ def attend(
             out = torch.einsum("sht,thr->shr", p, v.repeat_interleave(shared, 1))
             return torch.einsum("shd,hde->se", out, wo) if project == "hidden" else out
 
-        k, v = dense_keys(layer, k_rows, norms, at), dense_values(layer, v_rows, project)
+        k, v = dense_keys(layer, k_rows, at), dense_values(layer, v_rows, project)
         s = scores(q[b].double(), k) * scale
         s = torch.tanh(s / softcap) * softcap if softcap else s
         s = s.masked_fill(~seen, -torch.inf)
@@ -156,7 +142,7 @@ def attend(
         outs.append(result(p, v, wo))
         lses.append(lse)
         if p.numel():
-            sizes = k.abs(), dense_keys(terms, k_rows.abs(), norms, at, sizes=True)
+            sizes = k.abs(), dense_keys(terms, k_rows.abs(), at, sizes=True)
             by_score = [(scores(q[b].double().abs(), x) * seen).max() * abs(scale) for x in sizes]
             most = [x.abs().amax(0, keepdim=True) for x in (v, dense_values(terms, v_rows.abs(), project))]
             value, summed = (result(torch.ones_like(p[..., :1]), x, wo.abs()).max() for x in most)

@@ -37,8 +37,8 @@ def read_run(run, parts, half):
     return latents
 
 
-def read_cache(cache, formats, norms, dtype):
-    """[N, P, bytes] uint8 -> plain rows [N, P, width] float64: latents, then `norms` columns, padded to 16."""
+def read_cache(cache, formats, dtype):
+    """[N, P, bytes] uint8 -> plain rows [N, P, width] float64."""
     half = dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16
     rows = []
     for row in cache.flatten(0, 1).tolist():
@@ -46,18 +46,16 @@ def read_cache(cache, formats, norms, dtype):
         for own in formats:
             latents += read_run(row[at : at + own.nbytes], own.segments, half)
             at += own.nbytes
-        held = torch.tensor(row[at:], dtype=torch.uint8).view(half).double().tolist() if norms else []
-        rows.append(latents + held + [0.0] * (-norms % 16))
+        rows.append(latents)
     return torch.tensor(rows, dtype=torch.float64).unflatten(0, cache.shape[:2])
 
 
 def plain(problem):
     """A problem of cases.make whose latents are plain and the same, in float64."""
     layer, q, k_cache, v_cache, kwargs = problem
-    norms = 0 if layer.key_norm is None else 2 * layer.num_kv_heads
     k_side, wide = layer.values if layer.shared else layer.keys, layer.to(dtype=torch.float64)
-    k_cache = read_cache(k_cache, k_side.format, norms, layer.dtype) if k_side.format else k_cache.double()
+    k_cache = read_cache(k_cache, k_side.format, layer.dtype) if k_side.format else k_cache.double()
     if v_cache is not None:
-        v_cache = read_cache(v_cache, layer.values.format, 0, layer.dtype) if layer.values.format else v_cache.double()
+        v_cache = read_cache(v_cache, layer.values.format, layer.dtype) if layer.values.format else v_cache.double()
     keys, values = (replace(side, format=None) for side in (wide.keys, wide.values))
     return replace(wide, keys=keys, values=values), q.double(), k_cache, v_cache, kwargs

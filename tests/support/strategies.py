@@ -86,8 +86,7 @@ def layers(draw, heads=8, dims=DIMS, ranks=RANKS, most_heads=16):
         "value_order": value_order,
         "shared": values == "in the row of keys",
         "rope": draw(ropes(head_dim)),
-        "bias": draw(st.booleans()),
-        "key_norm": draw(st.booleans()),
+        "offset": draw(st.booleans()),
         "size": draw(st.sampled_from([1.0] * 7 + [30.0, 1e-3, 0.0])),
     }
 
