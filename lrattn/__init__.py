@@ -3,13 +3,13 @@
     factors = lrattn.compress(model, batches, keep=0.5, far=(0, 0))  # model and text -> Factors, offline
     layer = factors.layers[0]                                        # up, down, ranks, rope of one layer
     k_cache, v_cache = lrattn.allocate_cache(layer, num_pages=64, page_size=16)
-    zk, zv = layer.project(x)                                        # attention inputs [T, E] -> latents
+    zk, zv = layer.project(k, v, positions)                          # keys and values [T, Hkv, D] -> latents
     lrattn.write_latents(layer, zk, zv, k_cache, v_cache, slots)     # latents -> pages; nothing else is cached
-    q = layer.rope.rotate(q, positions)                              # [B, Hq, D] queries, as the engine makes them
     y = lrattn.decode_attention(q, k_cache, v_cache, layer, block_table=block_table, seq_lens=seq_lens)
 
-In transformers: `with latent_attention(model, factors): model.generate(...)` from lrattn.integrations.transformers.
-There caches also hold the last 64 and first 4 tokens dense, and factors are made for that, unless far=(0, 0) says no.
+In transformers, once lrattn.integrations.transformers is imported: model.set_attn_implementation("lrattn"), and
+model.generate(**inputs, cache=LatentCache(factors)). There caches also hold the last 64 and first 4 tokens dense, and
+factors are made for that, unless far=(0, 0) says no.
 """
 
 from lrattn.attention.cache import allocate_cache
@@ -25,17 +25,17 @@ from lrattn.compression.calibrate import calibrate
 from lrattn.compression.compress import compress
 from lrattn.compression.moments import Moments
 from lrattn.compression.nested import narrowed
+from lrattn.compression.older import in_kv_space
 from lrattn.compression.refine import refine
 from lrattn.factors.formats import Format
 from lrattn.factors.layer import LayerFactors
-from lrattn.factors.projection import KeyNorm, Projection
+from lrattn.factors.projection import Projection
 from lrattn.factors.record import Factors
 from lrattn.factors.rope import Rope
 
 __all__ = [
     "Factors",
     "Format",
-    "KeyNorm",
     "LayerFactors",
     "Moments",
     "Projection",
@@ -44,6 +44,7 @@ __all__ = [
     "calibrate",
     "compress",
     "decode_attention",
+    "in_kv_space",
     "merge_attention",
     "methods",
     "narrowed",

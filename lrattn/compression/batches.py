@@ -7,10 +7,10 @@ from dataclasses import astuple
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrattn.compression.substitute import Window
-from lrattn.factors.parts import AttentionParts
+from lrattn.models.interface import positions_of
 
 Batch = Tensor | Mapping[str, Any]
 INTEGERS = (torch.int64, torch.int32, torch.int16)
@@ -30,6 +30,13 @@ def tokens_of(batch: Batch) -> tuple[Tensor, Tensor | None]:
     return ids.long().clone(), None if mask is None else mask.bool()  # backward keeps them: not the caller's
 
 
+def positions_in(ids: Tensor, live: Tensor | None) -> Tensor:
+    """The position of every token of ids [b, t] in its sequence, padding left out: [b, t] int64."""
+    if live is None:
+        return torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
+    return (live.cumsum(1) - 1).clamp_min(0)
+
+
 def unpadded(ids: Tensor, live: Tensor | None) -> list[Tensor]:
     """Each sequence [t] of token ids [b, t] without its padding."""
     return list(ids) if live is None else [row[kept] for row, kept in zip(ids, live, strict=True)]
@@ -46,10 +53,10 @@ def check_batches(batches: Any) -> None:
         raise ValueError(f"batches: expected several of token ids [b, t], in a list, got {type(batches).__name__}")
 
 
-def check_lengths(parts: list[AttentionParts], lengths: Iterable[int]) -> None:
+def check_lengths(model: nn.Module, lengths: Iterable[int]) -> None:
     """Raises ValueError for sequences longer than the model has positions."""
-    longest, most = max(lengths, default=0), min(part.rope.max_position for part in parts)
-    if longest > most:
+    longest, most = max(lengths, default=0), positions_of(model)
+    if most is not None and longest > most:
         raise ValueError(
             f"batches: expected sequences of at most {most} tokens, the model's positions, got one of {longest}"
         )

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lrattn.compression import methods
 from lrattn.compression.arguments import check_count, check_flag, check_share
 from lrattn.compression.batches import (
     Batch,
@@ -25,11 +24,11 @@ from lrattn.compression.batches import (
 )
 from lrattn.compression.bits import Bits, ladder_of, share_held, spend
 from lrattn.compression.calibrate import calibrate, fingerprint
-from lrattn.compression.methods import METHODS, Method
+from lrattn.compression.methods import DEFAULT, METHODS, Method, kq_svd
 from lrattn.compression.methods.lorc import log_condition
 from lrattn.compression.moments import GRADIENTS, Moments
 from lrattn.compression.problem import FORMS, Form, Problem
-from lrattn.compression.propagate import Propagation
+from lrattn.compression.propagate import propagate
 from lrattn.compression.ranks import (
     RULES,
     LayerShape,
@@ -46,8 +45,10 @@ from lrattn.compression.refine import refine as distil
 from lrattn.compression.substitute import Window
 from lrattn.factors import safefile
 from lrattn.factors.layer import LayerFactors
-from lrattn.factors.parts import AttentionParts, attention_parts
 from lrattn.factors.record import Factors
+from lrattn.models.layers import AttentionLayer, attention_layers, sample
+from lrattn.models.ropes import ropes_of
+from lrattn.models.weights import check_readable, linear
 
 JOINT_WITHIN = 256  # latents a row may have for keys to be rebuilt from all of it: see docs/decisions.md
 KEEP = 0.5  # where the caller names no bytes
@@ -59,7 +60,7 @@ LEVEL = 0.5  # of the budget of joint rows that is the same for every layer
 def compress(
     model: nn.Module,
     batches: Iterable[Batch] | None = None,
-    method: str = methods.DEFAULT,
+    method: str = DEFAULT,
     keep: float | None = None,
     group_size: int = 4,
     *,
@@ -75,10 +76,11 @@ def compress(
     bytes_per_token: int | None = None,
     progress: bool = True,
 ) -> Factors:
-    """Factors of a model's key and value projections; the model itself is not changed.
+    """Factors of a model's keys and values; the model itself is not changed.
 
     Args:
-        model: a transformers causal language model (see attention_parts for what is needed of it).
+        model: of transformers, whose attention goes through its AttentionInterface. "svd", "lorc", "asvd", "kq-svd" and
+            ranks "fisher" read weights too, of models whose projections are Linear layers.
         batches: token ids [b, t], or mappings with input_ids and maybe attention_mask, to calibrate on. "svd" and
             "lorc" need none, but for ranks "fisher".
         method: one of lrattn.methods.METHODS.
@@ -138,20 +140,20 @@ def compress(
     ladder = ladder_of(bits)
     if len(ladder) > 1 and not (recipe.in_nats and ranks == "spectrum"):
         raise ValueError(f"bits: expected one number with method {method!r} and ranks {ranks!r}, got {bits!r}")
-    parts = attention_parts(model)
+    layers = attention_layers(model)
     if bytes_per_token is not None:
         if keep is not None:
             raise ValueError(f"bytes_per_token: expected None beside keep={keep}, got {bytes_per_token!r}")
-        dense = sum(4 * part.num_kv_heads * part.head_dim for part in parts)
+        dense = sum(4 * layer.dense for layer in layers)
         check_count("bytes_per_token", bytes_per_token, 1, dense)
         keep = bytes_per_token / dense
     keep = KEEP if keep is None else keep
     check_share(keep)
     held = share_held(keep, ladder)
-    form = _form(shared, recipe, parts, held, group_size, shards)
+    form = _form(shared, recipe, layers, held, group_size, shards)
     by_bits = recipe.in_nats and ranks == "spectrum" and ladder != (16,)
     in_row = 2 if by_bits and form == "ride" else 1  # parts of it that have bits apart
-    shapes = [_shape(part, recipe, form, group_size, shards) for part in parts]
+    shapes = [_shape(layer, recipe, form, group_size, shards) for layer in layers]
     shapes = [replace(shape, bits=ladder[0], parts=in_row) for shape in shapes]
     try:
         budget(shapes, keep)  # refused before any work
@@ -159,7 +161,13 @@ def compress(
         if bytes_per_token is None:
             raise
         raise ValueError(f"bytes_per_token: expected more, got {bytes_per_token} ({error})") from error
-    _check_weights(parts)
+    _check_finite(layers)
+    ropes = [None] * len(layers) if recipe.rotated else ropes_of(model, layers)
+    if recipe.reads_weights or ranks in ("fisher", "condition"):
+        check_readable(model, layers, ropes_of(model, layers))
+    if recipe.measure is kq_svd.measure:
+        for layer in layers:
+            linear(layer, "o_proj")
     if refine and batches is None:
         raise ValueError(f"refine: expected 0 without batches, got {refine}")
     if refine and ladder != (16,):
@@ -173,8 +181,8 @@ def compress(
         batches = list(batches)
     judges, texts = _sequences(batches, refine)
     lessons = [ids[None] for ids in texts] if refine else batches
-    calibrates = moments is None and lessons is not None and bool(recipe.needs_data or gather)
-    check_lengths(parts, map(len, (*judges, *texts)))
+    calibrates = moments is None and lessons is not None and bool(gather)
+    check_lengths(model, map(len, (*judges, *texts)))
     differentiates = calibrates and bool(gather & set(GRADIENTS))
     if differentiates and max(map(len, texts), default=0) < least_felt(Window(*far), gather):
         raise ValueError(unfelt(Window(*far), gather))
@@ -191,17 +199,18 @@ def compress(
             safefile.check_target("state", beside)
     if calibrates and lessons is not None:
         moments = calibrate(model, lessons, gather=gather, far=far, state=state, progress=progress)
-    _check_data(model, method, gather, far, batches, moments, parts)
+    _check_data(model, method, gather, far, texts, moments, layers)
 
+    data = Moments() if moments is None else moments
     problems = [
-        Problem(part, shape, recipe, form, moments, i, shards)
-        for i, (part, shape) in enumerate(zip(parts, shapes, strict=True))
+        Problem(layer, shape, recipe, form, data, i, rope, shards)
+        for i, (layer, shape, rope) in enumerate(zip(layers, shapes, ropes, strict=True))
     ]
     chosen = None
     if ranks == "uniform":
         chosen = uniform(shapes, keep)
     elif ranks == "condition":
-        chosen = condition(shapes, keep, [log_condition(part) for part in parts])
+        chosen = condition(shapes, keep, [log_condition(layer) for layer in layers])
     elif moments is not None and moments.fisher is not None and ranks == "fisher":
         chosen = fisher(shapes, keep, moments.fisher)
     for i, problem in enumerate(tqdm(problems, desc="group heads", unit="layer", disable=not progress)):
@@ -209,18 +218,31 @@ def compress(
         per_group = [int(held * problem.shape.full_ranks[side])] if chosen is None else chosen[i][side]
         problem.group(sum(per_group) // len(per_group))
     if by_bits:
-        layers = _by_bits(problems, keep, held, ladder, progress)
+        made = _by_bits(problems, keep, held, ladder, progress)
     else:
         if chosen is None:
             shown = tqdm(problems, desc="spectra", unit="layer", disable=not progress)
             level = LEVEL if form is True else 0.0
             found = [problem.energies() for problem in shown]
             chosen = spectrum(shapes, keep, found, in_nats=recipe.in_nats, level=level)
-        stream = Propagation(model, lessons) if recipe.refit is not None and lessons else None
-        layers = _by_ranks(problems, chosen, stream, progress)
+        made = _by_ranks(problems, chosen, progress)
+        if recipe.refit is not None and lessons:
+            shown = tqdm(total=len(layers), desc="refit", unit="layer", disable=not progress)
+
+            def refitted(i: int, moment: Tensor) -> LayerFactors:
+                made[i] = problems[i].factor(chosen[i], moment)
+                shown.update()
+                return made[i]
+
+            with shown:
+                propagate(model, layers, lessons, refitted)
     predicted = tuple(problem.lost for problem in problems) if recipe.in_nats else ()
     name = str(getattr(model.config, "_name_or_path", ""))
-    factors = Factors(tuple(layers), method, name, ranks, predicted, far)
+    samples = [sample(layer.module) for layer in layers]
+    known_samples = tuple(x for x in samples if x is not None)
+    factors = Factors(
+        tuple(made), method, name, ranks, predicted, far, known_samples if len(known_samples) == len(made) else ()
+    )
     if refine and batches is not None:
         factors = distil(model, factors, batches, steps=refine, nested=nested, state=beside, progress=progress)
     return factors
@@ -233,15 +255,9 @@ def _sequences(batches: list[Batch] | None, refine: int) -> tuple[list[Tensor], 
     return parted(batches) if refine else ([], [row for batch in batches for row in unpadded(*tokens_of(batch))])
 
 
-def _by_ranks(
-    problems: list[Problem], chosen: Sequence[Ranks], stream: Propagation | None, progress: bool
-) -> list[LayerFactors]:
-    layers = []
-    for problem, pair in zip(tqdm(problems, desc="factor", unit="layer", disable=not progress), chosen, strict=True):
-        layers.append(problem.factor(pair, None if stream is None else stream.moment()))
-        if stream is not None:
-            stream.advance(layers[-1])
-    return layers
+def _by_ranks(problems: list[Problem], chosen: Sequence[Ranks], progress: bool) -> list[LayerFactors]:
+    shown = tqdm(problems, desc="factor", unit="layer", disable=not progress)
+    return [problem.factor(pair, None) for problem, pair in zip(shown, chosen, strict=True)]
 
 
 def _by_bits(
@@ -250,14 +266,13 @@ def _by_bits(
     """Layers whose latents have the bits that lose least within `keep` of the dense bytes."""
     rows = [problem.bit_rows(held) for problem in tqdm(problems, desc="spectra", unit="layer", disable=not progress)]
     dense = sum(2 * problem.shape.dense for problem in problems)
-    norms = sum(problem.shape.norm_bytes for problem in problems)
-    found = iter(spend(list(chain(*rows)), int(keep * dense + 1e-6) - norms, ladder))
+    found = iter(spend(list(chain(*rows)), int(keep * dense + 1e-6), ladder))
     shown = tqdm(problems, desc="factor", unit="layer", disable=not progress)
     return [problem.spent(list(islice(found, len(own)))) for problem, own in zip(shown, rows, strict=True)]
 
 
 def _form(
-    shared: Form | None, recipe: Method, parts: list[AttentionParts], held: float, group_size: int, shards: int
+    shared: Form | None, recipe: Method, layers: list[AttentionLayer], held: float, group_size: int, shards: int
 ) -> Form:
     """The form asked for, or the one that loses least among those whose keys are rebuilt in time.
 
@@ -265,38 +280,34 @@ def _form(
     """
     if shared is not None or not recipe.shares:
         return shared or False
-    shapes = [_shape(part, recipe, True, group_size, shards) for part in parts]
+    shapes = [_shape(layer, recipe, True, group_size, shards) for layer in layers]
     rows = sum(sum(s.groups) for s in shapes)
     return True if held * sum(s.dense for s in shapes) / rows <= JOINT_WITHIN else "ride"
 
 
-def _shape(part: AttentionParts, recipe: Method, form: Form, group_size: int, shards: int) -> LayerShape:
-    heads = part.num_kv_heads
+def _shape(layer: AttentionLayer, recipe: Method, form: Form, group_size: int, shards: int) -> LayerShape:
+    heads = layer.num_kv_heads
     if shards < 1 or (heads % shards and shards % heads):
         raise ValueError(f"shards: expected a divisor or a multiple of Hkv={heads}, got {shards}")
     within = max(heads // shards, 1)
-    sizes = {"given": group_size_within(within, group_size), "head": 1}
+    sizes = {"given": group_size_within(within, group_size), "head": 1, "layer": within}
     keys, values = recipe.groups
     return LayerShape(
         heads=heads,
-        head_dim=part.head_dim,
-        key_group=(sizes | {"layer": within})[keys],
-        value_group=(sizes | {"layer": heads})[values],
-        inputs=part.linear("k_proj").in_features,
-        key_norm=part.key_norm is not None and not recipe.rotated,
+        head_dim=layer.head_dim,
+        key_group=sizes[keys],
+        value_group=sizes[values],
         shared=bool(form),
-        rotated=recipe.rotated,
         whole_values=recipe.whole_values,
     )
 
 
-def _check_weights(parts: list[AttentionParts]) -> None:
-    """Raises ValueError if one that is to be factored is not finite."""
-    for part in parts:
-        for name in ("k_proj", "v_proj"):
-            for kind, x in part.linear(name).named_parameters():
-                if not bool(x.isfinite().all()):
-                    raise ValueError(f"model: expected a finite {kind} of {part.name}.{name}, got one that is not")
+def _check_finite(layers: list[AttentionLayer]) -> None:
+    """Raises ValueError if a weight of the model's attention is not."""
+    for layer in layers:
+        for name, x in layer.module.named_parameters():
+            if x.is_floating_point() and not x.is_meta and not bool(x.isfinite().all()):
+                raise ValueError(f"model: expected a finite {layer.name}.{name}, got one that is not")
 
 
 def _check_data(
@@ -304,26 +315,22 @@ def _check_data(
     method: str,
     gather: set[str],
     far: tuple[int, ...],
-    batches: list[Batch] | None,
+    texts: list[Tensor],
     moments: Moments | None,
-    parts: list[AttentionParts],
+    layers: list[AttentionLayer],
 ) -> None:
     recipe = METHODS[method]
     if moments is None and recipe.needs_data:
         raise ValueError(f"batches: method {method!r} needs calibration batches, got None")
-    if recipe.refit is not None and not batches:
-        raise ValueError(f"batches: method {method!r} runs the compressed model on batches, got {batches}")
+    if recipe.refit is not None and not any(map(len, texts)):
+        raise ValueError(f"batches: method {method!r} runs the compressed model on batches, got no tokens")
     if missing := sorted(gather - set(() if moments is None else moments.gathered)):
         got = "none" if moments is None else f"moments with {list(moments.gathered)}"
         raise ValueError(f"moments: expected batches, or moments of calibrate(gather={missing}), got {got}")
     differentiates = bool(gather & set(GRADIENTS))
     if moments is not None and differentiates and moments.far != far:
         raise ValueError(f"moments: expected gradients beyond a window far={far}, got {moments.far}")
-    expected = [p.linear("k_proj").in_features for p in parts]
-    if moments is not None and [len(x) for x in moments.inputs] != expected:
-        raise ValueError(
-            f"moments: expected {len(parts)} layers of {expected[0]} inputs, got {len(moments.inputs)} of "
-            f"{[len(x) for x in moments.inputs[:1]]}"
-        )
+    if moments is not None and moments.layers != len(layers):
+        raise ValueError(f"moments: expected those of {len(layers)} layers, got {moments.layers}")
     if moments is not None and moments.model not in ("", fingerprint(model)):
         raise ValueError("moments: expected those of this model, got another model's")

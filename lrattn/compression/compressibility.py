@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lrattn.compression.moments import Moments
-from lrattn.factors.parts import attention_parts
+from lrattn.compression.moments import Moments, about
 
-SIDES = {"keys": "k_proj", "values": "v_proj"}
+SIDES = ("keys", "values")
 
 
 def effective_rank(singular: Tensor) -> float:
@@ -24,21 +23,21 @@ def effective_rank(singular: Tensor) -> float:
     return torch.special.entr(p).sum().exp().item() / len(singular)
 
 
-@torch.no_grad()
-def compressibility(model: nn.Module, moments: Moments) -> list[dict[str, float]]:
-    """Per layer, the effective rank of its keys and of its values on the text that `moments` were calibrated on.
+def compressibility(moments: Moments) -> list[dict[str, float]]:
+    """Per layer, the effective rank of its keys, before RoPE, and of its values on the text of `moments`.
 
-    Singular values of the outputs X W^T [tokens, n], n = Hkv * D, before norm, rotation and bias, are the roots of the
-    eigenvalues of W C W^T, C = sum x x^T: no output is kept. On fewer than n tokens ranks come out too low.
+    Singular values of the keys K [tokens, n], n = Hkv * D, are the roots of the eigenvalues of K^T K: no key is kept.
+    On fewer than n tokens ranks come out too low.
+
+    Raises: ValueError for moments without "before".
     """
+    if "before" not in moments.gathered:
+        raise ValueError(f"moments: expected those of calibrate(gather=['before']), got {list(moments.gathered)}")
     found = []
-    for part, moment in zip(attention_parts(model), moments.inputs, strict=True):
-        ranks = {}
-        for side, name in SIDES.items():
-            weight = part.linear(name).weight.detach().double().cpu()
-            energies = torch.linalg.eigvalsh(weight @ moment @ weight.T)
-            ranks[side] = effective_rank(energies.clamp_min(0).sqrt())
-        found.append(ranks)
+    for moment in moments.sums["before"]:
+        both, n = about(moment, None), len(moment) // 2
+        sides = zip(SIDES, (both[:n, :n], both[n:, n:]), strict=True)
+        found.append({side: effective_rank(torch.linalg.eigvalsh(x).clamp_min(0).sqrt()) for side, x in sides})
     return found
 
 

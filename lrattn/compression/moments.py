@@ -5,35 +5,36 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lrattn.factors import safefile
 
-# What `calibrate` can be asked for beside the inputs' moments, and the sums it is made of; each has one tensor a layer.
-# x: attention input [E]. g: gradient of the sequence's negative log-likelihood by a token's key or value before norm
-# and rotation, [n], n = Hkv * D; of the text for "fisher", of tokens drawn from the model for the metrics. k, q: keys
-# and queries, normed and rotated.
+# What `calibrate` can be asked for, and the sums it is made of; each has one tensor a layer. k, v, q: keys, values and
+# queries as attention is given them, n = Hkv * D numbers of a token, and x, what k_proj reads. u: k turned back from
+# its position. g: gradient of the sequence's negative log-likelihood by u, k or v, [n]; of the text for "fisher", of
+# tokens drawn from the model for the metrics. A 1 appended to what is summed keeps its mean and the weights' sum.
 GATHERED: dict[str, tuple[str, ...]] = {
-    "fisher": ("fisher.keys", "fisher.values"),  # [n, E] float32: over sequences, squares of sum g x^T
-    "metric": (
-        *("metric.keys", "metric.values"),  # [n, n]: g g^T / |g|, over all tokens but the first of each sequence
-        *("weighted.keys", "weighted.values"),  # [E, E]: |g| x x^T, over all tokens
-    ),
-    "rotated-metric": (  # the same with g by k, and k in the place of the keys' x: [n, n]
-        *("rotated-metric.keys", "rotated-metric.values"),
-        *("rotated-weighted.keys", "rotated-weighted.values"),
-    ),
+    "before": ("before",),  # [2n + 1, 2n + 1]: y y^T, y = [u, v, 1]
     "rotated": (
-        *("rotated.keys", "rotated.mean"),  # [n, n] and [n]: k k^T, and k
+        *("rotated.keys", "rotated.values"),  # [n + 1, n + 1]: of [k, 1] and of [v, 1]
         "rotated.queries",  # [Hkv, D, D]: q q^T, over the query heads of a kv head too
     ),
+    "metric": (
+        *("metric.keys", "metric.values"),  # [n, n]: g g^T / |g|, over all tokens but the first of each sequence
+        *("weighted.keys", "weighted.values"),  # [2n + 1, 2n + 1]: |g| y y^T, over all tokens
+    ),
+    "rotated-metric": (  # the same with g by k in the place of u
+        *("rotated-metric.keys", "rotated-metric.values"),
+        *("rotated-weighted.keys", "rotated-weighted.values"),  # [n + 1, n + 1]: of [k, 1] and of [v, 1]
+    ),
+    "fisher": ("fisher.keys", "fisher.values"),  # [n, E] float32: over sequences, squares of sum g x^T
     "magnitudes": ("magnitudes",),  # [E]: |x|
-    "means": ("means",),  # [E]: x
 }
 GRADIENTS = ("fisher", "metric", "rotated-metric")  # those that take a backward pass
+BEFORE = ("before", "metric", "fisher")  # those of keys before their rotation, which has to be known
+WEIGHTS = ("fisher", "magnitudes")  # those of x, which only Linear models show
 UNFELT = 1e-20  # nats: what an error costs that no token felt
 
 
@@ -42,29 +43,29 @@ class Moments:
     """Sums over calibration tokens; those of padding are left out. All on the CPU, float64 where not said.
 
     Args:
-        inputs: per layer [E, E], sum of x x^T over the attention inputs x; uncentred, no biases.
+        sums: what `calibrate` was asked to gather, see GATHERED; each one tensor a layer.
         tokens, sequences: how many were summed.
-        sums: what `calibrate` was asked to gather beside them, see GATHERED; each one tensor a layer.
         far: (recent, sinks) of the window that gradients were taken beyond; (0, 0): of all tokens.
         text: chained sha256 of the token ids. model: sha256 of numbers from every parameter.
     """
 
-    inputs: tuple[Tensor, ...]
-    tokens: int
-    sequences: int = 0
     sums: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    tokens: int = 0
+    sequences: int = 0
     far: tuple[int, int] = (0, 0)
     text: str = ""
     model: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "inputs", tuple(self.inputs))
         object.__setattr__(self, "far", tuple(self.far))
 
     def __repr__(self) -> str:
-        inputs = len(self.inputs[0]) if self.inputs else 0
-        what = f"layers={len(self.inputs)}, inputs={inputs}, tokens={self.tokens:,}, sequences={self.sequences:,}"
+        what = f"layers={self.layers}, tokens={self.tokens:,}, sequences={self.sequences:,}"
         return f"Moments({what}, gathered={self.gathered}, far={self.far})"
+
+    @property
+    def layers(self) -> int:
+        return max(map(len, self.sums.values()), default=0)
 
     @property
     def gathered(self) -> tuple[str, ...]:
@@ -86,20 +87,24 @@ class Moments:
         keys, values = (self.sums[name] for name in GATHERED["fisher"])
         return [(score(k), score(v)) for k, v in zip(keys, values, strict=True)]
 
-    def metric(self, layer: int, side: str, *, rotated: bool = False) -> tuple[Tensor, Tensor]:
-        """Of "keys" or "values": G [n, n] and C [E, E] of the loss that methods/gradient.py minimises.
+    def seen(self, layer: int, side: str, *, rotated: bool = False) -> Tensor:
+        """The mean over tokens of [x, 1] [x, 1]^T, x the "keys" or "values": as attention is given them where rotated,
+        else of [u, v] together."""
+        total = self.sums[f"rotated.{side}"] if rotated else self.sums["before"]
+        return total[layer] / max(self.tokens, 1)
 
-        rotated: of keys normed and rotated, from "rotated-metric" and "rotated"; C of the keys is then [n, n].
+    def metric(self, layer: int, side: str, *, rotated: bool = False) -> tuple[Tensor, Tensor]:
+        """Of "keys" or "values": G [n, n] and C of the loss that methods/gradient.py minimises, C as `seen` has it.
+
         With m = mean |g|: G = m mean(g g^T / |g|), C = mean(|g| x x^T) / m. The first token of a sequence takes part in
         C, by its own gradient, and not in G and m. Where the loss felt nothing, as of a layer whose sliding window is
-        within the dense one, C is the inputs' moment and G an identity that weighs next to nothing.
+        within the dense one, C is the plain mean and G an identity that weighs next to nothing.
         """
         kind = "rotated-" if rotated else ""
         g = self.sums[f"{kind}metric.{side}"][layer] / max(self.tokens - self.sequences, 1)
         mean = g.trace()
         if mean == 0:
-            inputs = self.sums["rotated.keys"] if rotated and side == "keys" else self.inputs
-            return torch.eye(len(g), dtype=g.dtype) * UNFELT, inputs[layer] / max(self.tokens, 1)
+            return torch.eye(len(g), dtype=g.dtype) * UNFELT, self.seen(layer, side, rotated=rotated)
         return g * mean, self.sums[f"{kind}weighted.{side}"][layer] / max(self.tokens, 1) / mean
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -107,9 +112,7 @@ class Moments:
 
         Raises: OSError if it cannot be written there.
         """
-        tensors = {
-            f"{i}.{name}": x for name, xs in {"inputs": self.inputs, **self.sums}.items() for i, x in enumerate(xs)
-        }
+        tensors = {f"{i}.{name}": x for name, xs in self.sums.items() for i, x in enumerate(xs)}
         names = ("tokens", "sequences", "far", "text", "model")
         safefile.write(path, "moments", {name: getattr(self, name) for name in names}, tensors)
 
@@ -117,13 +120,32 @@ class Moments:
     def load(cls, path: str | os.PathLike[str]) -> Moments:
         """Reads a file that `save`, or `calibrate` with a state, wrote.
 
-        Raises: FileNotFoundError; ValueError if it is damaged, truncated, foreign or newer.
+        Raises: FileNotFoundError; ValueError if it is damaged, truncated, foreign, newer, or of a version whose moments
+        are of attention inputs.
         """
-        record, tensors = safefile.read(path, "moments")
+        record, tensors, version = safefile.read(path, "moments")
+        if version < 3:
+            raise ValueError(
+                f"{path}: expected moments of version 3, of keys and values, got {version}: calibrate anew"
+            )
         sums: dict[str, list[Tensor]] = {}
-        for i in range(sum(name.endswith(".inputs") for name in tensors)):
-            for name in ("inputs", *(part for parts in GATHERED.values() for part in parts)):
-                if f"{i}.{name}" in tensors:
-                    sums.setdefault(name, []).append(tensors[f"{i}.{name}"])
-        found: dict[str, Any] = {name: tuple(xs) for name, xs in sums.items()}
-        return cls(inputs=found.pop("inputs"), sums=found, **record)
+        for name in (part for parts in GATHERED.values() for part in parts):
+            i = 0
+            while f"{i}.{name}" in tensors:
+                sums.setdefault(name, []).append(tensors[f"{i}.{name}"])
+                i += 1
+        return cls({name: tuple(xs) for name, xs in sums.items()}, **record)
+
+
+def about(moment: Tensor, offset: Tensor | None) -> Tensor:
+    """The moment of x - offset, [m, m], from that of [x, 1], [m + 1, m + 1]; offset [m], None for 0."""
+    second, first, weight = moment[:-1, :-1], moment[:-1, -1], moment[-1, -1]
+    if offset is None:
+        return second
+    crossed = torch.outer(first, offset)
+    return second - crossed - crossed.T + weight * torch.outer(offset, offset)
+
+
+def mean_of(moment: Tensor) -> Tensor:
+    """The mean of x, [m], from the moment of [x, 1]."""
+    return moment[:-1, -1] / moment[-1, -1].clamp_min(torch.finfo(moment.dtype).tiny)

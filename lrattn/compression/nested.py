@@ -31,9 +31,8 @@ def narrowed(factors: Factors, keep: float) -> Factors:
     """
     own = [runs(layer) for layer in factors.layers]
     steps = [length // RANK_STEP for layer in own for length in layer]
-    norms = sum(layer.norm_bytes for layer in factors.layers)
     least = sum(n > 0 for n in steps)
-    total = affordable(keep, factors.dense_bytes_per_token, norms, least, f"one step of {RANK_STEP} a run")
+    total = affordable(keep, factors.dense_bytes_per_token, 0, least, f"one step of {RANK_STEP} a run")
     chosen = iter(proportional(steps, min(total, sum(steps))))
     layers = []
     for layer, lengths in zip(factors.layers, own, strict=True):

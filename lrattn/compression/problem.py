@@ -1,9 +1,8 @@
-"""One layer to factor: its weights, what errors of them cost, and the groups of its heads."""
+"""One layer to factor: its keys and values, what errors of them cost, and the groups of its heads."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from statistics import fmean
 
 import torch
@@ -13,15 +12,17 @@ from lrattn.compression.bits import Row, Spent
 from lrattn.compression.clusters import Groups, contiguous, outputs_gram
 from lrattn.compression.methods import Method, rows
 from lrattn.compression.methods.weighted import deviations, roots
-from lrattn.compression.moments import Moments
+from lrattn.compression.moments import Moments, about, mean_of
 from lrattn.compression.ranks import LayerShape, Ranks
 from lrattn.factors.formats import ERRORS, Format, uniform
 from lrattn.factors.layer import LayerFactors
-from lrattn.factors.parts import AttentionParts
 from lrattn.factors.projection import Projection
+from lrattn.factors.rope import Rope
 from lrattn.factors.shapes import RANK_STEP, pad_rank, round_up
+from lrattn.models.layers import AttentionLayer
+from lrattn.models.weights import bias
 
-WEIGHTS = {"keys": "k_proj", "values": "v_proj"}
+SIDES = ("keys", "values")
 # Of a row: False, keys and values apart; "ride", values ride on the key latent; True, one joint latent.
 Form = bool | str
 FORMS: tuple[Form, ...] = (False, "ride", True)
@@ -31,26 +32,29 @@ class Problem:
     """A layer, and what a method needs to factor it.
 
     Args:
-        shape: of its budget. form: of its rows. index: of the layer in the moments.
+        shape: of its budget. form: of its rows. index: of the layer in the moments. rope: that keys are before; None
+            where they are stored as attention is given them.
         shards: tensor-parallel ranks that no group of heads may lie across.
     """
 
     def __init__(
         self,
-        part: AttentionParts,
+        layer: AttentionLayer,
         shape: LayerShape,
         method: Method,
         form: Form,
-        moments: Moments | None,
+        moments: Moments,
         index: int,
+        rope: Rope | None,
         shards: int = 1,
     ) -> None:
-        self.part, self.shape, self.method, self.form = part, shape, method, form
-        self.moments, self.index, self.shards = moments, index, min(shards, shape.heads)
+        self.layer, self.shape, self.method, self.form = layer, shape, method, form
+        self.moments, self.index, self.rope, self.shards = moments, index, rope, min(shards, shape.heads)
         self.groups: dict[str, Groups] = {
             "keys": contiguous(shape.heads, shape.key_group),
             "values": contiguous(shape.heads, shape.value_group),
         }
+        self.offsets = {side: self._offset(side) for side in SIDES}
         self.splits: list[list[int]] = []  # of a ride: each group's key rank by row width, in steps of 16
         # Of the sides that are packed; a number is the bits of all latents.
         self.formats: dict[str, Format | int] = {}
@@ -61,36 +65,49 @@ class Problem:
     @property
     def written(self) -> tuple[str, ...]:
         """The sides that rows are written by."""
-        return ("values",) if self.form else ("keys", "values")
+        return ("values",) if self.form else SIDES
 
-    def weight(self, side: str) -> Tensor:
-        """[Hkv, D, inputs] float64; of rotated keys the identity."""
-        if side == "keys" and self.method.rotated:
-            heads, head_dim = self.shape.heads, self.shape.head_dim
-            return torch.eye(heads * head_dim, dtype=torch.float64).unflatten(0, (heads, head_dim))
-        return self.part.weight(WEIGHTS[side]).double().cpu()
+    def _offset(self, side: str) -> Tensor | None:
+        """What is taken from the heads of a side before they are mapped, [n] float64: the bias, where weights are read;
+        the mean, where the method is centred or the model has biases, which it stands for; else nothing."""
+        if self.method.reads_weights:
+            found = bias(self.layer, side)
+            return None if found is None else found.flatten().double().cpu()
+        biased = any(name.split(".")[-1] == "bias" for name, _ in self.layer.module.named_parameters())
+        return self._own(mean_of(self._seen(side)), side) if self.method.centred or biased else None
 
-    def measured(self, side: str) -> tuple[Tensor | None, Tensor | None]:
-        """C and G of a side."""
-        moment, metric = self.method.measure(self.part, self.moments, self.index, side)
-        if moment is not None and self.moments is not None and (mean := self._mean(side)) is not None:
-            moment = moment - self.moments.tokens * torch.outer(mean, mean)
-        return moment, metric
+    def _seen(self, side: str) -> Tensor:
+        return self.moments.seen(self.index, side, rotated=self.method.rotated)
 
-    def _mean(self, side: str) -> Tensor | None:
-        """Of the inputs of a side, [inputs]; None where the method is not centred."""
-        if not self.method.centred or self.moments is None:
-            return None
-        name = "rotated.mean" if side == "keys" and self.method.rotated else "means"
-        return self.moments.sums[name][self.index] / self.moments.tokens
+    def _own(self, x: Tensor, side: str) -> Tensor:
+        """A side's part of what is of keys and values together, along all axes; what is of the side alone as it is."""
+        n = self.layer.dense
+        own = slice(n, None) if side == "values" else slice(n)
+        for axis in range(x.dim()):
+            x = x.transpose(0, axis)[own].transpose(0, axis) if x.shape[axis] == 2 * n else x
+        return x
 
-    def _inputs(self, side: str) -> Tensor | None:
-        """Second moment of what a side's latents are written from, [inputs, inputs]; None where no text was read."""
-        if self.moments is None:
-            return None
-        rotated = side == "keys" and self.method.rotated
-        sums = self.moments.sums["rotated.keys"] if rotated else self.moments.inputs
-        return sums[self.index] / self.moments.tokens
+    def _about(self, moment: Tensor, side: str) -> Tensor:
+        """A moment of [x, 1] about the offset, or one that is about it already."""
+        n = self.layer.dense
+        if len(moment) == n:
+            return moment
+        offsets = [self.offsets[name] for name in (SIDES if len(moment) > n + 1 else (side,))]
+        if all(x is None for x in offsets):
+            return about(moment, None)
+        return about(moment, torch.cat([moment.new_zeros(n) if x is None else x for x in offsets]))
+
+    def measured(self, side: str) -> tuple[Tensor, Tensor | None]:
+        """C of a side, or of both where `measure` says it of both, and G."""
+        moment, metric = self.method.measure(self.layer, self.moments, self.index, side)
+        return self._about(moment, side), metric
+
+    def _inputs(self, side: str) -> Tensor:
+        """Second moment of what rows are written from: of a side, or of both where they share rows."""
+        if self.method.reads_weights:
+            return self.measured(side)[0]
+        found = self._about(self._seen(side), side)
+        return found if self.form else self._own(found, side)
 
     def group(self, rank: int) -> None:
         """Clusters the heads, each shard's among themselves, for groups of about this rank."""
@@ -110,27 +127,27 @@ class Problem:
             self.groups["values"] = self.groups["keys"]
 
     def _gram(self, side: str) -> Tensor:
-        """Of the heads' outputs, each in its own metric; of keys and values side by side where they share rows."""
-        grams = []
-        for name in ("keys", "values") if self.form else (side,):
-            weight, (moment, metric) = self.weight(name), self.measured(name)
-            if moment is None:
-                raise ValueError(f"{name}: expected a moment to cluster heads by, got None")
-            if metric is not None:
-                size = self.shape.head_dim
-                own = [roots(metric[h : h + size, h : h + size])[0] for h in range(0, len(metric), size)]
-                weight = torch.stack(own) @ weight
-            grams.append((weight, moment))
-        if len(grams) == 1:
-            return outputs_gram(*grams[0])
-        (keys, c), (values, d) = grams
-        moment, k, v = rows.common_moment(c, d)
-        return outputs_gram(torch.cat((keys * k.sqrt(), values * v.sqrt()), 1), moment)
+        """Of the heads, each in its own metric; of keys and values side by side where they share rows."""
+        whole = tuple(range(self.shape.heads))
+        if not self.form:
+            moment, metric = self.measured(side)
+            return outputs_gram(self._rooted(self._weight(whole), metric), self._own(moment, side))
+        ((keys, values),) = self._pairs((whole,))
+        weights = [self._rooted(x.weight, x.metric) for x in (keys, values)]
+        return outputs_gram(torch.cat(weights, 1), (keys.moment + values.moment) / 2)
+
+    def _rooted(self, weight: Tensor, metric: Tensor | None) -> Tensor:
+        """Each head [D, inputs] by the root of its own block of the metric."""
+        if metric is None:
+            return weight
+        size = self.shape.head_dim
+        own = [roots(metric[h : h + size, h : h + size])[0] for h in range(0, len(metric), size)]
+        return torch.stack(own) @ weight
 
     def energies(self) -> tuple[list[Tensor], list[Tensor]]:
         """Of the key groups and of the value groups, or none and of the rows, each [n] descending."""
         if not self.form:
-            keys, values = ([found[1] for found in self._decomposed(side)] for side in WEIGHTS)
+            keys, values = ([found[1] for found in self._decomposed(side)] for side in SIDES)
             return keys, values
         if self.form == "ride":
             found = [rows.splits(keys, values) for keys, values in self._sides()]
@@ -166,57 +183,73 @@ class Problem:
         return layer
 
     def factor(self, ranks: Ranks, reached: Tensor | None) -> LayerFactors:
-        """Factors at the ranks given; reached: [E, E], second moment of the compressed model's inputs, for a refit."""
+        """Factors at the ranks given; reached: [n + 1, n + 1], moment of the compressed model's values, for a refit."""
         self.lost = 0.0
         if self.form:
             keys, values = self._shared(ranks[1], ranks[0])
         else:
             keys = self._projection("keys", ranks[0], None)
             values = self._projection("values", ranks[1], reached)
-        rotated = self.method.rotated
-        return LayerFactors(
-            keys,
-            values,
-            None if rotated else self.part.rope,
-            shared=bool(self.form),
-            key_norm=None if rotated else self.part.key_norm,
-            rotated=rotated,
-        )
+        return LayerFactors(keys, values, self.rope, shared=bool(self.form))
+
+    def _weight(self, heads: tuple[int, ...]) -> Tensor:
+        """Which of the inputs of a group each of its heads is: the identity, [C, D, C * D] float64."""
+        size = self.shape.head_dim
+        return torch.eye(len(heads) * size, dtype=torch.float64).unflatten(0, (len(heads), size))
+
+    def _dims(self, heads: tuple[int, ...]) -> Tensor:
+        """Where the heads of a group lie in a side, [C * D]."""
+        size = self.shape.head_dim
+        return torch.cat([torch.arange(h * size, (h + 1) * size) for h in heads])
 
     def _decomposed(self, side: str) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Weight, energies, up, down of each group."""
-        weight, (moment, metric) = self.weight(side), self.measured(side)
+        """Of each group: which inputs of down its rows are, [inputs]; energies, up, down."""
+        moment, metric = self.measured(side)
+        moment, whole = self._own(moment, side), tuple(range(self.shape.heads))
         if side == "keys" and self.method.decompose_keys is not None:
-            for w, found in zip(weight, self.method.decompose_keys(weight, moment), strict=True):
-                yield w[None], *found
+            for found in self.method.decompose_keys(self._weight(whole), moment):
+                yield self._dims(whole), *found
             return
         own = self.method.key_decompose if side == "keys" else None
         decompose = own or self.method.decompose
         for heads in self.groups[side]:
-            group = weight[list(heads)]
-            yield group, *decompose(group, moment, None if metric is None else self._block(metric, heads))
+            at = self._dims(heads)
+            block = None if metric is None else metric[at][:, at]
+            yield at, *decompose(self._weight(heads), moment[at][:, at], block)
 
-    def _block(self, metric: Tensor, heads: tuple[int, ...]) -> Tensor:
-        """The rows and columns of these heads, [C * D, C * D]."""
-        size = self.shape.head_dim
-        index = torch.cat([torch.arange(h * size, (h + 1) * size) for h in heads])
-        return metric[index][:, index]
+    def _pairs(self, groups: Groups) -> Iterator[tuple[rows.Side, rows.Side]]:
+        """Keys and values of groups that share rows: inputs are a group's keys and values, each side brought to size 1.
+
+        What is measured is of all heads, and large: it is taken about the offsets once for all groups.
+        """
+        n, sizes, known = self.layer.dense, self._sizes(), []
+        for side in SIDES:
+            moment, metric = self.method.measure(self.layer, self.moments, self.index, side)
+            if metric is None or len(moment) != 2 * n + 1:
+                raise ValueError(f"shared: expected a method with a metric for keys and values, got none for {side}")
+            known.append((self._about(moment, side), metric, moment[-1, -1]))
+        for heads in groups:
+            at, found = self._dims(heads), []
+            both, size = torch.cat((at, at + n)), sizes.repeat_interleave(len(at))
+            for i, (moment, metric, total) in enumerate(known):
+                weight = (torch.eye(2 * len(at), dtype=torch.float64) * size).chunk(2)[i]
+                scaled = moment[both][:, both] / size / size[:, None] / total
+                found.append(rows.Side(weight.unflatten(0, (len(heads), -1)), scaled, metric[at][:, at] * total))
+            yield found[0], found[1]
+
+    def _sizes(self) -> Tensor:
+        """Root mean squares of the keys and of the values, [2]."""
+        size = self._inputs("values").diagonal().unflatten(0, (2, -1)).mean(1).sqrt()
+        return torch.where(size > 0, size, 1.0)
 
     def _sides(self) -> Iterator[tuple[rows.Side, rows.Side]]:
         """Keys and values of each group that shares rows."""
-        both = []
-        for side in WEIGHTS:
-            moment, metric = self.measured(side)
-            if moment is None or metric is None:
-                raise ValueError(f"shared: expected a method with a metric for keys and values, got none for {side}")
-            both.append((self.weight(side), moment, metric))
-        for heads in self.groups["values"]:
-            keys, values = (rows.Side(w[list(heads)], c, self._block(g, heads)) for w, c, g in both)
-            yield keys, values
+        return self._pairs(self.groups["values"])
 
     def _shared(self, widths: tuple[int, ...], given: tuple[int, ...]) -> tuple[Projection, Projection]:
         """given: key ranks of a ride; () for the best ones."""
         key_ranks, key_ups, ups, downs = [], [], [], []
+        inputs, sizes, n = self._inputs("values"), self._sizes(), self.layer.dense
         for g, (row, (keys, values)) in enumerate(zip(widths, self._sides(), strict=True)):
             if self.form == "ride":
                 splits = self.splits[g] if self.splits else rows.splits(keys, values)[1]
@@ -228,58 +261,52 @@ class Problem:
                 lost, down = 2 * _lost(energies, row, self.shape.bits), down[:, :row]
                 key_up, up = both[:, :row].chunk(2, 2)
             self.lost += lost / 2
-            key_up, up, down = pad_rank(key_up, 1, rank), pad_rank(up, 1, row), pad_rank(down, 1, row)
+            at = self._dims(self.groups["values"][g])
+            placed = down.new_zeros(2 * n, row)
+            placed[torch.cat((at, at + n)), : down.shape[1]] = down / sizes.repeat_interleave(len(at))[:, None]
+            key_up, up = pad_rank(key_up, 1, rank), pad_rank(up, 1, row)
             if self.formats:
-                size = deviations(down, self._inputs("values"))
-                key_up, up, down = key_up * size[:rank, None], up * size[:, None], down / size
+                size = deviations(placed, inputs)
+                key_up, up, placed = key_up * size[:rank, None], up * size[:, None], placed / size
             key_ranks.append(rank)
             key_ups.append(key_up)
             ups.append(up)
-            downs.append(down)
-        order = self._order("values")
-        keys_side = self._record("keys", key_ups, tuple(key_ranks), None, order)
-        return keys_side, self._record("values", ups, widths, torch.cat(downs, 1), order)
+            downs.append(placed)
+        keys_side = self._record("keys", key_ups, tuple(key_ranks), None, "values")
+        return keys_side, self._record("values", ups, widths, torch.cat(downs, 1), "values")
 
     def _projection(self, side: str, ranks: tuple[int, ...], reached: Tensor | None) -> Projection:
-        ups, downs, mean = [], [], self._mean(side)
-        lost_mean = torch.zeros(self.shape.heads, self.shape.head_dim, dtype=torch.float64)
-        decomposed = zip(self.groups[side], ranks, self._decomposed(side), strict=True)
-        for heads, rank, (weight, energies, group_up, down) in decomposed:
+        ups, downs = [], []
+        for rank, (at, energies, group_up, down) in zip(ranks, self._decomposed(side), strict=True):
             self.lost += _lost(energies, rank, self.shape.bits)
             group_up, down = pad_rank(group_up[:, :rank], 1, rank), pad_rank(down[:, :rank], 1, rank)
             if reached is not None and self.method.refit is not None:
-                group_up, down = self.method.refit(weight, down, reached)
+                own = self._about(reached, side)[at][:, at]
+                group_up, down = self.method.refit(self._weight(self.groups[side][0]), down, own)
+            placed = down.new_zeros(self.layer.dense, rank)
+            placed[at] = down
             if side in self.formats:
-                size = deviations(down, self._inputs(side))
-                group_up, down = group_up * size[:, None], down / size
+                size = deviations(placed, self._inputs(side))
+                group_up, placed = group_up * size[:, None], placed / size
             ups.append(group_up)
-            downs.append(down)
-            if mean is not None:
-                lost_mean[list(heads)] = weight @ mean - mean @ down @ group_up
-        made = self._record(side, ups, ranks, torch.cat(downs, 1), self._order(side))
-        if mean is None:
-            return made
-        bias = lost_mean if made.bias is None else made.bias.to(lost_mean) + lost_mean
-        return replace(made, bias=bias.to(made.up))
-
-    def _order(self, side: str) -> tuple[int, ...] | None:
-        order = tuple(h for heads in self.groups[side] for h in heads)
-        return None if order == tuple(range(len(order))) else order
+            downs.append(placed)
+        return self._record(side, ups, ranks, torch.cat(downs, 1), side)
 
     def _record(
-        self, side: str, ups: list[Tensor], ranks: tuple[int, ...], down: Tensor | None, order: tuple[int, ...] | None
+        self, side: str, ups: list[Tensor], ranks: tuple[int, ...], down: Tensor | None, grouped_as: str
     ) -> Projection:
-        like = self.part.weight(WEIGHTS[side])
-        up = torch.zeros(*like.shape[:1], max(ranks), like.shape[1], dtype=torch.float64)
-        for heads, rank, block in zip(self.groups[side], ranks, ups, strict=True):
+        shape, groups = self.shape, self.groups[grouped_as]
+        place, kind = self.layer.device, self.layer.dtype
+        up = torch.zeros(shape.heads, max(ranks), shape.head_dim, dtype=torch.float64)
+        for heads, rank, block in zip(groups, ranks, ups, strict=True):
             up[list(heads), :rank] = block
-        rotated, made = side == "keys" and self.method.rotated, self.formats.get(side)
+        order, made, offset = tuple(h for heads in groups for h in heads), self.formats.get(side), self.offsets[side]
         return Projection(
-            up=up.to(like),
-            down=None if down is None else down.to(like).contiguous(),
-            bias=None if rotated else self.part.bias(WEIGHTS[side]),
+            up=up.to(place, kind),
+            down=None if down is None else down.to(place, kind).contiguous(),
+            offset=None if offset is None else offset.view(shape.heads, shape.head_dim).to(place, kind),
             ranks=ranks,
-            head_order=order,
+            head_order=None if order == tuple(range(len(order))) else order,
             format=made if not isinstance(made, int) else tuple(uniform(rank, made) for rank in ranks),
         )
 

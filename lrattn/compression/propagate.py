@@ -1,106 +1,90 @@
-"""Layer by layer through a model: what reaches a layer when all layers before it run on their factors."""
+"""All of a text through a model at once, layer by layer: what reaches a layer when those before it run on factors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
 
-from lrattn.compression.batches import Batch, tokens_of
-from lrattn.compression.calibrate import second_moment
+from lrattn.compression.batches import Batch, positions_in, tokens_of
+from lrattn.compression.substitute import substituted
+from lrattn.compression.sums import second_moment, with_one
 from lrattn.factors.layer import LayerFactors
-from lrattn.factors.parts import AttentionParts, attention_parts, decoder_of, evaluating, shadowed
+from lrattn.models.interface import decoder_of, device_of
+from lrattn.models.layers import AttentionLayer
+from lrattn.models.states import evaluating
 
 
-class Propagation:
-    """The calibration tokens on their way through a model: their hidden states between two layers.
+def propagate(
+    model: nn.Module,
+    layers: Sequence[AttentionLayer],
+    batches: Iterable[Batch],
+    factor: Callable[[int, Tensor], LayerFactors],
+) -> None:
+    """Calls factor(i, moment of [v, 1]) once for each layer in turn, when the values v of all tokens have reached it.
 
-    Call `moment` and then `advance` for each layer in turn. The hidden states are kept, tokens * E numbers in the
-    model's dtype; layers other than the one asked for do not run. The model is not changed.
+    Every batch is a pass of its own in a thread of its own, which waits at each layer for the others; one runs at a
+    time. What waits is kept: a few numbers E a token. The model is not changed.
 
     Args:
         batches: token ids [b, t], or mappings with input_ids and maybe attention_mask.
+        factor: (layer, [n + 1, n + 1] float64) -> the factors that the layer runs on.
+
+    Raises: what a pass or `factor` raises.
     """
+    device, decoder = device_of(model), decoder_of(model)
+    passes = [
+        (ids.to(device), None if live is None else live.to(device)) for ids, live in map(tokens_of, batches) if len(ids)
+    ]
+    totals = [torch.zeros(layer.dense + 1, layer.dense + 1, dtype=torch.float64) for layer in layers]
+    made: list[LayerFactors] = []
+    own = threading.local()  # .live and .positions of a thread's batch
+    turn = threading.Semaphore(1)
 
-    def __init__(self, model: nn.Module, batches: Iterable[Batch]) -> None:
-        self.model, self.parts = model, attention_parts(model)
-        self.decoder = decoder_of(model)
-        self.layers: list[nn.Module] = list(self.decoder.layers)  # type: ignore[arg-type]
-        self.batches = [tokens_of(batch) for batch in batches]
-        self.hidden: list[Tensor | None] = [None] * len(self.batches)  # None: as the model embeds the tokens
-        self.layer = 0
+    def arrived() -> None:
+        made.append(factor(len(made), totals[len(made)]))
 
-    def moment(self) -> Tensor:
-        """Second moment of the attention inputs of the next layer, [E, E] float64 on the CPU."""
-        linear = self.parts[self.layer].linear("k_proj")
-        total = torch.zeros(linear.in_features, linear.in_features, dtype=torch.float64)
-        live: Tensor | None = None
+    together = threading.Barrier(len(passes), action=arrived)
 
-        def reach(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            total.add_(second_moment(args[0], live))
-            raise _Reached
+    def replace(i: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = k.transpose(1, 2), v.transpose(1, 2)
+        rows = values.flatten(2)
+        rows = rows.flatten(0, 1) if own.live is None else rows[own.live.to(rows.device)]
+        totals[i] += second_moment(with_one(rows))
+        turn.release()
+        together.wait()
+        turn.acquire()
+        layer = made[i]
+        at = None if layer.rope is None else own.positions.to(k.device)
+        found = layer.rebuild(*layer.project(keys, values, at), at)
+        return found[0].transpose(1, 2), found[1].transpose(1, 2)
 
-        hook = linear.register_forward_pre_hook(reach)
+    def run(ids: Tensor, live: Tensor | None) -> None:
+        own.live, own.positions = live, positions_in(ids, live)
+        arguments = {} if live is None else {"attention_mask": live.long(), "position_ids": own.positions}
+        turn.acquire()
         try:
-            for n in range(len(self.batches)):
-                live = self.batches[n][1]
-                with suppress(_Reached):  # what comes after the inputs is not needed
-                    self._run(n)
+            with torch.no_grad():
+                decoder(input_ids=ids, use_cache=False, **arguments)
+        except BaseException:
+            together.abort()
+            raise
         finally:
-            hook.remove()
-        return total
+            turn.release()
 
-    def advance(self, factors: LayerFactors) -> None:
-        """Runs the next layer on its factors."""
-        with _rebuilt(self.parts[self.layer], factors):
-            self.hidden = [self._run(n) for n in range(len(self.batches))]
-        self.layer += 1
-
-    @torch.no_grad()
-    def _run(self, n: int) -> Tensor:
-        """The next layer on batch n: hidden states [b, t, E] after it."""
-        out: list[Tensor] = []
-
-        def enter(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            hidden = self.hidden[n]
-            return None if hidden is None else (hidden, *args[1:])
-
-        def leave(_: nn.Module, __: tuple[Any, ...], result: Any) -> None:
-            out.append(result[0] if isinstance(result, tuple) else result)
-
-        ids, live = self.batches[n]
-        device = next(self.model.parameters()).device
-        arguments = {} if live is None else {"attention_mask": live.to(device).long()}
-        layer = self.layers[self.layer]
-        with ExitStack() as stack, evaluating(self.model):
-            for other in self.layers:
-                if other is not layer:
-                    stack.enter_context(shadowed(other, "forward", lambda hidden, *_, **__: hidden))
-            stack.callback(layer.register_forward_pre_hook(enter).remove)
-            stack.callback(layer.register_forward_hook(leave).remove)
-            self.decoder(input_ids=ids.to(device), use_cache=False, **arguments)
-        return out[0]
+    with evaluating(model), substituted(model, layers, replace), ThreadPoolExecutor(len(passes)) as pool:
+        try:
+            _finish([pool.submit(run, *batch) for batch in passes])
+        except BaseException:
+            together.abort()
+            raise
 
 
-class _Reached(Exception):
-    """The inputs of the layer are known."""
-
-
-@contextmanager
-def _rebuilt(part: AttentionParts, factors: LayerFactors) -> Iterator[None]:
-    """Inside, the layer's key and value projections are the low-rank maps of its factors."""
-
-    def low_rank(weight: Tensor) -> Any:
-        def hook(linear: nn.Module, args: tuple[Tensor, ...], _: Tensor) -> Tensor:
-            return nn.functional.linear(args[0], weight, linear.bias)  # type: ignore[arg-type]
-
-        return hook
-
-    with ExitStack() as stack:
-        for name, side in zip(("k_proj", "v_proj"), factors.sides, strict=True):
-            weight = side.dense().flatten(0, 1)
-            stack.callback(part.linear(name).register_forward_hook(low_rank(weight)).remove)
-        yield
+def _finish(passes: Sequence[Future[None]]) -> None:
+    """Waits for all; what one raised is raised, and not that others waited for it in vain."""
+    errors = [error for error in (one.exception() for one in passes) if error is not None]
+    for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+        raise error

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lrattn.compression.arguments import check_count, check_share
 from lrattn.factors.formats import ALIGNMENT
-from lrattn.factors.shapes import RANK_STEP, norm_width, round_up
+from lrattn.factors.shapes import RANK_STEP, round_up
 
 Ranks = tuple[tuple[int, ...], tuple[int, ...]]  # of the key groups, of the value groups
 RULES = ("spectrum", "fisher", "uniform", "condition")
@@ -20,16 +20,13 @@ RULES = ("spectrum", "fisher", "uniform", "condition")
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What a layer's budget depends on: Hkv kv heads of D dims, E inputs, heads in a key and in a value group."""
+    """What a layer's budget depends on: Hkv kv heads of D dims, heads in a key and in a value group."""
 
     heads: int
     head_dim: int
     key_group: int
     value_group: int
-    inputs: int
-    key_norm: bool = False
     shared: bool = False
-    rotated: bool = False  # latents of rotated keys, which are not linear in the inputs
     whole_values: bool = False  # only keys are compressed
     bits: int = 16  # of a latent, the fewest there may be
     parts: int = 1  # of a group's row, each with a step and a scale of its own at least
@@ -41,26 +38,16 @@ class LayerShape:
 
     @property
     def full_ranks(self) -> tuple[int, int]:
-        """Rank at which a group of keys, and one of values, is exact: C * D outputs or E inputs, whichever is fewer,
-        up to a step of 16. Rotated keys have Hkv * D inputs; a shared row has 2 C D outputs."""
-        key, value = (
-            round_up(min(size * self.head_dim, inputs), RANK_STEP)
-            for size, inputs in (
-                (self.key_group, self.heads * self.head_dim if self.rotated else self.inputs),
-                (self.value_group * (2 if self.shared else 1), self.inputs),
-            )
-        )
+        """Rank at which a group of keys, and one of values, is exact: its C * D numbers, up to a step of 16; 2 C D of a
+        shared row."""
+        sizes = self.key_group, self.value_group * (2 if self.shared else 1)
+        key, value = (round_up(size * self.head_dim, RANK_STEP) for size in sizes)
         return key, value
 
     @property
-    def norm_bytes(self) -> int:
-        """Of a token's norm columns."""
-        return (2 * norm_width(self.heads) if self.bits == 16 else 4 * self.heads) if self.key_norm else 0
-
-    @property
     def overhead(self) -> int:
-        """Bytes of a token that are not latents: norm columns, and scales where latents are packed."""
-        return self.norm_bytes + (0 if self.bits == 16 else ALIGNMENT * self.parts * sum(self.groups))
+        """Bytes of a token that are not latents: scales, where latents are packed."""
+        return 0 if self.bits == 16 else ALIGNMENT * self.parts * sum(self.groups)
 
     @property
     def dense(self) -> int:
@@ -185,8 +172,8 @@ def _split(items: Sequence[Any], counts: Sequence[int]) -> list[Sequence[Any]]:
 def budget(shapes: Sequence[LayerShape], keep: float) -> int:
     """Steps of 16 latents, of the same bits in all layers, that all groups may hold together.
 
-    Latents and norm columns of all layers take at most keep * (numbers of a dense cache), and less than one step below
-    it unless every group is full. keep = 1 means full rank, whatever norm columns add.
+    Latents of all layers, scales included, take at most keep * (numbers of a dense cache), and less than one step below
+    it unless every group is full. keep = 1 means full rank.
 
     Raises: ValueError if keep is outside (0, 1] or too small to give every group one step, or all of values that a
     method leaves whole.
@@ -195,7 +182,7 @@ def budget(shapes: Sequence[LayerShape], keep: float) -> int:
     full = sum(_caps(shapes))
     if keep == 1:
         return full
-    what = f"{'one step' if shapes[0].parts == 1 else f'{shapes[0].parts} steps'} of 16 a group and the norm columns"
+    what = f"{'one step' if shapes[0].parts == 1 else f'{shapes[0].parts} steps'} of 16 a group"
     what = f"all of the values, {what}" if any(s.whole_values for s in shapes) else what
     overhead, dense = sum(s.overhead for s in shapes), 2 * sum(s.dense for s in shapes)
     return min(affordable(keep, dense, overhead, sum(_leasts(shapes)), what, shapes[0].bits), full)

@@ -21,9 +21,12 @@ from lrattn.compression.nested import first, shared_out
 from lrattn.compression.substitute import Window, substituted
 from lrattn.factors import safefile
 from lrattn.factors.layer import LayerFactors, sides_of
-from lrattn.factors.parts import attention_parts, evaluating, frozen
 from lrattn.factors.projection import Projection
 from lrattn.factors.record import Factors
+from lrattn.factors.rope import Rope
+from lrattn.models.interface import device_of
+from lrattn.models.layers import AttentionLayer, attention_layers
+from lrattn.models.states import evaluating, frozen
 
 RATE = 5e-3  # of a tensor's root mean square, a step, at most
 FAR = 0.25  # nats a token: factors that start nearer to the model take shorter steps
@@ -33,7 +36,6 @@ CHECK_EVERY = 8  # steps between two judgements
 SHARES = (1.0, 0.25, 0.75, 0.5)  # of nested latents, step by step
 BETAS = (0.9, 0.98)
 ALIKE = 1e-4  # two runs start from the same factors up to the signs and roundings that another machine makes
-Linear = tuple[Tensor, Tensor | None]  # weight [n, inputs] and bias [n] or None
 
 
 @torch.inference_mode(False)
@@ -69,26 +71,29 @@ def refine(
         progress: show a bar on stderr, with the divergence on the held-back sequences in nats a token.
 
     Raises: ValueError for too few sequences or one with more tokens than the model has positions, factors in another
-    dtype or on another device than the model, packed ones, layers of which some are rotated and others not, or a state
-    of other factors, steps, window or text; OSError if the state cannot be written.
+    dtype or on another device than the model, packed ones, maps of attention inputs, or a state of other factors,
+    steps, window or text; OSError if the state cannot be written.
     """
     check_count("steps", steps, 1)
     check_flag("nested", nested)
-    if len({layer.rotated for layer in factors.layers}) > 1:
-        raise ValueError("factors: expected rotated keys in all layers or in none, got some of each")
+    if any(layer.values.of_inputs for layer in factors.layers):
+        raise ValueError("factors: expected maps of heads, got those of a file before version 3: use in_kv_space")
     if any(layer.packed for layer in factors.layers):
         raise ValueError("factors: expected plain latents, which can be trained, got packed ones")
     if state is not None:
         safefile.check_target("state", state)
     window = Window(*factors.near_or(recent, sinks))
-    own, kind = next(model.parameters()), factors.layers[0]
-    if (own.dtype, own.device) != (kind.dtype, kind.device):
-        raise ValueError(
-            f"factors: expected {own.dtype} on {own.device} as in the model, got {kind.dtype} on {kind.device}"
-        )
+    layers = attention_layers(model)
+    if len(layers) != len(factors.layers):
+        raise ValueError(f"factors: expected {len(layers)} layers as in the model, got {len(factors.layers)}")
+    for own, kind in zip(layers, factors.layers, strict=True):
+        if (own.dtype, own.device) != (kind.dtype, kind.device):
+            raise ValueError(
+                f"factors: expected {own.dtype} on {own.device} as in the model, got {kind.dtype} on {kind.device}"
+            )
     judges, lessons = parted(batches)
-    check_lengths(attention_parts(model), map(len, (*judges, *lessons)))
-    run = _Run(model, factors, window, SHARES if nested else (1.0,))
+    check_lengths(model, map(len, (*judges, *lessons)))
+    run = _Run(model, layers, factors, window, SHARES if nested else (1.0,))
     run.begin(steps, judges, lessons, state)
     shown = tqdm(total=steps, initial=run.step, desc="refine", unit="step", disable=not progress)
     written = run.step if run.resumed else -1
@@ -149,12 +154,44 @@ class _Point(NamedTuple):
     kept: dict[str, Tensor]
 
 
+class _Map(NamedTuple):
+    """Low-rank keys and values of a layer, all in float32: maps [n or 2n, n], offsets [Hkv, D]."""
+
+    keys: Tensor
+    values: Tensor
+    key_offset: Tensor | None
+    value_offset: Tensor | None
+    rope: Rope | None
+
+    def mapped(self, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """k, v [1, Hkv, T, D] -> what the latents make of them."""
+        heads = [x.transpose(1, 2) for x in (k, v)]  # [1, T, Hkv, D]
+        if self.rope is not None:
+            heads[0] = self.rope.turn_back(heads[0], positions)
+        offsets = self.key_offset, self.value_offset
+        rows = [(x.float() if o is None else x.float() - o).flatten(2) for x, o in zip(heads, offsets, strict=True)]
+        both, made = torch.cat(rows, 2), []
+        for row, weight, o, x in zip(rows, (self.keys, self.values), offsets, heads, strict=True):
+            y = ((row if len(weight) == row.shape[2] else both) @ weight).view(x.shape)
+            made.append(y if o is None else y + o)
+        if self.rope is not None:
+            made[0] = self.rope.rotate(made[0], positions)
+        return made[0].transpose(1, 2).to(k.dtype), made[1].transpose(1, 2).to(v.dtype)
+
+
 class _Run:
     """The factors in training: tensors "<layer>.<side>.<up or down>", and all that a `_Point` holds."""
 
-    def __init__(self, model: nn.Module, factors: Factors, window: Window, shares: tuple[float, ...]) -> None:
-        self.model, self.factors, self.window, self.shares = model, factors, window, shares
-        self.device = next(model.parameters()).device
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: list[AttentionLayer],
+        factors: Factors,
+        window: Window,
+        shares: tuple[float, ...],
+    ) -> None:
+        self.model, self.attention, self.factors, self.window, self.shares = model, layers, factors, window, shares
+        self.device = device_of(model)
         self.tensors = {name: x.detach().float().clone() for name, x in _tensors(factors)}
         self.means = {name: (torch.zeros_like(x), torch.zeros_like(x)) for name, x in self.tensors.items()}
         self.sizes = [x.double().square().mean().sqrt().item() for x in self.tensors.values()]
@@ -180,12 +217,12 @@ class _Run:
             self.judge(judges)
             self.first, self.whole = self.best, self.now()
             return
-        record, tensors = safefile.read(state, "refinement")
+        record, tensors, _ = safefile.read(state, "refinement")
         sizes = zip(record["sizes"], self.sizes, strict=False)
         alike = len(record["sizes"]) == len(self.sizes) and all(math.isclose(a, b, rel_tol=ALIKE) for a, b in sizes)
         if record["about"] != self.about or not alike:
             raise ValueError(f"state: expected a run of these factors, steps and text in {state}, got another's")
-        held = {name: x.to(self.device) for name, x in tensors.items()}
+        held = {name: x.to(self.tensors[name.partition(".")[2]].device) for name, x in tensors.items()}
         self.step, self.first, self.best = record["step"], record["first"], record["best"]
         self.sizes = record["sizes"]  # to the last bit
         names = list(self.tensors)
@@ -217,13 +254,12 @@ class _Run:
 
     def divergence(self, ids: Tensor, expected: Tensor, share: float) -> Tensor:
         """Kullback-Leibler divergence from the predictions expected, nats a token, with this share of every run."""
-        weights, rotated = self._weights(share), self.factors.layers[0].rotated
+        maps, at = self._maps(share), torch.arange(len(ids), device=self.device)[None]
 
-        def replaced(i: int, x: Tensor, k: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
-            keys, values = weights[i]
-            return nn.functional.linear(k if rotated else x, *keys), nn.functional.linear(x, *values)
+        def replaced(i: int, _: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            return maps[i].mapped(k, v, at)
 
-        with substituted(self.model, replaced, self.window, rotated=rotated):
+        with substituted(self.model, self.attention, replaced, self.window):
             got = self.model(input_ids=ids[None].to(self.device), use_cache=False).logits[0].float().log_softmax(-1)
         return nn.functional.kl_div(got, expected, reduction="batchmean", log_target=True)
 
@@ -233,7 +269,11 @@ class _Run:
         rounds, at = divmod(self.step, len(lessons))
         share = self.shares[(at + rounds) % len(self.shares)]
         loss = self.divergence(lessons[at], self.expected(lessons[at]), share)
-        grads = torch.autograd.grad(loss, list(self.tensors.values()))
+        trained = list(self.tensors.values())
+        if loss.requires_grad:
+            grads = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
+        else:  # every token of the text is near
+            grads = tuple(torch.zeros_like(x) for x in trained)
         step, tensors, means = self.step + 1, {}, {}
         for (name, x), size, grad in zip(self.tensors.items(), self.sizes, grads, strict=True):
             mean = self.means[name][0].lerp(grad, 1 - BETAS[0])
@@ -254,14 +294,14 @@ class _Run:
         if found < self.best:
             self.best, self.kept = found, self.tensors
 
-    def _weights(self, share: float) -> list[tuple[Linear, Linear]]:
-        """Of every layer, the maps of keys and values that the tensors stand for, with this share of their latents."""
-        dtype, found = self.factors.layers[0].dtype, []
+    def _maps(self, share: float) -> list[_Map]:
+        """What the tensors make of every layer's keys and values, with this share of their latents."""
+        found = []
         for i, layer in enumerate(self.factors.layers):
             cut = first(*_projections(layer, i, self.tensors), shared_out(layer, share), shared=layer.shared)
-            keys, values = (side.dense().flatten(0, 1).to(dtype) for side in sides_of(*cut))
-            biases = [None if x is None else x.flatten() for x in (layer.keys.bias, layer.values.bias)]
-            found.append(((keys, biases[0]), (values, biases[1])))
+            keys, values = (side.dense() for side in sides_of(*cut))
+            offsets = [None if x is None else x.float() for x in (layer.keys.offset, layer.values.offset)]
+            found.append(_Map(keys, values, offsets[0], offsets[1], layer.rope))
         return found
 
     def result(self) -> Factors:
@@ -270,7 +310,7 @@ class _Run:
         layers = []
         for i, layer in enumerate(self.factors.layers):
             keys, values = _projections(layer, i, kept)
-            keys, values = replace(keys, bias=layer.keys.bias), replace(values, bias=layer.values.bias)
+            keys, values = replace(keys, offset=layer.keys.offset), replace(values, offset=layer.values.offset)
             layers.append(replace(layer, keys=keys, values=values))
         return replace(
             self.factors,
@@ -285,7 +325,7 @@ def _tensors(factors: Factors) -> Iterator[tuple[str, Tensor]]:
     for i, layer in enumerate(factors.layers):
         for name, side in (("keys", layer.keys), ("values", layer.values)):
             if side.down is None and not layer.shared:
-                raise ValueError(f"{name}.down: expected [E, {side.width}] in layer {i}, got None")
+                raise ValueError(f"{name}.down: expected [Hkv * D, {side.width}] in layer {i}, got None")
             for part, x in (("up", side.up), ("down", side.down)):
                 if x is not None:
                     yield f"{i}.{name}.{part}", x
@@ -293,7 +333,7 @@ def _tensors(factors: Factors) -> Iterator[tuple[str, Tensor]]:
 
 def _projections(layer: LayerFactors, i: int, tensors: Mapping[str, Tensor]) -> tuple[Projection, Projection]:
     keys, values = (
-        replace(side, up=tensors[f"{i}.{name}.up"], down=tensors.get(f"{i}.{name}.down"), bias=None)
+        replace(side, up=tensors[f"{i}.{name}.up"], down=tensors.get(f"{i}.{name}.down"), offset=None)
         for name, side in (("keys", layer.keys), ("values", layer.values))
     )
     return keys, values

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from lrattn.attention.dense import Near, causal_attention
-from lrattn.factors.parts import AttentionParts, attention_parts, shadowed
+from lrattn.attention.dense import dense_attention
+from lrattn.models.interface import attending, is_causal, not_causal, sight_of
+from lrattn.models.layers import AttentionLayer
+from lrattn.models.masks import said
 
-# (layer, attention inputs [b, t, E], keys and values [b, t, Hkv * D]) -> others in place of the two
+# (layer, queries [B, Hq, T, D], keys and values [B, Hkv, T, D]) -> others in place of the last two
 Replace = Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -37,77 +40,65 @@ class Window:
             raise ValueError(f"far: expected (recent, sinks), got {far!r}")
         return cls(*far)
 
-    def __bool__(self) -> bool:
-        return self.recent > 0 or self.sinks > 0
-
 
 @contextmanager
 def substituted(
-    model: nn.Module, replace: Replace, window: Window = Window(), *, rotated: bool = False
+    model: nn.Module, layers: Sequence[AttentionLayer], replace: Replace, window: Window = Window()
 ) -> Iterator[None]:
-    """Inside, every attention layer runs on the keys and values that `replace` returns, before norm and rotation.
+    """Inside, passes without a cache attend to the keys and values that `replace` returns, given the model's own.
 
-    With a window, each query still has its own layer's exact keys and values of the tokens in it: only what is far
-    from a query is replaced. rotated: keys are given and returned after norm and rotation. With either, sequences are
-    whole and without padding. Gradients pass through all keys and values.
+    With a window, each query still has the model's own of the tokens in it: only what is far from a query is replaced.
+    Layers that attend to the keys of another have its replaced ones. Gradients pass through all keys and values.
     """
-    parts = attention_parts(model)
-    with ExitStack() as stack:
-        for i, part in enumerate(parts):
-            if window or rotated:
-                forward = _attention(part, i, replace, window, rotated)
-                stack.enter_context(shadowed(part.module, "forward", forward))
-            else:
-                for hook in _hooks(part, i, replace):
-                    stack.callback(hook.remove)
+    index = {layer.module: i for i, layer in enumerate(layers)}
+    made = WeakTensorKeyDictionary()  # keys, while the model holds them, and what is in their place; None: they are
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        if not is_causal(module, kwargs.get("is_causal")):
+            return not_causal(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        i, end = index.get(module), key.shape[2]
+        if key not in made:
+            if i is None:
+                raise ValueError(
+                    f"model: expected keys of a layer that fills a cache in {type(module).__name__}, got others"
+                )
+            if end != query.shape[2]:
+                raise ValueError(f"model: expected a pass of whole texts through {type(module).__name__}, got another")
+            given = replace(i, query, key, value)
+            made[key] = None if given[0] is key and given[1] is value else given
+        far = made[key] or (key, value)
+        what = said(attention_mask, sliding_window, len(query), end)
+        sight = sight_of(what, 0, end, window.recent, window.sinks)
+        recent = (key, value) if window.recent else None
+        first = None
+        if window.sinks:
+            pads = torch.zeros(1, dtype=torch.int64, device=key.device) if what.pads is None else what.pads
+            at = (pads[:, None] + torch.arange(window.sinks, device=key.device)).clamp_max(end - 1)
+            at = at.expand(len(key), -1)[:, None, :, None]
+            at = at.expand(-1, key.shape[1], -1, key.shape[3])
+            first = key.gather(2, at), value.gather(2, at)
+        out = dense_attention(
+            query,
+            sight,
+            far,
+            recent,
+            first,
+            scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            softcap=softcap or 0.0,
+            sinks=s_aux,
+        )
+        return out.transpose(1, 2).contiguous(), None
+
+    with attending(model, attention):
         yield
-
-
-def _hooks(part: AttentionParts, i: int, replace: Replace) -> Iterator[Any]:
-    """Replaces what k_proj and v_proj return, whatever the model does with it; the two are computed by either."""
-    others: dict[str, Tensor] = {}
-    k_proj, v_proj = part.linear("k_proj"), part.linear("v_proj")
-
-    def keys(_: nn.Module, args: tuple[Tensor, ...], k: Tensor) -> Tensor:
-        raw = nn.functional.linear(args[0], v_proj.weight, v_proj.bias)
-        k, others["v"] = replace(i, args[0], k, raw)
-        return k
-
-    def values(_: nn.Module, __: tuple[Tensor, ...], ___: Tensor) -> Tensor:
-        return others.pop("v")
-
-    yield k_proj.register_forward_hook(keys)
-    yield v_proj.register_forward_hook(values)
-
-
-def _attention(
-    part: AttentionParts, i: int, replace: Replace, window: Window, rotated: bool
-) -> Callable[..., tuple[Tensor, None]]:
-    """The attention module's forward, near tokens exact and far ones replaced."""
-
-    def split(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, part.head_dim))
-
-    def forward(hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-        positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
-        at = positions.expand(len(hidden_states), -1)
-        q = part.rotated("q", hidden_states, at)
-        k, v = (part.linear(f"{side}_proj")(hidden_states) for side in "kv")
-        keys = part.turned("k", split(k), at)
-        far_k, far_v = replace(i, hidden_states, keys.flatten(2) if rotated else k, v)
-        far_keys = split(far_k) if rotated else part.turned("k", split(far_k), at)
-        values, far_values = split(v), split(far_v)
-        heads = [
-            causal_attention(
-                q[b],
-                far_keys[b],
-                far_values[b],
-                part.scale,
-                part.window,
-                Near(keys[b], values[b], positions, window.recent, window.sinks) if window else None,
-            )
-            for b in range(len(q))
-        ]
-        return part.linear("o_proj")(torch.stack(heads).flatten(2)), None
-
-    return forward

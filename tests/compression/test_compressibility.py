@@ -1,15 +1,16 @@
-"""Effective ranks: exact where they are known, and the same from a moment as from the outputs themselves."""
+"""Effective ranks: exact where they are known, and the same from moments as from keys and values themselves."""
 
 import sys
 from pathlib import Path
 
+import architectures
 import pytest
 import tiny
 import torch
+from given import eager, given, served
 
 import lrattn
 from lrattn.compression.compressibility import canvas, compressibility, draw, effective_rank, table
-from lrattn.factors.parts import attention_parts
 
 
 def test_equal_singular_values_count():
@@ -27,32 +28,39 @@ def test_it_lies_between_0_and_1_whatever_the_scale_and_falls_where_few_directio
     assert effective_rank(flat * 1e-9) == pytest.approx(effective_rank(flat))
 
 
-@pytest.mark.parametrize("family", ["llama3", "qwen3"])
-def test_moments_streamed_give_the_singular_values_of_the_outputs(family):
-    model, ids = tiny.model(family), tiny.tokens(6, 40)
-    whole, streamed = (compressibility(model, lrattn.calibrate(model, ids.split(n), progress=False)) for n in (6, 1))
-    inputs = []
-    for part in attention_parts(model):
-        part.linear("k_proj").register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, 1)))
-    with torch.no_grad():
-        model(ids)
-    for part, x, a, b in zip(attention_parts(model), inputs, whole, streamed, strict=True):
-        for side, name in (("keys", "k_proj"), ("values", "v_proj")):
-            outputs = (x @ part.linear(name).weight.detach().T).double()  # biases aside
-            assert a[side] == pytest.approx(effective_rank(torch.linalg.svdvals(outputs)), rel=1e-2)
+@pytest.mark.parametrize("name", served(["Qwen2", "Gemma-3", "Phi-3", "gpt-oss", "Gemma-3n", "GPT-2"]))
+def test_moments_streamed_give_the_singular_values_of_the_keys_and_values(name):
+    """Of keys before RoPE and of values as they are, biases and norms in them; no key is kept."""
+    model, ids = eager(name), architectures.tokens(6, 40)
+    whole, streamed = (compressibility(lrattn.calibrate(model, ids.split(n), progress=False)) for n in (6, 1))
+    texts = [given(model, row) for row in ids]
+    assert len(whole) == len(texts[0])
+    for i, (a, b) in enumerate(zip(whole, streamed, strict=True)):
+        of_layer = [text[i] for text in texts]
+        keys = torch.cat([layer.k if layer.u is None else layer.u for layer in of_layer])
+        for side, heads in (("keys", keys), ("values", torch.cat([layer.v for layer in of_layer]))):
+            assert a[side] == pytest.approx(effective_rank(torch.linalg.svdvals(heads.flatten(1))), rel=1e-3)
             assert b[side] == pytest.approx(a[side], rel=1e-3) and 0 < a[side] <= 1
 
 
 def test_a_layer_of_low_rank_is_seen():
     model = tiny.model("llama")
     with torch.no_grad():
-        weight = attention_parts(model)[1].linear("k_proj").weight  # [128, 96]
+        weight = model.model.layers[1].self_attn.k_proj.weight  # [128, 96]
         u, _, v = torch.linalg.svd(weight, full_matrices=False)
         weight.copy_(u[:, :16] @ v[:16])
-    identity = lrattn.Moments([torch.eye(96).double()] * 3, 1)
-    found = compressibility(model, identity)
-    assert found[1]["keys"] == pytest.approx(16 / 128, rel=1e-3) and found[1]["values"] > 0.3
-    assert "    1  0.125   " in table(found)
+    found = compressibility(lrattn.calibrate(model, [tiny.tokens(8, 40)], progress=False))
+    assert found[1]["keys"] <= 16 / 128 < found[0]["keys"] and found[1]["values"] > 0.3
+    told = table(found).splitlines()
+    mean = sum(layer["keys"] for layer in found) / 3
+    assert told[2].split()[:2] == ["1", f"{found[1]['keys']:.3f}"] and told[4].split()[:2] == ["mean", f"{mean:.3f}"]
+
+
+def test_moments_of_rotated_keys_alone_are_refused():
+    moments = lrattn.calibrate(tiny.model("llama"), [tiny.tokens(2, 10)], gather=["rotated"], progress=False)
+    told = r"^moments: expected those of calibrate\(gather=\['before'\]\), got \['rotated'\]$"
+    with pytest.raises(ValueError, match=told):
+        compressibility(moments)
 
 
 def test_the_plot_is_written(tmp_path):

@@ -1,10 +1,12 @@
 """Distillation of factors: it lowers the divergence, is never worse than its start, goes on where it was."""
 
+import copy
 import math
 import shutil
 import sys
 from dataclasses import replace
 
+import architectures
 import pytest
 import tiny
 import torch
@@ -14,6 +16,7 @@ import lrattn
 from lrattn.compression.substitute import Window
 from lrattn.factors import safefile
 from lrattn.integrations.transformers import latent_attention
+from lrattn.models.layers import attention_layers
 
 
 def divergence(model, factors, ids, **near):
@@ -49,8 +52,9 @@ def text(sequences=4, length=48):
     return ids
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma3", "llama"])
-@pytest.mark.parametrize("shared", [False, "ride", True])
+@pytest.mark.parametrize(
+    "family, shared", [("qwen2", False), ("gemma3", False), ("qwen2", "ride"), ("gemma3", True), ("llama", True)]
+)
 def test_the_divergence_falls(family, shared):
     model, ids = tiny.model(family), text()
     start = lrattn.compress(model, [ids], keep=0.3, shared=shared, far=(0, 0), progress=False)
@@ -60,17 +64,35 @@ def test_the_divergence_falls(family, shared):
     assert end.method == "lrattn, refined" and end.predicted == ()
 
 
-@pytest.mark.parametrize("method", ["kq-svd", "kv-heads", "matryoshka-pca"])
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_factors_of_rotated_keys_are_trained_on_rotated_keys(family, method):
-    """What training divides by is what attention on the latents does; and it falls."""
-    model, ids = tiny.model(family), text()
-    start = lrattn.compress(model, [ids], method, 0.5, far=(0, 0), progress=False)
-    run = sys.modules["lrattn.compression.refine"]._Run(model, start, Window(), (1.0,))
+@pytest.mark.parametrize(
+    "family, method, shared, keep, near",
+    [
+        ("llama", "kq-svd", False, 0.5, (0, 0)),
+        ("qwen3", "kv-heads", False, 0.5, (6, 3)),
+        ("qwen2", "matryoshka-pca", False, 0.5, (0, 0)),
+        ("gemma3", "palu", False, 0.5, (0, 0)),
+        ("qwen2", "lrattn", "ride", 0.2, (6, 3)),
+        ("mistral", "lrattn", True, 0.2, (0, 0)),
+        ("gpt-oss", "palu", False, 0.5, (6, 3)),
+        ("Gemma-2", "kv-heads", False, 0.5, (0, 0)),
+        ("SmolLM3", "lrattn", True, 0.3, (6, 3)),
+    ],
+)
+def test_what_training_lowers_is_what_attention_on_the_latents_does(family, method, shared, keep, near):
+    """Maps of rotated keys and of others, with biases, means, sinks, softcaps, windows and a dense window."""
+    model, ids = (tiny if family in tiny.CONFIGS else architectures).model(family), text()
+    start = lrattn.compress(model, [ids], method, keep, shared=shared, far=near, progress=False)
+    run = sys.modules["lrattn.compression.refine"]._Run(model, attention_layers(model), start, Window(*near), (1.0,))
     with torch.no_grad():
         assert run.divergence(ids[0], run.expected(ids[0]), 1.0).item() == pytest.approx(
             divergence(model, start, ids[:1]), rel=1e-3
         )
+
+
+@pytest.mark.parametrize("family, method", [("llama", "kq-svd"), ("qwen3", "kv-heads"), ("qwen2", "matryoshka-pca")])
+def test_factors_of_rotated_keys_are_trained_on_rotated_keys(family, method):
+    model, ids = tiny.model(family), text()
+    start = lrattn.compress(model, [ids], method, 0.5, far=(0, 0), progress=False)
     end = lrattn.refine(model, start, [ids], steps=40, progress=False)
     assert divergence(model, end, ids[::8]) < 0.9 * divergence(model, start, ids[::8])
 
@@ -86,6 +108,15 @@ def test_the_window_is_exact_in_training_too():
     assert with_window.near == (6, 1) and without.near == (0, 0)
     losses = [divergence(model, f, ids, **near) for f in (with_window, without, start)]
     assert losses[0] < losses[1] and losses[0] < losses[2]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_window_that_holds_the_whole_text_leaves_nothing_to_learn(family):
+    model, ids = tiny.model(family), text(4, 20)
+    start = lrattn.compress(model, [ids], keep=0.2, far=(0, 0), progress=False)
+    end = lrattn.refine(model, start, [ids], steps=2, recent=20, progress=False)
+    for a, b in zip(start.layers, end.layers, strict=True):
+        assert torch.equal(a.keys.up, b.keys.up) and torch.equal(a.values.down, b.values.down)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -165,8 +196,10 @@ def test_a_step_whose_judgement_was_stopped_is_taken_again(tmp_path, monkeypatch
 @pytest.mark.parametrize("nested", [False, True])
 def test_ctrl_c_at_any_line_leaves_whole_steps(nested, tmp_path):
     """In a step, in a judgement or between them: what is saved goes on to the same factors, bit for bit."""
-    model, ids, path = tiny.model("llama"), text(3, 12), tmp_path / "run.safetensors"
-    start = lrattn.compress(model, [ids], keep=0.9, far=(0, 0), progress=False)
+    config = copy.deepcopy(tiny.CONFIGS["llama"])
+    config.num_hidden_layers = 1
+    model, ids, path = tiny.built(config, 0), text(3, 12), tmp_path / "run.safetensors"
+    start = lrattn.compress(model, [ids], keep=0.2, far=(0, 0), progress=False)
     choice = {"steps": 10, "nested": nested, "progress": False}
     expected = lrattn.refine(model, start, [ids], **choice)
     with StoppedAt("refine.py", 0) as whole:
@@ -202,12 +235,16 @@ def test_the_model_is_left_alone_and_bad_input_refused():
     assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
     assert not any(side.up.requires_grad for layer in refined.layers for side in (layer.keys, layer.values))
     packed = lrattn.compress(model, [ids], "svd", bits=8, progress=False)
+    older = replace(start, layers=[replace(x, values=replace(x.values, of_inputs=True)) for x in start.layers])
+    fewer = replace(start, layers=start.layers[:2], predicted=(), samples=())
     for arguments, reason in (
         ({"batches": [ids[:1]]}, "batches: expected two sequences"),
         *(({"steps": steps}, "steps: expected an integer of at least 1, got") for steps in (0, True, "8", 1.5, None)),
         ({"nested": "yes"}, "nested: expected True or False, got 'yes'"),
         ({"recent": True}, "recent: expected"),
         ({"factors": packed}, "factors: expected plain latents"),
+        ({"batches": [ids], "factors": older}, "factors: expected maps of heads, .* before version 3: use in_kv_space"),
+        ({"batches": [ids], "factors": fewer}, "factors: expected 3 layers as in the model, got 2"),
         ({"state": 5}, "state: expected a path, got 5"),
         ({"batches": {"input_ids": ids}}, "batches: expected several of token ids"),
         ({"batches": [ids, tiny.tokens(1, 513)]}, "batches: expected sequences of at most 512 tokens, the model's pos"),

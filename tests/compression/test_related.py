@@ -1,15 +1,21 @@
 """Rows of the related work: each is the system it names, by the identities that define it."""
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
+from given import given
+from slowly import slow_unless
+from test_substitute import logits, on_latents
 
 import lrattn
 from lrattn.compression import methods
 from lrattn.compression.methods import eigen, kq_svd, think
 from lrattn.compression.methods.lorc import log_condition
-from lrattn.factors.parts import attention_parts
-from lrattn.integrations.transformers import LatentCache, latent_attention
+from lrattn.compression.substitute import Window
+from lrattn.models.layers import attention_layers
+from lrattn.models.weights import weight
 
 ROTATED = [name for name, method in methods.METHODS.items() if method.rotated]
 D = 16
@@ -31,19 +37,20 @@ def compressed(model, method, keep, **arguments):
 
 
 def seen(model):
-    """Of every layer: inputs [T, E], rotated queries [T, Hq, D] and keys [T, Hkv, D], values [T, Hkv, D]: float64."""
-    ids, found = tiny.tokens(4, 40), []
-    for part in attention_parts(model):
-        inputs = []
-        hook = part.linear("k_proj").register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0]))
-        with torch.no_grad():
-            model(ids)
-        hook.remove()
-        x, at = inputs[0], torch.arange(40).expand(4, 40)
-        with torch.no_grad():
-            heads = part.rotated("q", x, at), part.rotated("k", x, at), part.heads("v", x)
-        found.append([y.flatten(0, 1).double() for y in (x, *heads)])
-    return found
+    """Of every layer, over the calibration tokens: inputs x [T, E], keys before RoPE u and rotated k, values v, and
+    queries q [T, heads, D]; float64."""
+    texts = [given(model, row) for row in tiny.tokens(4, 40)]
+    return [{name: torch.cat([getattr(x, name) for x in own]) for name in "xukvq"} for own in zip(*texts, strict=True)]
+
+
+def mapped(heads, side):
+    """What the latents of a side without an offset make of its heads [T, Hkv, D]."""
+    assert side.offset is None
+    return (heads.flatten(1) @ side.dense().double()).view(heads.shape)
+
+
+def modules(model):
+    return [layer.self_attn for layer in model.model.layers]
 
 
 def rank_of(side):
@@ -107,17 +114,15 @@ def test_kq_svd_of_a_model_is_of_its_scores_and_of_what_values_add_to_the_output
     """Per kv head, its query heads stacked; output projections are not averaged, their Gram matrices are."""
     model = tiny.model("qwen3")
     factors = compressed(model, "kq-svd", 0.6)
-    for layer, part, (x, q, k, v) in zip(factors.layers, attention_parts(model), seen(model), strict=True):
-        read, written = layer.keys.dense().double(), layer.values.dense().double()
-        wo = part.linear("o_proj").weight.detach().double().T.unflatten(0, (-1, 32))  # [Hq, D, E]
+    for layer, module, x in zip(factors.layers, modules(model), seen(model), strict=True):
+        keys, values = mapped(x["k"], layer.keys), mapped(x["v"], layer.values)
+        wo = module.o_proj.weight.detach().double().T.unflatten(0, (-1, 32))  # [Hq, D, E]
         for h in range(4):
-            queries, out = q[:, 2 * h : 2 * h + 2].flatten(0, 1), wo[2 * h : 2 * h + 2]
-            scores = k[:, h] @ queries.T
-            got = (scores - k.flatten(1) @ read[h].T @ queries.T).square().sum()
-            assert_best(got, scores, layer.keys.ranks[h])
-            added = torch.cat([v[:, h] @ w for w in out], 1)
-            got = torch.cat([(v[:, h] - x @ written[h].T) @ w for w in out], 1).square().sum()
-            assert_best(got, added, layer.values.ranks[h])
+            queries, out = x["q"][:, 2 * h : 2 * h + 2].flatten(0, 1), wo[2 * h : 2 * h + 2]
+            scores = x["k"][:, h] @ queries.T
+            assert_best((scores - keys[:, h] @ queries.T).square().sum(), scores, layer.keys.ranks[h])
+            added, got = (torch.cat([v[:, h] @ w for w in out], 1) for v in (x["v"], values))
+            assert_best((added - got).square().sum(), added, layer.values.ranks[h])
 
 
 # EigenAttention
@@ -127,22 +132,22 @@ def test_eigen_attention_has_one_key_basis_a_layer():
     model = tiny.model("llama")
     for rule in ("uniform", "spectrum"):
         factors = lrattn.compress(model, [tiny.tokens(4, 40)], "eigen", 0.63, ranks=rule, far=(0, 0), progress=False)
-        for layer, part, (x, *_) in zip(factors.layers, attention_parts(model), seen(model), strict=True):
+        for layer, x in zip(factors.layers, seen(model), strict=True):
             assert max(layer.keys.ranks) - min(layer.keys.ranks) <= 16 and len(layer.keys.ranks) == 4
             low, widest = min(layer.keys.ranks), max(layer.keys.up, key=lambda up: up.abs().sum())
             assert all(torch.equal(up[:low], widest[:low]) for up in layer.keys.up)
-            keys = torch.einsum("te,hde->htd", x, part.weight("k_proj").double())
             basis = widest[:low].double()
             torch.testing.assert_close(basis @ basis.T, torch.eye(low).double(), rtol=0, atol=1e-5)
-            error = (keys - keys @ basis.T @ basis).square().sum()
-            assert_best(error, keys.flatten(0, 1), low)
-    assert not any(layer.rotated for layer in factors.layers)
+            error = (x["u"] - x["u"] @ basis.T @ basis).square().sum()
+            assert_best(error, x["u"].flatten(0, 1), low)
+    assert not any(layer.rope is None for layer in factors.layers)
 
 
-def test_eigen_attention_on_one_head_is_its_whitened_svd():
-    weight, x = random(1, D, 40, seed=2), random(300, 40)
-    ((energies, up, down),) = eigen.decompose_keys(weight, gram(x))
-    expected, palu_up, palu_down = methods.palu.decompose(weight, gram(x))
+def test_eigen_attention_on_one_head_is_palu_s_of_it():
+    keys = random(300, D)
+    whole = torch.eye(D).double()[None]
+    ((energies, up, down),) = eigen.decompose_keys(whole, gram(keys))
+    expected, palu_up, palu_down = methods.palu.decompose(whole, gram(keys))
     torch.testing.assert_close(energies, expected)
     torch.testing.assert_close(down[:, :5] @ up[0, :5], palu_down[:, :5] @ palu_up[0, :5])
 
@@ -151,11 +156,10 @@ def test_eigen_attention_on_one_head_is_its_whitened_svd():
 
 
 def losses(model, factors, layer=0):
-    """Squared error of keys and of values on the calibration tokens, before the rotation; layer 0 sees the same."""
-    x = seen(model)[layer][0]
-    part, made = attention_parts(model)[layer], factors.layers[layer]
-    pairs = (("k_proj", made.keys), ("v_proj", made.values))
-    return [(x @ (part.weight(n) - side.dense()).double().flatten(0, 1).T).square().sum() for n, side in pairs]
+    """Squared error of keys before RoPE and of values on the calibration tokens; layer 0 sees the same whatever the
+    factors."""
+    x, made = seen(model)[layer], factors.layers[layer]
+    return [(h - mapped(h, side)).square().sum() for h, side in ((x["u"], made.keys), (x["v"], made.values))]
 
 
 def test_svd_llm_is_palu_with_one_group_and_cskv_its_optimum():
@@ -166,40 +170,73 @@ def test_svd_llm_is_palu_with_one_group_and_cskv_its_optimum():
         for side in ("keys", "values"):
             torch.testing.assert_close(getattr(a, side).dense(), getattr(c, side).dense())
             torch.testing.assert_close(getattr(b, side).dense(), getattr(a, side).dense())
-    for part, layer, (x, *_) in zip(attention_parts(model), one.layers, seen(model), strict=True):
-        y = x @ part.weight("k_proj").double().flatten(0, 1).T
-        error = (y - x @ layer.keys.dense().double().flatten(0, 1).T).square().sum()
-        assert_best(error, y, rank_of(layer.keys))
+    for i, (layer, x) in enumerate(zip(one.layers, seen(model), strict=True)):
+        for heads, side, error in zip((x["u"], x["v"]), (layer.keys, layer.values), losses(model, one, i), strict=True):
+            assert_best(error, heads.flatten(1), rank_of(side))
     small = compressed(model, "svd-llm", 0.25, group_size=1)
     assert all(torch.equal(a.keys.up, b.keys.up) for a, b in zip(small.layers, one.layers, strict=True))
+
+
+@pytest.mark.parametrize("family", ["llama", "mqa"])
+def test_palu_is_the_whitened_svd_of_the_weights(family):
+    """As published, W S = U D V^T with S S^T the moment of the inputs; as a map of the keys it is the same."""
+    model = tiny.model(family)
+    factors = compressed(model, "palu", 0.5, group_size=2)
+    for layer, own, x in zip(factors.layers, attention_layers(model), seen(model), strict=True):
+        root = torch.linalg.cholesky(gram(x["x"]) + 1e-9 * gram(x["x"]).trace() * torch.eye(96).double())
+        for side, name, heads in ((layer.keys, "keys", x["u"]), (layer.values, "values", x["v"])):
+            rebuilt = mapped(heads, side)
+            for members, rank in zip(side.groups, side.ranks, strict=True):
+                rows = weight(own, name).unflatten(0, (-1, 32))[list(members)].flatten(0, 1)
+                u, d, v = torch.linalg.svd(rows @ root, full_matrices=False)
+                map_of_inputs = u[:, :rank] * d[:rank] @ v[:rank] @ torch.linalg.inv(root)
+                got, want = rebuilt[:, list(members)].flatten(1), x["x"] @ map_of_inputs.T
+                assert (got - want).norm() < 1e-3 * want.norm()
+
+
+def test_with_biases_palu_is_the_best_map_about_the_mean():
+    """Which is no worse than about the bias, whose part is the same for every token, and needs no weights."""
+    model = tiny.model("llama3")
+    factors = compressed(model, "palu", 0.5, group_size=2)
+    for layer, x in zip(factors.layers, seen(model), strict=True):
+        for side, heads in ((layer.keys, x["u"]), (layer.values, x["v"])):
+            mean = heads.mean(0)
+            torch.testing.assert_close(side.offset.double(), mean, rtol=0, atol=1e-4)
+            left = heads - mean - ((heads - mean).flatten(1) @ side.dense().double()).view(heads.shape)
+            for members, rank in zip(side.groups, side.ranks, strict=True):
+                error = left[:, list(members)].square().sum()
+                assert_best(error, (heads - mean)[:, list(members)].flatten(1), rank)
 
 
 def test_cskv_s_training_ends_at_its_closed_form():
     """Alternating least squares of the layer's own outputs, from ASVD's factors as published."""
     model = tiny.model("mha")
     start, end = (compressed(model, m, 0.125, group_size=8) for m in ("asvd", "cskv"))
-    x = seen(model)[1][0]
-    y = x @ attention_parts(model)[1].weight("v_proj").double().flatten(0, 1).T
+    y = seen(model)[1]["v"].flatten(1)
     down = start.layers[1].values.down.double()
     for _ in range(300):
-        up = torch.linalg.lstsq(x @ down, y).solution
-        down = torch.linalg.lstsq(x, y).solution @ torch.linalg.pinv(up)
+        up = torch.linalg.lstsq(y @ down, y).solution
+        down = torch.linalg.pinv(up)  # least squares of y down up = y
     expected = losses(model, end, 1)[1]
     assert losses(model, start, 1)[1] > 1.02 * expected
-    torch.testing.assert_close((y - x @ down @ up).square().sum(), expected, rtol=1e-2, atol=0)
+    torch.testing.assert_close((y - y @ down @ up).square().sum(), expected, rtol=1e-2, atol=0)
 
 
 def test_asvd_scales_its_inputs_and_undoes_that():
+    """A model with biases: they are outside, as offsets."""
     model = tiny.model("llama3")
     factors = compressed(model, "asvd", 0.5, group_size=2)
-    for layer, part, (x, *_) in zip(factors.layers, attention_parts(model), seen(model), strict=True):
-        scale = x.abs().mean(0).sqrt()  # alpha = 0.5
-        for g, heads in enumerate(layer.keys.groups):
-            u, s, v = torch.linalg.svd(part.weight("k_proj")[list(heads)].double().flatten(0, 1) * scale)
+    for layer, own, module, x in zip(factors.layers, attention_layers(model), modules(model), seen(model), strict=True):
+        scale = x["x"].abs().mean(0).sqrt()  # alpha = 0.5
+        assert torch.equal(layer.keys.offset.flatten(), module.k_proj.bias)
+        heads = (x["u"].flatten(1) - module.k_proj.bias.detach().double()) @ layer.keys.dense().double()
+        for g, members in enumerate(layer.keys.groups):
+            rows = weight(own, "keys").unflatten(0, (-1, 32))[list(members)].flatten(0, 1)
+            u, s, v = torch.linalg.svd(rows * scale, full_matrices=False)
             rank = layer.keys.ranks[g]
-            expected = u[:, :rank] * s[:rank] @ v[:rank] / scale
-            got = layer.keys.dense()[list(heads)].double().flatten(0, 1)
-            torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+            want = x["x"] @ (u[:, :rank] * s[:rank] @ v[:rank] / scale).T
+            got = heads.view(-1, 4, 32)[:, list(members)].flatten(1)
+            assert (got - want).norm() < 1e-3 * want.norm()
 
 
 def test_no_other_scaling_loses_less_than_whitening():
@@ -210,17 +247,17 @@ def test_no_other_scaling_loses_less_than_whitening():
 
 
 def test_lorc_looks_at_weights_alone_and_early_layers_keep_more():
-    model = tiny.model("qwen3")
+    model = tiny.model("mistral")
     factors = lrattn.compress(model, method="lorc", keep=0.5, far=(0, 0), progress=False)
     assert factors.rule == "condition" and 0.5 - 32 / factors.dense_bytes_per_token < factors.keep <= 0.5
     sizes = [layer.keys.width + layer.values.width for layer in factors.layers]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1]
-    for layer, part in zip(factors.layers, attention_parts(model), strict=True):
-        weight = part.weight("k_proj").flatten(0, 1)
-        left = (weight - layer.keys.dense().flatten(0, 1)).square().sum()
-        assert_best(left, weight, rank_of(layer.keys))
-        conditions = [torch.linalg.cond(part.weight(name).double().flatten(0, 1)) for name in ("k_proj", "v_proj")]
-        assert log_condition(part) == pytest.approx(sum(c.log().item() for c in conditions))
+    for layer, own in zip(factors.layers, attention_layers(model), strict=True):
+        rows = weight(own, "keys")
+        left = (rows - layer.keys.dense().double().T @ rows).square().sum()
+        assert_best(left, rows, rank_of(layer.keys))
+        conditions = [torch.linalg.cond(weight(own, side)) for side in ("keys", "values")]
+        assert log_condition(own) == pytest.approx(sum(c.log().item() for c in conditions))
     chosen = lrattn.compress(model, method="lorc", keep=0.5, ranks="uniform", far=(0, 0), progress=False)
     assert chosen.rule == "uniform" and len({layer.keys.width for layer in chosen.layers}) <= 2
 
@@ -229,29 +266,31 @@ def test_lorc_looks_at_weights_alone_and_early_layers_keep_more():
 
 
 def test_merged_heads_are_the_principal_components_of_a_layer_s_rotated_keys():
-    model = tiny.model("qwen2")
-    for layer, (*_, k, _) in zip(compressed(model, "kv-heads", 0.5).layers, seen(model), strict=True):
-        keys = k.flatten(1)
+    model = tiny.model("mistral")
+    for layer, x in zip(compressed(model, "kv-heads", 0.5).layers, seen(model), strict=True):
+        keys = x["k"].flatten(1)
         down, up = layer.keys.down.double(), layer.keys.block(0).double()
         torch.testing.assert_close(up, down.T, rtol=0, atol=1e-5)
         error = (keys - keys @ down @ up).square().sum()
         assert_best(error, keys, rank_of(layer.keys))
-        assert layer.keys.bias is None and len(layer.values.ranks) == 1
+        assert layer.keys.offset is None and len(layer.values.ranks) == 1
 
 
-def test_matryoshka_starts_from_principal_components_about_the_mean():
-    model = tiny.model("llama3")  # it has biases
+@pytest.mark.parametrize("family", ["llama3", "qwen3"])  # with biases and without
+def test_matryoshka_starts_from_principal_components_about_the_mean(family):
+    model = tiny.model(family)
     factors = compressed(model, "matryoshka-pca", 0.5)
-    for layer, (x, _, k, v) in zip(factors.layers, seen(model), strict=True):
-        zk, zv = layer.project(x.float(), k.float())
-        for heads, rebuilt, ranks in zip((k, v), layer.rebuild(zk, zv), (layer.keys.ranks, layer.values.ranks)):
+    for layer, x in zip(factors.layers, seen(model), strict=True):
+        k, v = x["k"], x["v"]
+        latents = layer.project(k.float(), v.float())
+        for heads, rebuilt, ranks in zip((k, v), layer.rebuild(*latents), (layer.keys.ranks, layer.values.ranks)):
             for h, rank in enumerate(ranks):
                 y = heads[:, h]
                 error = (y - rebuilt[:, h]).square().sum()
                 assert_best(error, y - y.mean(0), rank)
                 assert rank == 32 or error < 0.999 * torch.linalg.svdvals(y)[rank:].square().sum()
-        zk, zv = layer.project(x.mean(0, True).float(), k.mean(0, True).float())
-        for rebuilt, heads in zip(layer.rebuild(zk, zv), (k, v), strict=True):  # the mean is exact at every rank
+        latents = layer.project(k.mean(0, True).float(), v.mean(0, True).float())
+        for rebuilt, heads in zip(layer.rebuild(*latents), (k, v), strict=True):  # the mean is exact at every rank
             torch.testing.assert_close(rebuilt[0].double(), heads.mean(0), rtol=0, atol=1e-4)
 
 
@@ -262,26 +301,24 @@ def test_latents_of_matryoshka_are_nested_in_an_orthogonal_basis():
         for up in b.keys.up.double():
             torch.testing.assert_close(up @ up.T, torch.eye(32).double(), rtol=0, atol=1e-5)
         assert torch.equal(a.keys.up, b.keys.up[:, :16]) and torch.equal(a.values.up, b.values.up[:, :16])
-        torch.testing.assert_close(b.keys.bias, torch.zeros(4, 32), rtol=0, atol=1e-6)  # nothing of the mean is lost
+        torch.testing.assert_close(a.keys.offset, b.keys.offset)
 
 
 def test_the_mean_key_counts_only_where_exact_keys_stand_beside_rebuilt_ones():
-    """The same number is added to every score of a query: softmax does not see it."""
+    """The same number is added to every score of a query: softmax does not see it. What is lost of the mean is the
+    offset's own part, along no latent."""
     model, ids = tiny.model("llama"), tiny.tokens(2, 30)
     factors = compressed(model, "matryoshka-pca", 0.5)
-    bare = lrattn.Factors(
-        tuple(
-            lrattn.LayerFactors(lrattn.Projection(x.keys.up, x.keys.ranks, x.keys.down), x.values, None, rotated=True)
-            for x in factors.layers
-        )
-    )
+    layers = []
+    for layer in factors.layers:
+        lost = layer.keys.offset.flatten() - layer.keys.offset.flatten() @ layer.keys.dense()
+        keys = replace(layer.keys, offset=layer.keys.offset - lost.view(4, 32))
+        layers.append(replace(layer, keys=keys))
+    without = replace(factors, layers=tuple(layers))
     changes = []
-    for recent in (0, 5):
-        outputs = []
-        for held in (factors, bare):
-            with torch.no_grad(), latent_attention(model, held, recent=recent):
-                outputs.append(model(ids, use_cache=False).logits)
-        changes.append((outputs[0] - outputs[1]).abs().max())
+    for window in (Window(), Window(5, 0)):
+        a, b = (on_latents(model, held, ids, window) for held in (factors, without))
+        changes.append((a - b).abs().max())
     assert changes[0] < 1e-4 and changes[1] > 1e-2
 
 
@@ -298,9 +335,9 @@ def test_think_keeps_whole_channels_by_what_each_adds_to_the_scores():
 def test_think_leaves_the_values_whole_or_says_what_keep_it_needs():
     model = tiny.model("llama")
     factors = compressed(model, "think", 0.8)
-    for layer, part in zip(factors.layers, attention_parts(model), strict=True):
-        assert torch.equal(layer.values.dense(), part.weight("v_proj"))
-        assert torch.equal(layer.keys.dense().sum((1, 2)), torch.tensor(layer.keys.ranks).float())
+    for layer in factors.layers:
+        assert torch.equal(layer.values.dense(), torch.eye(128))
+        assert torch.equal(layer.keys.dense().sum(1).view(4, 32).sum(1), torch.tensor(layer.keys.ranks).float())
         assert set(layer.keys.dense().unique().tolist()) == {0.0, 1.0}
     with pytest.raises(ValueError, match=r"keep: expected at least 0\.750, all of the values, one step of 16 a group"):
         compressed(model, "think", 0.7)
@@ -309,44 +346,39 @@ def test_think_leaves_the_values_whole_or_says_what_keep_it_needs():
 # All of rotated keys
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "mqa"])
+@pytest.mark.parametrize("family", slow_unless(["llama3"], ["llama", "llama3", "gemma3", "mqa"]))
 @pytest.mark.parametrize("method", ROTATED)
 def test_models_attend_on_latents_of_rotated_keys(method, family):
-    """Exactly at full rank; at less, token by token as in one pass."""
+    """Exactly at full rank; at less, the better the more is near and exact."""
     model, ids = tiny.model(family), tiny.tokens(2, 30)
+    want = logits(model, ids)
     whole, factors = compressed(model, method, 1.0), compressed(model, method, 0.8)
-    with torch.no_grad():
-        expected = model(ids).logits
-        with latent_attention(model, whole):
-            torch.testing.assert_close(model(ids, use_cache=False).logits, expected, rtol=0, atol=2e-3)
-        with latent_attention(model, factors, recent=4):
-            once, cache = model(ids, use_cache=False).logits, LatentCache(model, factors, recent=4)
-            split = [model(part, past_key_values=cache).logits for part in ids.split((17, 1, 1, 11), 1)]
-        torch.testing.assert_close(torch.cat(split, 1), once, rtol=0, atol=1e-4)
-    assert all(layer.rotated and layer.rope is None for layer in factors.layers)
+    errors = [(on_latents(model, factors, ids, Window(n, 0)) - want).norm() / want.norm() for n in (0, 15, 30)]
+    assert errors == sorted(errors, reverse=True) and errors[0] > 1e-2 and errors[2] < 1e-5
+    assert (on_latents(model, whole, ids) - want).norm() < 1e-3 * want.norm()
 
 
 @pytest.mark.parametrize("method", ROTATED)
 def test_rotated_keys_are_divided_over_shards(method):
     model = tiny.model("mha")
     layer = compressed(model, method, 0.8, shards=2).layers[0]
-    x, keys = torch.randn(5, 96), torch.randn(5, 8, 32)
-    whole = layer.rebuild(*layer.project(x, keys))
+    heads = torch.randn(2, 5, 8, 32, generator=torch.Generator().manual_seed(0))
+    whole = layer.rebuild(*layer.project(*heads))
     for rank in range(2):
-        part, own = layer.shard(rank, 2), slice(4 * rank, 4 * rank + 4)
-        for got, expected in zip(part.rebuild(*part.project(x, keys[:, own])), whole, strict=True):
+        own = slice(4 * rank, 4 * rank + 4)
+        part = layer.shard(rank, 2)
+        for got, expected in zip(part.rebuild(*part.project(*heads[:, :, own])), whole, strict=True):
             torch.testing.assert_close(got, expected[:, own], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_value_bias_may_hold_what_latents_lose_of_the_mean_and_nothing_else(dtype):
-    model = tiny.model("llama3", dtype=dtype)
-    factors = compressed(model, "matryoshka-pca", 0.5)
-    LatentCache(model, factors)
-    LatentCache(model, compressed(model, "matryoshka-pca", 1.0))
-    layer = factors.layers[0]
-    other = layer.values.bias + layer.values.up[:, 0]  # along a direction that a latent spans
-    values = lrattn.Projection(layer.values.up, layer.values.ranks, layer.values.down, other)
-    changed = lrattn.LayerFactors(layer.keys, values, None, rotated=True)
-    with pytest.raises(ValueError, match="the value bias of"):
-        LatentCache(model, lrattn.Factors((changed, *factors.layers[1:])))
+@pytest.mark.parametrize("method", ["matryoshka-pca", "kv-heads", "lrattn-rotated"])
+def test_factors_of_16_bits_are_those_of_32_rounded(method, dtype):
+    """Means are sums in float64, and of 16-bit heads: no digit of an offset is lost to the size of a sum."""
+    rounded, exact = (compressed(tiny.model("llama3", dtype=d), method, 0.5).layers for d in (dtype, torch.float32))
+    eps = torch.finfo(dtype).eps
+    for a, b in zip(rounded, exact, strict=True):
+        assert a.dtype == dtype
+        for side in ("keys", "values"):
+            one, other = getattr(a, side).offset, getattr(b, side).offset
+            assert (one.float() - other).norm() < 8 * eps * other.norm()

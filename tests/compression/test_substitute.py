@@ -1,55 +1,220 @@
-"""Other keys and values in a model's attention: the model's own change nothing, those of factors are the latents'."""
+"""Other keys and values in a model's attention: its own change nothing, others are seen by queries far from them."""
 
+import gc
+import weakref
+from contextlib import contextmanager
+
+import architectures
 import pytest
 import tiny
 import torch
+import transformers
+from given import eager, served, watching
+from slowly import slow_unless
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import lrattn
 from lrattn.compression.substitute import Window, substituted
-from lrattn.factors.parts import attention_parts
-from lrattn.integrations.transformers import latent_attention
+from lrattn.models.interface import attention_set, cache_argument
+from lrattn.models.layers import attention_layers
 
-FAMILIES = tuple(tiny.CONFIGS)
 WINDOWS = [Window(), Window(5, 1), Window(0, 3), Window(60, 0)]
+NAMES = served(architectures.ARCHITECTURES)
+QUICK = ("Gemma-2", "gpt-oss", "Llama-4", "Gemma-3n", "GPT-2")
+BATCHES = {"whole": (architectures.tokens(2, 40), None)} | {
+    side: architectures.padded((37, 21, 5), side) for side in ("left", "right")
+}
+
+
+def rebuilt(factors, positions):
+    """`replace` that gives what the latents of these factors rebuild of keys at these positions [B, T]."""
+
+    def replace(i, q, k, v):
+        layer = factors.layers[i]
+        at = None if layer.rope is None else positions.expand(len(k), -1)
+        latents = layer.project(*(x.transpose(1, 2) for x in (k, v)), at)
+        return tuple(x.transpose(1, 2) for x in layer.rebuild(*latents, at))
+
+    return replace
 
 
 @torch.no_grad()
-def logits(model, ids):
-    return model(ids, use_cache=False).logits
+def logits(model, ids, mask=None):
+    """Of live tokens."""
+    found = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    return found if mask is None else found[mask.bool()]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def on_latents(model, factors, ids, window=WINDOWS[0]):
+    """Logits of texts without padding."""
+    layers, at = attention_layers(model), torch.arange(ids.shape[1])[None]
+    with substituted(model, layers, rebuilt(factors, at), window):
+        return logits(model, ids)
+
+
+def assert_close(got, want):
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-5 * want.abs().max().item())
+
+
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
-def test_the_model_s_own_change_nothing(family, window):
-    model, ids = tiny.model(family), tiny.tokens(2, 30)
-    expected = logits(model, ids)
-    with substituted(model, lambda i, x, k, v: (k, v), window):
-        torch.testing.assert_close(logits(model, ids), expected, rtol=0, atol=1e-4)
-    assert torch.equal(logits(model, ids), expected)
+@pytest.mark.parametrize("name", slow_unless(QUICK, NAMES))
+def test_the_model_s_own_change_nothing(name, window):
+    model = eager(name)
+    layers = attention_layers(model)
+    for batch in BATCHES.values():
+        want = logits(model, *batch)
+        with substituted(model, layers, lambda i, q, k, v: (k, v), window):
+            assert_close(logits(model, *batch), want)
+        with substituted(model, layers, lambda i, q, k, v: (k.clone(), v.clone()), window):  # others, if equal ones
+            assert_close(logits(model, *batch), want)
+        assert torch.equal(logits(model, *batch), want)
+
+
+def turned(i, k, v):
+    """Other keys and values, of each layer in its own way."""
+    return k.roll(1 + i, -1) * 0.7, v.flip(-1) - 0.1 * i
+
+
+@contextmanager
+def by_hand(model, window, turn, begins):
+    """Attention with other keys and values for what is far, every score of every query, by transformers' own masks.
+
+    begins: [B], the first column of each row that is not padding.
+    """
+    layers, made = {layer.module: i for i, layer in enumerate(attention_layers(model))}, []
+
+    def attend(module, q, k, v, mask, scaling=None, **_):
+        if not any(k is other for other, _ in made):
+            made.append((k, turn(layers[module], k, v)))
+        far = next(pair for other, pair in made if other is k)
+        more, (i, j) = q.shape[1] // k.shape[1], (torch.arange(k.shape[2])[:, None], torch.arange(k.shape[2]))
+        first = begins[:, None, None, None]
+        close = (j > i - window.recent) | ((j >= first) & (j < first + window.sinks))
+        (k, v), (far_k, far_v) = ([x.repeat_interleave(more, 1) for x in pair] for pair in ((k, v), far))
+        scores = torch.where(close, q @ k.mT, q @ far_k.mT) * scaling
+        p = scores.masked_fill(mask < -1, -torch.inf).softmax(-1).nan_to_num()
+        return ((p * close) @ v + (p * ~close) @ far_v).transpose(1, 2), None
+
+    AttentionInterface.register("by hand", attend)
+    AttentionMaskInterface.register("by hand", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+    with attention_set(model, "by hand"):
+        yield
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("name", served(["Llama", "Qwen2, windows", "Gemma-3n", "GPT-2"]))
+def test_others_are_in_the_place_of_what_is_far_alone(name, window):
+    """In layers that attend on the keys of another, too; each layer that has its own is asked once a pass, in order."""
+    model, calls = architectures.model(name), []
+    layers = attention_layers(model)
+
+    def replace(i, q, k, v):
+        calls.append(i)
+        assert q.shape[2] == k.shape[2] and k.shape[1:] == (layers[i].num_kv_heads, k.shape[2], layers[i].head_dim)
+        return turned(i, k, v)
+
+    for side in ("whole", "left"):
+        ids, mask = BATCHES[side]
+        mask = torch.ones_like(ids) if mask is None else mask
+        with substituted(model, layers, replace, window):
+            got = logits(model, ids, mask)
+        assert calls == list(range(len(layers)))
+        calls.clear()
+        with by_hand(model, window, turned, mask.argmax(1)):
+            want = logits(model, ids, mask)
+        assert_close(got, want)
+        changed = (want - logits(model, ids, mask)).norm() / want.norm()
+        assert changed < 1e-5 if window.recent >= 40 else changed > 0.05
 
 
 @pytest.mark.parametrize("family", ["llama3", "qwen3", "qwen2-window"])
-@pytest.mark.parametrize("window", WINDOWS, ids=str)
-def test_the_maps_of_factors_give_what_attention_on_their_latents_gives(family, window):
+def test_the_maps_of_factors_are_keys_and_values_times_a_matrix(family):
+    """Rebuilt latents, before RoPE and with offsets, against `dense` and transformers' own attention."""
     model, ids = tiny.model(family), tiny.tokens(2, 30)
     factors = lrattn.compress(model, [ids], keep=0.3, shared=False, far=(0, 0), progress=False)
-    weights = [[side.dense().flatten(0, 1) for side in layer.sides] for layer in factors.layers]
-    parts = attention_parts(model)
+    maps = [(layer.keys.dense(), layer.values.dense()) for layer in factors.layers]
+    modules, at = [layer.module for layer in attention_layers(model)], torch.arange(30).expand(2, -1)
 
-    def low_rank(i, x, k, v):
-        k_bias, v_bias = (parts[i].linear(name).bias for name in ("k_proj", "v_proj"))
-        return (torch.nn.functional.linear(x, w, b) for w, b in zip(weights[i], (k_bias, v_bias), strict=True))
+    def low_rank(module, q, k, v, mask):
+        layer, made = factors.layers[modules.index(module)], []
+        heads = layer.rope.turn_back(k.transpose(1, 2), at), v.transpose(1, 2)
+        for x, weight, side in zip(heads, maps[modules.index(module)], (layer.keys, layer.values), strict=True):
+            offset = torch.zeros(4, 32) if side.offset is None else side.offset
+            made.append(((x - offset).flatten(2) @ weight).view(x.shape) + offset)
+        return layer.rope.rotate(made[0], at).transpose(1, 2), made[1].transpose(1, 2)
 
-    with substituted(model, low_rank, window):
-        got = logits(model, ids)
-    with latent_attention(model, factors, recent=window.recent, sinks=window.sinks):
-        expected = logits(model, ids)
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
-    changed = (got - logits(model, ids)).abs().max()
-    assert changed < 1e-4 if window.recent >= 30 else changed > 1e-2
+    with watching(model, low_rank):
+        want = logits(model, ids)
+    assert_close(on_latents(model, factors, ids), want)
+    assert (want - logits(model, ids)).abs().max() > 1e-2
+    assert all((layer.keys.offset is None) == (family == "qwen3") for layer in factors.layers)
+
+
+@pytest.mark.parametrize("window", WINDOWS[:3], ids=str)
+def test_gradients_pass_through_near_ones_and_far_ones(window):
+    """Through the model's own keys and values and through those in their place: nothing is cut off."""
+    model, ids = tiny.model("qwen2-window", dtype=torch.float64), tiny.tokens(2, 24)
+    leaves = [torch.zeros(2, 4, 24, 32, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    wanted = [*leaves, *(model.model.layers[i].self_attn.k_proj.weight for i in (0, 2))]
+
+    def turn(i, k, v):
+        return (k * 1.1 + leaves[0], v * 0.9 + leaves[1]) if i == 1 else (k, v)
+
+    found = []
+    blocks = (
+        substituted(model, attention_layers(model), lambda i, q, k, v: turn(i, k, v), window),
+        by_hand(model, window, turn, torch.zeros(2, dtype=torch.int64)),
+    )
+    for block in blocks:
+        with block:
+            loss = model(input_ids=ids, use_cache=False).logits.logsumexp(-1).sum()
+        found.append(torch.autograd.grad(loss, wanted))
+    for got, want in zip(*found, strict=True):
+        assert (got - want).norm() < 1e-5 * want.norm() and want.norm() > 0
+    seen = found[0][1].abs().sum((0, 1, 3))  # of values, by token
+    assert seen[: window.sinks].max() == 0 if window.sinks else seen[0] > 0
+    assert seen[24 - window.recent + 1 :].max() == 0 if window.recent else seen[-1] > 0
+
+
+def test_passes_with_a_cache_are_refused_where_they_go_on():
+    model, cache, ids = tiny.model("llama"), transformers.DynamicCache(), tiny.tokens(1, 20)
+    with substituted(model, attention_layers(model), lambda i, q, k, v: (k, v)), torch.no_grad():
+        whole = model(input_ids=ids, use_cache=False).logits
+        first = model(input_ids=ids[:, :12], use_cache=True, **cache_argument(cache)).logits
+        torch.testing.assert_close(first, whole[:, :12], rtol=0, atol=1e-4)
+        with pytest.raises(
+            ValueError, match=r"^model: expected a pass of whole texts through LlamaAttention, got another$"
+        ):
+            model(input_ids=ids[:, 12:], use_cache=True, **cache_argument(cache))
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_nothing_is_held_when_the_block_has_been_left():
+    """Though what replaces keys may hold them for gradients, and the block what replaces them."""
+    model, held = tiny.model("llama"), []
+    layers = attention_layers(model)
+
+    def replace(i, q, k, v):
+        held.extend(map(weakref.ref, (k, v)))
+        return k * k, v * v
+
+    gc.collect()
+    gc.freeze()  # nothing of before is looked at
+    with substituted(model, layers, replace, Window(3, 1)):
+        model(input_ids=tiny.tokens(1, 20), use_cache=False)
+    gc.collect()
+    gc.unfreeze()
+    assert len(held) == 6 and not any(x() is not None for x in held)
 
 
 @pytest.mark.parametrize("numbers", [(-1, 0), (0, -2), (1.5, 0), (True, 0)])
 def test_windows_are_numbers_of_tokens(numbers):
     with pytest.raises(ValueError, match="expected a number of tokens"):
         Window(*numbers)
+    with pytest.raises(ValueError, match="expected a number of tokens"):
+        Window.of(numbers)
+    for wrong in (5, (5,), (5, 2, 1), None, "52"):
+        with pytest.raises(ValueError, match=r"far: expected \(recent, sinks\), got"):
+            Window.of(wrong)
+    assert Window.of([5, 2]) == Window(5, 2)

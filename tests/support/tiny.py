@@ -1,5 +1,7 @@
 """Tiny random models of every supported family, with attention that matters: scores of order one."""
 
+import copy
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -47,12 +49,16 @@ CONFIGS = {
 
 
 def model(family, seed=0, dtype=torch.float32):
-    return built(CONFIGS[family], seed).to(dtype)
+    """As one that was loaded with dtype=: its frequencies are not rounded."""
+    new = built(CONFIGS[family], seed)
+    for p in new.parameters():
+        p.data = p.data.to(dtype)
+    return new
 
 
 def built(config, seed):
     torch.manual_seed(seed)
-    new = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    new = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32).eval()  # which 5.5 does not copy
     with torch.no_grad():
         for name, p in new.named_parameters():
             if name.endswith(("q_proj.weight", "k_proj.weight")):

@@ -1,14 +1,17 @@
 """Factorisation methods: what is decomposed together, in which metric, and what follows.
 
-measure(part, moments, layer, side) -> C, G
+Methods are maps of heads: of keys and values as attention is given them, or with keys turned back from their positions.
 
-part: the attention layer. moments: of the calibration; None if the method was given no data. side: "keys" or "values".
-C: [inputs, inputs] float64, weighted second moment of the inputs. G: [n, n], n = Hkv * D, what an error of the outputs
-costs; None for the identity. None for C, too, where the method looks at no data.
+measure(layer, moments, i, side) -> C, G
+
+layer: of the model. moments: of the calibration; empty if the method was given no data. i: the layer's number in them.
+side: "keys" or "values". C: float64, weighted second moment of [x, 1]: [n + 1, n + 1], n = Hkv * D, of that side's
+heads, or [2n + 1, 2n + 1] of keys and values together; of methods that read weights [n, n], without the 1. G: [n, n],
+what an error of the heads costs; None for the identity.
 
 decompose(weight, moment, metric) -> energies, up, down
 
-weight: [C, D, inputs] float64, the heads of one group, with their C and their block of G.
+weight: [C, D, inputs] float64, which of a group's inputs each head is, with their C and their block of G.
 energies: [n], descending, n = min(C * D, inputs): what the map loses with each latent that is cut.
 up: [C, n, D]; down: [inputs, n]. At rank r the map of head h is x -> x @ down[:, :r] @ up[h, :r].
 """
@@ -23,12 +26,12 @@ from torch import Tensor
 from lrattn.compression.clusters import Cluster, balanced, greedy
 from lrattn.compression.methods import asvd, eigen, gradient, kq_svd, palu, recalkv, rotated, svd, think
 from lrattn.compression.moments import Moments
-from lrattn.factors.parts import AttentionParts
+from lrattn.models.layers import AttentionLayer
 
-Measured = tuple[Tensor | None, Tensor | None]
-Measure = Callable[[AttentionParts, Moments | None, int, str], Measured]
-Decompose = Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor, Tensor]]
-DecomposeKeys = Callable[[Tensor, Tensor | None], list[tuple[Tensor, Tensor, Tensor]]]
+Measured = tuple[Tensor, Tensor | None]
+Measure = Callable[[AttentionLayer, Moments, int, str], Measured]
+Decompose = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
+DecomposeKeys = Callable[[Tensor, Tensor], list[tuple[Tensor, Tensor, Tensor]]]
 Refit = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -40,21 +43,20 @@ class Method:
         measure: what its errors are measured by (see above).
         decompose: one group of heads -> energies, up, down (see above).
         key_decompose: the same, of keys. None: `decompose`.
-        decompose_keys: all heads of a layer, each a group: (weight [Hkv, D, E], C) -> energies, up, down of each. None:
+        decompose_keys: all heads of a layer, each a group: (weight [Hkv, D, n], C) -> energies, up, down of each. None:
             one group at a time.
         groups: which kv heads share a latent of keys, and of values: "given", as many as the caller asks for; "head",
             each has its own; "layer", all share one (keys: all of one tensor-parallel rank).
         cluster: which heads go together where groups are of more than one; None takes them in the model's order.
         cluster_values: cluster the heads of the values, too; else they are taken in the model's order.
-        refit: (weight, down [E, rank], moment of the compressed model's inputs) -> (up, down), of the values.
-        gather: what calibration has to sum beside the inputs (lrattn.compression.moments.GATHERED).
+        refit: (weight, down [n, rank], moment of the compressed model's values) -> (up, down), of the values.
+        gather: what calibration has to sum (lrattn.compression.moments.GATHERED).
         needs_data: whether `measure` needs moments.
+        reads_weights: `measure` reads k_proj and v_proj, of models where they are Linear layers.
         in_nats: energies are twice the loss in nats a token: comparable over layers, keys and values, so that bits can
-            be spent on them all, keys and values can share a row where both are maps of the inputs, and the loss is
-            predicted.
-        rotated: keys are compressed after their rotation; `inputs` of the keys are the layer's rotated keys, and the
-            weight is the identity.
-        centred: C is taken about the mean of the inputs, and what the latents lose of the mean is in the bias.
+            be spent on them all, keys and values can share a row where neither is rotated, and the loss is predicted.
+        rotated: keys are compressed as attention is given them, after their rotation.
+        centred: C is taken about the mean of the heads, whether the model has biases or not.
         whole_values: values are kept at full rank.
         ranks: the rule that shares them out where the caller names none.
         near: (recent, sinks) of the dense window its cache holds where the caller names none.
@@ -68,8 +70,9 @@ class Method:
     cluster: Cluster | None = None
     cluster_values: bool = False
     refit: Refit | None = None
-    gather: tuple[str, ...] = ()
+    gather: tuple[str, ...] = ("before",)
     needs_data: bool = True
+    reads_weights: bool = False
     in_nats: bool = False
     rotated: bool = False
     centred: bool = False
@@ -116,13 +119,13 @@ METHODS: dict[str, Method] = {
         measure=gradient.measure,
         cluster=balanced,
         cluster_values=True,
-        gather=("metric",),
+        gather=("before", "metric"),
         in_nats=True,
         near=NEAR,
     ),
     "lrattn-rotated": _of_rotated(),
     "lrattn-channels": _of_rotated(think.decompose),
-    "svd": Method(measure=svd.measure, needs_data=False),
+    "svd": Method(measure=svd.measure, gather=(), needs_data=False, reads_weights=True),
     "palu": Method(),
     "recalkv": _recalkv(balanced, recalkv.calibrate_values),
     "recalkv-greedy": _recalkv(greedy, recalkv.calibrate_values),  # the paper's own clustering
@@ -131,15 +134,15 @@ METHODS: dict[str, Method] = {
     "recalkv-neither": _recalkv(),
     "kq-svd": Method(kq_svd.decompose, kq_svd.measure, groups=HEAD, gather=("rotated",), rotated=True, ranks="uniform"),
     "eigen": Method(decompose_keys=eigen.decompose_keys, groups=HEAD),
-    "asvd": Method(measure=asvd.measure, gather=("magnitudes",)),
+    "asvd": Method(measure=asvd.measure, gather=("magnitudes",), reads_weights=True),
     "svd-llm": Method(groups=LAYER),
-    "lorc": Method(measure=svd.measure, groups=LAYER, needs_data=False, ranks="condition"),
+    "lorc": Method(
+        measure=svd.measure, groups=LAYER, gather=(), needs_data=False, reads_weights=True, ranks="condition"
+    ),
     "cskv": Method(groups=LAYER, near=(32, 0)),
     "kv-heads": Method(measure=rotated.measure, groups=LAYER, gather=("rotated",), rotated=True),
     "matryoshka": Method(measure=rotated.measure, groups=HEAD, gather=("rotated",), rotated=True),  # before training
-    "matryoshka-pca": Method(
-        measure=rotated.measure, groups=HEAD, gather=("rotated", "means"), rotated=True, centred=True
-    ),
+    "matryoshka-pca": Method(measure=rotated.measure, groups=HEAD, gather=("rotated",), rotated=True, centred=True),
     "think": Method(think.decompose, think.measure, groups=HEAD, gather=("rotated",), rotated=True, whole_values=True),
 }
 DEFAULT = "lrattn"

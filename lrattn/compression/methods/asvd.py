@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lrattn.compression.moments import Moments
-from lrattn.factors.parts import AttentionParts
+from lrattn.models.layers import AttentionLayer
+from lrattn.models.weights import weight
 
 ALPHA = 0.5  # as published
 
 
-def measure(
-    part: AttentionParts, moments: Moments | None, layer: int, side: str
-) -> tuple[Tensor | None, Tensor | None]:
-    """C = S^2, S = diag((mean |x|)^alpha), from moments with "magnitudes" gathered: W S is decomposed, S is undone."""
-    if moments is None:
-        return None, None
-    sizes = moments.sums["magnitudes"][layer] / max(moments.tokens, 1)
-    return torch.diag(sizes ** (2 * ALPHA)), None
+def measure(layer: AttentionLayer, moments: Moments, i: int, side: str) -> tuple[Tensor, Tensor | None]:
+    """C = W S^2 W^T, S = diag((mean |x|)^alpha), from moments with "magnitudes": W S is decomposed, S is undone."""
+    sizes = moments.sums["magnitudes"][i] / max(moments.tokens, 1)
+    scaled = weight(layer, side) * sizes**ALPHA
+    return scaled @ scaled.T, None

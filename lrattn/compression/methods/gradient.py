@@ -1,9 +1,9 @@
 """lrattn's own factors: the least loss of the model, to second order, that maps of a rank can have.
 
-An error dW of a projection moves the output of token t by dW x_t, and the loss by g_t^T dW x_t plus second-order terms,
-g_t the gradient of the loss by that output. With labels drawn from the model's own predictions the first-order terms
-cancel, and the second-order ones are the Fisher information: half of the mean of (g_t^T dW x_t)^2. As a product of one
-matrix a side,
+An error dW of a map of heads x_t moves the keys or values of token t by dW x_t, and the loss by g_t^T dW x_t plus
+second-order terms, g_t the gradient of the loss by those. With labels drawn from the model's own predictions the
+first-order terms cancel, and the second-order ones are the Fisher information: half of the mean of (g_t^T dW x_t)^2. As
+a product of one matrix a side,
 
     loss = 1/2 tr(G dW C dW^T)   nats a token,   G = m mean(g g^T / |g|),   C = mean(|g| x x^T) / m,   m = mean |g|.
 
@@ -22,19 +22,17 @@ from functools import partial
 from torch import Tensor
 
 from lrattn.compression.moments import Moments
-from lrattn.factors.parts import AttentionParts
+from lrattn.models.layers import AttentionLayer
 
 
 def measure(
-    part: AttentionParts, moments: Moments | None, layer: int, side: str, *, rotated: bool = False
-) -> tuple[Tensor | None, Tensor | None]:
-    """C and G of the formula above, from moments with "metric" gathered.
+    layer: AttentionLayer, moments: Moments, i: int, side: str, *, rotated: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """C and G of the formula above, from moments with "metric": x_t are keys before RoPE and values, W selects.
 
-    rotated: the keys are the model's own, normed and rotated, x_t = k_t and W = I: with "rotated-metric" and "rotated".
+    rotated: keys are as attention is given them: from "rotated-metric" and "rotated".
     """
-    if moments is None:
-        return None, None
-    metric, moment = moments.metric(layer, side, rotated=rotated)
+    metric, moment = moments.metric(i, side, rotated=rotated)
     return moment, metric
 
 

@@ -15,28 +15,26 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lrattn.compression.methods import palu
+from lrattn.compression.methods import palu, rotated
 from lrattn.compression.methods.weighted import INPUT_DAMPING
 from lrattn.compression.moments import Moments
-from lrattn.factors.parts import AttentionParts
+from lrattn.models.layers import AttentionLayer
+from lrattn.models.weights import linear
 
 # These metrics are sums over all tokens, or of weights: they have no noise to damp, only directions never seen.
 decompose = partial(palu.decompose, damping=INPUT_DAMPING)
 
 
-def measure(
-    part: AttentionParts, moments: Moments | None, layer: int, side: str
-) -> tuple[Tensor | None, Tensor | None]:
+def measure(layer: AttentionLayer, moments: Moments, i: int, side: str) -> tuple[Tensor, Tensor | None]:
     """Keys: C = sum k k^T, G = sum q q^T over a kv head's query heads, from moments with "rotated" gathered.
 
-    Values: C of the inputs, G = mean of Wo Wo^T over a kv head's query heads. (The released code has the mean of Wo in
-    its place, where output projections of opposite signs cancel.) The blocks of G between heads are zero.
+    Values: C = sum v v^T, G = mean of Wo Wo^T over a kv head's query heads, of models whose o_proj is a Linear layer.
+    (The released code has the mean of Wo in its place, where output projections of opposite signs cancel.) The blocks
+    of G between heads are zero.
     """
-    if moments is None:
-        return None, None
+    moment, _ = rotated.measure(layer, moments, i, side)
     if side == "keys":
-        queries = moments.sums["rotated.queries"][layer]
-        return moments.sums["rotated.keys"][layer], torch.block_diag(*queries)
-    wo = part.linear("o_proj").weight.detach().double().cpu()  # [E, Hq * D]
-    heads = wo.T.reshape(part.num_kv_heads, -1, part.head_dim, len(wo))  # [Hkv, Hq / Hkv, D, E]
-    return moments.inputs[layer], torch.block_diag(*(heads @ heads.mT).mean(1))
+        return moment, torch.block_diag(*moments.sums["rotated.queries"][i])
+    wo = linear(layer, "o_proj").weight.detach().double().cpu()  # [E, Hq * D]
+    heads = wo.T.reshape(layer.num_kv_heads, -1, layer.head_dim, len(wo))  # [Hkv, Hq / Hkv, D, E]
+    return moment, torch.block_diag(*(heads @ heads.mT).mean(1))

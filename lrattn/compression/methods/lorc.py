@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import torch
 
-from lrattn.factors.parts import AttentionParts
+from lrattn.models.layers import AttentionLayer
+from lrattn.models.weights import NAMES, weight
 
 
-def log_condition(part: AttentionParts) -> float:
+def log_condition(layer: AttentionLayer) -> float:
     """log kappa(Wk) + log kappa(Wv), kappa the largest singular value over the smallest."""
     total = 0.0
-    for name in ("k_proj", "v_proj"):
-        sizes = torch.linalg.svdvals(part.linear(name).weight.detach().double().cpu())
+    for side in NAMES:
+        sizes = torch.linalg.svdvals(weight(layer, side))
         least = sizes[0] * torch.finfo(sizes.dtype).eps  # smaller ones are rounding
         total += (sizes[0] / sizes[-1].clamp_min(least)).log().item()
     return total

@@ -9,18 +9,19 @@ from torch import Tensor
 
 from lrattn.compression.methods.weighted import METRIC_DAMPING, low_rank
 from lrattn.compression.moments import Moments
-from lrattn.factors.parts import AttentionParts
+from lrattn.models.layers import AttentionLayer
 
 
-def measure(
-    part: AttentionParts, moments: Moments | None, layer: int, side: str
-) -> tuple[Tensor | None, Tensor | None]:
-    """C = sum x x^T over the calibration inputs, G the identity: squared errors of the outputs on those inputs."""
-    return (None if moments is None else moments.inputs[layer]), None
+def measure(layer: AttentionLayer, moments: Moments, i: int, side: str) -> tuple[Tensor, Tensor | None]:
+    """C: second moment of the heads on the calibration text, keys before RoPE; G the identity: their squared errors.
+
+    With W x for the heads it is W (sum x x^T) W^T, what the published whitening comes to.
+    """
+    return moments.sums["before"][i], None
 
 
 def decompose(
-    weight: Tensor, moment: Tensor | None, metric: Tensor | None = None, *, damping: float = METRIC_DAMPING
+    weight: Tensor, moment: Tensor, metric: Tensor | None = None, *, damping: float = METRIC_DAMPING
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The maps of every rank with the least tr(G dW C dW^T).
 

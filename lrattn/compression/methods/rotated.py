@@ -9,13 +9,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from lrattn.compression.moments import Moments
-from lrattn.factors.parts import AttentionParts
+from lrattn.models.layers import AttentionLayer
 
 
-def measure(
-    part: AttentionParts, moments: Moments | None, layer: int, side: str
-) -> tuple[Tensor | None, Tensor | None]:
-    """Keys: C = sum k k^T, from moments with "rotated" gathered. Values: C of the inputs. G is the identity."""
-    if moments is None:
-        return None, None
-    return (moments.sums["rotated.keys"] if side == "keys" else moments.inputs)[layer], None
+def measure(layer: AttentionLayer, moments: Moments, i: int, side: str) -> tuple[Tensor, Tensor | None]:
+    """C: sum k k^T or sum v v^T, as attention is given them, from moments with "rotated". G is the identity."""
+    return moments.sums[f"rotated.{side}"][i], None

@@ -22,7 +22,10 @@ SEEN = 1e-4  # of the largest pivot: below it are rounding, and columns too smal
 
 @dataclass(frozen=True, eq=False)
 class Side:
-    """One side of a group: weight [C, D, E], its moment [E, E] and its metric [C * D, C * D], float64."""
+    """One side of a group: weight [C, D, E], its moment [E, E] and its metric [C * D, C * D], float64.
+
+    The weights of the tokens in the moment add up to 1: so do those of both sides count alike in a common one.
+    """
 
     weight: Tensor
     moment: Tensor
@@ -38,20 +41,12 @@ class Side:
         return factor(self.moment)
 
 
-def common_moment(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The mean of two sides' moments [E, E], each brought to trace 1, and what each metric is multiplied by for it."""
-    k, v = keys.trace(), values.trace()
-    return (keys / k + values / v) / 2, k, v
-
-
 def joint(keys: Side, values: Side) -> tuple[Tensor, Tensor, Tensor]:
     """The best row of every rank for keys and values stacked: energies [m], up [C, m, 2 D] (keys first), down [E, m].
 
-    W = [Wk; Wv], G = blockdiag(Gk, Gv), and C the mean of both sides' moments, each brought to trace 1 and its metric
-    scaled to match: m = min(2 C D, E).
+    W = [Wk; Wv], G = blockdiag(Gk, Gv), and C the mean of both sides' moments: m = min(2 C D, E).
     """
-    moment, k, v = common_moment(keys.moment, values.moment)
-    metric = torch.block_diag(keys.metric * k, values.metric * v)
+    moment, metric = (keys.moment + values.moment) / 2, torch.block_diag(keys.metric, values.metric)
     energies, up, down = low_rank(torch.cat((keys.flat, values.flat)), moment, metric)
     heads = len(keys.weight)
     sides = [x.unflatten(1, (heads, -1)) for x in up.chunk(2, 1)]  # [m, C, D]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from lrattn.compression.moments import Moments
-from lrattn.factors.parts import AttentionParts
+from lrattn.models.layers import AttentionLayer
+from lrattn.models.weights import weight
 
 
-def measure(
-    part: AttentionParts, moments: Moments | None, layer: int, side: str
-) -> tuple[Tensor | None, Tensor | None]:
-    """C and G the identity: the best maps in the Frobenius norm of the weights, energies squared singular values."""
-    return None, None
+def measure(layer: AttentionLayer, moments: Moments, i: int, side: str) -> tuple[Tensor, Tensor | None]:
+    """C = W W^T: the best maps in the Frobenius norm of the weights, energies squared singular values."""
+    own = weight(layer, side)
+    return own @ own.T, None

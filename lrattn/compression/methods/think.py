@@ -8,20 +8,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lrattn.compression.methods import kq_svd
+from lrattn.compression.methods import kq_svd, rotated
 from lrattn.compression.moments import Moments
-from lrattn.factors.parts import AttentionParts
+from lrattn.models.layers import AttentionLayer
 
 
-def measure(
-    part: AttentionParts, moments: Moments | None, layer: int, side: str
-) -> tuple[Tensor | None, Tensor | None]:
-    """Keys: C = sum k k^T, G = sum q q^T, as for KQ-SVD. Values, which lose nothing: C of the inputs."""
-    moment, metric = kq_svd.measure(part, moments, layer, side)
-    return moment, metric if side == "keys" else None
+def measure(layer: AttentionLayer, moments: Moments, i: int, side: str) -> tuple[Tensor, Tensor | None]:
+    """Keys: C = sum k k^T, G = sum q q^T, as for KQ-SVD. Values, which lose nothing: C alone."""
+    return (kq_svd if side == "keys" else rotated).measure(layer, moments, i, side)
 
 
-def decompose(weight: Tensor, moment: Tensor | None, metric: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def decompose(weight: Tensor, moment: Tensor, metric: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """The outputs in order of what each alone adds to the error: output j of one head has the energy
 
         G_jj (W C W^T)_jj = ||q_j||^2 ||k_j||^2,
@@ -30,7 +27,7 @@ def decompose(weight: Tensor, moment: Tensor | None, metric: Tensor | None) -> t
     """
     heads, head_dim, _ = weight.shape
     w = weight.flatten(0, 1)
-    energies = (w * w if moment is None else (w @ moment) * w).sum(1)
+    energies = ((w @ moment) * w).sum(1)
     energies = energies if metric is None else energies * metric.diagonal()
     order = energies.argsort(descending=True, stable=True)
     up = torch.eye(len(w), dtype=w.dtype)[order]  # [n, C * D]

@@ -47,10 +47,10 @@ def low_rank(
     return energies, up / size[:, None], down * size
 
 
-def deviations(down: Tensor, moment: Tensor | None) -> Tensor:
-    """Root mean squares of the latents x @ down, [m]: down [E, m], moment [E, E], None for the identity. 1 for a latent
-    that is always zero."""
-    size = (down * (down if moment is None else moment @ down)).sum(0).clamp_min(0).sqrt()
+def deviations(down: Tensor, moment: Tensor) -> Tensor:
+    """Root mean squares of the latents x @ down, [m]: down [inputs, m], moment [inputs, inputs], damped: a latent that
+    the text never saw keeps within a thousand times what it is. 1 for a latent that is always zero."""
+    size = (down * (damped(moment) @ down)).sum(0).clamp_min(0).sqrt()
     return torch.where(size > 0, size, 1.0)
 
 

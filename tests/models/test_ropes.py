@@ -1,0 +1,158 @@
+"""How keys are turned: found for every architecture, and refused where what a config says is not what is done."""
+
+import architectures
+import pytest
+import torch
+import transformers
+from architectures import ARCHITECTURES
+from given import given, served
+from slowly import slow_unless
+
+import lrattn
+from lrattn.models.layers import attention_layers
+from lrattn.models.ropes import INSTEAD, ropes_of
+
+QUICK = ("Llama, yarn", "Gemma-3", "Gemma-3n", "Phi-3", "GLM", "SmolLM3", "gpt-oss", "GPT-2", "Cohere")
+WITHOUT = {"Cohere-2": [1], "SmolLM3": [1], "EXAONE-4": [1], "Llama-4": [2], "GPT-2": [0, 1, 2], "OPT": [0, 1, 2]}
+INTERLEAVED = ("Cohere", "Cohere-2", "GLM", "GLM-4", "Llama-4", "ERNIE-4.5")
+HALF = ("GLM", "GLM-4", "GPT-NeoX")
+UNKNOWN = ("GPT-NeoX", "Llama-4", "GPT-2", "OPT")  # of which no module's output is keys before their rotation
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "long_factor": [2.0] * 8, "short_factor": [1.0] * 8}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+
+
+def found(model):
+    return ropes_of(model, attention_layers(model))
+
+
+@pytest.mark.parametrize("name", slow_unless(QUICK, served(ARCHITECTURES)))
+def test_each_layer_s_rotation_is_found(name):
+    """The one that takes keys as attention is given them back to those that the model turned."""
+    model = architectures.model(name)
+    ropes, ids = found(model), architectures.tokens(1, 40)[0]
+    assert [i for i, rope in enumerate(ropes) if rope is None] == WITHOUT.get(name, [])
+    for rope in filter(None, ropes):
+        assert rope.interleaved == (name in INTERLEAVED) and rope.rotary_dim == (8 if name in HALF else 16)
+    if name in UNKNOWN or "images" in name:
+        return
+    for rope, layer in zip(ropes, given(model, ids), strict=True):
+        if rope is None:
+            assert torch.equal(layer.k, layer.u)
+            continue
+        torch.testing.assert_close(rope.turn_back(layer.k, torch.arange(40)), layer.u, rtol=0, atol=1e-5)
+        assert (layer.k - layer.u)[1:].norm() > 0.1 * layer.u.norm()
+
+
+def test_layers_of_different_kinds_have_rotations_of_their_own():
+    assert [rope.theta for rope in found(architectures.model("Gemma-3"))] == [1e4, 1e6, 1e4]
+    assert [rope.theta for rope in found(architectures.model("Gemma-3n"))] == [1e4, 1e6]
+
+
+def test_the_attention_factor_is_part_of_a_rotation():
+    for name, factor in (("Llama, yarn", 1.1386), ("gpt-oss", 1.3466)):
+        (rope, *_) = found(architectures.model(name))
+        assert rope.frequencies()[1] == pytest.approx(factor, abs=1e-3)
+        turned = rope.rotate(torch.ones(1, 1, 16, dtype=torch.float64), torch.tensor([7]))
+        assert turned.norm().item() == pytest.approx(4 * factor, abs=1e-3)
+
+
+def loaded(name, dtype, **changes):
+    """As with from_pretrained(dtype=): all but the frequencies in it."""
+    model = architectures.model(name, **changes)
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", ["Gemma-3", "SmolLM3", "GLM"])
+def test_rotations_are_found_in_every_dtype(name, dtype):
+    assert found(loaded(name, dtype)) == found(architectures.model(name))
+
+
+def test_frequencies_that_a_cast_has_rounded_are_told():
+    """model.to(dtype) rounds them: a thousand positions on, keys are turned to somewhere else."""
+    model = loaded("Llama", torch.bfloat16, max_position_embeddings=8192)
+    assert len(found(model)) == 3
+    with pytest.raises(ValueError, match=r"^model: the keys of .*; a cast has rounded its frequencies, too: load"):
+        found(model.to(torch.bfloat16))
+
+
+def test_a_scaling_of_positions_is_found():
+    ropes = found(architectures.model("Llama", rope_parameters=LINEAR))
+    assert {rope.kind for rope in ropes} == {"linear"}
+
+
+def wrong_by(model, change):
+    """Cosines and sines that are not what the config says, as of code that comes with a model."""
+    rotary = model.model.rotary_emb
+    forward = rotary.forward
+
+    def changed(x, position_ids, *args, **kwargs):
+        return change(forward, x, position_ids, *args, **kwargs)
+
+    rotary.forward = changed
+    return model
+
+
+CHANGES = {
+    "faster": lambda forward, x, at, *a: forward(x, at * 3, *a),
+    "backwards": lambda forward, x, at, *a: (forward(x, at, *a)[0], -forward(x, at, *a)[1]),
+    "growing": lambda forward, x, at, *a: [t * (1 + at[..., None] / 100).to(t) for t in forward(x, at, *a)],
+    "another pair": lambda forward, x, at, *a: [t.roll(1, -1) for t in forward(x, at, *a)],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rotation_that_the_config_does_not_tell_is_refused(change, dtype):
+    """In a line that names the layer and what works; nothing else is asked of such a model."""
+    model, ids = wrong_by(loaded("Llama", dtype), CHANGES[change]), [architectures.tokens(2, 40)]
+    told = (
+        r"^model: the keys of model\.layers\.0\.self_attn are turned in a way that its config does not tell \(the "
+        rf"nearest differs by \d\.\de[-+]\d\d\): {INSTEAD}$"
+    )
+    for run in (lrattn.calibrate, lrattn.compress):
+        with pytest.raises(ValueError, match=told):
+            run(model, ids, progress=False)
+    assert lrattn.calibrate(model, ids, gather=["rotated", "rotated-metric"], progress=False).tokens == 80
+    factors = lrattn.compress(model, ids, "lrattn-rotated", far=(0, 0), progress=False)
+    assert all(layer.rope is None for layer in factors.layers)
+
+
+@pytest.mark.parametrize("name, parameters, told", [
+    ("Phi-3", LONG, "the keys of model.layers.0.self_attn are turned"),  # by one rotation first, then by another
+    ("Llama", DYNAMIC, "rope: dynamic NTK is refused: its frequencies change with the length"),
+])  # fmt: skip
+def test_rotations_that_are_not_one_for_every_text_are_refused(name, parameters, told):
+    changes = {"rope_parameters": parameters} | ({"original_max_position_embeddings": 128} if name == "Phi-3" else {})
+    with pytest.raises(ValueError, match=f"^model: {told}[^\n]*{INSTEAD}$"):
+        found(architectures.model(name, **changes))
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Gemma4TextConfig"), reason="this release has no Gemma-4")
+def test_layers_with_heads_of_different_sizes_may_have_rotations_of_their_own():
+    """Gemma-4: the kind of its full layers is not known here, and the others have one that is."""
+    kinds = {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
+    sizes = {"global_head_dim": 32, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 160}
+    config = transformers.Gemma4TextConfig(**architectures.HEADS, **kinds, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    layers = attention_layers(model)
+    assert [layer.head_dim for layer in layers] == [16, 16, 32]
+    with pytest.raises(ValueError, match=f"^model: rope: expected a scaling of .*, got 'proportional'; {INSTEAD}$"):
+        ropes_of(model, layers)
+    factors = lrattn.compress(model, [architectures.tokens(2, 40)], "lrattn-rotated", far=(0, 0), progress=False)
+    assert [layer.head_dim for layer in factors.layers] == [16, 16, 32]
+
+
+def test_the_model_is_asked_at_two_places_and_left_alone():
+    model, seen = architectures.model("Llama").train(), []
+    layers = attention_layers(model)
+    model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True)
+    ropes_of(model, layers)
+    assert (
+        len(seen) == 2 and int(seen[1].max()) == 511 and model.training and model.config._attn_implementation == "sdpa"
+    )
+    ropes_of(architectures.model("GPT-2"), [])
+    assert len(seen) == 2

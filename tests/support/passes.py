@@ -1,0 +1,109 @@
+"""Passes of a model on latents, and what they have to give: attention written out from its definition, in float64."""
+
+from dataclasses import replace
+
+import torch
+
+from lrattn.models.interface import attending, cache_argument
+from lrattn.models.layers import attention_layers
+from lrattn.models.ropes import ropes_of
+
+
+@torch.no_grad()
+def fed(model, ids, chunks, cache, mask=None, positions=None):
+    """Logits of chunks run one after the other on a cache; positions [B or 1, T] are given where there are some."""
+    out, end = [], cache.get_seq_length()
+    for part in ids.split(chunks, 1):
+        begin, end = end, end + part.shape[1]
+        more = {} if positions is None else {"position_ids": positions[:, begin:end]}
+        more |= {} if mask is None else {"attention_mask": mask[:, :end]}
+        out.append(model(part, **more, **cache_argument(cache)).logits)
+    return torch.cat(out, 1)
+
+
+@torch.no_grad()
+def defined(model, factors, ids, exact, live=None, positions=None):
+    """Logits of a whole text: query i sees column j as it is where exact[b, i, j], else as its latents say.
+
+    exact: [B or 1, T, T] bool. live: [B, T], what is no padding; or [B, T, T], what each query may see.
+    """
+    live = torch.ones_like(ids) if live is None else live
+    with attending(model, attention(factors, exact, live.bool())):
+        return model(ids, position_ids=positions, use_cache=False).logits
+
+
+def window(columns, recent, sinks, begins=(0,)):
+    """exact: the `recent` last columns of each query, and the first `sinks` of each row from where it begins."""
+    i, j = torch.arange(columns)[:, None], torch.arange(columns)
+    begins = torch.tensor(begins)[:, None, None]
+    return (j > i - recent) | ((j >= begins) & (j < begins + sinks))
+
+
+def exact_ropes(model):
+    """A model's ropes, but of angles in float64."""
+    return [rope and replace(rope, fp32_angles=False) for rope in ropes_of(model, attention_layers(model))]
+
+
+def left_padded(lengths, width, tokens):
+    """The last columns of rows are live: ids, mask and positions [B, width] as generate counts them."""
+    mask = (torch.arange(width) >= width - torch.tensor(lengths)[:, None]).long()
+    return tokens * mask, mask, (mask.cumsum(1) - 1).clamp_min(0)
+
+
+def attention(factors, exact, live):
+    def attend(module, query, key, value, mask, scaling, sliding_window=None, position_ids=None, **kwargs):
+        layer = factors.layers[module.layer_idx]
+        batch, columns = len(query), query.shape[2]
+        at = torch.arange(columns)[None] if position_ids is None else position_ids
+        far_key, far_value = through_latents(layer, key, value, at.expand(batch, -1))
+        i, j = torch.arange(columns)[:, None], torch.arange(columns)
+        seen = (j <= i) if sliding_window is None else (j <= i) & (j > i - sliding_window)
+        seen, own = (
+            (seen & (live if live.dim() == 3 else live[:, None]))[:, None],
+            exact[:, None].expand(batch, 1, -1, -1),
+        )
+        key, value, far_key, far_value = (
+            x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value, far_key, far_value)
+        )
+        scores = torch.where(own, query @ key.mT, query @ far_key.mT) * scaling
+        p = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
+        out = (p * own) @ value + (p * ~own) @ far_value
+        return out.transpose(1, 2).contiguous(), None
+
+    return attend
+
+
+def through_latents(layer, key, value, at):
+    """Keys and values [B, Hkv, T, D] -> latents -> what they stand for, as LayerFactors says; one group a side."""
+    k, v = turned(layer.rope, key, at, -1), value
+    k, v = (x if s.offset is None else x - s.offset[:, None] for x, s in ((k, layer.keys), (v, layer.values)))
+    rows = [x.transpose(1, 2).flatten(2) for x in (k, v)]
+    if layer.shared:
+        zv = held(layer.values, torch.cat(rows, -1) @ layer.values.down)
+        zk = zv[..., : layer.keys.width]
+    else:
+        zk, zv = (held(s, x @ s.down) for x, s in zip(rows, (layer.keys, layer.values)))
+    k, v = (torch.einsum("btr,hrd->bhtd", z, s.up) for z, s in ((zk, layer.keys), (zv, layer.values)))
+    k, v = (x if s.offset is None else x + s.offset[:, None] for x, s in ((k, layer.keys), (v, layer.values)))
+    return turned(layer.rope, k, at, 1), v
+
+
+def held(side, z):
+    if not side.formats:
+        return z
+    (own,) = side.formats
+    return own.decode(own.encode(z), z.dtype)
+
+
+def turned(rope, x, at, sign):
+    """x [B, Hkv, T, D] turned to positions at [B, T], or back: pair (a, b) by its angle, times the attention factor."""
+    if rope is None:
+        return x
+    frequencies, factor = rope.frequencies()
+    angles = (at[..., None] * frequencies)[:, None] * sign
+    cos, sin = angles.cos(), angles.sin()
+    n, half = rope.rotary_dim, rope.rotary_dim // 2
+    a, b = (x[..., 0:n:2], x[..., 1:n:2]) if rope.interleaved else (x[..., :half], x[..., half:n])
+    a, b = (y * factor**sign for y in (a * cos - b * sin, b * cos + a * sin))
+    both = torch.stack((a, b), -1).flatten(-2) if rope.interleaved else torch.cat((a, b), -1)
+    return torch.cat((both, x[..., n:]), -1)
