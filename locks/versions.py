@@ -3,7 +3,8 @@
     python locks/versions.py [NAME ...] [--with torch==2.15.0 ...] [--python python3.12] [--table]
 
 Each environment is made in .venvs/ from a lock and the releases named below, and kept for the next run. What passed
-where goes to bench/results/versions.json, a row an environment; the exit status is 0 if all of it did.
+where goes to bench/results/versions.json, a row an environment, and the table of architectures (bench/architectures.py)
+to its own; the exit status is 0 if all of it did.
 --with and --python try another release or Python in these environments, as a row of its own. --table only prints.
 """
 
@@ -35,10 +36,15 @@ ENVIRONMENTS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 # The integration, the round trip of a cache and of its file, the operators, a kernel compiled, the command line.
 TESTS = (
-    "tests/integrations/test_transformers.py",
-    "tests/integrations/test_recent.py",
+    "tests/integrations/test_architectures.py",
+    "tests/integrations/test_latent_cache.py",
+    "tests/integrations/test_compiled_step.py",
+    "tests/integrations/test_fit.py",
+    "tests/integrations/test_latent_attention.py",
+    "tests/integrations/test_model_states.py",
+    "tests/integrations/test_uses.py",
+    "tests/integrations/test_wrong_uses.py",
     "tests/attention/test_cache.py",
-    "tests/integrations/test_naming.py",
     "tests/attention/test_ops.py",
     "tests/factors",
     "tests/kernels/test_compiled.py",
@@ -96,7 +102,7 @@ def made(name: str, instead: Sequence[str], python: str) -> Path:
 
 
 def tried(name: str, home: Path) -> dict[str, Any]:
-    """Runs the tests in an environment."""
+    """Runs the tests in an environment, and the table of architectures, which counts as one of them if it is wrong."""
     run, report = str(home / "bin" / "python"), home / "report.xml"
     asked = subprocess.run([run, "-c", ASK, *PACKAGES], check=True, capture_output=True, text=True, cwd=ROOT)
     row = {"environment": name, **json.loads(asked.stdout)}
@@ -112,6 +118,8 @@ def tried(name: str, home: Path) -> dict[str, Any]:
     counts = {word: int(suite.get(word, 0)) for word in ("tests", "failures", "errors", "skipped")}
     bad = counts["failures"] + counts["errors"]
     passed = counts["tests"] - bad - counts["skipped"]
+    if subprocess.run([run, "-m", "bench.architectures"], cwd=ROOT, env=environment, check=False).returncode:
+        bad += 1
     return {**row, "passed": passed, "failed": bad, "seconds": round(time.monotonic() - begin)}
 
 

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from lrattn import Factors, __version__, calibrate, compress, narrowed
+from lrattn import Factors, __version__, calibrate, compress, in_kv_space, narrowed
 from lrattn.compression import compressibility
 from lrattn.compression.bits import Bits, ladder_of
 from lrattn.compression.methods import DEFAULT, METHODS
@@ -195,7 +195,7 @@ def _eval(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
     factors = _load_factors(args)
     model, windows = _read(args.model, args)
-    factors = None if factors is None else factors.to(model.device, model.dtype)
+    factors = None if factors is None else _fitted(factors, model)
     with attending(model, factors, args.recent, args.sinks):
         results = {**_what(factors, args), "perplexity": perplexity(model, windows), "windows": list(windows.shape)}
     line = f"{_made(results)}: perplexity {results['perplexity']:.3f}"
@@ -208,7 +208,7 @@ def _generate(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
     factors = _load_factors(args)
     model, tokenizer = load_model(args.model, args.dtype, args.device)
-    factors = None if factors is None else factors.to(model.device, model.dtype)
+    factors = None if factors is None else _fitted(factors, model)
     options = ("chat", "tokens", "beams", "temperature", "seed", "recent", "sinks")
     choice = {name: getattr(args, name) for name in options}
     results = {**_what(factors, args), **generate(model, tokenizer, factors, args.prompt, **choice)}
@@ -240,7 +240,7 @@ def _compressibility(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         safefile.check_target("plot", args.plot)
         figure = compressibility.canvas(args.plot)
     model, windows = _read(name, args)
-    layers = compressibility.compressibility(model, calibrate(model, windows.split(1)))
+    layers = compressibility.compressibility(calibrate(model, windows.split(1)))
     results = {"model": name, "text": str(args.text), "windows": list(windows.shape), "layers": layers}
     what = f"normalised effective ranks over {windows.shape[0]} windows of {windows.shape[1]} tokens"
     lines = [what, "", compressibility.table(layers)]
@@ -253,7 +253,8 @@ def _compressibility(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 def _read(name: str, args: argparse.Namespace) -> tuple[Any, Tensor]:
     """The model, and windows of the text that it has positions for."""
-    from lrattn.integrations.transformers.load import load_model, positions_of, read_text, read_windows
+    from lrattn.integrations.transformers.load import load_model, read_text, read_windows
+    from lrattn.models.interface import positions_of
 
     text = read_text(args.text)
     model, tokenizer = load_model(name, args.dtype, args.device)
@@ -273,12 +274,17 @@ def _load_factors(args: argparse.Namespace) -> Factors | None:
     return None
 
 
-def _what(factors: Factors | None, args: argparse.Namespace) -> dict[str, Any]:
-    from lrattn.integrations.transformers.window import near_of
+def _fitted(factors: Factors, model: Any) -> Factors:
+    """In the model's dtype, on its device; those of an older file with a write side of the model's."""
+    factors = factors.to(model.device, model.dtype)
+    older = any(side.of_inputs for layer in factors.layers for side in (layer.keys, layer.values))
+    return in_kv_space(factors, model) if older else factors
 
+
+def _what(factors: Factors | None, args: argparse.Namespace) -> dict[str, Any]:
     if factors is None:
         return {"method": "dense", "ranks": "", "keep": 1.0, "recent": 0, "sinks": 0}
-    recent, sinks = near_of(factors, args.recent, args.sinks)
+    recent, sinks = factors.near_or(args.recent, args.sinks)
     near = {"recent": recent, "sinks": sinks}
     return {"method": factors.method, "ranks": factors.rule, "keep": factors.keep, **near}
 

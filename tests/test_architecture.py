@@ -21,16 +21,18 @@ ARROWS = {
     "factors": (),
     "kernels": ("factors",),
     "attention": ("factors", "kernels"),
-    "compression": ("factors", "attention"),
-    "integrations": ("factors", "attention"),
+    "models": ("factors", "attention"),
+    "compression": ("factors", "attention", "models"),
+    "integrations": ("factors", "attention", "models"),
 }
 ORDER = {
-    "factors": "shapes rope safefile formats projection basis operands layer record parts summary",
+    "factors": "shapes rope safefile formats projection basis operands layer record summary",
     "kernels": "launch plan arguments tiles packed pieces rows pack write rebuild absorb scores values fused_absorbed "
     "fused_rebuilt merge combine project decode",
     "attention": "dense cache reference operators checks ops",
-    "compression": "arguments moments substitute batches calibrate clusters bits ranks methods propagate problem "
-    "nested refine compress compressibility",
+    "models": "masks states interface layers ropes weights",
+    "compression": "arguments moments substitute batches sums calibrate clusters bits ranks methods problem propagate "
+    "nested refine older compress compressibility",
     "integrations": "transformers",
 }
 DUMPING_GROUNDS = {"utils", "helpers", "common", "misc", "base", "tools", "core"}
@@ -86,7 +88,7 @@ def test_every_file_has_its_place():
 def test_each_library_has_its_place(path):
     names = {name.split(".")[0] for name in imports_of(ast.parse(path.read_text()))}
     assert "triton" not in names or place_of(path)[0] == "kernels"
-    assert "transformers" not in names or place_of(path)[0] in ("integrations", "compression")
+    assert "transformers" not in names or place_of(path)[0] in ("integrations", "models")
     assert not names & {"pickle", "marshal", "shelve"}
     assert not set(path.relative_to(PACKAGE).with_suffix("").parts) & DUMPING_GROUNDS
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import lrattn
 from lrattn import __main__ as cli
 from lrattn.integrations.transformers import load
+from lrattn.models import interface
+from lrattn.models.layers import attention_layers
+from lrattn.models.weights import weight as projection
 
 WEIGHT = "model.layers.1.self_attn.k_proj.weight"
 WITHOUT_TOKENIZER = {"tokenizer.json": None, "tokenizer_config.json": None}
@@ -206,7 +210,7 @@ def test_an_error_of_ours_keeps_its_traceback(error, folder, monkeypatch, tmp_pa
     with pytest.raises(type(error)) as raised:
         cli.main([str(w) for w in ("compress", *evaluate(folder)[1:], "--out", tmp_path / "f")])
     assert raised.value is error and raised.traceback[-1].name == "fail"
-    monkeypatch.setattr(load, "positions_of", fail)  # beside the calls of transformers, not in them
+    monkeypatch.setattr(interface, "positions_of", fail)  # beside the calls of transformers, not in them
     with pytest.raises(type(error)):
         cli.main([str(w) for w in evaluate(folder)])
 
@@ -315,6 +319,27 @@ def test_a_distillation_goes_on_after_ctrl_c(folder, capfd, monkeypatch, tmp_pat
     assert stopped.value.code == 130 and not (tmp_path / "f").exists()
     cli.main(words)
     assert steps == [*range(5), *range(4, 9)] and lrattn.Factors.load(tmp_path / "f").method == "lrattn, refined"
+
+
+def test_factors_of_an_older_file_are_read(folder, capsys, tmp_path):
+    """Maps of attention inputs are brought to keys and values by the model's weights."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
+    made, layers = lrattn.compress(model, method="svd", progress=False), []
+    for own, layer in zip(attention_layers(model), made.layers, strict=True):
+        sides = {
+            name: replace(side, of_inputs=True, down=(projection(own, name).T.float() @ side.down).contiguous())
+            for name, side in (("keys", layer.keys), ("values", layer.values))
+        }
+        layers.append(replace(layer, **sides))
+    made.save(tmp_path / "now")
+    replace(made, layers=layers).save(tmp_path / "older")
+    shown = []
+    for name in ("now", "older"):
+        cli.main([str(word) for word in (*evaluate(folder), "--factors", tmp_path / name)])
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+    cli.main(["info", str(tmp_path / "older")])
+    assert "svd, ranks spectrum" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("target", "code", "says"), [("/dev/full", 1, "No space left on device"), ("", 1, "")])

@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from transformers import LlamaConfig
 
 import lrattn
 from bench import demo, memory, quality, scale
 from bench.compiled import resources, traffic
 from bench.decode import launches
 from bench.evaluation import head_groups, quality_plan, quality_plot, quality_table
+from lrattn.compression.moments import GATHERED
 
 ROOT = Path(lrattn.__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -29,15 +31,16 @@ def test_the_pipeline_in_the_package_docstring_runs():
         "lrattn": lrattn,
         "model": model,
         "batches": [tiny.tokens(2, T)],
-        "x": torch.randn(T, 96),
+        "k": torch.randn(T, 4, 32),
+        "v": torch.randn(T, 4, 32),
+        "positions": torch.arange(T),
         "slots": torch.arange(T),
         "q": torch.randn(1, 8, 32),
-        "positions": torch.tensor([T - 1]),
         "block_table": torch.arange(64, dtype=torch.int32)[None],
         "seq_lens": torch.tensor([T], dtype=torch.int32),
     }
     code = code_of(lrattn.__doc__)
-    assert 7 <= len(code.splitlines()) <= 10
+    assert 6 <= len(code.splitlines()) <= 10
     exec(code, names)
     assert names["y"].shape == (1, 8, 32) and names["y"].isfinite().all() and names["y"].abs().sum() > 0
 
@@ -120,6 +123,23 @@ def test_tables_in_the_pages_are_the_committed_runs(page, bench, parts):
     text = (ROOT / "docs" / page).read_text()
     for table in parts(json.loads(bench.PATH.read_text())):
         assert f"```text\n{table}\n```" in text
+
+
+def test_what_calibration_holds_is_what_the_page_on_memory_says():
+    """Its formulas, on a model of other numbers for n, E, D and Hkv each."""
+    model = tiny.built(LlamaConfig(**tiny.SIZES | {"num_key_value_heads": 2}), 0)
+    values = {"n": 64, "E": 96, "D": 32, "Hkv": 2}
+    rows = re.findall(r"^\| (\S+) \| ([^|]+?)(, float32)? \| [^|]+ \|$", (ROOT / "docs/memory.md").read_text(), re.M)
+    said = {name: (formula, bool(narrow)) for name, formula, narrow in rows if name in GATHERED}
+    assert set(said) == set(GATHERED)
+    for names in (["before", "metric", "fisher", "magnitudes"], ["rotated", "rotated-metric"]):
+        moments = lrattn.calibrate(model, [tiny.tokens(1, 8)], gather=names, progress=False)
+        for name in names:
+            formula, narrow = said[name]
+            code = re.sub(r"(?<=[\dA-Za-z]) ?(?=[nED(])", " * ", formula.replace("^", "**"))
+            held = [moments.sums[part][0] for part in GATHERED[name]]
+            assert sum(x.numel() for x in held) == eval(code, {}, values), (name, code)
+            assert {x.dtype for x in held} == {torch.float32 if narrow else torch.float64}
 
 
 def test_tables_and_plots_of_quality_are_pasted_from_the_committed_cells():

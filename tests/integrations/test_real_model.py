@@ -8,9 +8,12 @@ from slowly import slow_unless
 
 import lrattn
 from bench.support import models, texts
-from lrattn.factors.parts import attention_parts
+from lrattn.factors.layer import sides_of
 from lrattn.integrations.transformers import LatentCache, latent_attention
 from lrattn.integrations.transformers.load import read_windows
+from lrattn.models.interface import cache_argument
+from lrattn.models.layers import attention_layers
+from lrattn.models.weights import linear
 
 PROMPTS = ["The capital of France is", "Once upon a time, in a small village by the sea,"]
 
@@ -23,7 +26,7 @@ def real():
 @pytest.fixture(scope="module")
 def moments(real):
     windows = read_windows(real[1], texts.wikipedia("calibration")[:10_000], 256, 2)
-    return lrattn.calibrate(real[0], windows.split(1), gather=["metric"], progress=False)
+    return lrattn.calibrate(real[0], windows.split(1), gather=["before", "metric"], progress=False)
 
 
 def generate(model, inputs, **kwargs):
@@ -43,17 +46,19 @@ def test_full_rank_is_exact(real, moments):
         tokens = generate(model, inputs).sequences
         with latent_attention(model, factors):
             torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-3)
-            assert torch.equal(generate(model, inputs).sequences, tokens)
+            assert torch.equal(generate(model, inputs, **cache_argument(LatentCache(factors))).sequences, tokens)
         assert torch.equal(model(ids).logits, expected)
 
 
 def simulated(model, factors, dtype):
-    """A copy whose key and value weights are the products of the factors, multiplied and run in a dtype."""
+    """A copy whose key and value weights are multiplied by the maps that the factors stand for, and run in a dtype."""
     twin = copy.deepcopy(model).to(dtype)
     with torch.no_grad():
-        for part, layer in zip(attention_parts(twin), factors.to(dtype=dtype).layers, strict=True):
-            for name, side in zip(("k_proj", "v_proj"), layer.sides, strict=True):
-                part.linear(name).weight.copy_(side.dense().flatten(0, 1))
+        for own, layer in zip(attention_layers(twin), factors.to(dtype=dtype).layers, strict=True):
+            weights = [linear(own, name).weight for name in ("k_proj", "v_proj")]
+            read = [torch.cat(weights)] * 2 if layer.shared else [w.clone() for w in weights]
+            for weight, side, x in zip(weights, sides_of(layer.keys, layer.values), read, strict=True):
+                weight.copy_(side.dense().T @ x)
     return twin
 
 
@@ -64,9 +69,9 @@ def test_latents_generate_what_the_simulated_model_generates(real, moments, meth
     factors = lrattn.compress(model, method=method, moments=moments, keep=keep, far=(0, 0), progress=False)
     inputs = tokenizer(PROMPTS, return_tensors="pt", padding=True, padding_side="left")
     expected, exact = (generate(simulated(model, factors, t), inputs) for t in (torch.float32, torch.float64))
-    cache = LatentCache(model, factors)
+    cache = LatentCache(factors)
     with latent_attention(model, factors):
-        got = generate(model, inputs, past_key_values=cache)
+        got = generate(model, inputs, **cache_argument(cache))
     assert torch.equal(got.sequences, expected.sequences) and torch.equal(got.sequences, exact.sequences)
     errors = [(torch.stack(x.logits) - torch.stack(exact.logits)).abs() for x in (got, expected)]
     ours, theirs = (e.max().item() for e in errors)
@@ -76,7 +81,8 @@ def test_latents_generate_what_the_simulated_model_generates(real, moments, meth
     assert ours <= 2 * theirs
     dense = 30 * 2 * 3 * 64
     assert factors.dense_bytes_per_token == 2 * dense and keep - 16 / dense < factors.keep <= keep
-    assert sum(x.shape[-1] for pair in cache.caches for x in pair if x is not None) <= keep * dense + 1e-6
+    pages = [x for layer in cache.layers for x in layer.pages if x is not None]
+    assert sum(x.shape[-1] for x in pages) <= keep * dense + 1e-6
 
 
 @pytest.mark.slow

@@ -1,14 +1,20 @@
-"""transformers: a cache that holds latents only, and a context in which a model attends on it.
+"""transformers: a cache of latents, and the attention function that reads it, by official interfaces alone.
 
-with latent_attention(model, factors):
-    model.generate(**inputs)             # prefill on rebuilt keys and values, decode on latents
+    factors = lrattn.compress(model, batches, keep=0.3)
+    model.set_attn_implementation("lrattn")                    # registered by importing this package
+    model.generate(**inputs, past_key_values=LatentCache(factors))
 
-cache = LatentCache(model, factors)      # to keep the cache, or to look at cache.nbytes
-with latent_attention(model, factors):
-    model.generate(**inputs, past_key_values=cache)
+From transformers 5.24 on the argument is called `cache`. To score texts without a cache:
+
+    with latent_attention(model, factors):                     # or model.set_attn_implementation(bind(factors))
+        model(**inputs)
 """
 
-from lrattn.integrations.transformers.attention import latent_attention
+from lrattn.integrations.transformers.attention import latent_forward
+from lrattn.integrations.transformers.binding import bind, latent_attention
 from lrattn.integrations.transformers.cache import LatentCache
+from lrattn.models.interface import register
 
-__all__ = ["LatentCache", "latent_attention"]
+register("lrattn", latent_forward)
+
+__all__ = ["LatentCache", "bind", "latent_attention"]

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from lrattn.factors.record import Factors
-from lrattn.integrations.transformers.attention import latent_attention
+from lrattn.integrations.transformers.binding import latent_attention
 from lrattn.integrations.transformers.cache import LatentCache
 
 
@@ -26,13 +26,13 @@ def attending(
 
 
 def new_cache(
-    model: nn.Module, factors: Factors | None, recent: int | None = None, sinks: int | None = None
+    factors: Factors | None, recent: int | None = None, sinks: int | None = None
 ) -> DynamicCache | LatentCache:
     """An empty cache: of latents, or dense without factors. Raises: ValueError as `attending`."""
     if factors is None:
         check_all_dense(recent, sinks)
         return DynamicCache()
-    return LatentCache(model, factors, recent=recent, sinks=sinks)
+    return LatentCache(factors, recent=recent, sinks=sinks)
 
 
 def check_all_dense(recent: int | None, sinks: int | None) -> None:

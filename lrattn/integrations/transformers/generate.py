@@ -10,8 +10,8 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from lrattn.factors.record import Factors
 from lrattn.integrations.transformers.either import attending, held_bytes, new_cache
-from lrattn.integrations.transformers.load import positions_of, reason
-from lrattn.integrations.transformers.naming import as_argument
+from lrattn.integrations.transformers.load import reason
+from lrattn.models.interface import cache_argument, positions_of
 
 
 def generate(
@@ -56,8 +56,8 @@ def generate(
     torch.manual_seed(seed)
     begin = time.perf_counter()
     with attending(model, factors, recent, sinks):
-        cache = new_cache(model, factors, recent, sinks)
-        ids = model.generate(**inputs, **as_argument(model, cache), **choice)[0, given:]
+        cache = new_cache(factors, recent, sinks)
+        ids = model.generate(**inputs, **cache_argument(cache), **choice)[0, given:]
     seconds = time.perf_counter() - begin
     return {
         "text": tokenizer.decode(ids, skip_special_tokens=True),

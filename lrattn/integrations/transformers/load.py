@@ -107,12 +107,6 @@ def _without_report() -> Iterator[None]:
         loader.removeFilter(others)
 
 
-def positions_of(model: PreTrainedModel) -> int | None:
-    """How many tokens a sequence may have, as the model's config says; None where it does not."""
-    found: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return found
-
-
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lrattn.factors.parts import evaluating
+from lrattn.models.states import evaluating
 
 
 def perplexity(model: nn.Module, windows: Tensor, label: str = "", *, progress: bool = True) -> float:

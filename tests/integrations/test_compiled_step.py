@@ -1,0 +1,60 @@
+"""torch.compile of a decode step on latents: the same numbers, and no graph break where nothing is to be read."""
+
+import pytest
+import tiny
+import torch
+from latents import random_factors
+from passes import exact_ropes, fed
+from torch._dynamo.utils import counters
+from transformers import LlamaConfig
+
+from lrattn.integrations.transformers import LatentCache
+
+SIZES = tiny.SIZES | {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+IDS = tiny.tokens(2, 19)
+
+
+@pytest.fixture(autouse=True)
+def fresh(request):
+    if request.config.getoption("--gpu"):
+        pytest.skip("the model is on the CPU, where kernels are interpreted only")
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def made(near, before_rope):
+    model = tiny.built(LlamaConfig(**SIZES), 0)
+    factors = random_factors(model, 0.5, near, ropes=exact_ropes(model) if before_rope else None)
+    model.set_attn_implementation("lrattn")
+    return model, factors
+
+
+def steps(model, factors, mask=None):
+    """Logits of four steps, at the second of which the pages grow, after a prompt; by the reference, and compiled."""
+    found = []
+    for run, backend in ((model, "reference"), (torch.compile(model, backend="eager"), "triton")):
+        cache = LatentCache(factors, backend=backend)
+        fed(model, IDS[:, :15], 15, cache, mask)
+        counters.clear()
+        found.append(fed(run, IDS[:, 15:], 1, cache, mask))
+        assert cache.get_seq_length() == 19
+    return found
+
+
+@pytest.mark.parametrize("near", [pytest.param((0, 0), marks=pytest.mark.slow), (5, 2)], ids=str)
+def test_a_step_without_a_mask_is_one_graph(near):
+    want, got = steps(*made(near, before_rope=False))
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-5)
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] <= 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before_rope, padded", [(False, True), (True, False), (True, True)])
+def test_where_something_is_read_the_numbers_are_the_same(before_rope, padded):
+    """A mask, and positions, which nobody knows to be even there: the cache holds them from then on."""
+    mask = torch.ones_like(IDS)
+    mask[1, :7] = 0
+    want, got = steps(*made((5, 2), before_rope), mask if padded else None)
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-5)

@@ -1,0 +1,194 @@
+"""What does not fit is refused in one line before anything is written, and other weights warn."""
+
+import warnings
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from latents import random_factors
+from passes import exact_ropes, fed
+from transformers import AttentionInterface
+
+from lrattn.factors.record import Factors
+from lrattn.integrations.transformers import LatentCache, bind, latent_attention
+from lrattn.models.interface import cache_argument
+from lrattn.models.layers import attention_layers, sample
+
+IDS = tiny.tokens(2, 12)
+
+
+def made(near=(4, 2), family="llama", **kind):
+    model = tiny.model(family)
+    factors = random_factors(model, 0.5, near, ropes=exact_ropes(model), **kind)
+    model.set_attn_implementation("lrattn")
+    return model, factors
+
+
+@torch.no_grad()
+def refused(model, factors, message, **given):
+    """By a cache, which then holds nothing, and without one."""
+    cache = LatentCache(factors)
+    with pytest.raises(ValueError, match=message) as raised:
+        model(IDS, **given, **cache_argument(cache))
+    assert "\n" not in str(raised.value) and cache.get_seq_length() == 0
+    assert not any(layer.pages[0].numel() or layer.ring for layer in cache.layers)
+    with latent_attention(model, factors), pytest.raises(ValueError, match=message):
+        model(IDS, **given)
+
+
+def test_factors_of_another_model_are_refused():
+    model, factors = made()
+    for family, message in {
+        "mha": r"factors: expected \(Hkv, D\) = \(4, 32\) in layer 0, as keys of LlamaAttention, got \(8, 32\)",
+        "mqa": r"factors: expected \(Hkv, D\) = \(4, 32\) in layer 0, as keys of LlamaAttention, got \(1, 32\)",
+    }.items():
+        refused(model, random_factors(tiny.model(family)), message)
+    refused(
+        model,
+        Factors((*factors.layers, factors.layers[0])),
+        "factors: expected at most 3 layers, as in the model, got 4",
+    )
+    short = Factors(factors.layers[:2])
+    with pytest.raises(ValueError, match="factors: expected factors of layer 2, got those of 2 layers"):
+        fed(model, IDS, 12, LatentCache(short))
+    model.set_attn_implementation(bind(short))
+    with pytest.raises(ValueError, match="factors: expected factors of layer 2, got those of 2 layers"):
+        model(IDS)
+    for given in (None, model, factors.layers):
+        for run in (LatentCache, bind):
+            with pytest.raises(ValueError, match="factors: expected Factors, got"):
+                run(given)
+
+
+def test_another_dtype_is_refused_and_the_line_to_write_named():
+    model, factors = made()
+    for dtype in (torch.float64, torch.bfloat16):
+        expected = "factors: expected torch.float32 on cpu in layer 0, as LlamaAttention"
+        refused(model, factors.to(dtype=dtype), rf"{expected}, got {dtype} on cpu; use factors\.to\(device, dtype\)")
+    half = factors.to(dtype=torch.bfloat16)
+    fed(model.bfloat16(), IDS, 12, LatentCache(half))
+    meta = replace(half, layers=tuple(layer.to("meta") for layer in half.layers))
+    with pytest.raises(
+        ValueError, match=r"expected torch.bfloat16 on cpu in layer 0, as LlamaAttention, got .* on meta"
+    ):
+        fed(model, IDS, 12, LatentCache(meta))
+
+
+def test_positions_that_the_rope_does_not_have_are_refused():
+    model, factors = made()
+    at = torch.arange(500, 512)[None]
+    refused(model, factors, "position_ids: expected at most 511, as the rope has it, got 512", position_ids=at + 1)
+    refused(model, factors, r"positions: expected 0 \.\. 511 of the rope, got -1", position_ids=at - 501)
+    for wrong in (at[:, 1:], at.repeat(3, 1)):
+        module = model.model.layers[0].self_attn
+        keys = torch.zeros(2, 4, 12, 32)
+        key, value = LatentCache(factors).update(keys, keys, 0)
+        with pytest.raises(ValueError, match=r"position_ids: expected shape \[2, 12\], got"):
+            AttentionInterface()["lrattn"](module, torch.zeros(2, 8, 12, 32), key, value, None, position_ids=wrong)
+    cache = LatentCache(factors)
+    fed(model, IDS, 12, cache, positions=at)
+    with pytest.raises(ValueError, match="position_ids: expected at most 511, as the rope has it, got 512"):
+        fed(model, torch.cat((IDS, IDS[:, :1]), 1)[:, 12:], 1, cache, positions=torch.arange(500, 513)[None])
+    assert cache.get_seq_length() == 12
+    long, even = tiny.tokens(1, 513), LatentCache(factors)
+    fed(model, long[:, :512], 512, even)
+    with pytest.raises(ValueError, match="position_ids: expected at most 511, as the rope has it, got 512"):
+        fed(model, long[:, 512:], 1, even)
+    given = random_factors(tiny.model("llama"))
+    fed(model, long, 513, LatentCache(given))  # whose keys are stored as they are
+
+
+def test_a_batch_stays_as_large_as_it_is():
+    model, factors = made()
+    cache = LatentCache(factors)
+    fed(model, IDS, 12, cache)
+    held = [x.clone() for layer in cache.layers for x in layer.tensors]
+    with pytest.raises(ValueError, match="batch: expected 2 rows, as the cache holds, got 3"):
+        fed(model, tiny.tokens(3, 4), 4, cache)
+    assert all(torch.equal(a, b) for a, b in zip(held, (x for layer in cache.layers for x in layer.tensors)))
+    cache.reset()
+    fed(model, tiny.tokens(3, 4), 4, cache)
+
+
+# ------------------------------------------------------------------------------------------------- other weights
+
+
+def sampled(model, factors, dtype=None):
+    """The same factors, which know the weights of a model, or of one of another dtype."""
+    model = tiny.model("llama", dtype=dtype) if dtype else model
+    return replace(factors, samples=tuple(sample(layer.module) for layer in attention_layers(model)))
+
+
+def run(model, factors):
+    """What a pass with a cache, one without, and both again warn of."""
+    with warnings.catch_warnings(record=True) as found, torch.no_grad():
+        warnings.simplefilter("always")
+        for _ in range(2):
+            model(IDS, **cache_argument(LatentCache(factors)))
+            with latent_attention(model, factors):
+                model(IDS)
+    return [str(x.message) for x in found]
+
+
+WARNING = (
+    "factors: these are factors of other weights than LlamaAttention layer {} has; a fine-tune, an adapter or another "
+    "model?"
+)
+
+
+def test_own_weights_do_not_warn_and_others_do_once_a_module():
+    model, factors = made()
+    known = sampled(model, factors)
+    assert run(model, known) == [] and run(model, factors) == []
+    other = tiny.model("llama", seed=1)
+    other.set_attn_implementation("lrattn")
+    assert run(other, factors) == []  # which know no weights
+    assert run(other, known) == [WARNING.format(i) for i in range(3)]
+    assert run(other, known) == []  # once
+    of_other = random_factors(tiny.model("llama"), 0.5)
+    assert run(model, sampled(tiny.model("llama", seed=1), of_other)) == [WARNING.format(i) for i in range(3)]
+
+
+def test_one_layer_that_was_tuned_is_named():
+    model, factors = made()
+    known = sampled(model, factors)
+    with torch.no_grad():
+        for p in model.model.layers[1].self_attn.v_proj.parameters():
+            p.mul_(1.01)
+    assert run(model, known) == [WARNING.format(1)]
+
+
+def test_an_adapter_has_more_parameters():
+    model, factors = made()
+    known = sampled(model, factors)
+    model.model.layers[2].self_attn.k_proj.register_parameter("lora_A", torch.nn.Parameter(torch.zeros(4)))
+    assert run(model, known) == [WARNING.format(2)]
+
+
+def test_weights_that_cannot_be_read_are_not_asked():
+    model, factors = made()
+    known = sampled(tiny.model("llama", seed=1), factors)
+    for layer in model.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            old = getattr(layer.self_attn, name)
+            weight = old.weight.detach()
+            new = torch.nn.Module()
+            new.forward = lambda x, w=weight: torch.nn.functional.linear(x, w)
+            setattr(layer.self_attn, name, new)
+    assert run(model, known) == []
+
+
+@pytest.mark.parametrize("loaded", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("made_in", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_weights_in_another_dtype_are_the_same(made_in, loaded):
+    """Each model was rounded once from the same checkpoint; a change of a hundredth shows in all of them."""
+    model, factors = made()
+    model = model.to(loaded)
+    known = sampled(model, factors.to(dtype=loaded), made_in)
+    assert run(model, known) == []
+    tuned = tiny.model("llama")
+    with torch.no_grad():
+        tuned.model.layers[0].self_attn.q_proj.weight.mul_(1.02)
+    tuned.set_attn_implementation("lrattn")
+    assert run(tuned.to(loaded), known) == [WARNING.format(0)]
