@@ -29,8 +29,8 @@ from bench.support import models, report, texts
 from lrattn.integrations.transformers.either import attending, held_bytes, new_cache
 from lrattn.integrations.transformers.generate import read_prompt
 from lrattn.integrations.transformers.load import read_windows
-from lrattn.integrations.transformers.naming import as_argument
 from lrattn.integrations.transformers.perplexity import perplexity
+from lrattn.models.interface import cache_argument
 
 LENGTH = 1024  # tokens of a window
 QUESTION = "What is a volcano? Answer in two sentences."
@@ -103,8 +103,8 @@ def run(
     label = method if factors is None else f"{method} at keep {keep:.3f}"
     prompt = read_prompt(tokenizer, QUESTION, chat=True)
     with attending(model, factors):
-        begin, cache = time.perf_counter(), new_cache(model, factors)
-        answer = model.generate(**prompt, **as_argument(model, cache), max_new_tokens=TOKENS, do_sample=False)
+        begin, cache = time.perf_counter(), new_cache(factors)
+        answer = model.generate(**prompt, **cache_argument(cache), max_new_tokens=TOKENS, do_sample=False)
         seconds = time.perf_counter() - begin
         ids = answer[0, prompt["input_ids"].shape[1] :]
         return {
@@ -119,18 +119,18 @@ def run(
             "tokens_cached": cache.get_seq_length(),
             "tokens_fed": answer.shape[1] - 1,  # the last one is never fed back
             "tokens_per_second": len(ids) / seconds,
-            "cache_bytes": cache_bytes(model, context, new_cache(model, factors), label),
+            "cache_bytes": cache_bytes(model, context, new_cache(factors), label),
             "factors_say": {str(n): bytes_said(factors, n) for n in CONTEXTS} if factors is not None else None,
             "perplexity": perplexity(model, evaluation, label),
         }
 
 
 def bytes_said(factors: lrattn.Factors, tokens: int, page: int = 16) -> int:
-    """Bytes of a cache of one sequence of float32: the latents of whole pages, the dense window, and their tables."""
+    """Bytes of a cache of one sequence of float32: the latents of whole pages, their table, and the dense window."""
     wide = 2  # a float32 takes two of the 16-bit numbers that `bytes_per_token` counts; packed rows are bytes
     latents = sum(layer.bytes_per_token * (1 if layer.packed else wide) for layer in factors.layers)
-    pages, near = -(-tokens // page), min(tokens, sum(factors.near))
-    return pages * (page * latents + 4) + near * (wide * factors.dense_bytes_per_token + 4)
+    (recent, sinks), pages = factors.near, -(-tokens // page)
+    return pages * (page * latents + 4) + (min(tokens, recent) + sinks) * wide * factors.dense_bytes_per_token
 
 
 @torch.no_grad()
@@ -139,7 +139,7 @@ def cache_bytes(model: Any, ids: torch.Tensor, cache: Any, label: str) -> dict[s
     found: dict[str, int] = {}
     for length in tqdm(CONTEXTS, desc=f"filling the cache, {label}", unit="step"):
         chunk = ids[cache.get_seq_length() : length]
-        model(input_ids=chunk[None], **as_argument(model, cache), use_cache=True, logits_to_keep=1)
+        model(input_ids=chunk[None], **cache_argument(cache), use_cache=True, logits_to_keep=1)
         found[str(length)] = held_bytes(cache)
     return found
 

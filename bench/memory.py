@@ -24,7 +24,7 @@ import lrattn
 from bench.support import models, process, report, texts
 from lrattn.integrations.transformers.either import attending, held_bytes, new_cache
 from lrattn.integrations.transformers.load import read_windows
-from lrattn.integrations.transformers.naming import as_argument
+from lrattn.models.interface import cache_argument
 
 PATH = report.RESULTS / "memory.json"
 KEEPS = (0.5, 0.3)
@@ -53,7 +53,8 @@ def factor_files(folder: Path) -> list[Path]:
     """Factors at each kept share, made here: calibration is no part of what is measured. None for the dense cache."""
     model, tokenizer = models.smollm2()
     calibration = read_windows(tokenizer, texts.wikipedia("calibration"), 512, 4)
-    moments = lrattn.calibrate(model, calibration.split(1), gather=["metric"])
+    gather = lrattn.methods.METHODS[lrattn.methods.DEFAULT].gather
+    moments = lrattn.calibrate(model, calibration.split(1), gather=gather)
     paths = [folder / f"{keep}.safetensors" for keep in KEEPS]
     for keep, path in zip(KEEPS, paths, strict=True):
         lrattn.compress(model, keep=keep, moments=moments).save(path)
@@ -69,10 +70,10 @@ def one(path: Path) -> dict[str, Any]:
     factors = None if path.name == DENSE else lrattn.Factors.load(path)
     label = "dense" if factors is None else f"{factors.method}, keep {factors.keep:.1f}"
     with attending(model, factors):
-        cache = new_cache(model, factors)
+        cache = new_cache(factors)
         before, points = process.resident(), []
         for chunk in tqdm(ids.split(STEP, 1), desc=label, unit="step"):
-            model(input_ids=chunk, **as_argument(model, cache), use_cache=True, logits_to_keep=1)
+            model(input_ids=chunk, **cache_argument(cache), use_cache=True, logits_to_keep=1)
             points.append({"tokens": cache.get_seq_length(), "held": held_bytes(cache), **process.resident()})
     return {"label": label, "keep": 1.0 if factors is None else factors.keep, "before": before, "points": points}
 

@@ -7,8 +7,8 @@ A cell is one model, calibration sample, way to make factors or to quantise, kep
 (evaluation/quality_plan.py). Cells are kept in the JSON by their settings, measured once, the important ones first, and
 saved one by one: the table can be built piece by piece. --frontier chooses those of loss against bytes; --part 0/2 is
 the first of two processes that share the cells and the JSON. --minutes begins no cell after so many; --again measures
-the chosen ones anew; --plot-only measures nothing. Tables go to stdout and, with the JSON of the repository, into
-docs/quality.md.
+the chosen ones anew, the dense model's only by --method dense; --plot-only measures nothing. Tables go to stdout and,
+with the JSON of the repository, into docs/quality.md.
 
 Losses of a cell and of the dense model are compared window by window: an error is the standard error of the mean
 difference, of the windows at hand. It is what other windows of these texts would change, not other texts or samples.
@@ -47,11 +47,12 @@ from bench.evaluation.quality_plan import (
 )
 from bench.evaluation.quantised import PEER, attending_quantised, bytes_held
 from bench.support import models, report, texts
+from lrattn.factors import safefile
 from lrattn.factors.formats import Format
-from lrattn.factors.parts import attention_parts
 from lrattn.integrations.transformers.either import attending
 from lrattn.integrations.transformers.load import read_windows
 from lrattn.integrations.transformers.perplexity import losses
+from lrattn.models.layers import attention_layers
 
 PATH = report.RESULTS / "quality.json"
 PAGE = Path(__file__).parents[1] / "docs" / "quality.md"
@@ -61,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", choices=PLANS, default=list(PLANS))
     parser.add_argument("--keep", type=float, nargs="+", help="only these of the plan")
-    methods = [*lrattn.methods.METHODS, "quantised"]
+    methods = [*lrattn.methods.METHODS, "quantised", "dense"]
     parser.add_argument("--method", nargs="+", choices=methods, help="only these of the plan")
     parser.add_argument("--sample", nargs="+", choices=SAMPLES, help="only these calibration samples of the plan")
     parser.add_argument("--frontier", action="store_true", help="only loss against bytes")
@@ -107,8 +108,9 @@ def wanted(args: argparse.Namespace) -> list[Settings]:
 def measure(wanted: Sequence[Settings], path: Path, seconds: float, *, again: bool = False) -> None:
     """Measures the cells that are not in the file, and saves after each; other processes may do so, too."""
     if again:
+        anew = [cell for cell in wanted if cell["method"] != "dense"] or wanted
         with updated(path) as held:
-            held[:] = [c for c in held if all(find([c], **cell) is None for cell in wanted)]
+            held[:] = [c for c in held if all(find([c], **cell) is None for cell in anew)]
     held = held_in(path)
     missing = [cell for cell in wanted if find(held, **cell) is None]
     begin, commit = time.monotonic(), report.commit()  # of the code that is loaded, however long this runs
@@ -156,11 +158,13 @@ def told(cell: Settings) -> str:
 
 
 class Subject:
-    """A model, the texts as it reads them, and the moments of the sample in use. What takes long lies in a folder."""
+    """A model, the texts as it reads them, and the moments of the sample in use. What takes long lies in a folder, by
+    the version of lrattn's files: others cannot be read."""
 
     def __init__(self, name: str) -> None:
         torch.manual_seed(0)
-        self.name, self.folder = name, models.CACHE
+        self.name, self.folder = name, models.CACHE / f"quality-{safefile.VERSION}"
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.model, self.tokenizer = PLANS[name].load()
         self.held: tuple[str, lrattn.Moments] | None = None
 
@@ -264,7 +268,7 @@ def run(subject: Subject, cell: Settings, held: list[Settings]) -> dict[str, Any
 def sizes(subject: Subject, cell: Settings, per_token: float, at: Mapping[int, float]) -> dict[str, Any]:
     """Bytes a token of all layers, without end and at contexts that hold the dense window beside, and as shares of the
     dense cache's."""
-    dense = sum(4 * part.num_kv_heads * part.head_dim for part in attention_parts(subject.model))
+    dense = sum(4 * layer.dense for layer in attention_layers(subject.model))
     return {
         "achieved_keep": per_token / dense,
         "whole_keep": at[cell["length"]] / dense,
@@ -322,7 +326,7 @@ def digest_of(factors: lrattn.Factors) -> str:
     """sha256 of what attention computes with: equal for the same factors under other names."""
     digest = hashlib.sha256()
     for layer in factors.layers:
-        digest.update(repr((layer.shared, layer.rotated)).encode())
+        digest.update(repr((layer.shared, layer.rope is None)).encode())
         for side in (layer.keys, layer.values):
             digest.update(repr((side.ranks, side.head_order)).encode())
             if side.formats:

@@ -77,8 +77,7 @@ def one(shape: str, layers: int, method: str, ranks: str) -> dict[str, Any]:
         "ranks": ranks,
         "keep": factors.keep,
         "model_bytes": sum(p.nbytes for p in model.parameters()),
-        "moment_bytes": sum(x.nbytes for x in moments.inputs)
-        + sum(x.nbytes for xs in moments.sums.values() for x in xs),
+        "moment_bytes": sum(x.nbytes for xs in moments.sums.values() for x in xs),
         "before": before,
         "peak": process.resident()["peak"],
         "calibrate_seconds": calibrated - begin,

@@ -23,9 +23,10 @@ from tqdm import tqdm
 import lrattn
 from bench.support import models, report, texts
 from lrattn.compression import clusters
-from lrattn.compression.calibrate import second_moment
-from lrattn.factors.parts import attention_parts
+from lrattn.compression.moments import about
+from lrattn.compression.sums import second_moment
 from lrattn.integrations.transformers.load import read_windows
+from lrattn.models.layers import attention_layers
 
 PATH = report.RESULTS / "head_groups.json"
 SIZES = (2, 3, 4)
@@ -61,7 +62,8 @@ def minilm() -> dict[str, Any]:
 
     def watch(total: Tensor) -> Any:
         def hook(_: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
-            total.add_(second_moment(args[0], None))
+            for row in args[0]:
+                total.add_(second_moment(row))
 
         return hook
 
@@ -86,12 +88,13 @@ def smollm2_mha() -> dict[str, Any]:
     windows = read_windows(tokenizer, texts.wikipedia("calibration"), LENGTH, 4)
     moments = lrattn.calibrate(model, windows.split(1))
     order, found = models.mha_order(), dict.fromkeys(("contiguous", "greedy", "balanced"), 0)
-    parts = attention_parts(model)
-    for part, moment in zip(parts, moments.inputs, strict=True):
-        gram = clusters.outputs_gram(part.weight("k_proj").double(), moment)
-        for name, groups in ways(gram, 3, part.head_dim).items():
+    layers = attention_layers(model)
+    for layer, moment in zip(layers, moments.sums["before"], strict=True):
+        heads = torch.eye(layer.dense, dtype=torch.float64).unflatten(0, (layer.num_kv_heads, -1))
+        gram = clusters.outputs_gram(heads, about(moment, None)[: layer.dense, : layer.dense])
+        for name, groups in ways(gram, 3, layer.head_dim).items():
             found[name] += all(len({order[h] // 3 for h in heads}) == 1 for heads in groups)
-    return {"layers": len(parts), "layers_with_copies_together": found}
+    return {"layers": len(layers), "layers_with_copies_together": found}
 
 
 def table(results: dict[str, Any]) -> str:

@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from bench.evaluation.quality_plan import PLANS
 from bench.support import texts
-from lrattn.factors.parts import evaluating
 from lrattn.integrations.transformers.load import read_windows
+from lrattn.models.states import evaluating
 
 DISTANCES = (128, 512, 1024, 2048)
 PASSAGE = 64

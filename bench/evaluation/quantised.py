@@ -8,7 +8,7 @@ of those before it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,8 +21,9 @@ from bench.evaluation.quantisers import QUANTISERS, Kivi
 from lrattn.attention.dense import masked_attention
 from lrattn.attention.ops import merge_attention
 from lrattn.compression.substitute import Window, substituted
-from lrattn.factors.parts import AttentionParts, attention_parts, decoder_of, shadowed
-from lrattn.integrations.transformers.naming import as_argument
+from lrattn.models.interface import Attention, attending, cache_argument, decoder_of
+from lrattn.models.layers import AttentionLayer, attention_layers
+from lrattn.models.masks import said
 
 PEER = "quanto"
 CHUNK = 32  # tokens; the cache of transformers quantises no more often than every 128
@@ -57,30 +58,25 @@ def quantised(model: nn.Module, name: str, bits: int, recent: int = 0, sinks: in
 
     def replace(_: int, __: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         def back(x: Tensor, side: Callable[[Tensor, int], Tensor]) -> Tensor:
-            return torch.stack([torch.cat((s[:sinks], side(s[sinks:], bits))) for s in x]).flatten(2)
+            tokens = x.transpose(1, 2)  # [B, T, Hkv, D]
+            return torch.stack([torch.cat((s[:sinks], side(s[sinks:], bits))) for s in tokens]).transpose(1, 2)
 
-        heads = [x.unflatten(-1, (-1, head_dim)) for x in (k, v)]
-        return back(heads[0], quantiser.keys), back(heads[1], quantiser.values)
+        return back(k, quantiser.keys), back(v, quantiser.values)
 
-    head_dim = attention_parts(model)[0].head_dim
     if quantiser.tokens <= recent + 1:
-        with substituted(model, replace, Window(recent, sinks), rotated=True):
+        with substituted(model, attention_layers(model), replace, Window(recent, sinks)):
             yield
     elif isinstance(quantiser, Kivi) and not recent and not sinks:
-        with ExitStack() as stack:
-            for part in attention_parts(model):
-                stack.enter_context(shadowed(part.module, "forward", growing(part, quantiser, bits)))
+        with attending(model, growing(quantiser, bits)):
             yield
     else:
         raise ValueError(f"recent: expected 0 and no sinks, or {quantiser.tokens - 1} or more, got {recent}, {sinks}")
 
 
-def growing(part: AttentionParts, quantiser: Kivi, bits: int) -> Callable[..., tuple[Tensor, None]]:
-    """The attention module's forward where every query sees the group of its own token as it is then."""
-    if part.window is not None:
-        raise ValueError(f"model: expected attention to all tokens, got a window of {part.window}")
+def growing(quantiser: Kivi, bits: int) -> Attention:
+    """An attention function where every query sees the group of its own token as it is then."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """q [T, Hq, D], k and v [T, Hkv, D] -> [T, Hq, D]."""
         whole, own_keys = quantiser.keys(k, bits), quantiser.growing_keys(k, bits)
         values = quantiser.values(v, bits)
@@ -91,21 +87,30 @@ def growing(part: AttentionParts, quantiser: Kivi, bits: int) -> Callable[..., t
         for at in t.split(BLOCK):
             group, end = at // quantiser.tokens, int(at[-1])
             before = t[:end] < (group * quantiser.tokens)[:, None]  # [queries, end]
-            far, far_lse = masked_attention(
-                q[None, at], whole[None, :end], values[None, :end], before[None], part.scale
-            )
+            far, far_lse = masked_attention(q[None, at], whole[None, :end], values[None, :end], before[None], scale)
             seen = place <= (at % quantiser.tokens)[:, None]
-            near = masked_attention(q[at, None], own_keys[at], own_values[group], seen[:, None], part.scale)
+            near = masked_attention(q[at, None], own_keys[at], own_values[group], seen[:, None], scale)
             outs.append(merge_attention((far[0], near[0][:, 0]), (far_lse[0], near[1][:, 0]))[0])
         return torch.cat(outs)
 
-    def forward(hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-        at = torch.arange(hidden_states.shape[1], device=hidden_states.device).expand(len(hidden_states), -1)
-        q, k = (part.rotated(side, hidden_states, at) for side in "qk")
-        heads = [attend(*own) for own in zip(q, k, part.heads("v", hidden_states), strict=True)]
-        return part.linear("o_proj")(torch.stack(heads).flatten(2)), None
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        what = said(attention_mask, sliding_window, len(query), key.shape[2])
+        if any(x is not None for x in what) or query.shape[2] != key.shape[2]:
+            raise ValueError(f"model: expected attention of whole texts to all tokens before, got {what}")
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        rows = zip(*(x.transpose(1, 2) for x in (query, key, value)), strict=True)
+        return torch.stack([attend(*row, scale) for row in rows]), None
 
-    return forward
+    return attention
 
 
 @contextmanager
@@ -122,12 +127,15 @@ def quantised_cache(model: nn.Module, bits: int, residual: int) -> Iterator[None
         held, logits = new_cache(model, bits, residual), list[Tensor]()
         skipped = input_ids.shape[1] - logits_to_keep if logits_to_keep else 0
         for at, ids in enumerate(input_ids.split(CHUNK, 1)):
-            found = forward(input_ids=ids, **as_argument(model, held), use_cache=True).logits
+            found = forward(input_ids=ids, **cache_argument(held), use_cache=True).logits
             logits.append(found[:, max(skipped - at * CHUNK, 0) :])
         return SimpleNamespace(logits=torch.cat(logits, 1))
 
-    with shadowed(model, "forward", chunked):
+    model.forward = chunked
+    try:
         yield
+    finally:
+        del model.forward
 
 
 def new_cache(model: nn.Module, bits: int, residual: int) -> QuantizedCache:
@@ -139,20 +147,20 @@ def bytes_held(
 ) -> tuple[float, dict[int, float]]:
     """Bytes a token, of all layers: of a cache without end, and at each context. A token in the dense window of 16-bit
     numbers is held there only. For PEER, of its own tensors for 16-bit keys and values."""
-    parts = attention_parts(model)
-    numbers = sum(2 * part.num_kv_heads * part.head_dim for part in parts)
+    layers = attention_layers(model)
+    numbers = sum(2 * layer.dense for layer in layers)
     if name == PEER:
-        held = {n: len(parts) * layer_bytes(model, parts[0], bits, recent, n) for n in contexts}
+        held = {n: len(layers) * layer_bytes(model, layers[0], bits, recent, n) for n in contexts}
         (first, fewer), *_, (last, more) = sorted(held.items())  # equally many tokens in the residual
         return (more - fewer) / (last - first), {n: total / n for n, total in held.items()}
-    each = numbers * QUANTISERS[name].bits_per_number(bits, parts[0].head_dim) / 8
+    each = numbers * QUANTISERS[name].bits_per_number(bits, layers[0].head_dim) / 8
     return each, {n: each + (recent + sinks) * (2 * numbers - each) / n for n in contexts}
 
 
-def layer_bytes(model: nn.Module, part: AttentionParts, bits: int, residual: int, context: int) -> int:
+def layer_bytes(model: nn.Module, own: AttentionLayer, bits: int, residual: int, context: int) -> int:
     """Bytes of what one layer of the cache holds after so many tokens, in chunks."""
     held = new_cache(model, bits, residual)
-    tokens = torch.randn(context, 1, part.num_kv_heads, 1, part.head_dim, dtype=torch.float16)
+    tokens = torch.randn(context, 1, own.num_kv_heads, 1, own.head_dim, dtype=torch.float16)
     for chunk in tokens.split(CHUNK):
         k = torch.cat(list(chunk), 2)  # [1, Hkv, chunk, D]
         held.update(k, k, 0)

@@ -226,6 +226,22 @@ def test_cells_of_other_processes_stay(tmp_path, monkeypatch):
         quality.measure([cell | {"keep": 0.3}], path, math.inf)
 
 
+def test_the_dense_model_is_measured_again_only_where_it_alone_is_asked_for(tmp_path, monkeypatch):
+    path, runs = tmp_path / "quality.json", []
+    dense, cell = cell_of(quality_plan.DENSE, 1.0), cell_of(PALU, 0.5)
+    monkeypatch.setattr(quality, "Subject", lambda name: SimpleNamespace(name=name, folder=tmp_path))
+    monkeypatch.setattr(quality, "run", lambda _, cell, held: runs.append(cell["method"]) or {"texts": "own"})
+    for again, wanted, ran in (
+        (False, [dense, cell], ["dense", "palu"]),
+        (True, [dense, cell], ["palu"]),
+        (True, [dense], ["dense"]),
+        (False, [dense, cell], []),
+    ):
+        quality.measure(wanted, path, math.inf, again=again)
+        assert runs == ran and len(quality.held_in(path)) == 2
+        runs.clear()
+
+
 def point(label, share, excess, error=0.001):
     row = quantised(label, 4)[0] if label in ("kivi-32", "rotated") else replace(JOINT, bits="auto")
     return quality_frontier.Point({}, row, share, excess, error)

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from bench.evaluation import quantised, quantisers
 from lrattn.compression.substitute import substituted
+from lrattn.models.layers import attention_layers
 
 QUANTISED = [("kivi-32", 2), ("kivi-32", 4), ("kivi-64", 3), ("rotated", 2), ("rotated", 4)]
 
@@ -104,10 +105,9 @@ def test_quantised_attention_is_attention_on_what_comes_back():
             return model(input_ids=ids, use_cache=False).logits
 
     def whole(_, __, k, v):
-        heads = [x.unflatten(-1, (-1, 32)) for x in (k, v)]
         quantiser = quantisers.QUANTISERS["kivi-32"]
-        sides = zip(heads, (quantiser.keys, quantiser.values), strict=True)
-        return tuple(torch.stack([side(s, 3) for s in x]).flatten(2) for x, side in sides)
+        sides = zip((k, v), (quantiser.keys, quantiser.values), strict=True)
+        return tuple(torch.stack([side(s, 3) for s in x.transpose(1, 2)]).transpose(1, 2) for x, side in sides)
 
     dense = logits(nullcontext())
     found = {bits: logits(quantised.quantised(model, "kivi-32", bits)) for bits in (2, 4, 8, 16)}
@@ -118,7 +118,7 @@ def test_quantised_attention_is_attention_on_what_comes_back():
     assert torch.allclose(near, dense, atol=1e-4)
     model.model.layers = model.model.layers[:1]  # beyond, what differs before reaches the last query, too
     found = logits(quantised.quantised(model, "kivi-32", 3))
-    expected = logits(substituted(model, whole, rotated=True))
+    expected = logits(substituted(model, attention_layers(model), whole))
     ends = torch.arange(31, 96, 32)
     assert torch.allclose(found[:, ends], expected[:, ends], atol=1e-4)
     assert not torch.allclose(found, expected, atol=1e-2)
@@ -144,6 +144,9 @@ def test_quantisers_that_cannot_be_are_refused():
     for near in ((8, 0), (0, 4)):
         with pytest.raises(ValueError, match="recent: expected"), quantised.quantised(model, "kivi-32", 4, *near):
             pass
+    windowed = tiny.model("mistral")
+    with pytest.raises(ValueError, match="whole texts"), quantised.quantised(windowed, "kivi-32", 4), torch.no_grad():
+        windowed(input_ids=tiny.tokens(1, 40), use_cache=False)
     with pytest.raises(ValueError, match="bits: expected 16"):
         quantisers.QUANTISERS["half"].keys(torch.zeros(1, 1, 1), 8)
     with pytest.raises(ValueError, match="sinks: expected 0"):

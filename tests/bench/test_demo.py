@@ -11,6 +11,7 @@ import lrattn
 from bench import demo
 from bench.support import report
 from lrattn.integrations.transformers import LatentCache, latent_attention
+from lrattn.models.interface import cache_argument
 
 RUN = json.loads((report.RESULTS / "demo.json").read_text())
 
@@ -68,7 +69,7 @@ def test_a_cache_holds_the_bytes_that_the_demo_counts(family, bits):
     model = tiny.model(family)
     factors = lrattn.compress(model, [tiny.tokens(4, 100)], keep=0.5, bits=bits, far=(16, 2), progress=False)
     for length in (10, 64):
-        cache = LatentCache(model, factors)
+        cache = LatentCache(factors)
         with torch.no_grad(), latent_attention(model, factors):
-            model(tiny.tokens(1, length), cache=cache)
+            model(tiny.tokens(1, length), **cache_argument(cache))
         assert cache.nbytes == demo.bytes_said(factors, length)
