@@ -189,8 +189,9 @@ class LayerFactors:
                 told = ", ".join(filter(None, (leading, str(self.num_kv_heads), str(self.head_dim))))
                 expected = f"[{told}] {self.dtype} on {self.device}"
                 raise ValueError(f"{name}: expected {expected}, got {list(x.shape)} {x.dtype} on {x.device}")
-        if self.rope is not None:
-            k = self.rope.turn_back(k, self._positions(positions, lead))
+        if self.rope is not None and self.turns is not None:  # Rope.turn_back, by the layer's own tables
+            turns = rows_at(self.turns, self._positions(positions, lead).reshape(-1).to(k.device))
+            k = self.rope.turned(k, turns.reciprocal().view(*lead, 1, turns.shape[-1]), self.pairs)
         elif positions is not None:
             raise ValueError("positions: expected None, the layer has no rope, got a tensor")
         heads = [self._centred(side, x) for side, x in ((self.keys, k), (self.values, v))]

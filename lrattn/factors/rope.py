@@ -151,24 +151,29 @@ class Rope:
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """x [.., H, D] rotated to positions [..]; sums in float32 (float64 for float64), result in x.dtype."""
-        return self._turned(x, self._turns_at(x, positions)).to(x.dtype)
+        return self.turned(x, self._turns_at(x, positions)).to(x.dtype)
 
     def turn_back(self, x: Tensor, positions: Tensor) -> Tensor:
         """The inverse of `rotate`, the attention factor taken out too; result in the dtype of the sums."""
-        return self._turned(x, self._turns_at(x, positions).reciprocal())
+        return self.turned(x, self._turns_at(x, positions).reciprocal())
 
     def pull_back(self, gradient: Tensor, positions: Tensor) -> Tensor:
         """The gradient by x of what has this gradient [.., H, D] by rotate(x, positions); in the dtype of the sums."""
-        return self._turned(gradient, self._turns_at(gradient, positions).conj())
+        return self.turned(gradient, self._turns_at(gradient, positions).conj())
 
     def _turns_at(self, x: Tensor, positions: Tensor) -> Tensor:
         """[.., 1, rotary_dim / 2]."""
         rows = rows_at(self.turns(x.device, x.dtype), positions.reshape(-1).to(x.device))
         return rows.view(*positions.shape, 1, rows.shape[-1])
 
-    def _turned(self, x: Tensor, turns: Tensor) -> Tensor:
+    def turned(self, x: Tensor, turns: Tensor, order: Tensor | None = None) -> Tensor:
+        """x [.., H, D] with its pairs turned by turns [.., 1, rotary_dim / 2]; in the dtype of the sums.
+
+        order: `pair_order` on x's device, of who holds it; None: made.
+        """
         n, x = self.rotary_dim, x.to(accumulator(x.dtype))
-        pairs = x[..., self.pair_order(x.shape[-1])[:n].to(x.device)].unflatten(-1, (-1, 2)).contiguous()
+        order = self.pair_order(x.shape[-1]).to(x.device) if order is None else order
+        pairs = x[..., order[:n]].unflatten(-1, (-1, 2)).contiguous()
         turned = torch.view_as_real(torch.view_as_complex(pairs) * turns)
         whole = turned.flatten(-2) if self.interleaved else turned.transpose(-2, -1).flatten(-2)
         return torch.cat((whole, x[..., n:]), -1)

@@ -44,8 +44,9 @@ def steps(model, factors, mask=None):
 
 
 @pytest.mark.parametrize("near", [pytest.param((0, 0), marks=pytest.mark.slow), (5, 2)], ids=str)
-def test_a_step_without_a_mask_is_one_graph(near):
-    want, got = steps(*made(near, before_rope=False))
+@pytest.mark.parametrize("before_rope", [False, True])
+def test_a_step_without_a_mask_is_one_graph(near, before_rope):
+    want, got = steps(*made(near, before_rope))
     torch.testing.assert_close(got, want, rtol=0, atol=2e-5)
     assert not counters["graph_break"] and counters["stats"]["unique_graphs"] <= 4
 
