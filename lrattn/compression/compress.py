@@ -164,7 +164,7 @@ def compress(
     _check_finite(layers)
     ropes = [None] * len(layers) if recipe.rotated else ropes_of(model, layers)
     if recipe.reads_weights or ranks in ("fisher", "condition"):
-        check_readable(model, layers, ropes_of(model, layers))
+        check_readable(model, layers, ropes_of(model, layers) if recipe.rotated else ropes)
     if recipe.measure is kq_svd.measure:
         for layer in layers:
             linear(layer, "o_proj")

@@ -276,7 +276,7 @@ class Problem:
         return keys_side, self._record("values", ups, widths, torch.cat(downs, 1), "values")
 
     def _projection(self, side: str, ranks: tuple[int, ...], reached: Tensor | None) -> Projection:
-        ups, downs = [], []
+        ups, downs, inputs = [], [], self._inputs(side) if side in self.formats else None
         for rank, (at, energies, group_up, down) in zip(ranks, self._decomposed(side), strict=True):
             self.lost += _lost(energies, rank, self.shape.bits)
             group_up, down = pad_rank(group_up[:, :rank], 1, rank), pad_rank(down[:, :rank], 1, rank)
@@ -285,8 +285,8 @@ class Problem:
                 group_up, down = self.method.refit(self._weight(self.groups[side][0]), down, own)
             placed = down.new_zeros(self.layer.dense, rank)
             placed[at] = down
-            if side in self.formats:
-                size = deviations(placed, self._inputs(side))
+            if inputs is not None:
+                size = deviations(placed, inputs)
                 group_up, placed = group_up * size[:, None], placed / size
             ups.append(group_up)
             downs.append(placed)

@@ -15,6 +15,7 @@ from lrattn.factors.formats import Format
 from lrattn.factors.layer import LayerFactors
 from lrattn.factors.projection import Projection
 from lrattn.factors.rope import Rope
+from lrattn.factors.shapes import check_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,10 +76,9 @@ class Factors:
 
     def near_or(self, recent: int | None, sinks: int | None) -> tuple[int, int]:
         """The two as given, or as `near` says where they are None. Raises: ValueError unless they count tokens."""
-        for name, n in (("recent", recent), ("sinks", sinks)):
-            if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 0):
-                raise ValueError(f"{name}: expected a number of tokens, 0 or more, got {n!r}")
-        return self.near[0] if recent is None else recent, self.near[1] if sinks is None else sinks
+        chosen = self.near[0] if recent is None else recent, self.near[1] if sinks is None else sinks
+        check_tokens(recent=chosen[0], sinks=chosen[1])
+        return chosen
 
     def to(
         self,

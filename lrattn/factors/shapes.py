@@ -82,6 +82,13 @@ def check_tensors(**tensors: object) -> None:
             raise ValueError(f"{name}: expected a tensor, got {type(x).__name__}")
 
 
+def check_tokens(**counts: object) -> None:
+    """Raises ValueError for what does not count tokens."""
+    for name, n in counts.items():
+        if not isinstance(n, int) or isinstance(n, bool) or n < 0:
+            raise ValueError(f"{name}: expected a number of tokens, 0 or more, got {n!r}")
+
+
 def own_memory(x: Tensor) -> bool:
     """Whether each step along an axis leaves behind all that the axes of smaller steps reach."""
     if not x.numel():

@@ -105,7 +105,17 @@ def sight_of(what: Said, begin: int, end: int, near: int = 0, sinks: int = 0) ->
 
 
 def exact_attention(
-    module: nn.Module,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Attention as it is without latents."""
+    if not is_causal(module, kwargs.get("is_causal")):
+        return not_causal(module, query, key, value, attention_mask, **kwargs)
+    return attention_beyond((0, 0), (key, value), query, key, value, attention_mask, **kwargs)
+
+
+def attention_beyond(
+    near: tuple[int, int],
+    far: tuple[Tensor, Tensor],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -114,16 +124,27 @@ def exact_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **kwargs: Any,
+    **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as it is without latents."""
-    if not is_causal(module, kwargs.get("is_causal")):
-        return not_causal(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    end = key.shape[2]
+    """Causal attention to the keys and values given of the columns near a query, `near` (recent, sinks) as Sight has
+    it, and to those of `far` of the others; the rest as transformers hands it to an attention function."""
+    (recent, sinks), end, first = near, key.shape[2], None
     what = said(attention_mask, sliding_window, len(query), end)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    sight = sight_of(what, end - query.shape[2], end)
-    out = dense_attention(query, sight, (key, value), scale=scale, softcap=softcap or 0.0, sinks=s_aux)
+    if sinks:
+        pads = torch.zeros(1, dtype=torch.int64, device=key.device) if what.pads is None else what.pads
+        at = (pads[:, None] + torch.arange(sinks, device=key.device)).clamp_max(end - 1)
+        at = at.expand(len(key), -1)[:, None, :, None].expand(-1, key.shape[1], -1, key.shape[3])
+        first = key.gather(2, at), value.gather(2, at)
+    out = dense_attention(
+        query,
+        sight_of(what, end - query.shape[2], end, recent, sinks),
+        far,
+        (key, value) if recent else None,
+        first,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=softcap or 0.0,
+        sinks=s_aux,
+    )
     return out.transpose(1, 2).contiguous(), None
 
 

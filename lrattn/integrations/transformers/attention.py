@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from lrattn.attention.cache import stored
-from lrattn.attention.dense import Sight, dense_attention, masked_attention, side_by_side, with_sinks
+from lrattn.attention.dense import Pair, Sight, dense_attention, masked_attention, side_by_side, with_sinks
 from lrattn.attention.ops import decode_attention, merge_attention, rebuild
 from lrattn.integrations.transformers.handle import LatentKeys
-from lrattn.integrations.transformers.layer import LatentLayer, Pair, Written
+from lrattn.integrations.transformers.layer import LatentLayer, Written
 from lrattn.models.interface import cache_argument, is_causal, not_causal, sight_of
 from lrattn.models.masks import Said, said
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from lrattn.attention.cache import allocate_cache, unpack
+from lrattn.attention.dense import Pair
 from lrattn.attention.ops import write_latents
 from lrattn.factors.record import Factors
 from lrattn.integrations.transformers.columns import PAGE, Columns, positions_at
@@ -16,7 +17,6 @@ from lrattn.integrations.transformers.fit import check_fit
 from lrattn.integrations.transformers.handle import LatentKeys
 from lrattn.models.masks import Said
 
-Pair = tuple[Tensor, Tensor]  # keys and values
 Latents = tuple[Tensor, Tensor | None]  # of them; None: the first row serves both
 
 
