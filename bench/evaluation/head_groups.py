@@ -89,9 +89,9 @@ def smollm2_mha() -> dict[str, Any]:
     moments = lrattn.calibrate(model, windows.split(1))
     order, found = models.mha_order(), dict.fromkeys(("contiguous", "greedy", "balanced"), 0)
     layers = attention_layers(model)
-    for layer, moment in zip(layers, moments.sums["before"], strict=True):
+    for i, layer in enumerate(layers):
         heads = torch.eye(layer.dense, dtype=torch.float64).unflatten(0, (layer.num_kv_heads, -1))
-        gram = clusters.outputs_gram(heads, about(moment, None)[: layer.dense, : layer.dense])
+        gram = clusters.outputs_gram(heads, about(moments.sum("before", i), None)[: layer.dense, : layer.dense])
         for name, groups in ways(gram, 3, layer.head_dim).items():
             found[name] += all(len({order[h] // 3 for h in heads}) == 1 for heads in groups)
     return {"layers": len(layers), "layers_with_copies_together": found}

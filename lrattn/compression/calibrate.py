@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lrattn.compression.batches import Batch, check_batches, tokens_of, unfelt, unpadded
-from lrattn.compression.moments import GATHERED, GRADIENTS, WEIGHTS, Moments
+from lrattn.compression.moments import GATHERED, GRADIENTS, SYMMETRIC, WEIGHTS, Moments
 from lrattn.compression.substitute import Window, substituted
 from lrattn.compression.sums import Sums
 from lrattn.factors import safefile
@@ -161,14 +161,15 @@ def _resume(
 
 def _shapes(layer: AttentionLayer, gather: Collection[str]) -> dict[str, tuple[int, ...]]:
     n, heads, head_dim = layer.dense, layer.num_kv_heads, layer.head_dim
-    square = {"before": 2 * n + 1, "weighted": 2 * n + 1, "rotated": n + 1, "rotated-weighted": n + 1}
-    square |= {"metric": n, "rotated-metric": n}
+    sides = {"before": 2 * n + 1, "weighted": 2 * n + 1, "rotated": n + 1, "rotated-weighted": n + 1}
+    sides |= {"metric": n, "rotated-metric": n}
     exact: dict[str, tuple[int, ...]] = {"rotated.queries": (heads, head_dim, head_dim)}
     if set(gather) & set(WEIGHTS):
         inputs = linear(layer, "k_proj").in_features
         exact |= {"fisher.keys": (n, inputs), "fisher.values": (n, inputs), "magnitudes": (inputs,)}
     names = [name for group in GATHERED if group in gather for name in GATHERED[group]]
-    return {name: exact.get(name) or (square[name.split(".")[0]],) * 2 for name in names}
+    triangles = {name: (m * (m + 1) // 2,) for name in SYMMETRIC for m in (sides[name.split(".")[0]],)}
+    return {name: (triangles | exact)[name] for name in names}
 
 
 def _unseen(batches: Iterable[Batch], seen: int, seen_text: str) -> Iterator[tuple[Tensor, Tensor | None, str]]:

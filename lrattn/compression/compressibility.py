@@ -34,8 +34,9 @@ def compressibility(moments: Moments) -> list[dict[str, float]]:
     if "before" not in moments.gathered:
         raise ValueError(f"moments: expected those of calibrate(gather=['before']), got {list(moments.gathered)}")
     found = []
-    for moment in moments.sums["before"]:
-        both, n = about(moment, None), len(moment) // 2
+    for i in range(moments.layers):
+        both = about(moments.sum("before", i), None)
+        n = len(both) // 2
         sides = zip(SIDES, (both[:n, :n], both[n:, n:]), strict=True)
         found.append({side: effective_rank(torch.linalg.eigvalsh(x).clamp_min(0).sqrt()) for side, x in sides})
     return found

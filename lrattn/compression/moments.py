@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,8 @@ from lrattn.factors import safefile
 # What `calibrate` can be asked for, and the sums it is made of; each has one tensor a layer. k, v, q: keys, values and
 # queries as attention is given them, n = Hkv * D numbers of a token, and x, what k_proj reads. u: k turned back from
 # its position. g: gradient of the sequence's negative log-likelihood by u, k or v, [n]; of the text for "fisher", of
-# tokens drawn from the model for the metrics. A 1 appended to what is summed keeps its mean and the weights' sum.
+# tokens drawn from the model for the metrics. A 1 appended to what is summed keeps its mean and the weights' sum. What
+# is [m, m] is symmetric, and held as its `triangle`.
 GATHERED: dict[str, tuple[str, ...]] = {
     "before": ("before",),  # [2n + 1, 2n + 1]: y y^T, y = [u, v, 1]
     "rotated": (
@@ -35,6 +37,7 @@ GATHERED: dict[str, tuple[str, ...]] = {
 GRADIENTS = ("fisher", "metric", "rotated-metric")  # those that take a backward pass
 BEFORE = ("before", "metric", "fisher")  # those of keys before their rotation, which has to be known
 WEIGHTS = ("fisher", "magnitudes")  # those of x, which only Linear models show
+SYMMETRIC = {part for name, parts in GATHERED.items() if name not in WEIGHTS for part in parts} - {"rotated.queries"}
 UNFELT = 1e-20  # nats: what an error costs that no token felt
 
 
@@ -87,11 +90,15 @@ class Moments:
         keys, values = (self.sums[name] for name in GATHERED["fisher"])
         return [(score(k), score(v)) for k, v in zip(keys, values, strict=True)]
 
+    def sum(self, name: str, layer: int) -> Tensor:
+        """A layer's sum, as GATHERED has its shape."""
+        found = self.sums[name][layer]
+        return square(found) if name in SYMMETRIC else found
+
     def seen(self, layer: int, side: str, *, rotated: bool = False) -> Tensor:
         """The mean over tokens of [x, 1] [x, 1]^T, x the "keys" or "values": as attention is given them where rotated,
         else of [u, v] together."""
-        total = self.sums[f"rotated.{side}"] if rotated else self.sums["before"]
-        return total[layer] / max(self.tokens, 1)
+        return self.sum(f"rotated.{side}" if rotated else "before", layer) / max(self.tokens, 1)
 
     def metric(self, layer: int, side: str, *, rotated: bool = False) -> tuple[Tensor, Tensor]:
         """Of "keys" or "values": G [n, n] and C of the loss that methods/gradient.py minimises, C as `seen` has it.
@@ -101,11 +108,11 @@ class Moments:
         within the dense one, C is the plain mean and G an identity that weighs next to nothing.
         """
         kind = "rotated-" if rotated else ""
-        g = self.sums[f"{kind}metric.{side}"][layer] / max(self.tokens - self.sequences, 1)
+        g = self.sum(f"{kind}metric.{side}", layer) / max(self.tokens - self.sequences, 1)
         mean = g.trace()
         if mean == 0:
             return torch.eye(len(g), dtype=g.dtype) * UNFELT, self.seen(layer, side, rotated=rotated)
-        return g * mean, self.sums[f"{kind}weighted.{side}"][layer] / max(self.tokens, 1) / mean
+        return g * mean, self.sum(f"{kind}weighted.{side}", layer) / max(self.tokens, 1) / mean
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file; the file at `path` is replaced only when the new one is whole.
@@ -132,9 +139,22 @@ class Moments:
         for name in (part for parts in GATHERED.values() for part in parts):
             i = 0
             while f"{i}.{name}" in tensors:
-                sums.setdefault(name, []).append(tensors[f"{i}.{name}"])
+                x = tensors[f"{i}.{name}"]
+                sums.setdefault(name, []).append(triangle(x) if name in SYMMETRIC and x.dim() == 2 else x)
                 i += 1
         return cls({name: tuple(xs) for name, xs in sums.items()}, **record)
+
+
+def triangle(x: Tensor) -> Tensor:
+    """Of a symmetric x [m, m] what is on and below the diagonal, row by row: [m (m + 1) / 2]."""
+    return x.masked_select(torch.ones_like(x, dtype=torch.bool).tril())
+
+
+def square(x: Tensor) -> Tensor:
+    """The matrix [m, m] of a `triangle`."""
+    m = math.isqrt(8 * len(x) + 1) // 2
+    found = x.new_zeros(m, m).masked_scatter_(torch.ones(m, m, dtype=torch.bool).tril(), x)
+    return found + found.tril(-1).T
 
 
 def about(moment: Tensor, offset: Tensor | None) -> Tensor:

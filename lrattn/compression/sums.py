@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lrattn.compression.batches import check_lengths, positions_in
-from lrattn.compression.moments import BEFORE, GRADIENTS, WEIGHTS, Moments
+from lrattn.compression.moments import BEFORE, GRADIENTS, SYMMETRIC, WEIGHTS, Moments, triangle
 from lrattn.factors.rope import Rope
 from lrattn.models.layers import AttentionLayer
 from lrattn.models.ropes import ropes_of
@@ -101,7 +101,7 @@ class Sums:
 
     def add(self, name: str, i: int, x: Tensor) -> None:
         """To layer i's sum. Nothing else may hold x."""
-        sums = self.sums[name]
+        sums, x = self.sums[name], triangle(x) if name in SYMMETRIC else x
         sums[i] = x.add_(sums[i]) if self.apart else sums[i].add_(x)
 
     def grown(self, held: Moments, run: nn.Module, ids: Tensor, live: Tensor | None, text: str) -> Moments:

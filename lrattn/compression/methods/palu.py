@@ -17,7 +17,7 @@ def measure(layer: AttentionLayer, moments: Moments, i: int, side: str) -> tuple
 
     With W x for the heads it is W (sum x x^T) W^T, what the published whitening comes to.
     """
-    return moments.sums["before"][i], None
+    return moments.sum("before", i), None
 
 
 def decompose(

@@ -14,4 +14,4 @@ from lrattn.models.layers import AttentionLayer
 
 def measure(layer: AttentionLayer, moments: Moments, i: int, side: str) -> tuple[Tensor, Tensor | None]:
     """C: sum k k^T or sum v v^T, as attention is given them, from moments with "rotated". G is the identity."""
-    return moments.sums[f"rotated.{side}"][i], None
+    return moments.sum(f"rotated.{side}", i), None
