@@ -88,8 +88,8 @@ def _parser() -> Parser:
         added.add_argument("--windows", type=int, default=windows, help=f"at most this many (default {windows})")
         added.add_argument("--length", type=int, default=1024, help="tokens a window (default 1024)")
 
-    def factors(added: Parser, otherwise: str) -> None:
-        added.add_argument("--factors", type=Path, help=f"factors file; without it the model {otherwise}")
+    def factors(added: Parser) -> None:
+        added.add_argument("--factors", type=Path, help="factors file; without it the model is used as it is")
         added.add_argument("--keep", type=_share, help="fewer of the factors' latents (default: all)")
         added.add_argument("--recent", type=int, help="last tokens also held dense (default: as the factors say)")
         added.add_argument("--sinks", type=int, help="first tokens also held dense (default: as the factors say)")
@@ -114,21 +114,19 @@ def _parser() -> Parser:
     added = command("eval", _eval, "Perplexity on a text: of the latent cache with --factors, else of the model.")
     model(added)
     text(added, 8)
-    factors(added, "is evaluated as it is")
+    factors(added)
 
     added = command("generate", _generate, "Generate text from the latent cache with --factors, else from a dense one.")
     model(added)
     added.add_argument("--prompt", required=True)
     added.add_argument("--chat", action="store_true", help="put the prompt in the tokenizer's chat template")
-    factors(added, "generates as it is")
+    factors(added)
     added.add_argument("--tokens", type=int, default=64, help="new tokens at most (default 64)")
     added.add_argument("--beams", type=int, default=1, help="beam search over this many (default 1: none)")
     added.add_argument("--temperature", type=float, default=0.0, help="sample at this temperature (default 0: greedy)")
     added.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
 
-    about = (
-        "What a factors file holds, several side by side; or how compressible a model's keys and values are on a text."
-    )
+    about = "What a factors file holds, several side by side; or how compressible keys and values are on a text."
     added = command("info", _info, about)
     model(added, f"factors files; with --compressibility a model: {MODEL}", nargs="+", metavar="file")
     added.add_argument("--compressibility", action="store_true", help="effective ranks of a model's keys and values")
@@ -165,22 +163,10 @@ def _compress(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             raise ValueError(f"state: expected another file than --out, got {args.state}")
     model, windows = _read(args.model, args)
     begin = time.perf_counter()
-    factors = compress(
-        model,
-        windows.split(1),
-        args.method,
-        args.keep,
-        args.group_size,
-        ranks=args.ranks,
-        shared=SHARED[args.shared],
-        far=None if args.far is None else tuple(args.far),
-        refine=args.refine,
-        nested=args.nested,
-        state=args.state,
-        shards=args.shards,
-        bits=args.bits,
-        bytes_per_token=args.bytes_per_token,
-    )
+    names = ("method", "keep", "group_size", "ranks", "refine", "nested", "state", "shards", "bits", "bytes_per_token")
+    choice: dict[str, Any] = {name: getattr(args, name) for name in names}
+    far = None if args.far is None else tuple(args.far)
+    factors = compress(model, windows.split(1), shared=SHARED[args.shared], far=far, **choice)
     factors.save(args.out)
     seconds = time.perf_counter() - begin
     results = {"out": str(args.out), "windows": list(windows.shape), "seconds": seconds, **summarize(factors)}
@@ -195,7 +181,7 @@ def _eval(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
     factors = _load_factors(args)
     model, windows = _read(args.model, args)
-    factors = None if factors is None else _fitted(factors, model)
+    factors = _fitted(factors, model)
     with attending(model, factors, args.recent, args.sinks):
         results = {**_what(factors, args), "perplexity": perplexity(model, windows), "windows": list(windows.shape)}
     line = f"{_made(results)}: perplexity {results['perplexity']:.3f}"
@@ -208,7 +194,7 @@ def _generate(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
     factors = _load_factors(args)
     model, tokenizer = load_model(args.model, args.dtype, args.device)
-    factors = None if factors is None else _fitted(factors, model)
+    factors = _fitted(factors, model)
     options = ("chat", "tokens", "beams", "temperature", "seed", "recent", "sinks")
     choice = {name: getattr(args, name) for name in options}
     results = {**_what(factors, args), **generate(model, tokenizer, factors, args.prompt, **choice)}
@@ -274,8 +260,10 @@ def _load_factors(args: argparse.Namespace) -> Factors | None:
     return None
 
 
-def _fitted(factors: Factors, model: Any) -> Factors:
+def _fitted(factors: Factors | None, model: Any) -> Factors | None:
     """In the model's dtype, on its device; those of an older file with a write side of the model's."""
+    if factors is None:
+        return None
     factors = factors.to(model.device, model.dtype)
     older = any(side.of_inputs for layer in factors.layers for side in (layer.keys, layer.values))
     return in_kv_space(factors, model) if older else factors
@@ -285,8 +273,7 @@ def _what(factors: Factors | None, args: argparse.Namespace) -> dict[str, Any]:
     if factors is None:
         return {"method": "dense", "ranks": "", "keep": 1.0, "recent": 0, "sinks": 0}
     recent, sinks = factors.near_or(args.recent, args.sinks)
-    near = {"recent": recent, "sinks": sinks}
-    return {"method": factors.method, "ranks": factors.rule, "keep": factors.keep, **near}
+    return {"method": factors.method, "ranks": factors.rule, "keep": factors.keep, "recent": recent, "sinks": sinks}
 
 
 def _made(results: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from commands import refused, run
 from slowly import slow_unless
 
 import lrattn
@@ -53,24 +54,6 @@ def tiny_one(tmp_path_factory):
         model=model, calibration=calibration, evaluation=evaluation, factors=factors,
         loaded=loaded, tokenizer=tokenizer, windows=windows,
     )  # fmt: skip
-
-
-def run(capsys, *words):
-    capsys.readouterr()
-    cli.main([str(w) for w in words])
-    return capsys.readouterr().out
-
-
-def refused(capsys, *words):
-    """The one line on stderr; progress bars, which end in a carriage return, aside."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([str(w) for w in words])
-    shown = capsys.readouterr()
-    assert shown.out == "" and stopped.value.code not in (0, None)
-    text = shown.err if isinstance(stopped.value.code, int) else stopped.value.code
-    assert len(text.strip().splitlines()) == 1 and text.startswith("lrattn: ")
-    return text
 
 
 def test_compress_is_the_library_s_compress(tiny_one):
@@ -127,11 +110,6 @@ def test_eval_is_the_perplexity_of_the_latent_cache(words, keep, near, tiny_one,
     own = perplexity(tiny_one.loaded, windows, progress=False)
     assert dense["perplexity"] == pytest.approx(own, rel=1e-5) and abs(found["perplexity"] / own - 1) > 1e-4
     assert (dense["method"], dense["keep"], dense["recent"]) == ("dense", 1.0, 0)
-
-
-def test_fewer_latents_than_there_can_be_are_refused(tiny_one, capsys):
-    words = ["--text", tiny_one.evaluation, "--factors", tiny_one.factors, "--length", 64, "--keep", 0.01]
-    assert "keep: expected at least" in refused(capsys, "eval", tiny_one.model, *words)
 
 
 def test_a_text_shorter_than_a_window_is_one_window(tiny_one, capsys, tmp_path):
@@ -250,6 +228,7 @@ def test_bad_input_is_one_clear_line(tiny_one, capsys, tmp_path):
         ("model: expected a folder", ["eval", "./no-such-model", "--text", text]),
         ("model: expected a config.json", ["eval", tmp_path / "folder", "--text", text]),
         ("keep: expected at least", [*compress, "--keep", 0.01, "--windows", 1, "--length", 64]),
+        ("keep: expected at least", [*evaluate, "--factors", factors, "--keep", 0.01]),
         ("expected some text", [*compress, "--text", empty]),
         ("expected UTF-8", [*evaluate, "--text", binary]),
         ("text: expected a file", [*evaluate, "--text", tmp_path / "missing.txt"]),

@@ -14,8 +14,10 @@ import pytest
 import tiny
 import torch
 import transformers
+from commands import refused, run
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import lrattn
@@ -62,19 +64,6 @@ def changed(folder, tmp_path):
     return change
 
 
-def refused(capfd, *words):
-    """The one line on stderr, where progress bars aside nothing else is; exit code 1, or 2 for usage."""
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([str(word) for word in words])
-    shown, code = capfd.readouterr(), stopped.value.code
-    lines = [line for line in shown.err.splitlines() if line.strip() and not re.search(r"\d+%\|", line)]
-    lines += [code] if isinstance(code, str) else []  # which Python prints, and ends with 1
-    assert shown.out == "" and (isinstance(code, str) or code == 2)
-    assert len(lines) == 1 and len(lines[0].splitlines()) == 1 and lines[0].startswith("lrattn: "), lines
-    return lines[0]
-
-
 def evaluate(folder, model=None, *more):
     return "eval", model or folder / "model", "--text", folder / "text", "--length", 16, "--windows", 1, *more
 
@@ -100,20 +89,8 @@ def test_a_quantised_model_whose_package_is_missing(name, folder, changed, capfd
         assert told in line and re.search(r"\((ImportError|ModuleNotFoundError): .*\w", line)
 
 
-class Kept(logging.Handler):
-    """What a logger lets through: its own handler writes where stderr was when it was made."""
-
-    def __init__(self):
-        super().__init__()
-        self.lines = []
-
-    def emit(self, record):
-        self.lines.append(record.getMessage())
-
-
-def test_files_that_do_not_fit(folder, capfd, tmp_path, monkeypatch):
-    kept = Kept()
-    monkeypatch.setattr(logging.getLogger("transformers.modeling_utils"), "handlers", [kept])
+def test_files_that_do_not_fit(folder, capfd, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("transformers.modeling_utils"), "handlers", [caplog.handler])
     weights = load_file(folder / "model" / "model.safetensors")
     for name, weight, told in (
         ("narrow", weights[WEIGHT][:64], f"model: expected {WEIGHT} of shape [128, 96] in PATH, got [64, 96]"),
@@ -125,7 +102,7 @@ def test_files_that_do_not_fit(folder, capfd, tmp_path, monkeypatch):
         changed_weights = others if weight is None else others | {WEIGHT: weight.contiguous()}
         save_file(changed_weights, path / "model.safetensors", metadata={"format": "pt"})
         assert told.replace("PATH", str(path)) in refused(capfd, *evaluate(folder, path))
-        assert kept.lines == []
+        assert caplog.records == []
 
 
 @pytest.mark.parametrize(
@@ -237,9 +214,9 @@ def test_a_file_that_cannot_be_written_is_found_before_the_model_is_read(
 
 def test_a_plot_is_written_whole_through_a_link(folder, capfd, tmp_path):
     (tmp_path / "ranks.png").symlink_to(tmp_path / "there")
-    cli.main([str(w) for w in ("info", "--compressibility", *evaluate(folder)[1:], "--plot", tmp_path / "ranks.png")])
+    said = run(capfd, "info", "--compressibility", *evaluate(folder)[1:], "--plot", tmp_path / "ranks.png")
     assert (tmp_path / "there").read_bytes()[:4] == b"\x89PNG" and (tmp_path / "ranks.png").is_symlink()
-    assert len(list(tmp_path.iterdir())) == 2 and "wrote" in capfd.readouterr().out
+    assert len(list(tmp_path.iterdir())) == 2 and "wrote" in said
 
 
 def test_out_and_state_are_two_files_by_any_name(folder, capfd, tmp_path):
@@ -259,8 +236,7 @@ def test_a_length_beyond_the_model_s_positions(folder, capfd, monkeypatch, tmp_p
         assert "length: expected at most 512 tokens, the model's positions, got 513" in line
     short = "eval", folder / "model", "--text", folder / "short", "--length", 4096, "--json"
     for words in (("eval", *text, 512, "--json"), short):
-        cli.main([str(w) for w in words])
-    assert capfd.readouterr().out.count("perplexity") == 2
+        assert "perplexity" in run(capfd, *words)
 
 
 @pytest.mark.parametrize("latent", [False, True])
@@ -272,8 +248,7 @@ def test_a_prompt_beyond_the_model_s_positions(latent, folder, capfd, tmp_path):
     told = "prompt, tokens: expected at most 512 together, the model's positions, got {} and {}"
     assert told.format(600, 1) in refused(capfd, *words, " ".join(["w7"] * 600), "--tokens", 1)
     assert told.format(510, 4) in refused(capfd, *words, " ".join(["w7"] * 510), "--tokens", 4)
-    cli.main([str(w) for w in (*words, " ".join(["w7"] * 510), "--tokens", 3)])
-    assert "3 tokens" in capfd.readouterr().out
+    assert "3 tokens" in run(capfd, *words, " ".join(["w7"] * 510), "--tokens", 3)
 
 
 def test_a_chat_without_a_template(folder, changed, capfd):
@@ -288,7 +263,7 @@ def test_too_little_text_for_the_window(folder, capfd, tmp_path):
     """Two tokens, where queries see the last 64 and first 4 as they are: it says what to do."""
     words = "compress", folder / "model", "--text", folder / "short", "--out", tmp_path / "f"
     assert "beyond the window far=(64, 4), got none; give sequences of 70 or more" in refused(capfd, *words)
-    cli.main([str(w) for w in (*words[:2], *evaluate(folder)[2:4], "--length", 70, *words[4:])])
+    run(capfd, *words[:2], *evaluate(folder)[2:4], "--length", 70, *words[4:])
     assert (tmp_path / "f").exists()
 
 
@@ -304,16 +279,16 @@ def test_a_distillation_goes_on_after_ctrl_c(folder, capfd, monkeypatch, tmp_pat
     """By the command that was stopped, given again."""
     words = ["compress", folder / "model", "--text", folder / "text", "--length", 75, "--keep", 0.3, "--refine", 9]
     words = [str(w) for w in (*words, "--out", tmp_path / "f", "--state", tmp_path / "state")]
-    run = sys.modules["lrattn.compression.refine"]._Run
-    learn, steps = run.learn, []
+    steps = []
 
-    def until(own, *args):
-        steps.append(own.step)
-        if steps == [0, 1, 2, 3, 4]:
-            raise KeyboardInterrupt
-        learn(own, *args)
+    class Bar(tqdm):
+        def set_postfix_str(self, *args):
+            """As each step begins."""
+            steps.append(self.n)
+            if steps == [0, 1, 2, 3, 4]:
+                raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "learn", until)
+    monkeypatch.setattr(sys.modules["lrattn.compression.refine"], "tqdm", Bar)
     with pytest.raises(SystemExit) as stopped:
         cli.main(words)
     assert stopped.value.code == 130 and not (tmp_path / "f").exists()
@@ -333,13 +308,8 @@ def test_factors_of_an_older_file_are_read(folder, capsys, tmp_path):
         layers.append(replace(layer, **sides))
     made.save(tmp_path / "now")
     replace(made, layers=layers).save(tmp_path / "older")
-    shown = []
-    for name in ("now", "older"):
-        cli.main([str(word) for word in (*evaluate(folder), "--factors", tmp_path / name)])
-        shown.append(capsys.readouterr().out)
-    assert shown[0] == shown[1]
-    cli.main(["info", str(tmp_path / "older")])
-    assert "svd, ranks spectrum" in capsys.readouterr().out
+    now, older = (run(capsys, *evaluate(folder), "--factors", tmp_path / name) for name in ("now", "older"))
+    assert now == older and "svd, ranks spectrum" in run(capsys, "info", tmp_path / "older")
 
 
 @pytest.mark.parametrize(("target", "code", "says"), [("/dev/full", 1, "No space left on device"), ("", 1, "")])

@@ -1,6 +1,5 @@
 """What the documents show is what runs."""
 
-import json
 import re
 from pathlib import Path
 
@@ -10,26 +9,24 @@ import torch
 from transformers import LlamaConfig
 
 import lrattn
-from bench import demo, memory, quality, scale
+from bench import architectures, demo, memory, quality, scale
 from bench.compiled import resources, traffic
 from bench.decode import launches
-from bench.evaluation import head_groups, quality_plan, quality_plot, quality_table
+from bench.evaluation import head_groups, method_check, quality_plan, quality_plot, quality_table
+from bench.support import report
 from lrattn.compression.moments import GATHERED
 
 ROOT = Path(lrattn.__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+WORDS = " ".join(README.split())
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def code_of(docstring):
-    return "\n".join(line.strip() for line in docstring.splitlines() if line.startswith("    "))
-
-
 def test_the_pipeline_in_the_package_docstring_runs():
-    model = tiny.model("llama")
     T = 40
     names = {
         "lrattn": lrattn,
-        "model": model,
+        "model": tiny.model("llama"),
         "batches": [tiny.tokens(2, T)],
         "k": torch.randn(T, 4, 32),
         "v": torch.randn(T, 4, 32),
@@ -39,13 +36,16 @@ def test_the_pipeline_in_the_package_docstring_runs():
         "block_table": torch.arange(64, dtype=torch.int32)[None],
         "seq_lens": torch.tensor([T], dtype=torch.int32),
     }
-    code = code_of(lrattn.__doc__)
-    assert 6 <= len(code.splitlines()) <= 10
-    exec(code, names)
+    code = [line.strip() for line in lrattn.__doc__.splitlines() if line.startswith("    ")]
+    assert 6 <= len(code) <= 10
+    exec("\n".join(code), names)
     assert names["y"].shape == (1, 8, 32) and names["y"].isfinite().all() and names["y"].abs().sum() > 0
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+of_a_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+
+
+@of_a_page
 def test_python_in_the_pages_prints_what_it_says(page, tmp_path, monkeypatch, capsys):
     """`print(x)  # y` prints y, where ... stands for anything."""
     monkeypatch.chdir(tmp_path)
@@ -59,70 +59,62 @@ def test_python_in_the_pages_prints_what_it_says(page, tmp_path, monkeypatch, ca
             assert re.fullmatch(re.escape(words).replace(r"\.\.\.", ".*"), line), line
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@of_a_page
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
-        if not target.startswith("http"):
-            assert (page.parent / target).exists(), target
+        assert target.startswith("http") or (page.parent / target).exists(), target
 
 
 def test_the_readme_names_the_two_commands_of_the_makefile():
-    makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"^make (\w[\w-]*)", (ROOT / "README.md").read_text(), re.M):
-        assert re.search(rf"^{target}:", makefile, re.M), target
-    assert {"demo", "test"} <= set(re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(), re.M))
+    targets = set(re.findall(r"^make (\w[\w-]*)", README, re.M))
+    assert {"demo", "test"} <= targets <= set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
 
 
 def test_the_readme_table_is_the_committed_run():
     """Numbers in documents come from a committed JSON."""
-    results = json.loads((ROOT / "bench/results/demo.json").read_text())
-    text = (ROOT / "README.md").read_text()
+    results = report.load(report.RESULTS / "demo.json")
     for row in results["rows"]:
         longest = max(row["cache_bytes"], key=int)
-        held = row["cache_bytes"][longest] / int(longest)
-        assert f"{row['perplexity']:.2f}" in demo.table(results)
-        assert re.search(
-            rf"\| {row['method']} \| {row['keep']:.3f} \| {row['perplexity']:.2f} \| {held:,.0f} \|", text
-        ), row
-    assert demo.headline(results["rows"]) in " ".join(text.split())
+        held, lost = row["cache_bytes"][longest] / int(longest), f"{row['perplexity']:.2f}"
+        assert lost in demo.table(results)
+        assert f"| {row['method']} | {row['keep']:.3f} | {lost} | {held:,.0f} |" in README
+    assert demo.headline(results["rows"]) in WORDS
 
 
 def test_what_the_readme_gains_and_costs_is_measured():
     """Its first table: losses of the frontier's cells, with the window; a step of a layer on the GPU."""
-    text = (ROOT / "README.md").read_text()
-    cells = json.loads(quality.PATH.read_text())["cells"]
-    times = json.loads(launches.PATH.read_text())
+    cells, times = report.load(quality.PATH)["cells"], report.load(launches.PATH)
     wanted = {"model": "smollm2", "method": "lrattn", "sample": "0", "recent": 64, "sinks": 4, "counted": False}
     dense = quality_table.dense_of(cells, "smollm2")
     for keep, bits in ((0.5, 16), (0.125, "auto"), (0.0625, "auto")):
         cell = quality_plan.find(cells, **wanted, keep=keep, bits=bits, shared=True, refine=0)
         lost = [cell["texts"][name]["nll"] - dense["texts"][name]["nll"] for name in ("wikipedia", "news")]
-        row = next(line for line in text.splitlines() if line.startswith("| `compress") and f"keep={keep}" in line)
-        assert f"| {lost[0]:.3f} / {lost[1]:.3f} |" in row
+        assert re.search(rf"^\| `compress.*keep={keep}\b.*\| {lost[0]:.3f} / {lost[1]:.3f} \|", README, re.M)
     steps = {r["layer"]: r["us"]["table"] for r in times["rows"] if r["batch"] == 1 and "table" in r["us"]}  # the last
     half, eighth = steps["Llama-3.1-8B, keep 0.5"], steps["Llama-3.1-8B, 8/4/2 bits"]
-    words = " ".join(text.split())
-    assert f"{half:.0f} µs [measured] at half of the bytes and {eighth:.0f} µs [measured] packed at an eighth" in words
+    assert f"{half:.0f} µs [measured] at half of the bytes and {eighth:.0f} µs [measured] packed at an eighth" in WORDS
     seconds = 4 * 8 * 128 * times["tokens"] / (0.92 * 3.08e12)  # Llama-3.1-8B's heads in 16 bits, at the memory's rate
-    assert f"{1e6 * seconds:.0f} µs [estimated: its bytes at 92 % of 3.08 TB/s]" in words
+    assert f"{1e6 * seconds:.0f} µs [estimated: its bytes at 92 % of 3.08 TB/s]" in WORDS
 
 
 @pytest.mark.parametrize(
-    "page, bench, parts",
+    "page, bench, table",
     [
-        ("quality.md", head_groups, lambda r: [head_groups.table(r)]),
-        ("memory.md", memory, lambda r: [memory.table(r)]),
-        ("memory.md", scale, lambda r: [scale.table(r)]),
-        ("kernels.md", resources, lambda r: [resources.table(r), resources.format_table(r)]),
-        ("kernels.md", traffic, lambda r: [traffic.table(r)]),
-        ("kernels.md", launches, lambda r: [launches.table(r)]),
+        ("architectures.md", architectures, lambda r: architectures.table(r["rows"])),
+        ("quality.md", method_check, method_check.table),
+        ("quality.md", head_groups, head_groups.table),
+        ("memory.md", memory, memory.table),
+        ("memory.md", scale, scale.table),
+        ("kernels.md", resources, resources.table),
+        ("kernels.md", resources, resources.format_table),
+        ("kernels.md", traffic, traffic.table),
+        ("kernels.md", launches, launches.table),
     ],
     ids=lambda x: x.__name__.split(".")[-1] if hasattr(x, "PATH") else "",
 )
-def test_tables_in_the_pages_are_the_committed_runs(page, bench, parts):
-    text = (ROOT / "docs" / page).read_text()
-    for table in parts(json.loads(bench.PATH.read_text())):
-        assert f"```text\n{table}\n```" in text
+def test_tables_in_the_pages_are_the_committed_runs(page, bench, table):
+    shown = re.escape(table(report.load(bench.PATH)))
+    assert re.search(rf"(```text|--table -->)\n{shown}\n(```|<!-- end -->)", (ROOT / "docs" / page).read_text())
 
 
 def test_what_calibration_holds_is_what_the_page_on_memory_says():
@@ -144,7 +136,7 @@ def test_what_calibration_holds_is_what_the_page_on_memory_says():
 
 def test_tables_and_plots_of_quality_are_pasted_from_the_committed_cells():
     page = (ROOT / "docs/quality.md").read_text()
-    results = json.loads(quality.PATH.read_text())
+    results = report.load(quality.PATH)
     assert quality_table.pasted(page, results) == page
     places = {name for _, name, *_ in quality_table.MARKED.findall(page)}
     assert places >= set(quality_table.sections(results)) | {f"plot-{name}" for name in quality_plot.PLOTS}
@@ -152,20 +144,16 @@ def test_tables_and_plots_of_quality_are_pasted_from_the_committed_cells():
 
 def test_what_the_pages_conclude_is_in_the_committed_runs():
     """The sentences of docs/decisions.md on clustering."""
-    for row in json.loads(head_groups.PATH.read_text())["minilm"]["rows"]:
+    for row in report.load(head_groups.PATH)["minilm"]["rows"]:
         kept = row["energy_kept"]
         assert kept["balanced"] >= max(kept["greedy"], kept["contiguous"]) - 1e-12
 
 
 def test_the_readme_speed_up_is_the_committed_run():
-    results = json.loads((ROOT / "bench/results/decode_latency_cpu.json").read_text())
+    results = report.load(report.RESULTS / "decode_latency_cpu.json")
     rows = [row for row in results["rows"] if row["tokens"] == 8192]
-    text = " ".join((ROOT / "README.md").read_text().split())
-    assert len(rows) == 8 and "At 8192 tokens one decode step" in text
-    for key, phrase in (
-        ("speedup", "times faster than the released"),
-        ("speedup_over_tuned", "times faster than the best"),
-    ):
-        least, most = (pick(row[key] for row in rows) for pick in (min, max))
-        assert f"{least:.1f} to {most:.1f} {phrase}" in text
+    assert len(rows) == 8 and "At 8192 tokens one decode step" in WORDS
+    for key, than in (("speedup", "released"), ("speedup_over_tuned", "best")):
+        found = [row[key] for row in rows]
+        assert f"{min(found):.1f} to {max(found):.1f} times faster than the {than}" in WORDS
     assert min(row["speedup"] for row in rows) >= 3

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -23,15 +24,20 @@ CPU = ["filelock", "networkx", "nvidia-cublas; extra == 'test'"]
 LOCKS = sorted({lock for lock, _ in versions.ENVIRONMENTS.values()})
 
 
+def asked():
+    """What pyproject.toml asks for, optional or not."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
+
+
 def commands_of(monkeypatch, needs, gpu, instead=()):
     """The commands that install locks/main.txt where torch has these needs; requirement files as their lines."""
-    commands = []
+    commands, metadata = [], {"name": "torch", "requires_dist": needs}
 
-    def run(command, **kwargs):
-        commands.append([word if not word.endswith(".txt") or "-c" in command else Path(word).read_text().splitlines()
-                         for word in command])  # fmt: skip
-        report = {"install": [{"metadata": {"name": "torch", "requires_dist": needs}}]}
-        return subprocess.CompletedProcess(command, 0, stdout=json.dumps(report))
+    def run(command, **_):
+        lists = "-c" not in command
+        commands.append([Path(w).read_text().splitlines() if lists and w.endswith(".txt") else w for w in command])
+        return subprocess.CompletedProcess(command, 0, stdout=json.dumps({"install": [{"metadata": metadata}]}))
 
     monkeypatch.setattr(install.subprocess, "run", run)
     monkeypatch.setattr(install.shutil, "which", lambda name: gpu)
@@ -63,21 +69,14 @@ def test_another_release_takes_the_place_of_the_lock_s(monkeypatch):
 def test_a_lock_names_one_version_of_everything_asked_for(name):
     lines = install.pinned(ROOT / "locks" / name)
     assert all(re.match(r"[a-z0-9._-]+==[^ ]+( ; .*)?$", line) for line in lines)
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = [*project["dependencies"], *(x for extra in project["optional-dependencies"].values() for x in extra)]
-    names = {re.match(r"[a-z0-9-]+", line)[0] for line in lines}
-    assert {re.match(r"[a-z0-9-]+", x)[0] for x in asked} - {"lrattn"} <= names
+    of_lock, of_project = ({re.match(r"[a-z0-9-]+", line)[0] for line in found} for found in (lines, asked()))
+    assert of_project - {"lrattn"} <= of_lock
     plain = [line.split("==")[0] for line in lines if ";" not in line]
     assert len(plain) == len(set(plain))
 
 
-def bounds(name):
-    """The lowest and the first refused release of a package, as pyproject.toml has them."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = [*project["dependencies"], *(x for extra in project["optional-dependencies"].values() for x in extra)]
-    (line,) = {x for x in asked if re.match(rf"{name}[<>=]", x)}
-    low, high = re.match(r"[a-z-]+>=([\d.]+),<([\d.]+)", line).groups()
-    return [tuple(map(int, x.split("."))) for x in (low, high)]
+def release(text):
+    return tuple(map(int, text.split("+")[0].split(".")))
 
 
 @pytest.mark.parametrize("name", ["transformers", "torch", "triton", "numpy", "safetensors", "tqdm"])
@@ -85,8 +84,9 @@ def test_the_bounds_of_a_package_are_releases_that_were_tried(name):
     """The lowest allowed passed, and so did one below which no allowed minor release is left out at the top."""
     rows = json.loads(versions.PATH.read_text())["rows"]
     assert rows and not any(row["failed"] for row in rows) and all(row["passed"] > 200 for row in rows)
-    tried = [tuple(int(n) for n in row[name].split("+")[0].split(".")) for row in rows]
-    low, high = bounds(name)
+    tried = [release(row[name]) for row in rows]
+    (bounds,) = {m.groups() for x in asked() if (m := re.match(rf"{name}>=([\d.]+),<([\d.]+)", x))}
+    low, high = map(release, bounds)
     assert min(tried)[: len(low)] == low
     if name in ("safetensors", "tqdm"):  # trusted within a major release
         assert max(tried) < high
@@ -99,40 +99,35 @@ def test_the_page_of_versions_shows_what_was_tried():
     assert f"```text\n{versions.table(json.loads(versions.PATH.read_text())['rows'])}\n```" in text
 
 
-@pytest.fixture
-def checkout(tmp_path):
-    """A small repository with .ci/run of this one; its `make` prints the target."""
+def test_ci_runs_the_long_tests_unless_nothing_they_cover_has_changed(tmp_path):
+    """In a small repository with .ci/run of this one, where `make` prints the target."""
     for name in (".ci", "lrattn", "docs", "bin"):
         (tmp_path / name).mkdir()
     shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci" / "run")
     make = tmp_path / "bin" / "make"
     make.write_text('#!/bin/sh\necho "make $1"\n')
     make.chmod(0o755)
+    names = {f"GIT_{who}_{what}": "x@x" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    env = {**os.environ, **names, "PATH": f"{make.parent}:{os.environ['PATH']}"}
 
-    def run(*words):
-        env = {**os.environ, "PATH": f"{make.parent}:{os.environ['PATH']}"}
-        done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    def run(words):
+        done = subprocess.run(words.split(), cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
     def commit(file):
         (tmp_path / file).write_text("more")
-        run("git", "add", "-A")
-        run("git", "-c", "user.name=x", "-c", "user.email=x@x", "commit", "-qm", file)
-        return run("git", "rev-parse", "HEAD")
+        run("git add -A")
+        run(f"git commit -qm {file}")
+        return run("git rev-parse HEAD")
 
-    run("git", "init", "-q")
-    return run, commit
-
-
-def test_ci_runs_the_long_tests_unless_nothing_they_cover_has_changed(checkout):
-    run, commit = checkout
+    run("git init -q")
     base = commit("lrattn/code.py")
-    assert run("bash", ".ci/run").endswith("make test-all")  # no origin
-    assert run("bash", ".ci/run", base).endswith("make test-all")  # itself: nothing is known
+    assert run("bash .ci/run").endswith("make test-all")  # no origin
+    assert run(f"bash .ci/run {base}").endswith("make test-all")  # itself: nothing is known
     commit("docs/page.md")
-    said = run("bash", ".ci/run", base)
+    said = run(f"bash .ci/run {base}")
     assert said.endswith("make test") and "they do not run" in said
-    run("git", "update-ref", "refs/remotes/origin/main", base)
-    assert run("bash", ".ci/run").endswith("make test")
+    run(f"git update-ref refs/remotes/origin/main {base}")
+    assert run("bash .ci/run").endswith("make test")
     commit("lrattn/other.py")
-    assert run("bash", ".ci/run").endswith("make test-all")
+    assert run("bash .ci/run").endswith("make test-all")

@@ -17,8 +17,6 @@ Token t of sequence b lies in page block_table[b, t // P] at offset t % P; its s
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -46,14 +44,12 @@ def allocate_cache(
         raise ValueError(f"page_size: expected a positive multiple of {RANK_STEP}, got {page_size}")
     if num_pages < 0:
         raise ValueError(f"num_pages: expected at least 0, got {num_pages}")
-    pages: dict[str, Any] = {"device": layer.device if device is None else device}
-    plain = dtype or layer.dtype
-    kinds = (plain if kind == layer.dtype else kind for kind in (layer.k_dtype, layer.v_dtype))
-    k_cache, v_cache = (
-        torch.empty(num_pages, page_size, width, dtype=kind, **pages)
-        for width, kind in zip((layer.k_width, layer.v_width), kinds, strict=True)
-    )
-    return k_cache, None if layer.shared else v_cache
+
+    def pages(width: int, kind: torch.dtype) -> Tensor:
+        kind = dtype if dtype is not None and kind == layer.dtype else kind
+        return torch.empty(num_pages, page_size, width, dtype=kind, device=layer.device if device is None else device)
+
+    return pages(layer.k_width, layer.k_dtype), None if layer.shared else pages(layer.v_width, layer.v_dtype)
 
 
 def read_rows(cache: Tensor, pages: Tensor, begin: int, end: int) -> Tensor:

@@ -54,50 +54,46 @@ class Sight:
         return reach <= self.near
 
     def _allowed(self, i: Tensor, j: Tensor, first: int, last: int) -> Tensor:
-        """i [s, 1], queries first .. last; j [n] or [B, 1, n], columns -> [1 or B, s, n] bool."""
+        """i [s, 1], queries first .. last; j [1 or B, 1, n], columns -> [1 or B, s, n] bool."""
         if self.full is not None:
-            rows = self.full[:, first:last]
-            if j.dim() == 1:
-                return rows[..., j]
-            rows = rows.expand(len(j), -1, -1)
-            return rows.gather(2, j.clamp(0, self.end - 1).expand(-1, rows.shape[1], -1))
+            return _columns(self.full[:, first:last], j)
         seen = j <= i
         if self.window is not None:
             seen = seen & (j > i - self.window)
-        seen = seen if seen.dim() == 3 else seen[None]
         if self.live is not None:
-            at = j.expand(len(self.live), 1, -1) if j.dim() == 3 else j
-            seen = seen & (self.live[:, None, j] if j.dim() == 1 else self.live[:, None].gather(2, at))
+            seen = seen & _columns(self.live[:, None], j)
         return seen if self.pads is None else seen & (j >= self.pads[:, None, None])
 
-    def queries(self, first: int, last: int, like: Tensor) -> Tensor:
-        return torch.arange(self.begin + first, self.begin + last, device=like.device)[:, None]
+    def _places(self, first: int, last: int, low: int, high: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries first .. last [s, 1] and columns low .. high [1, 1, n]."""
+        i = torch.arange(self.begin + first, self.begin + last, device=like.device)[:, None]
+        return i, torch.arange(low, high, device=like.device)[None, None]
 
     def far(self, first: int, last: int, like: Tensor) -> tuple[slice, Tensor]:
         """The columns that some of these queries may see far, and which of them see which: [1 or B, s, n] bool."""
         low, high = 0, self.end if self.full is not None else max(self.begin + last - self.near, 0)
         if self.window is not None and self.full is None:
             low = min(max(self.begin + first - self.window + 1, 0), high)
-        i, j = self.queries(first, last, like), torch.arange(low, high, device=like.device)
+        i, j = self._places(first, last, low, high, like)
         seen = self._allowed(i, j, first, last)
         if self.near:
             seen = seen & (j <= i - self.near)
         if self.sinks:
-            at = self._sinks_at
-            seen = seen & ((j < at) | (j >= at + self.sinks))
+            seen = seen & ((j < self._sinks_at) | (j >= self._sinks_at + self.sinks))
         return slice(low, high), seen
 
     def recent(self, first: int, last: int, held: int, like: Tensor) -> tuple[slice, Tensor]:
         """As `far`, of the last `held` columns, of those that are seen exactly; the slice is among the held ones."""
         low = max(self.begin + first - self.near + 1, self.end - held)
         high = self.end if self.full is not None else self.begin + last
-        i, j = self.queries(first, last, like), torch.arange(low, high, device=like.device)
+        i, j = self._places(first, last, low, high, like)
         seen = self._allowed(i, j, first, last) & (j > i - self.near)
         return slice(low - (self.end - held), high - (self.end - held)), seen
 
     def first(self, first: int, last: int, like: Tensor) -> Tensor:
         """Which queries see which of their row's first `sinks` columns, unless as recent ones: [1 or B, s, sinks]."""
-        i, j = self.queries(first, last, like), torch.arange(self.sinks, device=like.device) + self._sinks_at
+        i, j = self._places(first, last, 0, self.sinks, like)
+        j = j + self._sinks_at
         seen = self._allowed(i, j.clamp(max=self.end - 1), first, last)
         return seen & (j <= i - self.near) & (j < self.end)
 
@@ -106,6 +102,12 @@ class Sight:
         """Where each row's first columns begin, [B, 1, 1], or 0."""
         at = self.pads if self.base is None else self.base
         return 0 if at is None else at[:, None, None]
+
+
+def _columns(rows: Tensor, j: Tensor) -> Tensor:
+    """Columns j [1 or B, 1, n] of rows [1 or B, s, T]: [1 or B, s, n]."""
+    batch = max(len(rows), len(j))
+    return rows.expand(batch, -1, -1).gather(2, j.expand(batch, rows.shape[1], -1))
 
 
 def dense_attention(
@@ -131,7 +133,9 @@ def dense_attention(
     """
     plain = sight.begin == 0 and sight.plain and sight.pads is None and sight.window is None
     if far is not None and recent is None and first is None and plain and not softcap and sinks is None:
-        return F.scaled_dot_product_attention(q, *far, is_causal=True, scale=scale, enable_gqa=_grouped(q, far))
+        return F.scaled_dot_product_attention(
+            q, *far, is_causal=True, scale=scale, enable_gqa=q.shape[1] != far[0].shape[1]
+        )
     outs, step = [], SMALL_BLOCK if softcap or sinks is not None else BLOCK
     for a in range(0, q.shape[2], step):
         b = min(a + step, q.shape[2])
@@ -157,13 +161,9 @@ def side_by_side(
     parts = [part for part in parts if part[0].shape[2]] or parts[:1]
     if len(parts) == 1:
         return parts[0]
-    batch = max(len(part[2]) for part in parts)
-    k, v = (torch.cat([part[x] for part in parts], 2) for x in (0, 1))
-    return k, v, torch.cat([part[2].expand(batch, -1, -1) for part in parts], 2)
-
-
-def _grouped(q: Tensor, pair: Pair) -> bool:
-    return q.shape[1] != pair[0].shape[1]
+    keys, values, seens = zip(*parts, strict=True)
+    batch = max(map(len, seens))
+    return torch.cat(keys, 2), torch.cat(values, 2), torch.cat([x.expand(batch, -1, -1) for x in seens], 2)
 
 
 def _attend(
@@ -175,9 +175,9 @@ def _attend(
         out, lse = masked_attention(q, k, v, seen[:, 0], scale, softcap)
         return with_sinks(out, lse, sinks).transpose(1, 2)
     blind = ~seen.any(-1, keepdim=True)
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=seen | blind, scale=scale, enable_gqa=_grouped(q, (k, v))
-    )  # a query that sees nothing sees everything: no NaN, and its result is not used
+    everything = seen | blind  # where a query sees nothing: no NaN, and its result is not used
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=everything, scale=scale, enable_gqa=grouped)
     return out.masked_fill(blind, 0.0)
 
 

@@ -1,7 +1,7 @@
 """torch.ops.lrattn: the kernels as operators, which torch.compile traces as one node and CUDA graphs capture.
 
-Operators take tensors and numbers; a layer comes as `lists` of its operands. The caller has
-checked the arguments. Triton is imported by the first call.
+Operators take tensors and numbers; a layer comes as `lists` of its operands. The caller has checked the arguments.
+Triton is imported by the first call.
 """
 
 from __future__ import annotations
@@ -13,20 +13,19 @@ import torch
 from torch import Tensor, library
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from lrattn.attention.reference import empty_result
 from lrattn.factors.layer import LayerFactors
-from lrattn.factors.operands import Operands, Values, key_sizes_of, lists
+from lrattn.factors.operands import Keys, Operands, Values, lists
 from lrattn.kernels.arguments import Call, Rule, Tokens
 
-KEYS = "Tensor?[] key_tensors, int[] key_numbers"
-VALUES = "Tensor?[] value_tensors, int[] value_numbers"
+SIDES = "Tensor?[] key_tensors, int[] key_numbers, Tensor?[] value_tensors, int[] value_numbers"
 DECODE = f"""Tensor q, Tensor k_cache, Tensor? v_cache, Tensor block_table, Tensor seq_lens, Tensor? seq_starts,
-    Tensor? positions, Tensor? sinks, {KEYS}, {VALUES}, Tensor? wo, str project, float softmax_scale, float softcap,
-    bool causal, SymInt max_seq_len, int window_size, int num_splits, int workspace_limit"""
+    Tensor? positions, Tensor? sinks, {SIDES}, Tensor? wo, str project, float softmax_scale, float softcap, bool causal,
+    SymInt max_seq_len, int window_size, int num_splits, int workspace_limit"""
 SCHEMAS = (
-    f"""write_latents(Tensor zk, Tensor? zv, Tensor(a!) k_cache, Tensor(b!)? v_cache, Tensor slots, {KEYS},
-    {VALUES}) -> ()""",
-    f"""rebuild(Tensor k_cache, Tensor? v_cache, Tensor block_table, Tensor seq_lens, Tensor? positions, {KEYS},
-    {VALUES}, SymInt num_tokens) -> (Tensor, Tensor)""",
+    f"write_latents(Tensor zk, Tensor? zv, Tensor(a!) k_cache, Tensor(b!)? v_cache, Tensor slots, {SIDES}) -> ()",
+    f"""rebuild(Tensor k_cache, Tensor? v_cache, Tensor block_table, Tensor seq_lens, Tensor? positions, {SIDES},
+    SymInt num_tokens) -> (Tensor, Tensor)""",
     f"decode_attention({DECODE}) -> (Tensor, Tensor)",
     f"decode_attention_out({DECODE}, Tensor(a!) out) -> Tensor",
 )
@@ -44,44 +43,27 @@ def workspace_bytes(
 
 
 def _write_latents(
-    zk: Tensor,
-    zv: Tensor | None,
-    k_cache: Tensor,
-    v_cache: Tensor | None,
-    slots: Tensor,
-    key_tensors: Any,
-    key_numbers: Any,
-    value_tensors: Any,
-    value_numbers: Any,
+    zk: Tensor, zv: Tensor | None, k_cache: Tensor, v_cache: Tensor | None, slots: Tensor, *sides: Any
 ) -> None:
     from lrattn.kernels.write import write_latents
 
     with torch.cuda.device_of(k_cache):  # Triton launches on the current device
-        sides = Operands.of_lists(key_tensors, key_numbers, value_tensors, value_numbers)
-        write_latents(zk, zv, k_cache, v_cache, slots, *sides)
+        write_latents(zk, zv, k_cache, v_cache, slots, *Operands.of_lists(*sides))
 
 
 def _rebuild(
-    k_cache: Tensor,
-    v_cache: Tensor | None,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    positions: Tensor | None,
-    key_tensors: Any,
-    key_numbers: Any,
-    value_tensors: Any,
-    value_numbers: Any,
-    num_tokens: int,
+    k_cache: Tensor, v_cache: Tensor | None, block_table: Tensor, seq_lens: Tensor, positions: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     from lrattn.kernels.rebuild import rebuild_keys, rebuild_values
 
-    keys, values = Operands.of_lists(key_tensors, key_numbers, value_tensors, value_numbers)
+    *sides, num_tokens = rest
+    keys, values = Operands.of_lists(*sides)
     bound = block_table.shape[1] * k_cache.shape[1]
     ends = seq_lens.clamp(0, bound).cumsum(0)
     if num_tokens < 0:
         num_tokens = int(ends[-1]) if len(ends) else 0
     tokens = Tokens(block_table, seq_lens, None, positions, bound)
-    k, v = (values.up.new_empty(num_tokens, keys.sizes.num_heads, keys.sizes.head_dim) for _ in range(2))
+    k, v = _heads(num_tokens, keys, values)
     with torch.cuda.device_of(k_cache):
         rebuild_keys(k_cache, keys, tokens, ends, k)
         rebuild_values(k_cache if v_cache is None else v_cache, values, tokens, ends, v)
@@ -89,40 +71,23 @@ def _rebuild(
 
 
 def _rebuild_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-    key_numbers, value_tensors, num_tokens = (arguments[i] for i in (6, 7, 9))
-    up = Values._make((*value_tensors, None)).up
-    rows, sizes = library.get_ctx().new_dynamic_size() if num_tokens < 0 else num_tokens, key_sizes_of(key_numbers)
-    k, v = (up.new_empty(rows, sizes.num_heads, sizes.head_dim) for _ in range(2))
+    *sides, num_tokens = arguments[5:]
+    rows = library.get_ctx().new_dynamic_size() if num_tokens < 0 else num_tokens
+    return _heads(rows, *Operands.of_lists(*sides))
+
+
+def _heads(rows: Any, keys: Keys, values: Values) -> tuple[Tensor, Tensor]:
+    """Empty keys and values of so many tokens."""
+    k, v = (values.up.new_empty(rows, keys.sizes.num_heads, keys.sizes.head_dim) for _ in range(2))
     return k, v
 
 
-def _call(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor | None,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    seq_starts: Tensor | None,
-    positions: Tensor | None,
-    sinks: Tensor | None,
-    key_tensors: Any,
-    key_numbers: Any,
-    value_tensors: Any,
-    value_numbers: Any,
-    wo: Tensor | None,
-    project: str,
-    softmax_scale: float,
-    softcap: float,
-    causal: bool,
-    max_seq_len: int,
-    window_size: int,
-    num_splits: int,
-    workspace_limit: int,
-) -> tuple[Call, Tensor | None, Tensor | None, str, int, int]:
+def _call(*arguments: Any) -> tuple[Call, Tensor | None, Tensor | None, str, int, int]:
     """The arguments of an operator as `attend` takes them, but for out."""
-    operands = Operands.of_lists(key_tensors, key_numbers, value_tensors, value_numbers)
-    tokens = Tokens(block_table, seq_lens, seq_starts, positions, max_seq_len)
-    call = Call(q, k_cache, v_cache, *operands, tokens, Rule(softmax_scale, softcap, causal, window_size))
+    q, k_cache, v_cache, pages, lens, starts, positions, sinks, *sides = arguments[:12]
+    wo, project, scale, softcap, causal, bound, window, num_splits, workspace_limit = arguments[12:]
+    tokens, rule = Tokens(pages, lens, starts, positions, bound), Rule(scale, softcap, causal, window)
+    call = Call(q, k_cache, v_cache, *Operands.of_lists(*sides), tokens, rule)
     return call, sinks, wo, project, num_splits, workspace_limit
 
 
@@ -136,25 +101,14 @@ def _decode_attention_out(*arguments: Any) -> Tensor:
 
 def _decode_attention_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     call, _, wo, project, *_ = _call(*arguments)
-    return _result(call, wo, project), _lse(call.q)
-
-
-def _decode_attention_out_fake(q: Tensor, *rest: Any) -> Tensor:
-    return _lse(q)
-
-
-def _result(call: Call, wo: Tensor | None, project: str) -> Tensor:
-    """An empty result of decode_attention."""
-    q = call.q
-    last = {"latent": (q.shape[2], call.values.sizes.rank), "heads": q.shape[2:]}
-    return q.new_empty(*q.shape[:2], *(last[project] if wo is None or project != "hidden" else wo.shape[2:]))
+    return empty_result(call, wo, project), _lse(call.q)
 
 
 def _lse(q: Tensor) -> Tensor:
     return q.new_empty(*q.shape[:3], dtype=torch.float32)
 
 
-def watched(x: Tensor) -> bool:
+def watched(x: object) -> bool:
     """Whether a tracer, a dispatch mode or a tensor's own class must see operators; x is the tensor that would tell."""
     return torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or type(x) is not Tensor
 
@@ -167,7 +121,7 @@ def attend(
     from lrattn.kernels.decode import decode_attention
 
     if out is None:
-        out = _result(call, wo, project)
+        out = empty_result(call, wo, project)
     lse = _lse(call.q)
     with torch.cuda.device_of(call.q):  # Triton launches on the current device
         decode_attention(call, sinks, wo, project, num_splits, workspace_limit, out, lse)
@@ -188,20 +142,15 @@ def dispatch(
     with torch.no_grad():
         if out is not None:
             return out, torch.ops.lrattn.decode_attention_out(*arguments, out)
-        result, lse = torch.ops.lrattn.decode_attention(*arguments)
-        return result, lse
-
-
-def _write_latents_fake(*arguments: Any) -> None:
-    return None
+        return torch.ops.lrattn.decode_attention(*arguments)
 
 
 _LIBRARY = library.Library("lrattn", "DEF")
 _OPERATORS: tuple[tuple[Callable[..., Any], Callable[..., Any]], ...] = (
-    (_write_latents, _write_latents_fake),
+    (_write_latents, lambda *arguments: None),
     (_rebuild, _rebuild_fake),
     (_decode_attention, _decode_attention_fake),
-    (_decode_attention_out, _decode_attention_out_fake),
+    (_decode_attention_out, lambda q, *rest: _lse(q)),
 )
 for _schema, (_kernel, _fake) in zip(SCHEMAS, _OPERATORS, strict=True):
     _LIBRARY.define(" ".join(_schema.split()), tags=torch.Tag.pt2_compliant_tag)

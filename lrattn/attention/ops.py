@@ -6,7 +6,7 @@ cache are for inference: no gradient flows through them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lrattn.attention import operators, reference
 from lrattn.attention.checks import accumulator_types, check_caches, check_integer, check_number, check_tables
+from lrattn.factors.formats import ALIGNMENT
 from lrattn.factors.layer import LayerFactors
 from lrattn.factors.operands import lists
 from lrattn.factors.shapes import MAX_SPLITS, accumulator, check, check_tensors
@@ -47,22 +48,7 @@ def write_latents(
 
     Raises: ValueError naming the tensor, what was expected and what came; the caches are then untouched.
     """
-    backend = _backend(backend, layer)
-    check_caches(layer, k_cache, v_cache, writable=True)
-    layer.check_presence("zv", zv)
-    check_tensors(zk=zk, zv=zk if zv is None else zv, slot_mapping=slot_mapping)
-    lead = zk.shape[:-1]
-    kind: dict[str, Any] = {"dtype": layer.dtype, "device": k_cache.device, "contiguous": True}
-    for name, x, width in (("zk", zk, layer.row_width), ("zv", zv, layer.values.width)):
-        if x is None:
-            continue
-        if not x.dim() or x.shape[-1] != width or x.shape[:-1] != lead:
-            raise ValueError(f"{name}: expected shape {[*lead, width]}, got {list(x.shape)}")
-        check(name, x.reshape(-1, width), f"n {width}", {}, **kind)
-    if slot_mapping.shape != lead or slot_mapping.dtype not in (torch.int32, torch.int64):
-        got = f"{list(slot_mapping.shape)} {slot_mapping.dtype}"
-        raise ValueError(f"slot_mapping: expected shape {list(lead)}, int32 or int64, got {got}")
-    check("slot_mapping", slot_mapping.reshape(-1), "n", {}, device=k_cache.device)
+    backend = _checked(layer, _check_write, (zk, zv, k_cache, v_cache, slot_mapping), backend)
     zk, slots = zk.reshape(-1, layer.row_width), slot_mapping.reshape(-1)
     zv = None if zv is None else zv.reshape(-1, layer.values.width)
     if backend == "reference":
@@ -158,22 +144,7 @@ def decode_attention(
     Source: ReCalKV (arXiv 2505.24357) for the factors; online softmax and the merge by lse as in FlashAttention.
     """
     tensors = q, k_cache, v_cache, block_table, seq_lens, positions, seq_starts, sinks, out
-    kind = chosen = None
-    watched = operators.watched(q)
-    if not watched:
-        try:
-            metadata = [None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors]
-            kind = (*metadata, project, backend)
-            chosen = layer.checked.get(kind)
-        except (AttributeError, TypeError):
-            _check_decode(layer, *tensors, project, backend)  # says what is no tensor, layer or string
-            raise
-    if chosen is None:
-        chosen = _check_decode(layer, *tensors, project, backend)
-        if kind is not None:
-            if len(layer.checked) >= MOST_CHECKED:
-                layer.checked.clear()
-            layer.checked[kind] = chosen
+    chosen = _checked(layer, _check_decode, tensors, project, backend)
     check_integer("window_size", window_size, 1, optional=True)
     check_integer("max_seq_len", max_seq_len, 0, optional=True)
     check_integer("num_splits", num_splits, 0, MAX_SPLITS)
@@ -190,38 +161,23 @@ def decode_attention(
     bound = bound if max_seq_len is None else min(bound, max_seq_len)
     flat = q.dim() == 3
     q4 = q.unsqueeze(1) if flat else q
+    to = out if out is None or not flat else out.unsqueeze(1)
+    tokens = Tokens(block_table, seq_lens, seq_starts, positions, bound)
+    rule = Rule(float(scale), float(softcap), causal, min(window_size or 0, bound + q4.shape[1]))
+    call = Call(q4, k_cache, v_cache, *layer.operands, tokens, rule)
     if chosen == "triton":
-        tokens = Tokens(block_table, seq_lens, seq_starts, positions, bound)
-        rule = Rule(float(scale), float(softcap), causal, min(window_size or 0, bound + q4.shape[1]))
-        call = Call(q4, k_cache, v_cache, *layer.operands, tokens, rule)
-        run = operators.dispatch if watched else operators.attend
-        to = out if out is None or not flat else out.unsqueeze(1)
+        run = operators.dispatch if operators.watched(q) else operators.attend
         result, lse = run(call, sinks, layer.wo, project, num_splits, workspace_limit, to)
-        result = out if out is not None else result[:, 0] if flat else result
     else:
         with torch.no_grad():
-            lengths = seq_lens.clamp(0, bound).tolist()
-            starts = [0] * len(lengths) if seq_starts is None else seq_starts.tolist()
-            result, lse = reference.decode_attention(
-                q4,
-                k_cache,
-                v_cache,
-                layer,
-                block_table,
-                reference.Mask(starts, lengths, causal, window_size),
-                positions,
-                scale,
-                softcap,
-                sinks,
-                project,
-                num_splits,
-                workspace_limit,
-            )
-            result = result[:, 0] if flat else result
-            result = result if out is None else out.copy_(result)
-    if not return_lse:
-        return result
-    return result, lse[:, 0] if flat else lse
+            result, lse = reference.decode_attention(call, layer, sinks, project, num_splits, workspace_limit)
+            if to is not None:
+                to.copy_(result)
+    if flat:
+        result, lse = result[:, 0], lse[:, 0]
+    if out is not None:
+        result = out
+    return (result, lse) if return_lse else result
 
 
 def merge_attention(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tensor) -> tuple[Tensor, Tensor]:
@@ -276,6 +232,53 @@ def workspace_bytes(
     q_shape = batch_size, num_queries, query_heads
     bound = 1 << 24 if max_seq_len is None else max_seq_len
     return operators.workspace_bytes(layer, q_shape, bound, window_size or 0, num_splits, workspace_limit)
+
+
+def _checked(layer: LayerFactors, check: Callable[..., str], tensors: Sequence[Tensor | None], *words: Any) -> str:
+    """The backend of a call whose arguments fit, as `check` says; it is asked once for each kind of call."""
+    if operators.watched(tensors[0]):
+        return check(layer, *tensors, *words)
+    try:
+        kind = (check, *words, *(None if x is None else _kind(x) for x in tensors))
+        chosen = layer.checked.get(kind)
+    except (AttributeError, TypeError):
+        check(layer, *tensors, *words)  # says what is no tensor, layer or string
+        raise
+    if chosen is None:
+        chosen = check(layer, *tensors, *words)
+        if len(layer.checked) >= MOST_CHECKED:
+            layer.checked.clear()
+        layer.checked[kind] = chosen
+    return chosen
+
+
+def _kind(x: Tensor) -> tuple[Any, ...]:
+    """All that checks read of a tensor."""
+    return x.shape, x.stride(), x.storage_offset() % ALIGNMENT, x.dtype, x.device
+
+
+def _check_write(
+    layer: LayerFactors, zk: Tensor, zv: Tensor | None, k_cache: Tensor, v_cache: Tensor | None, slot_mapping: Tensor,
+    backend: str | None,
+) -> str:  # fmt: skip
+    """Holds the tensors of write_latents against each other, by metadata alone. Returns the backend."""
+    backend = _backend(backend, layer)
+    check_caches(layer, k_cache, v_cache, writable=True)
+    layer.check_presence("zv", zv)
+    check_tensors(zk=zk, zv=zk if zv is None else zv, slot_mapping=slot_mapping)
+    lead = zk.shape[:-1]
+    kind: dict[str, Any] = {"dtype": layer.dtype, "device": k_cache.device, "contiguous": True}
+    for name, x, width in (("zk", zk, layer.row_width), ("zv", zv, layer.values.width)):
+        if x is None:
+            continue
+        if not x.dim() or x.shape[-1] != width or x.shape[:-1] != lead:
+            raise ValueError(f"{name}: expected shape {[*lead, width]}, got {list(x.shape)}")
+        check(name, x.reshape(-1, width), f"n {width}", {}, **kind)
+    if slot_mapping.shape != lead or slot_mapping.dtype not in (torch.int32, torch.int64):
+        got = f"{list(slot_mapping.shape)} {slot_mapping.dtype}"
+        raise ValueError(f"slot_mapping: expected shape {list(lead)}, int32 or int64, got {got}")
+    check("slot_mapping", slot_mapping.reshape(-1), "n", {}, device=k_cache.device)
+    return backend
 
 
 def _check_decode(

@@ -6,6 +6,7 @@ memory beyond the cache is O(block). Sums are float32 (float64 for float64); arg
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -15,17 +16,13 @@ from lrattn.attention.cache import WHOLE_PAGES, pack, read_rows, unpack, write_r
 from lrattn.factors.layer import LayerFactors
 from lrattn.factors.rope import rows_at
 from lrattn.factors.shapes import accumulator, product_dtype
+from lrattn.kernels.arguments import Call
 
 TILE_BYTES = 1 << 21  # of rebuilt keys per block: fastest of 2^19 .. 2^22 on a two-core EPYC
 
 
 def write_latents(
-    layer: LayerFactors,
-    zk: Tensor,
-    zv: Tensor | None,
-    k_cache: Tensor,
-    v_cache: Tensor | None,
-    slots: Tensor,
+    layer: LayerFactors, zk: Tensor, zv: Tensor | None, k_cache: Tensor, v_cache: Tensor | None, slots: Tensor
 ) -> None:
     """zk [n, row_width], zv [n, sum Rv] -> rows `slots` [n] of the caches."""
     write_rows(k_cache, pack(layer.row_side, zk), slots)
@@ -47,23 +44,25 @@ def rebuild(
     for pages, length in zip(block_table, seq_lens.clamp(0, limit).tolist(), strict=True):
         _check_positions(layer, length, positions)
         _check_pages(k_cache, pages, 0, length)
-        zk = unpack(layer.row_side, read_rows(k_cache, pages, 0, length))
-        at = torch.arange(length, device=zk.device)
+        zk, zv = _read(layer, k_cache, v_cache, pages, 0, length)
+        at = torch.arange(length, device=k_cache.device)
         if positions is not None:
-            at = read_rows(positions[..., None], pages, 0, length)[:, 0]
-        zv = None if v_cache is None else unpack(layer.values, read_rows(v_cache, pages, 0, length)).to(layer.dtype)
-        parts.append(layer.rebuild(zk.to(layer.dtype), zv, at))
+            at = _read_positions(positions, pages, 0, length)
+        parts.append(layer.rebuild(zk.to(layer.dtype), None if zv is None else zv.to(layer.dtype), at))
     empty = layer.keys.up.new_empty(0, layer.num_kv_heads, layer.head_dim)
     return torch.cat([empty, *(k for k, _ in parts)]), torch.cat([empty, *(v for _, v in parts)])
 
 
-class Mask(NamedTuple):
-    """What a query may see: tokens start..its own index (or the end), the last `window` of them."""
+def _read(
+    layer: LayerFactors, k_cache: Tensor, v_cache: Tensor | None, pages: Tensor, begin: int, end: int
+) -> tuple[Tensor, Tensor | None]:
+    """Latents of tokens begin..end of one sequence: [n, row_width], and [n, sum Rv] unless the row serves both."""
+    zk = unpack(layer.row_side, read_rows(k_cache, pages, begin, end))
+    return zk, None if v_cache is None else unpack(layer.values, read_rows(v_cache, pages, begin, end))
 
-    starts: list[int]
-    lengths: list[int]
-    causal: bool
-    window: int | None
+
+def _read_positions(positions: Tensor, pages: Tensor, begin: int, end: int) -> Tensor:
+    return read_rows(positions[..., None], pages, begin, end)[:, 0]
 
 
 class Blocks(NamedTuple):
@@ -93,93 +92,70 @@ def blocks(layer: LayerFactors, query_heads: int, num_queries: int, page_size: i
 
 
 def decode_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor | None,
-    layer: LayerFactors,
-    block_table: Tensor,
-    mask: Mask,
-    positions: Tensor | None,
-    scale: float,
-    softcap: float,
-    sinks: Tensor | None,
-    project: str,
-    num_splits: int,
-    workspace_limit: int,
+    call: Call, layer: LayerFactors, sinks: Tensor | None, project: str, num_splits: int, workspace_limit: int
 ) -> tuple[Tensor, Tensor]:
-    """q [B, S, Hq, D] -> output [B, S, Hq, Rv | D] or [B, S, E] in q's dtype, lse [B, S, Hq]."""
+    """Output [B, S, Hq, Rv | D] or [B, S, E] in q's dtype, lse [B, S, Hq]."""
+    q, tokens = call.q, call.tokens
     batch, num_queries, query_heads, _ = q.shape
     acc = accumulator(q.dtype)
-    plan = blocks(layer, query_heads, num_queries, k_cache.shape[1], workspace_limit)
-    out = q.new_empty(batch, num_queries, *output_shape(layer, query_heads, project))
+    plan = blocks(layer, query_heads, num_queries, call.ck.shape[1], workspace_limit)
+    out = empty_result(call, layer.wo, project)
     lse = torch.empty(batch, num_queries, query_heads, dtype=acc, device=q.device)
-    for b in range(batch):
-        _check_positions(layer, mask.lengths[b], positions)
+    starts = [0] * batch if tokens.starts is None else tokens.starts.tolist()
+    for b, (start, length) in enumerate(zip(starts, tokens.lens.clamp(0, tokens.bound).tolist(), strict=True)):
+        _check_positions(layer, length, tokens.positions)
         for first in range(0, num_queries, plan.queries):
-            last = min(first + plan.queries, num_queries)
-            row = _Row(
-                q[b, first:last].to(acc) * scale,
-                layer,
-                k_cache,
-                v_cache,
-                block_table[b],
-                positions,
-                softcap,
+            some = slice(first, min(first + plan.queries, num_queries))
+            row = _Row(layer, call, tokens.pages[b], range(length - num_queries, length)[some])
+            latent, row_lse = _attend(
+                row, q[b, some].to(acc) * call.rule.scale, *row.sight(start, length), plan.tokens, num_splits
             )
-            latent, row_lse = _attend(row, mask, b, first - num_queries, plan.tokens, max(num_splits, 1))
             latent, row_lse, mass = _join_sinks(latent, row_lse, sinks)
-            out[b, first:last] = _project(latent, mass, layer, project).to(out.dtype)
-            lse[b, first:last] = row_lse
+            out[b, some] = _project(latent, mass, layer, project).to(out.dtype)
+            lse[b, some] = row_lse
     return out, lse
 
 
-def output_shape(layer: LayerFactors, query_heads: int, project: str) -> tuple[int, ...]:
-    """Axes of a result after B and S."""
-    if project == "hidden" and layer.wo is not None:
-        return (layer.wo.shape[2],)
-    return query_heads, (max(layer.values.ranks) if project == "latent" else layer.head_dim)
+def empty_result(call: Call, wo: Tensor | None, project: str) -> Tensor:
+    """[B, S, Hq, Rv | D] or [B, S, E], for decode_attention to fill."""
+    q = call.q
+    last = {"latent": (q.shape[2], call.values.sizes.rank), "heads": q.shape[2:]}
+    return q.new_empty(*q.shape[:2], *(last[project] if wo is None or project != "hidden" else wo.shape[2:]))
 
 
 class _Row(NamedTuple):
-    """One sequence: scaled queries [S, Hq, D] and where its tokens lie."""
+    """Some queries of one sequence, and where its tokens lie."""
 
-    q: Tensor
     layer: LayerFactors
-    k_cache: Tensor
-    v_cache: Tensor | None
+    call: Call
     pages: Tensor
-    positions: Tensor | None
-    softcap: float
+    own: range  # the queries' own tokens
+
+    def sight(self, start: int, length: int) -> tuple[int, int]:
+        """The tokens start..length that some query sees."""
+        rule = self.call.rule
+        if rule.window:
+            start = max(start, self.own.start - rule.window + 1)
+        return max(start, 0), self.own.stop if rule.causal else length
 
 
-def _attend(row: _Row, mask: Mask, b: int, offset: int, step: int, num_splits: int) -> tuple[Tensor, Tensor]:
-    """Latent result [S, Hq, Rv] and lse [S, Hq] over the row's tokens; query s sits at index length + offset + s."""
-    heads, length = row.layer.num_kv_heads, mask.lengths[b]
-    num_queries, _, head_dim = row.q.shape
-    q = row.q.view(num_queries, heads, -1, head_dim).permute(1, 2, 0, 3).reshape(heads, -1, head_dim)  # [Hkv, M S, D]
-    index = torch.arange(num_queries, device=q.device) + (length + offset)
-    begin, end = mask.starts[b], length
-    if mask.causal:
-        end = min(length, length + offset + num_queries)
-        if mask.window is not None:
-            begin = max(begin, length + offset - mask.window + 1)
-    begin = max(begin, 0)
-    _check_pages(row.k_cache, row.pages, begin, end)
-    live = max(end - begin, 0)
-    borders = [begin + live * i // num_splits for i in range(num_splits + 1)]
+def _attend(row: _Row, q: Tensor, begin: int, end: int, step: int, num_splits: int) -> tuple[Tensor, Tensor]:
+    """Scaled queries [S, Hq, D] -> latent result [S, Hq, Rv] and lse [S, Hq] over tokens begin..end."""
+    heads, (num_queries, _, head_dim) = row.layer.num_kv_heads, q.shape
+    q = q.view(num_queries, heads, -1, head_dim).permute(1, 2, 0, 3).reshape(heads, -1, head_dim)  # [Hkv, M S, D]
+    _check_pages(row.call.ck, row.pages, begin, end)
+    live, parts = max(end - begin, 0), max(num_splits, 1)
+    (first, *others) = pairwise(begin + live * i // parts for i in range(parts + 1))
     queries = _absorb(row.layer, q)
-    latent, lse = _attend_span(row, queries, index, mask, borders[0], borders[1], step)  # [Hkv, M S, Rv], [Hkv, M S]
-    for i in range(1, num_splits):
-        part, part_lse = _attend_span(row, queries, index, mask, borders[i], borders[i + 1], step)
+    latent, lse = _attend_span(row, queries, *first, step)  # [Hkv, M S, Rv], [Hkv, M S]
+    for span in others:
+        part, part_lse = _attend_span(row, queries, *span, step)
         latent, lse = merge_attention([latent, part], [lse, part_lse])
-    split = (heads, -1, num_queries)
-    latent = latent.unflatten(1, split[1:]).permute(2, 0, 1, 3).flatten(1, 2)
-    return latent, lse.unflatten(1, split[1:]).permute(2, 0, 1).flatten(1, 2)
+    latent = latent.unflatten(1, (-1, num_queries)).permute(2, 0, 1, 3).flatten(1, 2)
+    return latent, lse.unflatten(1, (-1, num_queries)).permute(2, 0, 1).flatten(1, 2)
 
 
-def _attend_span(
-    row: _Row, queries: list[Tensor], index: Tensor, mask: Mask, begin: int, end: int, step: int
-) -> tuple[Tensor, Tensor]:
+def _attend_span(row: _Row, queries: list[Tensor], begin: int, end: int, step: int) -> tuple[Tensor, Tensor]:
     """Softmax over tokens begin..end, block by block with a running maximum."""
     layer, q = row.layer, queries[0]
     heads, rows = layer.num_kv_heads, q.shape[1]
@@ -188,12 +164,12 @@ def _attend_span(
     latent = q.new_zeros(heads, rows, max(layer.values.ranks))
     for t0 in range(begin, end, step):
         t1 = min(t0 + step, end)
-        ck = unpack(layer.row_side, read_rows(row.k_cache, row.pages, t0, t1))
-        cv = ck if row.v_cache is None else unpack(layer.values, read_rows(row.v_cache, row.pages, t0, t1))
+        ck, cv = _read(layer, row.call.ck, row.call.cv, row.pages, t0, t1)
+        cv = ck if cv is None else cv
         s = _scores(row, queries, ck, t0, t1)  # [Hkv, M S, n]
-        seen = _seen(index, mask, t0, t1)
+        seen = _seen(row, t0, t1)
         if seen is not None:
-            s.unflatten(1, (-1, len(index))).masked_fill_(~seen, -torch.inf)
+            s.unflatten(1, (-1, len(seen))).masked_fill_(~seen, -torch.inf)
         above = torch.maximum(peak, s.amax(-1))
         base = above.masked_fill(above == -torch.inf, 0.0)
         p = s.sub_(base[..., None]).exp_()
@@ -213,21 +189,21 @@ def _absorb(layer: LayerFactors, q: Tensor) -> list[Tensor]:
     """Queries [Hkv, M S, D] made ready: pairs adjacent; without a rope also multiplied into each group's latents."""
     ready = [q[..., layer.pairs]]
     if layer.rope is None:
-        for members, block in zip(layer.keys.groups, layer.key_basis.blocks, strict=True):
-            up = block.to(q.dtype).unflatten(1, (len(members), -1)).permute(1, 2, 0)  # [C, D, Rk]
+        for members, columns in zip(layer.keys.groups, layer.keys.columns, strict=True):
+            block = layer.operands.keys.rows[columns].to(q.dtype)
+            up = block.unflatten(1, (len(members), -1)).permute(1, 2, 0)  # [C, D, Rk]
             ready.append(q[list(members)] @ up)  # [C, M S, Rk]
     return ready
 
 
 def _scores(row: _Row, queries: list[Tensor], ck: Tensor, t0: int, t1: int) -> Tensor:
     """Scaled, capped scores [Hkv, M S, n] of key latents [n, row_width]; not masked."""
-    layer, q = row.layer, queries[0]
-    turns = None
-    if layer.turns is not None:
-        turns = layer.turns[t0:t1]
-        if row.positions is not None:
-            at = read_rows(row.positions[..., None], row.pages, t0, t1)[:, 0]
-            turns = rows_at(layer.turns, at)
+    layer, q, softcap = row.layer, queries[0], row.call.rule.softcap
+    turns = layer.turns
+    if turns is not None:
+        positions = row.call.tokens.positions
+        at = None if positions is None else _read_positions(positions, row.pages, t0, t1)
+        turns = turns[t0:t1] if at is None else rows_at(turns, at)
     s = q.new_empty(*q.shape[:2], t1 - t0)
     for g, members in enumerate(layer.keys.groups):
         if layer.rope is None:
@@ -238,18 +214,17 @@ def _scores(row: _Row, queries: list[Tensor], ck: Tensor, t0: int, t1: int) -> T
             s[list(members)] = q[list(members)] @ tile.permute(1, 2, 0)
     if layer.rope is None and layer.keys.offset is not None:
         s += q @ layer.keys.offset.to(q.dtype)[..., None]
-    return s.div_(row.softcap).tanh_().mul_(row.softcap) if row.softcap else s
+    return s.div_(softcap).tanh_().mul_(softcap) if softcap else s
 
 
-def _seen(index: Tensor, mask: Mask, t0: int, t1: int) -> Tensor | None:
+def _seen(row: _Row, t0: int, t1: int) -> Tensor | None:
     """Which of tokens t0..t1 each query sees, [S, n]; None where every query sees them all."""
-    if not mask.causal:
+    rule, own = row.call.rule, row.own
+    if not rule.causal or (t1 <= own.start + 1 and (not rule.window or t0 > own.stop - 1 - rule.window)):
         return None
-    t = torch.arange(t0, t1, device=index.device)
-    seen = t <= index[:, None]
-    if mask.window is not None:
-        seen &= t > index[:, None] - mask.window
-    return None if bool(seen.all()) else seen
+    i, t = (torch.arange(x.start, x.stop, device=row.pages.device) for x in (own, range(t0, t1)))
+    seen = t <= i[:, None]
+    return seen & (t > i[:, None] - rule.window) if rule.window else seen
 
 
 def merge_attention(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:

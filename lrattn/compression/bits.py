@@ -9,10 +9,9 @@ convex in b, so that no other choice of the same bytes loses less, to one block.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from itertools import chain, groupby
+from itertools import chain, groupby, pairwise
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -36,6 +35,11 @@ class Row:
 
     parts: tuple[Tensor, ...]
     groups: int
+
+    @property
+    def blocks(self) -> list[list[float]]:
+        """Energies of blocks of 16 latents, part by part."""
+        return [part.view(-1, RANK_STEP).sum(1).tolist() for part in self.parts]
 
 
 class Spent(NamedTuple):
@@ -72,44 +76,33 @@ def spend(rows: Sequence[Row], nbytes: int, ladder: Sequence[int]) -> list[Spent
     """
     scale = 0 if ladder[0] == 16 else Format(((RANK_STEP, ladder[0]),)).nbytes - RANK_STEP * ladder[0] // 8
     levels = (0, *ladder)
-    gains = [[energy.view(-1, RANK_STEP).sum(1).tolist() for energy in row.parts] for row in rows]
-    at = [[[0] * len(part) for part in parts] for parts in gains]  # level of each block
 
-    def step(i: int, p: int, j: int) -> tuple[float, int]:
-        """What a block's next level saves a byte, and the bytes it takes."""
-        low, high = levels[at[i][p][j]], levels[at[i][p][j] + 1]
-        cost = rows[i].groups * RANK_STEP * (high - low) // 8
-        return gains[i][p][j] * (ERRORS[low] - ERRORS[high]) / cost, cost
+    def cost(i: int, n: int) -> int:
+        """Bytes of a block's step to level n, in row i."""
+        return rows[i].groups * RANK_STEP * (levels[n] - levels[n - 1]) // 8
 
-    left, heap = nbytes, list[tuple[float, int, int, int]]()
-    for i, row in enumerate(rows):
-        left -= row.groups * scale * len(row.parts)
-        for p in range(len(row.parts)):
-            left -= step(i, p, 0)[1]
-            at[i][p][0] = 1
+    left = nbytes - sum(len(row.parts) * (row.groups * scale + cost(i, 1)) for i, row in enumerate(rows))
     if left < 0:
         raise ValueError(f"keep: expected {nbytes - left} bytes a token or more, a block of 16 a row, got {nbytes}")
-
-    def wait(i: int, p: int, j: int) -> None:
-        if at[i][p][j] + 1 < len(levels):
-            heapq.heappush(heap, (-step(i, p, j)[0], i, p, j))
-
-    for i, parts in enumerate(at):
-        for p, part in enumerate(parts):
-            for j in range(len(part)):
-                wait(i, p, j)
-    while heap:
-        _, i, p, j = heapq.heappop(heap)
-        if (cost := step(i, p, j)[1]) <= left:
-            left -= cost
-            at[i][p][j] += 1
-            wait(i, p, j)
-    return [_spent([[levels[n] for n in part] for part in row], g) for row, g in zip(at, gains, strict=True)]
+    at: dict[tuple[int, int, int], int] = {}  # level of each block
+    steps = []  # what each saves a byte: of one block ever less
+    for i, row in enumerate(rows):
+        for p, part in enumerate(row.blocks):
+            for j, energy in enumerate(part):
+                at[i, p, j] = 0 if j else 1
+                for n, (low, high) in enumerate(pairwise(levels), 1):
+                    steps.append((-energy * (ERRORS[low] - ERRORS[high]) / cost(i, n), (i, p, j), n))
+    for _, block, n in sorted(steps):
+        if n == at[block] + 1 and cost(block[0], n) <= left:
+            left -= cost(block[0], n)
+            at[block] = n
+    found = iter(at.values())
+    return [_spent(row, [[levels[next(found)] for _ in part] for part in row.blocks]) for row in rows]
 
 
-def _spent(widths: list[list[int]], gains: list[list[float]]) -> Spent:
-    """Of blocks of these widths and energies: blocks of no bits are left out."""
+def _spent(row: Row, widths: list[list[int]]) -> Spent:
+    """With blocks of these widths: those of no bits are left out."""
     segments = [(RANK_STEP * len(list(run)), bits) for part in widths for bits, run in groupby(filter(None, part))]
     ranks = tuple(RANK_STEP * sum(map(bool, part)) for part in widths)
-    blocks = zip(chain(*widths), chain(*gains), strict=True)
+    blocks = zip(chain(*widths), chain(*row.blocks), strict=True)
     return Spent(Format(tuple(segments)), ranks, sum(energy * ERRORS[bits] for bits, energy in blocks) / 2)

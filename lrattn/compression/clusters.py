@@ -6,7 +6,8 @@ of the inputs. A group of heads at rank r loses the eigenvalues of its block of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from itertools import combinations
 
 import torch
@@ -53,24 +54,24 @@ def greedy(gram: Tensor, size: int, rank: int = 0) -> Groups:
     one, too, and moves what spills; for groups of an even size that is the same.) The rank is not used.
     """
     cka = similarity(gram)
-    heads = len(cka)
-    groups: list[list[int]] = [[] for _ in range(heads // size)]
+    groups: list[list[int]] = [[] for _ in range(len(cka) // size)]
     home: dict[int, list[int]] = {}
 
-    def put(group: list[int] | None, *members: int) -> None:
-        if group is not None and len(group) + len(members) <= size:
+    def put(group: list[int], *members: int) -> None:
+        if len(group) + len(members) <= size:
             group.extend(members)
             home.update(dict.fromkeys(members, group))
 
-    for i, j in sorted(combinations(range(heads), 2), key=lambda pair: -cka[pair].item()):
-        free = [h for h in (i, j) if h not in home]
-        if len(free) == 2:
-            put(next((g for g in groups if len(g) + 2 <= size), None), i, j)
-        elif free:
-            put(home[i if free[0] == j else j], free[0])
-    for h in range(heads):
+    for i, j in sorted(combinations(range(len(cka)), 2), key=lambda pair: -cka[pair].item()):
+        if i not in home and j not in home:
+            put(min(groups, key=lambda group: len(group) + 2 > size), i, j)  # the first with room, if there is one
+        elif i not in home:
+            put(home[j], i)
+        elif j not in home:
+            put(home[i], j)
+    for h in range(len(cka)):
         if h not in home:
-            put(next(g for g in groups if len(g) < size), h)
+            put(next(group for group in groups if len(group) < size), h)
     return _sorted(groups)
 
 
@@ -83,17 +84,17 @@ def balanced(gram: Tensor, size: int, rank: int) -> Groups:
     """
     if size in (1, len(gram)):
         return contiguous(len(gram), size)
-    loss = _Loss(gram, rank)
+    loss = _loss(gram, rank)
     within = overlaps(gram)
     starts = [contiguous(len(gram), size), greedy(gram, size)]
     starts += [_by_overlap(start, within) for start in starts]
-    groups = [list(g) for g in min(starts, key=loss.of)]
+    groups = [list(g) for g in min(starts, key=loss)]
     improved = True
     while improved:
         improved = False
         for _, a, i, b, j in sorted(_swaps(groups, within), reverse=True)[: TRIES * len(gram)]:
             new_a, new_b = _swapped(groups[a], i, groups[b][j]), _swapped(groups[b], j, groups[a][i])
-            before, after = loss.of((groups[a], groups[b])), loss.of((new_a, new_b))
+            before, after = loss((groups[a], groups[b])), loss((new_a, new_b))
             if after < before * (1 - 1e-9):
                 groups[a], groups[b], improved = new_a, new_b, True
     return _sorted(groups)
@@ -102,26 +103,19 @@ def balanced(gram: Tensor, size: int, rank: int) -> Groups:
 def lost(gram: Tensor, groups: Groups, rank: int) -> float:
     """Share of the outputs' energy that groups of heads lose at `rank`, in [0, 1]; gram [Hkv, D, Hkv, D]."""
     whole = gram.flatten(0, 1).flatten(1).trace().item()
-    return _Loss(gram, rank).of(groups) / whole if whole else 0.0
+    return _loss(gram, rank)(groups) / whole if whole else 0.0
 
 
-class _Loss:
-    """Energy beyond the first `rank` eigenvalues, each group of heads computed once."""
+def _loss(gram: Tensor, rank: int) -> Callable[[Iterable[Iterable[int]]], float]:
+    """(groups) -> energy beyond the first `rank` eigenvalues; each group of heads is computed once."""
 
-    def __init__(self, gram: Tensor, rank: int) -> None:
-        self.gram, self.rank = gram, rank
-        self.known: dict[frozenset[int], float] = {}
+    @cache
+    def of(heads: frozenset[int]) -> float:
+        block = gram[sorted(heads)][:, :, sorted(heads)].flatten(0, 1).flatten(1)
+        tail = torch.linalg.eigvalsh(block)[: max(len(block) - rank, 0)]
+        return tail.clamp_min(0).sum().item()
 
-    def of(self, groups: Groups | tuple[list[int], ...]) -> float:
-        return sum(self._group(frozenset(g)) for g in groups)
-
-    def _group(self, heads: frozenset[int]) -> float:
-        if heads not in self.known:
-            index = sorted(heads)
-            block = self.gram[index][:, :, index].flatten(0, 1).flatten(1)
-            tail = torch.linalg.eigvalsh(block)[: max(len(block) - self.rank, 0)]
-            self.known[heads] = tail.clamp_min(0).sum().item()
-        return self.known[heads]
+    return lambda groups: sum(of(frozenset(group)) for group in groups)
 
 
 def _by_overlap(start: Groups, within: Tensor) -> Groups:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import astuple, replace
+from functools import partial
 from itertools import chain, islice
 
 import torch
@@ -32,7 +33,6 @@ from lrattn.compression.propagate import propagate
 from lrattn.compression.ranks import (
     RULES,
     LayerShape,
-    Ranks,
     budget,
     condition,
     fisher,
@@ -119,26 +119,25 @@ def compress(
         raise ValueError(f"method: expected one of {sorted(METHODS)}, got {method!r}")
     recipe = METHODS[method]
     ranks = recipe.ranks if ranks is None else ranks
-    if ranks not in RULES:
-        raise ValueError(f"ranks: expected one of {sorted(RULES)}, got {ranks!r}")
+    if ranks not in (rules := [rule for rule in RULES if recipe.ruled_by(rule)]):
+        raise ValueError(f"ranks: expected one of {rules} with method {method!r}, got {ranks!r}")
     forms = FORMS if recipe.shares else (False,)
     if shared is not None and (not isinstance(shared, bool | str) or shared not in forms):  # 1 == True is not a form
         expected = f"None or one of {FORMS}" if recipe.shares else f"None or False with method {method!r}"
         raise ValueError(f"shared: expected {expected}, got {shared!r}")
-    gather = recipe.gathered(ranks)
-    if not recipe.ruled_by(ranks):
-        rules = [rule for rule in RULES if recipe.ruled_by(rule)]
-        raise ValueError(f"ranks: expected one of {rules} with method {method!r}, got {ranks!r}")
     for name, count, least in (("group_size", group_size, 1), ("shards", shards, 1), ("refine", refine, 0)):
         check_count(name, count, least)
     check_flag("nested", nested)
     if moments is not None and not isinstance(moments, Moments):
         raise ValueError(f"moments: expected those of calibrate, got {type(moments).__name__}")
+    gather = recipe.gathered(ranks)
+    differentiates = bool(gather & set(GRADIENTS))
     if far is None:
-        far = moments.far if moments is not None and gather & set(GRADIENTS) else recipe.near
-    far = astuple(Window.of(far))
-    ladder = ladder_of(bits)
-    if len(ladder) > 1 and not (recipe.in_nats and ranks == "spectrum"):
+        far = moments.far if moments is not None and differentiates else recipe.near
+    window = Window.of(far)
+    far = astuple(window)
+    ladder, in_nats = ladder_of(bits), recipe.in_nats and ranks == "spectrum"
+    if len(ladder) > 1 and not in_nats:
         raise ValueError(f"bits: expected one number with method {method!r} and ranks {ranks!r}, got {bits!r}")
     layers = attention_layers(model)
     if bytes_per_token is not None:
@@ -149,12 +148,11 @@ def compress(
         keep = bytes_per_token / dense
     keep = KEEP if keep is None else keep
     check_share(keep)
-    held = share_held(keep, ladder)
-    form = _form(shared, recipe, layers, held, group_size, shards)
-    by_bits = recipe.in_nats and ranks == "spectrum" and ladder != (16,)
-    in_row = 2 if by_bits and form == "ride" else 1  # parts of it that have bits apart
-    shapes = [_shape(layer, recipe, form, group_size, shards) for layer in layers]
-    shapes = [replace(shape, bits=ladder[0], parts=in_row) for shape in shapes]
+    held, by_bits = share_held(keep, ladder), in_nats and ladder != (16,)
+    shapes = [replace(_shape(layer, recipe, group_size, shards), bits=ladder[0]) for layer in layers]
+    form = _form(shapes, held) if shared is None and recipe.shares else shared or False
+    parts = 2 if by_bits and form == "ride" else 1  # of a row that have bits apart
+    shapes = [replace(shape, shared=bool(form), parts=parts) for shape in shapes]
     try:
         budget(shapes, keep)  # refused before any work
     except ValueError as error:
@@ -176,16 +174,15 @@ def compress(
         raise ValueError(f"nested: expected False without refine=, got {nested}")
     if isinstance(batches, Moments):
         raise ValueError("batches: expected token batches, got Moments, which are given as moments=")
-    if batches is not None:
-        check_batches(batches)
-        batches = list(batches)
-    judges, texts = _sequences(batches, refine)
-    lessons = [ids[None] for ids in texts] if refine else batches
-    calibrates = moments is None and lessons is not None and bool(gather)
+    calibrates = moments is None and batches is not None and bool(gather)
+    given = () if batches is None else batches
+    check_batches(given)
+    given = list(given)
+    judges, texts = parted(given) if refine else ([], [x for batch in given for x in unpadded(*tokens_of(batch))])
+    lessons = [ids[None] for ids in texts] if refine else given
     check_lengths(model, map(len, (*judges, *texts)))
-    differentiates = calibrates and bool(gather & set(GRADIENTS))
-    if differentiates and max(map(len, texts), default=0) < least_felt(Window(*far), gather):
-        raise ValueError(unfelt(Window(*far), gather))
+    if calibrates and differentiates and max(map(len, texts), default=0) < least_felt(window, gather):
+        raise ValueError(unfelt(window, gather))
     beside = None
     if state is not None:
         if not calibrates and not refine:
@@ -197,13 +194,19 @@ def compress(
             run = hashlib.sha256(repr((*known, *choices)).encode()).hexdigest()[:8]
             beside = f"{os.fspath(state)}.{run}.refine"
             safefile.check_target("state", beside)
-    if calibrates and lessons is not None:
+    if calibrates:
         moments = calibrate(model, lessons, gather=gather, far=far, state=state, progress=progress)
-    _check_data(model, method, gather, far, texts, moments, layers)
+    elif moments is None and recipe.needs_data:
+        raise ValueError(f"batches: method {method!r} needs calibration batches, got None")
+    elif recipe.refit is not None and not any(map(len, texts)):
+        raise ValueError(f"batches: method {method!r} runs the compressed model on batches, got no tokens")
+    else:
+        _check_moments(moments, model, layers, gather, far if differentiates else None)
+    moments = Moments() if moments is None else moments
 
-    data = Moments() if moments is None else moments
+    shown = partial(tqdm, unit="layer", disable=not progress)
     problems = [
-        Problem(layer, shape, recipe, form, data, i, rope, shards)
+        Problem(layer, shape, recipe, form, moments, i, rope, shards)
         for i, (layer, shape, rope) in enumerate(zip(layers, shapes, ropes, strict=True))
     ]
     chosen = None
@@ -211,95 +214,62 @@ def compress(
         chosen = uniform(shapes, keep)
     elif ranks == "condition":
         chosen = condition(shapes, keep, [log_condition(layer) for layer in layers])
-    elif moments is not None and moments.fisher is not None and ranks == "fisher":
-        chosen = fisher(shapes, keep, moments.fisher)
-    for i, problem in enumerate(tqdm(problems, desc="group heads", unit="layer", disable=not progress)):
+    elif ranks == "fisher":
+        chosen = fisher(shapes, keep, moments.fisher or [])
+    for i, problem in enumerate(shown(problems, desc="group heads")):
         side = 1 if form else 0
         per_group = [int(held * problem.shape.full_ranks[side])] if chosen is None else chosen[i][side]
         problem.group(sum(per_group) // len(per_group))
     if by_bits:
-        made = _by_bits(problems, keep, held, ladder, progress)
+        rows = [problem.bit_rows(held) for problem in shown(problems, desc="spectra")]
+        spent = iter(spend(list(chain(*rows)), int(keep * sum(2 * shape.dense for shape in shapes) + 1e-6), ladder))
+        pairs = zip(shown(problems, desc="factor"), rows, strict=True)
+        made = [problem.spent(list(islice(spent, len(own)))) for problem, own in pairs]
     else:
         if chosen is None:
-            shown = tqdm(problems, desc="spectra", unit="layer", disable=not progress)
-            level = LEVEL if form is True else 0.0
-            found = [problem.energies() for problem in shown]
-            chosen = spectrum(shapes, keep, found, in_nats=recipe.in_nats, level=level)
-        made = _by_ranks(problems, chosen, progress)
+            found = [problem.energies() for problem in shown(problems, desc="spectra")]
+            chosen = spectrum(shapes, keep, found, in_nats=in_nats, level=LEVEL if form is True else 0.0)
+        pairs = zip(shown(problems, desc="factor"), chosen, strict=True)
+        made = [problem.factor(pair, None) for problem, pair in pairs]
         if recipe.refit is not None and lessons:
-            shown = tqdm(total=len(layers), desc="refit", unit="layer", disable=not progress)
+            with shown(total=len(layers), desc="refit") as bar:
 
-            def refitted(i: int, moment: Tensor) -> LayerFactors:
-                made[i] = problems[i].factor(chosen[i], moment)
-                shown.update()
-                return made[i]
+                def refitted(i: int, moment: Tensor) -> LayerFactors:
+                    made[i] = problems[i].factor(chosen[i], moment)
+                    bar.update()
+                    return made[i]
 
-            with shown:
                 propagate(model, layers, lessons, refitted)
-    predicted = tuple(problem.lost for problem in problems) if recipe.in_nats else ()
-    name = str(getattr(model.config, "_name_or_path", ""))
-    samples = [sample(layer.module) for layer in layers]
-    known_samples = tuple(x for x in samples if x is not None)
+    samples = [x for layer in layers if (x := sample(layer.module)) is not None]
     factors = Factors(
-        tuple(made), method, name, ranks, predicted, far, known_samples if len(known_samples) == len(made) else ()
+        layers=tuple(made),
+        method=method,
+        model=str(getattr(model.config, "_name_or_path", "")),
+        rule=ranks,
+        predicted=tuple(problem.lost for problem in problems) if recipe.in_nats else (),
+        near=far,
+        samples=tuple(samples) if len(samples) == len(layers) else (),
     )
-    if refine and batches is not None:
-        factors = distil(model, factors, batches, steps=refine, nested=nested, state=beside, progress=progress)
-    return factors
+    if not refine:
+        return factors
+    return distil(model, factors, given, steps=refine, nested=nested, state=beside, progress=progress)
 
 
-def _sequences(batches: list[Batch] | None, refine: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Those that judge a distillation, none without one, and those that are calibrated and trained on."""
-    if batches is None:
-        return [], []
-    return parted(batches) if refine else ([], [row for batch in batches for row in unpadded(*tokens_of(batch))])
-
-
-def _by_ranks(problems: list[Problem], chosen: Sequence[Ranks], progress: bool) -> list[LayerFactors]:
-    shown = tqdm(problems, desc="factor", unit="layer", disable=not progress)
-    return [problem.factor(pair, None) for problem, pair in zip(shown, chosen, strict=True)]
-
-
-def _by_bits(
-    problems: list[Problem], keep: float, held: float, ladder: tuple[int, ...], progress: bool
-) -> list[LayerFactors]:
-    """Layers whose latents have the bits that lose least within `keep` of the dense bytes."""
-    rows = [problem.bit_rows(held) for problem in tqdm(problems, desc="spectra", unit="layer", disable=not progress)]
-    dense = sum(2 * problem.shape.dense for problem in problems)
-    found = iter(spend(list(chain(*rows)), int(keep * dense + 1e-6), ladder))
-    shown = tqdm(problems, desc="factor", unit="layer", disable=not progress)
-    return [problem.spent(list(islice(found, len(own)))) for problem, own in zip(shown, rows, strict=True)]
-
-
-def _form(
-    shared: Form | None, recipe: Method, layers: list[AttentionLayer], held: float, group_size: int, shards: int
-) -> Form:
-    """The form asked for, or the one that loses least among those whose keys are rebuilt in time.
-
-    held: share of the latents that are kept.
-    """
-    if shared is not None or not recipe.shares:
-        return shared or False
-    shapes = [_shape(layer, recipe, True, group_size, shards) for layer in layers]
-    rows = sum(sum(s.groups) for s in shapes)
-    return True if held * sum(s.dense for s in shapes) / rows <= JOINT_WITHIN else "ride"
-
-
-def _shape(layer: AttentionLayer, recipe: Method, form: Form, group_size: int, shards: int) -> LayerShape:
+def _shape(layer: AttentionLayer, recipe: Method, group_size: int, shards: int) -> LayerShape:
+    """With keys and values apart."""
     heads = layer.num_kv_heads
-    if shards < 1 or (heads % shards and shards % heads):
+    if heads % shards and shards % heads:
         raise ValueError(f"shards: expected a divisor or a multiple of Hkv={heads}, got {shards}")
     within = max(heads // shards, 1)
     sizes = {"given": group_size_within(within, group_size), "head": 1, "layer": within}
-    keys, values = recipe.groups
-    return LayerShape(
-        heads=heads,
-        head_dim=layer.head_dim,
-        key_group=sizes[keys],
-        value_group=sizes[values],
-        shared=bool(form),
-        whole_values=recipe.whole_values,
-    )
+    keys, values = (sizes[size] for size in recipe.groups)
+    return LayerShape(heads, layer.head_dim, keys, values, whole_values=recipe.whole_values)
+
+
+def _form(shapes: list[LayerShape], held: float) -> Form:
+    """The form that loses least among those whose keys are rebuilt in time, with this share of the latents."""
+    rows = sum(shape.groups[1] for shape in shapes)
+    return True if held * sum(shape.dense for shape in shapes) / rows <= JOINT_WITHIN else "ride"
 
 
 def _check_finite(layers: list[AttentionLayer]) -> None:
@@ -310,27 +280,22 @@ def _check_finite(layers: list[AttentionLayer]) -> None:
                 raise ValueError(f"model: expected a finite {layer.name}.{name}, got one that is not")
 
 
-def _check_data(
-    model: nn.Module,
-    method: str,
-    gather: set[str],
-    far: tuple[int, ...],
-    texts: list[Tensor],
+def _check_moments(
     moments: Moments | None,
+    model: nn.Module,
     layers: list[AttentionLayer],
+    gather: set[str],
+    far: tuple[int, ...] | None,
 ) -> None:
-    recipe = METHODS[method]
-    if moments is None and recipe.needs_data:
-        raise ValueError(f"batches: method {method!r} needs calibration batches, got None")
-    if recipe.refit is not None and not any(map(len, texts)):
-        raise ValueError(f"batches: method {method!r} runs the compressed model on batches, got no tokens")
+    """Raises ValueError for others than this model's, with all of these; far: None where no gradients are."""
     if missing := sorted(gather - set(() if moments is None else moments.gathered)):
         got = "none" if moments is None else f"moments with {list(moments.gathered)}"
         raise ValueError(f"moments: expected batches, or moments of calibrate(gather={missing}), got {got}")
-    differentiates = bool(gather & set(GRADIENTS))
-    if moments is not None and differentiates and moments.far != far:
+    if moments is None:
+        return
+    if far is not None and moments.far != far:
         raise ValueError(f"moments: expected gradients beyond a window far={far}, got {moments.far}")
-    if moments is not None and moments.layers != len(layers):
+    if moments.layers != len(layers):
         raise ValueError(f"moments: expected those of {len(layers)} layers, got {moments.layers}")
-    if moments is not None and moments.model not in ("", fingerprint(model)):
+    if moments.model not in ("", fingerprint(model)):
         raise ValueError("moments: expected those of this model, got another model's")

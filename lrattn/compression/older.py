@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from lrattn.factors.projection import Projection
 from lrattn.factors.record import Factors
 from lrattn.models.layers import AttentionLayer, attention_layers
 from lrattn.models.ropes import ropes_of
-from lrattn.models.weights import check_readable, weight
+from lrattn.models.weights import NAMES, check_readable, weight
 
 OUTSIDE = 1e-2  # of a map, as a share of its length: more than 16 bits round
 
@@ -45,16 +44,14 @@ def _layer(i: int, layer: LayerFactors, own: AttentionLayer) -> LayerFactors:
     expected, got = (own.num_kv_heads, own.head_dim), (layer.num_kv_heads, layer.head_dim)
     if expected != got:
         raise ValueError(f"factors: expected (Hkv, D) = {expected} in layer {i} as in {own.name}, got {got}")
-    sides: dict[str, Any] = {}
-    for name in ("keys", "values"):
+    sides = {}
+    for name in NAMES:
         side: Projection = getattr(layer, name)
         if side.down is not None and side.of_inputs:
-            both = layer.shared and name == "values"
-            read = torch.cat([weight(own, s) for s in ("keys", "values")]) if both else weight(own, name)
-            sides[name] = replace(side, down=_in_span(f"{name}.down of layer {i}", side.down, read), of_inputs=False)
-        else:
-            sides[name] = replace(side, of_inputs=False)
-    return replace(layer, **sides)
+            read = torch.cat([weight(own, s) for s in (NAMES if layer.shared else (name,))])
+            side = replace(side, down=_in_span(f"{name}.down of layer {i}", side.down, read))
+        sides[name] = replace(side, of_inputs=False)
+    return replace(layer, keys=sides["keys"], values=sides["values"])
 
 
 def _in_span(what: str, down: Tensor, read: Tensor) -> Tensor:

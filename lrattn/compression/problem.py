@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from statistics import fmean
 
 import torch
@@ -28,6 +30,7 @@ Form = bool | str
 FORMS: tuple[Form, ...] = (False, "ride", True)
 
 
+@dataclass(eq=False)
 class Problem:
     """A layer, and what a method needs to factor it.
 
@@ -37,19 +40,18 @@ class Problem:
         shards: tensor-parallel ranks that no group of heads may lie across.
     """
 
-    def __init__(
-        self,
-        layer: AttentionLayer,
-        shape: LayerShape,
-        method: Method,
-        form: Form,
-        moments: Moments,
-        index: int,
-        rope: Rope | None,
-        shards: int = 1,
-    ) -> None:
-        self.layer, self.shape, self.method, self.form = layer, shape, method, form
-        self.moments, self.index, self.rope, self.shards = moments, index, rope, min(shards, shape.heads)
+    layer: AttentionLayer
+    shape: LayerShape
+    method: Method
+    form: Form
+    moments: Moments
+    index: int
+    rope: Rope | None
+    shards: int = 1
+
+    def __post_init__(self) -> None:
+        shape, n = self.shape, self.layer.dense
+        self.part = {"keys": slice(n), "values": slice(-n, None)}  # a side's, of what is of both or of the side alone
         self.groups: dict[str, Groups] = {
             "keys": contiguous(shape.heads, shape.key_group),
             "values": contiguous(shape.heads, shape.value_group),
@@ -57,9 +59,7 @@ class Problem:
         self.offsets = {side: self._offset(side) for side in SIDES}
         self.splits: list[list[int]] = []  # of a ride: each group's key rank by row width, in steps of 16
         # Of the sides that are packed; a number is the bits of all latents.
-        self.formats: dict[str, Format | int] = {}
-        if shape.bits < 16:
-            self.formats = dict.fromkeys(self.written, shape.bits)
+        self.formats: dict[str, Format | int] = dict.fromkeys(self.written, shape.bits) if shape.bits < 16 else {}
         self.lost = 0.0  # by the factors made: nats a token, where the method's energies are
 
     @property
@@ -74,65 +74,57 @@ class Problem:
             found = bias(self.layer, side)
             return None if found is None else found.flatten().double().cpu()
         biased = any(name.split(".")[-1] == "bias" for name, _ in self.layer.module.named_parameters())
-        return self._own(mean_of(self._seen(side)), side) if self.method.centred or biased else None
+        return mean_of(self._seen(side))[self.part[side]] if self.method.centred or biased else None
 
     def _seen(self, side: str) -> Tensor:
         return self.moments.seen(self.index, side, rotated=self.method.rotated)
 
-    def _own(self, x: Tensor, side: str) -> Tensor:
-        """A side's part of what is of keys and values together, along all axes; what is of the side alone as it is."""
-        n = self.layer.dense
-        own = slice(n, None) if side == "values" else slice(n)
-        for axis in range(x.dim()):
-            x = x.transpose(0, axis)[own].transpose(0, axis) if x.shape[axis] == 2 * n else x
-        return x
-
     def _about(self, moment: Tensor, side: str) -> Tensor:
-        """A moment of [x, 1] about the offset, or one that is about it already."""
-        n = self.layer.dense
-        if len(moment) == n:
+        """A moment of [x, 1], x of a side or of both, about the offsets; of weights, which is about them, as it is."""
+        if self.method.reads_weights:
             return moment
+        n = self.layer.dense
         offsets = [self.offsets[name] for name in (SIDES if len(moment) > n + 1 else (side,))]
         if all(x is None for x in offsets):
             return about(moment, None)
         return about(moment, torch.cat([moment.new_zeros(n) if x is None else x for x in offsets]))
 
-    def measured(self, side: str) -> tuple[Tensor, Tensor | None]:
-        """C of a side, or of both where `measure` says it of both, and G."""
+    def _measured(self, side: str) -> tuple[Tensor, Tensor | None]:
+        """C [n, n] of a side about its offset, and G."""
         moment, metric = self.method.measure(self.layer, self.moments, self.index, side)
-        return self._about(moment, side), metric
+        return self._about(moment, side)[self.part[side], self.part[side]], metric
 
-    def _inputs(self, side: str) -> Tensor:
-        """Second moment of what rows are written from: of a side, or of both where they share rows."""
+    def _inputs(self, side: str) -> Tensor | None:
+        """Second moment of what packed rows are written from: of a side, or of both where they share rows."""
+        if side not in self.formats:
+            return None
         if self.method.reads_weights:
-            return self.measured(side)[0]
+            return self._measured(side)[0]
         found = self._about(self._seen(side), side)
-        return found if self.form else self._own(found, side)
+        return found if self.form else found[self.part[side], self.part[side]]
 
     def group(self, rank: int) -> None:
         """Clusters the heads, each shard's among themselves, for groups of about this rank."""
-        sides = ["keys", *(["values"] if self.method.cluster_values else [])]
-        for side in sides[:1] if self.form else sides:
-            size = self.shape.key_group if side == "keys" else self.shape.value_group
-            if self.method.cluster is None or not self.method.needs_data or size in (1, self.shape.heads):
+        cluster, per_shard = self.method.cluster, max(self.shape.heads // self.shards, 1)
+        for side in self.written:
+            size = len(self.groups[side][0])
+            if cluster is None or size in (1, per_shard):
                 continue
             gram, found = self._gram(side), list[tuple[int, ...]]()
-            per_shard = self.shape.heads // self.shards
             for first in range(0, self.shape.heads, per_shard):
                 own = slice(first, first + per_shard)
-                groups = self.method.cluster(gram[own, :, own], size, rank)
-                found += [tuple(first + h for h in heads) for heads in groups]
+                found += [tuple(first + h for h in heads) for heads in cluster(gram[own, :, own], size, rank)]
             self.groups[side] = tuple(found)
         if self.form:
-            self.groups["values"] = self.groups["keys"]
+            self.groups["keys"] = self.groups["values"]
 
     def _gram(self, side: str) -> Tensor:
         """Of the heads, each in its own metric; of keys and values side by side where they share rows."""
         whole = tuple(range(self.shape.heads))
         if not self.form:
-            moment, metric = self.measured(side)
-            return outputs_gram(self._rooted(self._weight(whole), metric), self._own(moment, side))
-        ((keys, values),) = self._pairs((whole,))
+            moment, metric = self._measured(side)
+            return outputs_gram(self._rooted(self._weight(whole), metric), moment)
+        ((keys, values),) = self._sides((whole,))
         weights = [self._rooted(x.weight, x.metric) for x in (keys, values)]
         return outputs_gram(torch.cat(weights, 1), (keys.moment + values.moment) / 2)
 
@@ -140,9 +132,8 @@ class Problem:
         """Each head [D, inputs] by the root of its own block of the metric."""
         if metric is None:
             return weight
-        size = self.shape.head_dim
-        own = [roots(metric[h : h + size, h : h + size])[0] for h in range(0, len(metric), size)]
-        return torch.stack(own) @ weight
+        blocks = metric.unflatten(0, (self.shape.heads, -1)).unflatten(2, (self.shape.heads, -1))
+        return torch.stack([roots(blocks[h, :, h])[0] for h in range(self.shape.heads)]) @ weight
 
     def energies(self) -> tuple[list[Tensor], list[Tensor]]:
         """Of the key groups and of the value groups, or none and of the rows, each [n] descending."""
@@ -204,8 +195,8 @@ class Problem:
 
     def _decomposed(self, side: str) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """Of each group: which inputs of down its rows are, [inputs]; energies, up, down."""
-        moment, metric = self.measured(side)
-        moment, whole = self._own(moment, side), tuple(range(self.shape.heads))
+        moment, metric = self._measured(side)
+        whole = tuple(range(self.shape.heads))
         if side == "keys" and self.method.decompose_keys is not None:
             for found in self.method.decompose_keys(self._weight(whole), moment):
                 yield self._dims(whole), *found
@@ -217,18 +208,18 @@ class Problem:
             block = None if metric is None else metric[at][:, at]
             yield at, *decompose(self._weight(heads), moment[at][:, at], block)
 
-    def _pairs(self, groups: Groups) -> Iterator[tuple[rows.Side, rows.Side]]:
+    def _sides(self, groups: Groups | None = None) -> Iterator[tuple[rows.Side, rows.Side]]:
         """Keys and values of groups that share rows: inputs are a group's keys and values, each side brought to size 1.
 
         What is measured is of all heads, and large: it is taken about the offsets once for all groups.
         """
-        n, sizes, known = self.layer.dense, self._sizes(), []
+        n, sizes, known = self.layer.dense, self._sizes, []
         for side in SIDES:
             moment, metric = self.method.measure(self.layer, self.moments, self.index, side)
             if metric is None or len(moment) != 2 * n + 1:
                 raise ValueError(f"shared: expected a method with a metric for keys and values, got none for {side}")
             known.append((self._about(moment, side), metric, moment[-1, -1]))
-        for heads in groups:
+        for heads in self.groups["values"] if groups is None else groups:
             at, found = self._dims(heads), []
             both, size = torch.cat((at, at + n)), sizes.repeat_interleave(len(at))
             for i, (moment, metric, total) in enumerate(known):
@@ -237,65 +228,60 @@ class Problem:
                 found.append(rows.Side(weight.unflatten(0, (len(heads), -1)), scaled, metric[at][:, at] * total))
             yield found[0], found[1]
 
+    @cached_property
     def _sizes(self) -> Tensor:
         """Root mean squares of the keys and of the values, [2]."""
-        size = self._inputs("values").diagonal().unflatten(0, (2, -1)).mean(1).sqrt()
+        size = self._about(self._seen("values"), "values").diagonal().unflatten(0, (2, -1)).mean(1).sqrt()
         return torch.where(size > 0, size, 1.0)
-
-    def _sides(self) -> Iterator[tuple[rows.Side, rows.Side]]:
-        """Keys and values of each group that shares rows."""
-        return self._pairs(self.groups["values"])
 
     def _shared(self, widths: tuple[int, ...], given: tuple[int, ...]) -> tuple[Projection, Projection]:
         """given: key ranks of a ride; () for the best ones."""
         key_ranks, key_ups, ups, downs = [], [], [], []
-        inputs, sizes, n = self._inputs("values"), self._sizes(), self.layer.dense
+        inputs, sizes, n = self._inputs("values"), self._sizes, self.layer.dense
         for g, (row, (keys, values)) in enumerate(zip(widths, self._sides(), strict=True)):
             if self.form == "ride":
                 splits = self.splits[g] if self.splits else rows.splits(keys, values)[1]
                 rank = given[g] if given else splits[row // RANK_STEP - 1]
                 lost, key_up, up, down = rows.ride(keys, values, rank, row)
+                self.lost += lost / 2
             else:
                 rank = row
                 energies, both, down = rows.joint(keys, values)
-                lost, down = 2 * _lost(energies, row, self.shape.bits), down[:, :row]
-                key_up, up = both[:, :row].chunk(2, 2)
-            self.lost += lost / 2
+                self.lost += _lost(energies, row, self.shape.bits)
+                (key_up, up), down = both[:, :row].chunk(2, 2), down[:, :row]
             at = self._dims(self.groups["values"][g])
-            placed = down.new_zeros(2 * n, row)
-            placed[torch.cat((at, at + n)), : down.shape[1]] = down / sizes.repeat_interleave(len(at))[:, None]
-            key_up, up = pad_rank(key_up, 1, rank), pad_rank(up, 1, row)
-            if self.formats:
-                size = deviations(placed, inputs)
-                key_up, up, placed = key_up * size[:rank, None], up * size[:, None], placed / size
+            down = down / sizes.repeat_interleave(len(at))[:, None]
+            down, size = self._placed(torch.cat((at, at + n)), pad_rank(down, 1, row), inputs)
             key_ranks.append(rank)
-            key_ups.append(key_up)
-            ups.append(up)
-            downs.append(placed)
-        keys_side = self._record("keys", key_ups, tuple(key_ranks), None, "values")
-        return keys_side, self._record("values", ups, widths, torch.cat(downs, 1), "values")
+            key_ups.append(pad_rank(key_up, 1, rank) * size[:rank, None])
+            ups.append(pad_rank(up, 1, row) * size[:, None])
+            downs.append(down)
+        keys_side = self._record("keys", key_ups, tuple(key_ranks), None)
+        return keys_side, self._record("values", ups, widths, torch.cat(downs, 1))
 
     def _projection(self, side: str, ranks: tuple[int, ...], reached: Tensor | None) -> Projection:
-        ups, downs, inputs = [], [], self._inputs(side) if side in self.formats else None
-        for rank, (at, energies, group_up, down) in zip(ranks, self._decomposed(side), strict=True):
+        ups, downs, inputs = [], [], self._inputs(side)
+        for rank, (at, energies, up, down) in zip(ranks, self._decomposed(side), strict=True):
             self.lost += _lost(energies, rank, self.shape.bits)
-            group_up, down = pad_rank(group_up[:, :rank], 1, rank), pad_rank(down[:, :rank], 1, rank)
+            up, down = pad_rank(up[:, :rank], 1, rank), pad_rank(down[:, :rank], 1, rank)
             if reached is not None and self.method.refit is not None:
                 own = self._about(reached, side)[at][:, at]
-                group_up, down = self.method.refit(self._weight(self.groups[side][0]), down, own)
-            placed = down.new_zeros(self.layer.dense, rank)
-            placed[at] = down
-            if inputs is not None:
-                size = deviations(placed, inputs)
-                group_up, placed = group_up * size[:, None], placed / size
-            ups.append(group_up)
-            downs.append(placed)
-        return self._record(side, ups, ranks, torch.cat(downs, 1), side)
+                up, down = self.method.refit(self._weight(self.groups[side][0]), down, own)
+            down, size = self._placed(at, down, inputs)
+            ups.append(up * size[:, None])
+            downs.append(down)
+        return self._record(side, ups, ranks, torch.cat(downs, 1))
 
-    def _record(
-        self, side: str, ups: list[Tensor], ranks: tuple[int, ...], down: Tensor | None, grouped_as: str
-    ) -> Projection:
-        shape, groups = self.shape, self.groups[grouped_as]
+    def _placed(self, at: Tensor, down: Tensor, inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+        """down of a group, which reads the inputs `at`, as a map of all of them; and what its latents were divided by,
+        to be of one size where they are packed."""
+        placed = down.new_zeros(self.layer.dense * (2 if self.form else 1), down.shape[1])
+        placed[at] = down
+        size = down.new_ones(down.shape[1]) if inputs is None else deviations(placed, inputs)
+        return placed / size, size
+
+    def _record(self, side: str, ups: list[Tensor], ranks: tuple[int, ...], down: Tensor | None) -> Projection:
+        shape, groups = self.shape, self.groups[side]
         place, kind = self.layer.device, self.layer.dtype
         up = torch.zeros(shape.heads, max(ranks), shape.head_dim, dtype=torch.float64)
         for heads, rank, block in zip(groups, ranks, ups, strict=True):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, islice, pairwise
 from typing import Any
 
 from torch import Tensor
@@ -45,6 +44,18 @@ class LayerShape:
         return key, value
 
     @property
+    def caps(self) -> list[int]:
+        """Steps of 16 latents at which each group is full, keys before values."""
+        (keys, values), (of_keys, of_values) = self.groups, self.full_ranks
+        return [of_keys // RANK_STEP] * keys + [of_values // RANK_STEP] * values
+
+    @property
+    def leasts(self) -> list[int]:
+        """Steps that each group has at least: one for each part of its row, or all of them."""
+        keys, values = self.groups
+        return [self.parts] * keys + (self.caps[keys:] if self.whole_values else [self.parts] * values)
+
+    @property
     def overhead(self) -> int:
         """Bytes of a token that are not latents: scales, where latents are packed."""
         return 0 if self.bits == 16 else ALIGNMENT * self.parts * sum(self.groups)
@@ -62,7 +73,8 @@ def group_size_within(heads: int, at_most: int) -> int:
 
 def uniform(shapes: Sequence[LayerShape], keep: float) -> list[Ranks]:
     """The same share of every group's full rank; what rounding leaves over is spread evenly."""
-    return _ranks(shapes, _rounded(_shares([float(cap) for cap in _caps(shapes)], shapes, keep)))
+    leasts, caps, total = _bounds(shapes, keep)
+    return _ranks(shapes, _proportional(caps, leasts, caps, total))
 
 
 def fisher(shapes: Sequence[LayerShape], keep: float, scores: Sequence[tuple[float, float]]) -> list[Ranks]:
@@ -82,7 +94,7 @@ def fisher(shapes: Sequence[LayerShape], keep: float, scores: Sequence[tuple[flo
         for score, groups in zip((0.0, sum(pair)) if shape.shared else pair, shape.groups, strict=True)
         for _ in range(groups)
     ]
-    return _ranks(shapes, _rounded(_shares(weights, shapes, keep)))
+    return _ranks(shapes, _proportional(weights, *_bounds(shapes, keep)))
 
 
 def spectrum(
@@ -104,28 +116,26 @@ def spectrum(
     gains: list[list[float]] = []  # of each group's steps
     for pair in energies:
         for side in pair:
-            total = 1.0 if in_nats else max(sum(e.sum().item() for e in side), 1e-300)
-            gains += [[step.sum().item() / total for step in e.split(RANK_STEP)] for e in side]
-    leasts, caps = _leasts(shapes), _caps(shapes)
+            whole = 1.0 if in_nats else max(sum(e.sum().item() for e in side), 1e-300)
+            gains += [[step.sum().item() / whole for step in e.split(RANK_STEP)] for e in side]
+    leasts, caps, total = _bounds(shapes, keep)
     if [len(g) for g in gains] != caps:
         raise ValueError(f"energies: expected {caps} steps of {RANK_STEP}, got {[len(g) for g in gains]}")
-    steps = _filled(gains, leasts, budget(shapes, keep))
+    steps = _filled(gains, leasts, total)
     if level:
-        counts = [sum(s.groups) for s in shapes]
-        by_layer = ([sum(part) for part in _split(numbers, counts)] for numbers in (steps, leasts, caps))
-        totals, layer_leasts, layer_caps = by_layer
         rate = (sum(steps) - sum(leasts)) / max(sum(caps) - sum(leasts), 1)
-        even = [least + rate * (cap - least) for least, cap in zip(layer_leasts, layer_caps, strict=True)]
-        wanted = _rounded([level * e + (1 - level) * t for e, t in zip(even, totals, strict=True)])
-        layers = zip(_split(gains, counts), _split(leasts, counts), wanted, strict=True)
-        steps = [n for layer in layers for n in _filled(*layer)]
+        wanted = []
+        for shape, own in zip(shapes, _by_layer(shapes, steps), strict=True):
+            least, cap = sum(shape.leasts), sum(shape.caps)
+            wanted.append(level * (least + rate * (cap - least)) + (1 - level) * sum(own))
+        layers = zip(_by_layer(shapes, gains), shapes, _rounded(wanted), strict=True)
+        steps = [n for own, shape, part in layers for n in _filled(own, shape.leasts, part)]
     return _ranks(shapes, steps)
 
 
 def proportional(caps: Sequence[int], total: int) -> list[int]:
     """Steps of 16 latents for runs of these many: the same share of each, one at least of any, `total` in all."""
-    shares = _adding_up(lambda at: [at * cap for cap in caps], 1.0, [min(cap, 1) for cap in caps], caps, total)
-    return _rounded(shares)
+    return _proportional(caps, [min(cap, 1) for cap in caps], caps, total)
 
 
 def condition(shapes: Sequence[LayerShape], keep: float, logs: Sequence[float]) -> list[Ranks]:
@@ -141,32 +151,27 @@ def condition(shapes: Sequence[LayerShape], keep: float, logs: Sequence[float]) 
     products = list(accumulate(reversed(logs)))[::-1]
     spread = products[0] - products[-1]
     scores = [(c - products[-1]) / spread if spread else 1.0 for c in products]
-    scores = [score for shape, score in zip(shapes, scores, strict=True) for _ in range(sum(shape.groups))]
+    caps = [(score, cap) for shape, score in zip(shapes, scores, strict=True) for cap in shape.caps]
 
     def shares(at: float) -> list[float]:
         least, most = max(at - 1, 0.0), min(at, 1.0)
-        return [(least + (most - least) * score) * cap for score, cap in zip(scores, _caps(shapes), strict=True)]
+        return [(least + (most - least) * score) * cap for score, cap in caps]
 
-    return _ranks(shapes, _rounded(_met(shares, 2.0, shapes, keep)))
+    return _ranks(shapes, _met(shares, 2.0, *_bounds(shapes, keep)))
 
 
 def _filled(gains: Sequence[Sequence[float]], leasts: Sequence[int], total: int) -> list[int]:
     """Steps of each group, at least these: `total` in all, each where it gains most."""
     steps = list(leasts)
-    heap = [(-g[least], i) for i, (g, least) in enumerate(zip(gains, leasts, strict=True)) if len(g) > least]
-    heapq.heapify(heap)
-    for _ in range(min(total, sum(map(len, gains))) - sum(leasts)):
-        _, i = heapq.heappop(heap)
+    # Its worth is at most that of the steps before it, which have to be taken first.
+    found = [
+        (-worth, i)
+        for i, (own, least) in enumerate(zip(gains, leasts, strict=True))
+        for worth in accumulate(own[least:], min)
+    ]
+    for _, i in sorted(found)[: total - sum(leasts)]:
         steps[i] += 1
-        if steps[i] < len(gains[i]):
-            heapq.heappush(heap, (-gains[i][steps[i]], i))
     return steps
-
-
-def _split(items: Sequence[Any], counts: Sequence[int]) -> list[Sequence[Any]]:
-    """Consecutive runs of these lengths."""
-    ends = list(accumulate(counts))
-    return [items[end - count : end] for end, count in zip(ends, counts, strict=True)]
 
 
 def budget(shapes: Sequence[LayerShape], keep: float) -> int:
@@ -179,13 +184,14 @@ def budget(shapes: Sequence[LayerShape], keep: float) -> int:
     method leaves whole.
     """
     check_share(keep)
-    full = sum(_caps(shapes))
+    full = sum(sum(s.caps) for s in shapes)
     if keep == 1:
         return full
     what = f"{'one step' if shapes[0].parts == 1 else f'{shapes[0].parts} steps'} of 16 a group"
     what = f"all of the values, {what}" if any(s.whole_values for s in shapes) else what
     overhead, dense = sum(s.overhead for s in shapes), 2 * sum(s.dense for s in shapes)
-    return min(affordable(keep, dense, overhead, sum(_leasts(shapes)), what, shapes[0].bits), full)
+    least = sum(sum(s.leasts) for s in shapes)
+    return min(affordable(keep, dense, overhead, least, what, shapes[0].bits), full)
 
 
 def affordable(keep: float, dense: int, overhead: int, least: int, what: str, bits: int = 16) -> int:
@@ -202,43 +208,25 @@ def affordable(keep: float, dense: int, overhead: int, least: int, what: str, bi
     return steps
 
 
-def _caps(shapes: Sequence[LayerShape]) -> list[int]:
-    """Steps at which each group is full: layer by layer, keys before values."""
-    return [
-        rank // RANK_STEP
-        for s in shapes
-        for rank, groups in zip(s.full_ranks, s.groups, strict=True)
-        for _ in range(groups)
-    ]
+def _bounds(shapes: Sequence[LayerShape], keep: float) -> tuple[list[int], list[int], int]:
+    """Steps that each group has at least and at most, layer by layer, and all together."""
+    leasts = [least for s in shapes for least in s.leasts]
+    return leasts, [cap for s in shapes for cap in s.caps], budget(shapes, keep)
 
 
-def _leasts(shapes: Sequence[LayerShape]) -> list[int]:
-    """Steps that each group has at least, in the order of `_caps`: one for each part of its row, or all of them."""
-    return [
-        rank // RANK_STEP if whole else s.parts
-        for s in shapes
-        for rank, groups, whole in zip(s.full_ranks, s.groups, (False, s.whole_values), strict=True)
-        for _ in range(groups)
-    ]
+def _proportional(weights: Sequence[float], leasts: Sequence[int], caps: Sequence[int], total: int) -> list[int]:
+    """Steps in proportion to `weights`, as `_met` has them."""
+    floor = max(max(weights) * 1e-9, 1e-300)  # a weight of zero takes what the others cannot hold
+    weights = [max(w, floor) for w in weights]
+    return _met(lambda at: [at * w for w in weights], (max(caps) + 1) / min(weights), leasts, caps, total)
 
 
-def _shares(weights: list[float], shapes: Sequence[LayerShape], keep: float) -> list[float]:
-    """Reals in proportion to `weights` that add up to the budget, held within what each group may have."""
-    least = max(max(weights) * 1e-9, 1e-300)  # a score of zero takes what the others cannot hold
-    weights = [max(w, least) for w in weights]
-    return _met(lambda at: [at * w for w in weights], (max(_caps(shapes)) + 1) / min(weights), shapes, keep)
-
-
-def _met(shares: Callable[[float], list[float]], high: float, shapes: Sequence[LayerShape], keep: float) -> list[float]:
-    """Shares at the argument in [0, high] where they add up to the budget, each held within what its group may have."""
-    return _adding_up(shares, high, _leasts(shapes), _caps(shapes), budget(shapes, keep))
-
-
-def _adding_up(
+def _met(
     shares: Callable[[float], list[float]], high: float, leasts: Sequence[int], caps: Sequence[int], total: int
-) -> list[float]:
+) -> list[int]:
+    """Steps next to the shares at the argument in [0, high] where they, each held within bounds, add up to `total`."""
     if total == sum(caps):
-        return [float(cap) for cap in caps]
+        return list(caps)
 
     def held(at: float) -> list[float]:
         return [min(max(x, least), cap) for x, least, cap in zip(shares(at), leasts, caps, strict=True)]
@@ -247,23 +235,21 @@ def _adding_up(
     for _ in range(200):
         middle = (low + high) / 2
         low, high = (middle, high) if sum(held(middle)) < total else (low, middle)
-    return held(high)
+    return _rounded(held(high))
 
 
 def _rounded(shares: list[float]) -> list[int]:
     """Whole steps, each next to its share, with the same sum: the fractions are carried on from group to group."""
-    steps, passed, given = [], 0.0, 0
-    for share in shares:
-        passed += share
-        upto = int(passed + 1e-6)
-        steps.append(upto - given)
-        given = upto
-    return steps
+    ends = [int(passed + 1e-6) for passed in accumulate(shares)]
+    return [end - begin for begin, end in pairwise((0, *ends))]
+
+
+def _by_layer(shapes: Sequence[LayerShape], of_groups: Sequence[Any]) -> list[list[Any]]:
+    """What is of all groups, one after the other, layer by layer."""
+    rest = iter(of_groups)
+    return [list(islice(rest, sum(shape.groups))) for shape in shapes]
 
 
 def _ranks(shapes: Sequence[LayerShape], steps: Sequence[int]) -> list[Ranks]:
-    ranks = iter(RANK_STEP * n for n in steps)
-    return [
-        (tuple(next(ranks) for _ in range(k)), tuple(next(ranks) for _ in range(v)))
-        for k, v in (s.groups for s in shapes)
-    ]
+    ranks = [tuple(RANK_STEP * n for n in own) for own in _by_layer(shapes, steps)]
+    return [(own[: shape.groups[0]], own[shape.groups[0] :]) for shape, own in zip(shapes, ranks, strict=True)]

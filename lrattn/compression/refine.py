@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import astuple, replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from lrattn.factors.projection import Projection
 from lrattn.factors.record import Factors
 from lrattn.factors.rope import Rope
 from lrattn.models.interface import device_of
-from lrattn.models.layers import AttentionLayer, attention_layers
+from lrattn.models.layers import attention_layers
 from lrattn.models.states import evaluating, frozen
 
 RATE = 5e-3  # of a tensor's root mean square, a step, at most
@@ -35,7 +36,10 @@ HELD_BACK = 8  # one sequence in so many is not trained on, and judges
 CHECK_EVERY = 8  # steps between two judgements
 SHARES = (1.0, 0.25, 0.75, 0.5)  # of nested latents, step by step
 BETAS = (0.9, 0.98)
+PARTS = ("now", "best", "first", "second")  # the tensors of a state
 ALIKE = 1e-4  # two runs start from the same factors up to the signs and roundings that another machine makes
+
+Tensors = dict[str, Tensor]  # "<layer>.<side>.<up or down>", float32
 
 
 @torch.inference_mode(False)
@@ -93,33 +97,37 @@ def refine(
             )
     judges, lessons = parted(batches)
     check_lengths(model, map(len, (*judges, *lessons)))
-    run = _Run(model, layers, factors, window, SHARES if nested else (1.0,))
-    run.begin(steps, judges, lessons, state)
-    shown = tqdm(total=steps, initial=run.step, desc="refine", unit="step", disable=not progress)
-    written = run.step if run.resumed else -1
-    with evaluating(model), frozen(model), shown as bar:
+    run = _Run(model, factors, window, SHARES if nested else (1.0,))
+    about = [fingerprint(model), steps, *astuple(window), list(run.shares), digest_of(judges, lessons)]
+    with evaluating(model), frozen(model):
+        if state is not None and Path(state).exists():
+            at = run.resumed(state, about)
+            written = at.step
+        else:
+            at, written = run.begun(judges), -1
+        shown = tqdm(total=steps, initial=at.step, desc="refine", unit="step", disable=not progress)
         try:
-            while run.step < steps:
-                bar.set_postfix_str(f"divergence {run.best:.4f}, was {run.first:.4f}")
-                run.learn(lessons, _rate(run.step, steps, run.first))
-                bar.update()
-                due = run.step % CHECK_EVERY == 0 or run.step == steps
-                if due:
-                    run.judge(judges)
-                run.whole = run.now()
+            while at.step < steps:
+                shown.set_postfix_str(f"divergence {at.least:.4f}, was {at.origin:.4f}")
+                reached = run.learned(at, lessons, _rate(at.step, steps, at.origin))
+                shown.update()
+                due = reached.step % CHECK_EVERY == 0 or reached.step == steps
+                at = run.judged(reached, judges) if due else reached
                 if due and state is not None:
-                    run.save(state)
-                    written = run.step
+                    run.save(state, about, at)
+                    written = at.step
         except BaseException:
-            if state is not None and run.whole.step > written:
-                run.save(state)
+            if state is not None and at.step > written:
+                run.save(state, about, at)
             raise
-    return run.result()
+        finally:
+            shown.close()
+    return run.made(at.best)
 
 
-def _rate(step: int, steps: int, first: float) -> float:
+def _rate(step: int, steps: int, origin: float) -> float:
     """In proportion to the distance to go, whose square the divergence at the start grows with."""
-    longest = RATE * math.sqrt(min(max(first, 0.0) / FAR, 1.0))
+    longest = RATE * math.sqrt(min(max(origin, 0.0) / FAR, 1.0))
     return longest * min(1.0, (step + 1) / WARM) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
@@ -144,196 +152,148 @@ def digest_of(judges: list[Tensor], lessons: list[Tensor]) -> str:
 
 
 class _Point(NamedTuple):
-    """Where training is after a whole step: tensors, Adam's two means of each, and the best so far. None of them
-    changes: a step makes new ones."""
+    """Where training is after a whole step. None of it changes: a step makes new ones.
+
+    origin, least: divergence of the factors given, and of the best so far. first, second: Adam's means of the gradients
+    by `now` and of their squares.
+    """
 
     step: int
-    best: float
-    tensors: dict[str, Tensor]
-    means: dict[str, tuple[Tensor, Tensor]]
-    kept: dict[str, Tensor]
-
-
-class _Map(NamedTuple):
-    """Low-rank keys and values of a layer, all in float32: maps [n or 2n, n], offsets [Hkv, D]."""
-
-    keys: Tensor
-    values: Tensor
-    key_offset: Tensor | None
-    value_offset: Tensor | None
-    rope: Rope | None
-
-    def mapped(self, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """k, v [1, Hkv, T, D] -> what the latents make of them."""
-        heads = [x.transpose(1, 2) for x in (k, v)]  # [1, T, Hkv, D]
-        if self.rope is not None:
-            heads[0] = self.rope.turn_back(heads[0], positions)
-        offsets = self.key_offset, self.value_offset
-        rows = [(x.float() if o is None else x.float() - o).flatten(2) for x, o in zip(heads, offsets, strict=True)]
-        both, made = torch.cat(rows, 2), []
-        for row, weight, o, x in zip(rows, (self.keys, self.values), offsets, heads, strict=True):
-            y = ((row if len(weight) == row.shape[2] else both) @ weight).view(x.shape)
-            made.append(y if o is None else y + o)
-        if self.rope is not None:
-            made[0] = self.rope.rotate(made[0], positions)
-        return made[0].transpose(1, 2).to(k.dtype), made[1].transpose(1, 2).to(v.dtype)
+    origin: float
+    least: float
+    now: Tensors
+    best: Tensors
+    first: Tensors
+    second: Tensors
 
 
 class _Run:
-    """The factors in training: tensors "<layer>.<side>.<up or down>", and all that a `_Point` holds."""
+    """What all steps have in common."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: list[AttentionLayer],
-        factors: Factors,
-        window: Window,
-        shares: tuple[float, ...],
-    ) -> None:
-        self.model, self.attention, self.factors, self.window, self.shares = model, layers, factors, window, shares
-        self.device = device_of(model)
-        self.tensors = {name: x.detach().float().clone() for name, x in _tensors(factors)}
-        self.means = {name: (torch.zeros_like(x), torch.zeros_like(x)) for name, x in self.tensors.items()}
-        self.sizes = [x.double().square().mean().sqrt().item() for x in self.tensors.values()]
-        self.kept = self.tensors
-        self.step, self.first, self.best = 0, math.inf, math.inf
-        self.resumed, self.whole = False, self.now()
+    def __init__(self, model: nn.Module, factors: Factors, window: Window, shares: tuple[float, ...]) -> None:
+        self.model, self.factors, self.window, self.shares = model, factors, window, shares
+        self.layers, self.device = attention_layers(model), device_of(model)
+        self.wide = factors.to(dtype=torch.float32)
+        self.given = _tensors(self.wide)
+        self.sizes = [x.double().square().mean().sqrt().item() for x in self.given.values()]
 
-    def now(self) -> _Point:
-        return _Point(self.step, self.best, self.tensors, self.means, self.kept)
+    def begun(self, judges: list[Tensor]) -> _Point:
+        """With the factors as they are."""
+        zeros = {name: torch.zeros_like(x) for name, x in self.given.items()}
+        at = self.judged(_Point(0, math.inf, math.inf, self.given, self.given, zeros, zeros), judges)
+        return at._replace(origin=at.least)
 
-    def begin(
-        self, steps: int, judges: list[Tensor], lessons: list[Tensor], state: str | os.PathLike[str] | None
-    ) -> None:
-        """Goes on from the state, or judges the factors as they are."""
-        self.about = [
-            fingerprint(self.model),
-            steps,
-            *astuple(self.window),
-            list(self.shares),
-            digest_of(judges, lessons),
-        ]
-        if state is None or not Path(state).exists():
-            self.judge(judges)
-            self.first, self.whole = self.best, self.now()
-            return
-        record, tensors, _ = safefile.read(state, "refinement")
-        sizes = zip(record["sizes"], self.sizes, strict=False)
-        alike = len(record["sizes"]) == len(self.sizes) and all(math.isclose(a, b, rel_tol=ALIKE) for a, b in sizes)
-        if record["about"] != self.about or not alike:
+    def resumed(self, state: str | os.PathLike[str], about: list[Any]) -> _Point:
+        """Where the state is. Raises: ValueError if it is of another run."""
+        record, held, _ = safefile.read(state, "refinement")
+        sizes = record["sizes"]
+        alike = len(sizes) == len(self.sizes) and all(map(partial(math.isclose, rel_tol=ALIKE), sizes, self.sizes))
+        if record["about"] != about or not alike:
             raise ValueError(f"state: expected a run of these factors, steps and text in {state}, got another's")
-        held = {name: x.to(self.tensors[name.partition(".")[2]].device) for name, x in tensors.items()}
-        self.step, self.first, self.best = record["step"], record["first"], record["best"]
-        self.sizes = record["sizes"]  # to the last bit
-        names = list(self.tensors)
-        self.tensors, self.kept = ({name: held[f"{part}.{name}"] for name in names} for part in ("now", "best"))
-        self.means = {name: (held[f"first.{name}"], held[f"second.{name}"]) for name in names}
-        self.resumed, self.whole = True, self.now()
+        self.sizes = sizes  # to the last bit
+        parts = {p: {name: held[f"{p}.{name}"].to(x.device) for name, x in self.given.items()} for p in PARTS}
+        return _Point(record["step"], record["first"], record["best"], **parts)
 
-    def save(self, state: str | os.PathLike[str]) -> None:
-        """Writes everything training goes on from: the last whole step."""
-        held: dict[str, Tensor] = {}
-        for name, x in self.whole.tensors.items():
-            first, second = self.whole.means[name]
-            parts = {"now": x, "best": self.whole.kept[name], "first": first, "second": second}
-            held |= {f"{part}.{name}": tensor for part, tensor in parts.items()}
-        record = {
-            "about": self.about,
-            "sizes": self.sizes,
-            "step": self.whole.step,
-            "first": self.first,
-            "best": self.whole.best,
-        }
+    def save(self, state: str | os.PathLike[str], about: list[Any], at: _Point) -> None:
+        """Writes all that training goes on from."""
+        record = {"about": about, "sizes": self.sizes, "step": at.step, "first": at.origin, "best": at.least}
+        held = {f"{part}.{name}": x for part in PARTS for name, x in getattr(at, part).items()}
         safefile.write(state, "refinement", record, held)
 
-    @torch.no_grad()
-    def expected(self, ids: Tensor) -> Tensor:
-        """The original model's predictions, [t, V] log-probabilities."""
+    def predicted(self, ids: Tensor) -> Tensor:
+        """Log-probabilities [t, V] of the tokens after those of ids [t]."""
         logits: Tensor = self.model(input_ids=ids[None].to(self.device), use_cache=False).logits[0]
         return logits.float().log_softmax(-1)
 
-    def divergence(self, ids: Tensor, expected: Tensor, share: float) -> Tensor:
+    def divergence(self, ids: Tensor, expected: Tensor, tensors: Tensors, share: float) -> Tensor:
         """Kullback-Leibler divergence from the predictions expected, nats a token, with this share of every run."""
-        maps, at = self._maps(share), torch.arange(len(ids), device=self.device)[None]
+        at = torch.arange(len(ids), device=self.device)[None]
 
         def replaced(i: int, _: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            return maps[i].mapped(k, v, at)
+            layer = self.wide.layers[i]
+            sides = first(*_sides(layer, i, tensors), shared_out(layer, share), shared=layer.shared)
+            return _mapped(sides, layer.rope, k, v, at)
 
-        with substituted(self.model, self.attention, replaced, self.window):
-            got = self.model(input_ids=ids[None].to(self.device), use_cache=False).logits[0].float().log_softmax(-1)
+        with substituted(self.model, self.layers, replaced, self.window):
+            got = self.predicted(ids)
         return nn.functional.kl_div(got, expected, reduction="batchmean", log_target=True)
 
-    def learn(self, lessons: list[Tensor], rate: float) -> None:
-        """One step of Adam on one sequence, which meets another share of the latents in every round."""
-        self.tensors = {name: x.detach().requires_grad_() for name, x in self.tensors.items()}
-        rounds, at = divmod(self.step, len(lessons))
-        share = self.shares[(at + rounds) % len(self.shares)]
-        loss = self.divergence(lessons[at], self.expected(lessons[at]), share)
-        trained = list(self.tensors.values())
+    def learned(self, at: _Point, lessons: list[Tensor], rate: float) -> _Point:
+        """A step of Adam on one sequence, which meets another share of the latents in every round."""
+        rounds, i = divmod(at.step, len(lessons))
+        ids, share = lessons[i], self.shares[(i + rounds) % len(self.shares)]
+        now = {name: x.detach().requires_grad_() for name, x in at.now.items()}
+        with torch.no_grad():
+            expected = self.predicted(ids)
+        loss = self.divergence(ids, expected, now, share)
         if loss.requires_grad:
-            grads = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
+            grads = torch.autograd.grad(loss, list(now.values()), allow_unused=True, materialize_grads=True)
         else:  # every token of the text is near
-            grads = tuple(torch.zeros_like(x) for x in trained)
-        step, tensors, means = self.step + 1, {}, {}
-        for (name, x), size, grad in zip(self.tensors.items(), self.sizes, grads, strict=True):
-            mean = self.means[name][0].lerp(grad, 1 - BETAS[0])
-            second = self.means[name][1].lerp(grad.square(), 1 - BETAS[1])
-            corrected = (second / (1 - BETAS[1] ** step)).sqrt().add_(1e-12)
-            taken = mean / (1 - BETAS[0] ** step) / corrected * (rate * max(size, 1e-30))
-            tensors[name], means[name] = x.detach() - taken, (mean, second)
-        self.step, self.tensors, self.means = step, tensors, means
+            grads = tuple(map(torch.zeros_like, now.values()))
+        after = at._replace(step=at.step + 1, now={}, first={}, second={})
+        for name, size, grad in zip(now, self.sizes, grads, strict=True):
+            mean = at.first[name].lerp(grad, 1 - BETAS[0])
+            second = at.second[name].lerp(grad.square(), 1 - BETAS[1])
+            corrected = (second / (1 - BETAS[1] ** after.step)).sqrt().add_(1e-12)
+            moved = mean / (1 - BETAS[0] ** after.step) / corrected * (rate * max(size, 1e-30))
+            after.now[name], after.first[name], after.second[name] = at.now[name] - moved, mean, second
+        return after
 
     @torch.no_grad()
-    def judge(self, judges: list[Tensor]) -> None:
-        """Keeps the factors if they are the best on the sequences held back."""
+    def judged(self, at: _Point, judges: list[Tensor]) -> _Point:
+        """With what is now as the best, if it is on the sequences held back."""
         found = 0.0
         for ids in judges:
-            expected = self.expected(ids)
-            found += len(ids) * sum(self.divergence(ids, expected, share).item() for share in self.shares)
+            expected = self.predicted(ids)
+            found += len(ids) * sum(self.divergence(ids, expected, at.now, share).item() for share in self.shares)
         found /= sum(map(len, judges)) * len(self.shares)
-        if found < self.best:
-            self.best, self.kept = found, self.tensors
+        return at._replace(least=found, best=at.now) if found < at.least else at
 
-    def _maps(self, share: float) -> list[_Map]:
-        """What the tensors make of every layer's keys and values, with this share of their latents."""
-        found = []
+    def made(self, tensors: Tensors) -> Factors:
+        """The factors of these tensors, in the dtype of those given."""
+        kept, layers = {name: x.to(self.factors.layers[0].dtype) for name, x in tensors.items()}, []
         for i, layer in enumerate(self.factors.layers):
-            cut = first(*_projections(layer, i, self.tensors), shared_out(layer, share), shared=layer.shared)
-            keys, values = (side.dense() for side in sides_of(*cut))
-            offsets = [None if x is None else x.float() for x in (layer.keys.offset, layer.values.offset)]
-            found.append(_Map(keys, values, offsets[0], offsets[1], layer.rope))
-        return found
-
-    def result(self) -> Factors:
-        """The factors kept, in the dtype of those given."""
-        kept = {name: x.to(self.factors.layers[0].dtype) for name, x in self.kept.items()}
-        layers = []
-        for i, layer in enumerate(self.factors.layers):
-            keys, values = _projections(layer, i, kept)
-            keys, values = replace(keys, offset=layer.keys.offset), replace(values, offset=layer.values.offset)
+            keys, values = _sides(layer, i, kept)
             layers.append(replace(layer, keys=keys, values=values))
-        return replace(
-            self.factors,
-            layers=tuple(layers),
-            method=f"{self.factors.method}, refined",
-            predicted=(),
-            near=astuple(self.window),
-        )
+        method, near = f"{self.factors.method}, refined", astuple(self.window)
+        return replace(self.factors, layers=tuple(layers), method=method, predicted=(), near=near)
 
 
-def _tensors(factors: Factors) -> Iterator[tuple[str, Tensor]]:
+def _tensors(factors: Factors) -> Tensors:
+    """What is trained: up and down of all sides."""
+    found: Tensors = {}
     for i, layer in enumerate(factors.layers):
         for name, side in (("keys", layer.keys), ("values", layer.values)):
             if side.down is None and not layer.shared:
                 raise ValueError(f"{name}.down: expected [Hkv * D, {side.width}] in layer {i}, got None")
-            for part, x in (("up", side.up), ("down", side.down)):
-                if x is not None:
-                    yield f"{i}.{name}.{part}", x
+            parts = {"up": side.up, "down": side.down}
+            found |= {f"{i}.{name}.{part}": x.detach().clone() for part, x in parts.items() if x is not None}
+    return found
 
 
-def _projections(layer: LayerFactors, i: int, tensors: Mapping[str, Tensor]) -> tuple[Projection, Projection]:
+def _sides(layer: LayerFactors, i: int, tensors: Tensors) -> tuple[Projection, Projection]:
+    """Keys and values of layer i with these tensors."""
     keys, values = (
-        replace(side, up=tensors[f"{i}.{name}.up"], down=tensors.get(f"{i}.{name}.down"), offset=None)
+        replace(side, up=tensors[f"{i}.{name}.up"], down=tensors.get(f"{i}.{name}.down"))
         for name, side in (("keys", layer.keys), ("values", layer.values))
     )
     return keys, values
+
+
+def _mapped(
+    sides: tuple[Projection, Projection], rope: Rope | None, k: Tensor, v: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """k, v [1, Hkv, T, D] -> what the latents make of them."""
+    heads = [x.transpose(1, 2) for x in (k, v)]  # [1, T, Hkv, D]
+    if rope is not None:
+        heads[0] = rope.turn_back(heads[0], positions)
+    offsets = [0.0 if side.offset is None else side.offset for side in sides]
+    rows = [(x.float() - o).flatten(2) for x, o in zip(heads, offsets, strict=True)]
+    made = []
+    for side, row, o in zip(sides_of(*sides), rows, offsets, strict=True):
+        weight = side.dense()
+        whole = row if len(weight) == row.shape[2] else torch.cat(rows, 2)
+        made.append((whole @ weight).view(heads[0].shape) + o)
+    if rope is not None:
+        made[0] = rope.rotate(made[0], positions)
+    return made[0].transpose(1, 2).to(k.dtype), made[1].transpose(1, 2).to(v.dtype)

@@ -1,5 +1,5 @@
 """The records that both stories share: what a layer's factors are, and the file they are kept in.
 
-shapes (the glossary), rope, formats (bits of a latent), projection, basis and operands (what kernels take, derived
-once), layer, record (`Factors`), safefile, parts (what of a transformers model factors stand for), summary (`info`)
+shapes (the glossary), rope, formats (bits of a latent), projection, operands (what kernels take, derived once), layer,
+record (`Factors`), safefile, summary (`info`)
 """

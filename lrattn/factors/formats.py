@@ -76,7 +76,7 @@ class Format:
     @property
     def scales(self) -> int:
         """Where the bytes of scale begin in a run: behind the codes."""
-        return sum(sizes(self.segments))
+        return sum(rank * bits // 8 for rank, bits in self.segments)
 
     def encode(self, z: Tensor) -> Tensor:
         """Latents [.., rank] -> runs [.., nbytes] uint8."""
@@ -109,9 +109,10 @@ class Format:
     def _places(self) -> Iterator[tuple[int, slice, slice, int]]:
         """Of each segment: its bits, its latents, the bytes of its codes and the one of its scale."""
         latent, at, scale_at = 0, 0, self.scales
-        for (rank, bits), size in zip(self.segments, sizes(self.segments), strict=True):
-            yield bits, slice(latent, latent + rank), slice(at, at + size), scale_at
-            latent, at, scale_at = latent + rank, at + size, scale_at + (bits < 16)
+        for rank, bits in self.segments:
+            end = at + rank * bits // 8
+            yield bits, slice(latent, latent + rank), slice(at, end), scale_at
+            latent, at, scale_at = latent + rank, end, scale_at + (bits < 16)
 
 
 def table(formats: tuple[Format, ...]) -> list[list[int]]:
@@ -134,11 +135,6 @@ def widest(formats: tuple[Format, ...]) -> tuple[int, ...]:
 def uniform(rank: int, bits: int) -> Format:
     """All latents of a group at one width."""
     return Format(((rank, bits),))
-
-
-def sizes(segments: tuple[tuple[int, int], ...]) -> list[int]:
-    """Bytes of the codes of each segment."""
-    return [rank * bits // 8 for rank, bits in segments]
 
 
 def half(dtype: torch.dtype) -> torch.dtype:

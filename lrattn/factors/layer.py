@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrattn.factors.basis import Basis
-from lrattn.factors.formats import widest
-from lrattn.factors.operands import Operands
+from lrattn.factors.operands import Keys, Operands, Values
 from lrattn.factors.projection import Projection
 from lrattn.factors.rope import Rope, rows_at
 from lrattn.factors.shapes import accumulator, check, check_tensors, product_dtype
@@ -38,30 +36,19 @@ class LayerFactors:
     rope: Rope | None
     shared: bool = False
     wo: Tensor | None = None
-    # Derived once. The key basis has the two dimensions of a rotated pair side by side.
-    key_basis: Basis = field(init=False, repr=False)
-    value_basis: Basis = field(init=False, repr=False)
+    # Derived once.
     pairs: Tensor = field(init=False, repr=False)  # [D], pair order -> model order
     turns: Tensor | None = field(init=False, repr=False)  # [max_position, rotary_dim / 2] complex
-    offset_turns: Tensor | None = field(init=False, repr=False)  # [MAX_BLOCK, rotary_dim / 2] complex, factor 1
     operands: Operands = field(init=False, repr=False)
-    checked: dict[Any, str] = field(init=False, repr=False, default_factory=dict)  # see attention.decode_attention
+    checked: dict[Any, str] = field(init=False, repr=False, default_factory=dict)  # see attention.ops
 
     def __post_init__(self) -> None:
         self._check()
-        head_dim, device = self.head_dim, self.keys.up.device
-        pairs = torch.arange(head_dim) if self.rope is None else self.rope.pair_order(head_dim)
-        object.__setattr__(self, "pairs", pairs.to(device))
-        whole = torch.arange(head_dim, device=device)
-        object.__setattr__(self, "key_basis", Basis.of(self.keys, self.key_columns, self.pairs, self.row_side.formats))
-        object.__setattr__(self, "value_basis", Basis.of(self.values, self.values.columns, whole, self.values.formats))
-        turns = None if self.rope is None else self.rope.turns(device, self.dtype)
-        object.__setattr__(self, "turns", turns)
-        offsets = None if self.rope is None else self.rope.offset_turns(device)
-        object.__setattr__(self, "offset_turns", offsets)
-        given = self.keys, self.values, (self.key_basis, self.value_basis), self.rope, self.shared
-        packs = widest(self.row_side.formats), widest(self.values.formats)
-        object.__setattr__(self, "operands", Operands.of(*given, (turns, offsets), packs))
+        rope, columns = self.rope, self.key_columns
+        pairs = (torch.arange(self.head_dim) if rope is None else rope.pair_order(self.head_dim)).to(self.device)
+        turns = None if rope is None else rope.turns(self.device, self.dtype)
+        operands = Operands.of(self.keys, self.values, rope, self.shared, columns, pairs, turns)
+        vars(self).update(pairs=pairs, turns=turns, operands=operands)
 
     def _check(self) -> None:
         up, dims = self.keys.up, {"Hkv": self.keys.num_heads, "D": self.keys.head_dim}
@@ -78,18 +65,21 @@ class LayerFactors:
             if dims["Hq"] % dims["Hkv"]:
                 raise ValueError(f"wo: expected a multiple of Hkv={dims['Hkv']} heads, got {dims['Hq']}")
         if self.shared:
-            if self.keys.format is not None:
-                raise ValueError(
-                    f"shared: expected keys.format to be None (values.format packs the row), got {self.keys.format}"
-                )
-            if self.keys.groups != self.values.groups:
-                raise ValueError(f"shared: expected equal groups, got {self.keys.groups} and {self.values.groups}")
-            if any(k > v for k, v in zip(self.keys.ranks, self.values.ranks, strict=True)):
-                raise ValueError(
-                    f"shared: expected key ranks within value ranks, got {self.keys.ranks} and {self.values.ranks}"
-                )
-            if self.keys.down is not None:
-                raise ValueError("shared: expected keys.down to be None (values.down writes the row), got a tensor")
+            self._check_shared()
+
+    def _check_shared(self) -> None:
+        keys, values = self.keys, self.values
+        if keys.format is not None:
+            wrong = f"keys.format to be None (values.format packs the row), got {keys.format}"
+        elif keys.groups != values.groups:
+            wrong = f"equal groups, got {keys.groups} and {values.groups}"
+        elif any(k > v for k, v in zip(keys.ranks, values.ranks, strict=True)):
+            wrong = f"key ranks within value ranks, got {keys.ranks} and {values.ranks}"
+        elif keys.down is not None:
+            wrong = "keys.down to be None (values.down writes the row), got a tensor"
+        else:
+            return
+        raise ValueError(f"shared: expected {wrong}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled and copied without what is derived, whose tables are views of each other in other dtypes."""
@@ -118,14 +108,14 @@ class LayerFactors:
         return self.keys.up.device
 
     @property
-    def row_width(self) -> int:
-        """Latents in a row of the key cache (of the only cache when shared)."""
-        return self.values.width if self.shared else self.keys.width
-
-    @property
     def row_side(self) -> Projection:
         """The side whose latents the key cache holds: the values', in the only cache, when shared."""
         return self.values if self.shared else self.keys
+
+    @property
+    def row_width(self) -> int:
+        """Latents in a row of the key cache (of the only cache when shared)."""
+        return self.row_side.width
 
     @property
     def packed(self) -> bool:
@@ -135,23 +125,22 @@ class LayerFactors:
     @property
     def k_width(self) -> int:
         """Columns of the key cache: latents, or bytes where they are packed."""
-        return self.row_side.latent_bytes if self.row_side.formats else self.row_width
+        return self.row_side.cache_width
 
     @property
     def v_width(self) -> int:
         """Columns of the value cache, bytes where its latents are packed; 0 when shared."""
-        side = self.values
-        return 0 if self.shared else side.latent_bytes if side.formats else side.width
+        return 0 if self.shared else self.values.cache_width
 
     @property
     def k_dtype(self) -> torch.dtype:
         """Of the key cache: the layer's, or uint8 where its latents are packed."""
-        return torch.uint8 if self.row_side.formats else self.dtype
+        return self.row_side.cache_dtype
 
     @property
     def v_dtype(self) -> torch.dtype:
         """Of the value cache."""
-        return torch.uint8 if self.values.formats else self.dtype
+        return self.values.cache_dtype
 
     @property
     def bytes_per_token(self) -> int:
@@ -183,21 +172,18 @@ class LayerFactors:
         """
         check_tensors(k=k, v=v)
         lead = k.shape[:-2]
-        for name, x, leading in (("k", k, ".."), ("v", v, ", ".join(map(str, lead)))):
-            shape = (*lead, self.num_kv_heads, self.head_dim)
-            if x.shape != shape or x.dtype != self.dtype or x.device != self.device:
-                told = ", ".join(filter(None, (leading, str(self.num_kv_heads), str(self.head_dim))))
-                expected = f"[{told}] {self.dtype} on {self.device}"
-                raise ValueError(f"{name}: expected {expected}, got {list(x.shape)} {x.dtype} on {x.device}")
+        heads = self.num_kv_heads, self.head_dim
+        self._check_like("k", k, (*lead, *heads), ("..", *heads))
+        self._check_like("v", v, (*lead, *heads), (*lead, *heads))
         if self.rope is not None and self.turns is not None:  # Rope.turn_back, by the layer's own tables
             turns = rows_at(self.turns, self._positions(positions, lead).reshape(-1).to(k.device))
             k = self.rope.turned(k, turns.reciprocal().view(*lead, 1, turns.shape[-1]), self.pairs)
         elif positions is not None:
             raise ValueError("positions: expected None, the layer has no rope, got a tensor")
-        heads = [self._centred(side, x) for side, x in ((self.keys, k), (self.values, v))]
+        k, v = self._centred(self.keys, k), self._centred(self.values, v)
         if self.shared:
-            return self._latents("values", torch.cat(heads, -1)), None
-        return self._latents("keys", heads[0]), self._latents("values", heads[1])
+            return self._latents("values", torch.cat((k, v), -1)), None
+        return self._latents("keys", k), self._latents("values", v)
 
     def _centred(self, side: Projection, x: Tensor) -> Tensor:
         """x [.., Hkv, D] without the offset, heads side by side: [.., Hkv * D]."""
@@ -216,6 +202,12 @@ class LayerFactors:
         kind = product_dtype(side.down)
         return (x.to(kind) @ side.down.to(kind)).to(self.dtype)
 
+    def _check_like(self, name: str, x: Tensor, shape: tuple[int, ...], told: tuple[int | str, ...]) -> None:
+        """Raises ValueError unless x has this shape, told so, and the layer's dtype and device."""
+        if x.shape != shape or x.dtype != self.dtype or x.device != self.device:
+            expected = f"[{', '.join(map(str, told))}] {self.dtype} on {self.device}"
+            raise ValueError(f"{name}: expected {expected}, got {list(x.shape)} {x.dtype} on {x.device}")
+
     def _positions(self, positions: Tensor | None, lead: torch.Size) -> Tensor:
         """Raises ValueError unless they are integers of this shape."""
         if not isinstance(positions, Tensor) or positions.shape != lead or positions.is_floating_point():
@@ -228,11 +220,7 @@ class LayerFactors:
 
         Rows wider than the layer's dtype are multiplied in their own.
         """
-        block = self.key_basis.blocks[g]
-        kind = torch.promote_types(row.dtype, block.dtype)
-        tile = (row[:, self.key_columns[g]].to(kind) @ block.to(kind)).to(accumulator(row.dtype))
-        tile = tile.unflatten(1, (-1, self.head_dim))
-        return tile + self.key_basis.biases[g] if self.key_basis.biases else tile
+        return _heads(self.keys, self.operands.keys, g, row[:, self.key_columns[g]])
 
     def turn_(self, tile: Tensor, turns: Tensor | None) -> Tensor:
         """Rotation of raw keys [n, C, D] in place; turns [n, rotary_dim / 2]."""
@@ -253,30 +241,21 @@ class LayerFactors:
         self.check_presence("zv", zv)
         lead = zk.shape[:-1]
         for name, x, width in (("zk", zk, self.row_width), ("zv", zv, self.values.width)):
-            if x is not None and (x.shape != (*lead, width) or x.dtype != self.dtype or x.device != self.device):
-                expected = f"{[*lead, width]} {self.dtype} on {self.device}"
-                raise ValueError(f"{name}: expected {expected}, got {list(x.shape)} {x.dtype} on {x.device}")
+            if x is not None:
+                self._check_like(name, x, (*lead, width), (*lead, width))
         rows = zk.reshape(-1, zk.shape[-1])
         value_rows = rows if zv is None else zv.reshape(-1, zv.shape[-1])
         turns = None
         if self.turns is not None:
             turns = rows_at(self.turns, self._positions(positions, lead).reshape(-1).to(rows.device))
-        k = rows.new_empty(len(rows), self.num_kv_heads, self.head_dim)
+        k, v = (rows.new_empty(len(rows), self.num_kv_heads, self.head_dim) for _ in range(2))
         for g, heads in enumerate(self.keys.groups):
             tile = self.turn_(self.raw_keys(rows, g), turns)
             for i, h in enumerate(heads):
                 k[:, h, self.pairs] = tile[:, i].to(k.dtype)
-        return k.view(*lead, *k.shape[1:]), self.values_of(value_rows).view(*lead, *k.shape[1:])
-
-    def values_of(self, rows: Tensor) -> Tensor:
-        """Value latents [n, sum Rv] -> [n, Hkv, D], in the latents' dtype."""
-        v = rows.new_empty(len(rows), self.num_kv_heads, self.head_dim)
-        basis = self.value_basis
         for g, (heads, columns) in enumerate(zip(self.values.groups, self.values.columns, strict=True)):
-            block = basis.blocks[g]
-            tile = (rows[:, columns].to(block.dtype) @ block).unflatten(1, (-1, self.head_dim))
-            v[:, list(heads)] = (tile + basis.biases[g] if basis.biases else tile).to(v.dtype)
-        return v
+            v[:, list(heads)] = _heads(self.values, self.operands.values, g, value_rows[:, columns]).to(v.dtype)
+        return k.view(*lead, *k.shape[1:]), v.view(*lead, *v.shape[1:])
 
     def fold_output(self) -> Tensor:
         """Value basis folded into the output projection: [Hq, max Rv, E] = uv[h // M] @ wo[h].
@@ -310,17 +289,22 @@ class LayerFactors:
         heads = self.num_kv_heads
         if not 0 <= rank < world or (heads % world and world % heads):
             raise ValueError(f"shard: expected rank < world and Hkv={heads} to divide evenly, got {rank} of {world}")
-        chosen = (
-            [rank * heads // world]
-            if world > heads
-            else list(range(rank * heads // world, (rank + 1) * heads // world))
-        )
+        first = rank * heads // world
+        chosen = list(range(first, first + max(heads // world, 1)))
         wo = self.wo
         if wo is not None:
             if wo.shape[0] % world:
                 raise ValueError(f"shard: expected Hq={wo.shape[0]} to be divisible by world, got {world}")
             wo = wo.chunk(world)[rank].contiguous()
         return replace(self, keys=self.keys.select(chosen), values=self.values.select(chosen), wo=wo)
+
+
+def _heads(side: Projection, basis: Keys | Values, g: int, z: Tensor) -> Tensor:
+    """Heads of group g from its latents [n, rank]: [n, C, D] in the basis' order, in the dtype of sums."""
+    block, size = basis.rows[side.columns[g]], side.group_size
+    kind = torch.promote_types(z.dtype, block.dtype)
+    tile = (z.to(kind) @ block.to(kind)).to(accumulator(z.dtype)).unflatten(1, (size, -1))
+    return tile if basis.bias is None else tile + basis.bias[g * size : (g + 1) * size]
 
 
 def sides_of(keys: Projection, values: Projection) -> tuple[Projection, Projection]:

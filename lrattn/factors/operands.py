@@ -1,4 +1,7 @@
-"""A layer as kernels take it: the tensors and the numbers of either side in one record; operators take lists."""
+"""A layer as kernels take it, derived once when it is made: the tensors and the numbers of either side in one record.
+
+Operators take lists.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lrattn.factors.basis import Basis
+from lrattn.factors.formats import Format, table, widest
 from lrattn.factors.projection import Projection
 from lrattn.factors.rope import Rope
+from lrattn.factors.shapes import accumulator, product_dtype
 
 
 class KeySizes(NamedTuple):
@@ -46,7 +50,7 @@ class Keys(NamedTuple):
 
     rows: Tensor  # [sum Rk, C * D]
     runs: Tensor  # [G, 3] int32: first column in a cache row, rank, first row of `rows`
-    packs: Tensor | None  # [G, 4 n] int32: n segments of packed rows, see Basis
+    packs: Tensor | None  # [G, 4 n] int32: n segments of packed rows, as formats.table has them
     heads: Tensor  # [Hkv] int32, place -> kv head
     bias: Tensor | None  # [Hkv, D] float32
     turns: Tensor | None  # [max_position, rotary_dim] float32, cos and sin of a pair adjacent; None: no rotation
@@ -73,53 +77,72 @@ class Operands(NamedTuple):
 
     @classmethod
     def of(
-        cls, keys: Projection, values: Projection, bases: tuple[Basis, Basis], rope: Rope | None, shared: bool,
-        tables: tuple[Tensor | None, Tensor | None], packs: tuple[tuple[int, ...], tuple[int, ...]],
+        cls, keys: Projection, values: Projection, rope: Rope | None, shared: bool, columns: tuple[slice, ...],
+        pairs: Tensor, turns: Tensor | None,
     ) -> Operands:  # fmt: skip
-        """bases: of keys and of values. tables: complex turns by position and by offset in a tile. packs: segments of
-        the rows that keys and values are read from."""
-        key, value = bases
-        turns, offsets = (None if x is None else torch.view_as_real(x).flatten(1) for x in tables)
-        positions = 0 if turns is None else len(turns)
+        """columns: each key group's latents in a row of the key cache. pairs: [D], pair order -> model order.
+        turns: complex, by position."""
+        formats = (values if shared else keys).formats
+        tables = turns, None if rope is None else rope.offset_turns(keys.up.device)
+        turned = [None if x is None else torch.view_as_real(x).flatten(1) for x in tables]
         rotation = (0, 0, 0) if rope is None else (rope.rotary_dim, int(rope.interleaved), int(rope.fp32_angles))
-        biased = int(key.bias is not None)
-        groups = keys.groups, values.groups
-        paired = len(groups[0]) == len(groups[1]) and all(set(k) == set(v) for k, v in zip(*groups, strict=True))
-        key_sizes = KeySizes(keys.head_dim, max(keys.ranks), *rotation, biased, positions, *_heads(keys), packs[0])
+        key = _basis(keys, columns, formats, pairs)
+        value = _basis(values, values.columns, values.formats, torch.arange(values.head_dim, device=pairs.device))
+        paired = [set(members) for members in keys.groups] == [set(members) for members in values.groups]
+        key_sizes = KeySizes(
+            keys.head_dim, max(keys.ranks), *rotation, int(keys.offset is not None), 0 if turns is None else len(turns),
+            *_heads(keys), widest(formats),
+        )  # fmt: skip
         value_sizes = ValueSizes(
-            max(values.ranks), int(paired), int(shared), values.head_dim, *_heads(values), packs[1]
+            max(values.ranks), int(paired), int(shared), values.head_dim, *_heads(values), widest(values.formats)
         )
+        places = value["heads"].argsort().int()
         return cls(
-            Keys(key.rows, key.runs, key.packs, key.heads, key.bias, turns, offsets, key_sizes),
-            Values(value.rows, value.runs, value.packs, value.heads, value.places, value.bias, values.up, value_sizes),
+            Keys(**key, turns=turned[0], offset_turns=turned[1], sizes=key_sizes),
+            Values(**value, places=places, up=values.up, sizes=value_sizes),
         )
 
     @classmethod
     def of_lists(cls, key_tensors: Any, key_numbers: Any, value_tensors: Any, value_numbers: Any) -> Operands:
         """From what `lists` gives of both sides."""
-        values = Values._make((*value_tensors, value_sizes_of(value_numbers)))
-        return cls(keys_of(key_tensors, key_numbers), values)
+        return cls(
+            Keys._make((*key_tensors, _sizes(KeySizes, key_numbers))),
+            Values._make((*value_tensors, _sizes(ValueSizes, value_numbers))),
+        )
 
 
 def lists(*sides: Keys | Values) -> list[Any]:
-    """For each side a list of its tensors and one of its numbers, as operators take them."""
+    """For each side a list of its tensors and one of its numbers, as operators take them; the segments of a packed row
+    come last."""
     return [fields for side in sides for fields in ([*side[:-1]], [*side.sizes[:-1], *side.sizes.packed])]
 
 
-def keys_of(tensors: Any, numbers: Any) -> Keys:
-    return Keys._make((*tensors, key_sizes_of(numbers)))
-
-
-def key_sizes_of(numbers: Any) -> KeySizes:
-    """From the list of numbers: the segments of a packed row come last."""
-    fixed = len(KeySizes._fields) - 1
-    return KeySizes._make((*numbers[:fixed], tuple(numbers[fixed:])))
-
-
-def value_sizes_of(numbers: Any) -> ValueSizes:
-    fixed = len(ValueSizes._fields) - 1
-    return ValueSizes._make((*numbers[:fixed], tuple(numbers[fixed:])))
+def _sizes(kind: type[KeySizes] | type[ValueSizes], numbers: Any) -> Any:
+    fixed = len(kind._fields) - 1
+    return kind._make((*numbers[:fixed], tuple(numbers[fixed:])))
 
 
 def _heads(side: Projection) -> tuple[int, int, int]:
     return side.num_heads, len(side.ranks), side.group_size
+
+
+def _basis(side: Projection, columns: tuple[slice, ...], formats: tuple[Format, ...], dims: Tensor) -> dict[str, Any]:
+    """`up` group by group, and where each group's latents lie in a row of the cache: what `Keys` and `Values` share.
+
+    A head's place is g * C + c: the c-th head of group g.
+
+    Args:
+        columns: each group's latents in a row. formats: of that row, where it is packed.
+        dims: [D], order of a head's dimensions.
+    """
+    device, kind = side.up.device, product_dtype(side.up)
+    order = torch.tensor(side.groups).flatten()
+    blocks = [side.block(g).to(kind).unflatten(1, (-1, side.head_dim))[..., dims] for g in range(len(side.ranks))]
+    runs = [(c.start, rank, own.start) for c, rank, own in zip(columns, side.ranks, side.columns, strict=True)]
+    return {
+        "rows": torch.cat([block.flatten(1) for block in blocks]),
+        "runs": torch.tensor(runs, dtype=torch.int32, device=device),
+        "packs": torch.tensor(table(formats), dtype=torch.int32, device=device) if formats else None,
+        "heads": order.int().to(device),
+        "bias": None if side.offset is None else side.offset[order][:, dims].to(accumulator(side.up.dtype)),
+    }

@@ -53,9 +53,8 @@ class Projection:
         if dims["R"] != max(self.ranks):
             raise ValueError(f"up: expected {max(self.ranks)} rows, the largest rank, got {dims['R']}")
         if self.num_heads % len(self.ranks):
-            raise ValueError(
-                f"ranks: expected a number of groups that divides Hkv={self.num_heads}, got {len(self.ranks)}"
-            )
+            groups = len(self.ranks)
+            raise ValueError(f"ranks: expected a number of groups that divides Hkv={self.num_heads}, got {groups}")
         kind: dict[str, Any] = {"dtype": self.up.dtype, "device": self.up.device}
         if self.down is not None:
             check("down", self.down, f"n {sum(self.ranks)}", dims, **kind)
@@ -67,9 +66,8 @@ class Projection:
         if self.head_order is not None:
             object.__setattr__(self, "head_order", tuple(int(h) for h in self.head_order))
             if sorted(self.head_order) != list(range(self.num_heads)):
-                raise ValueError(
-                    f"head_order: expected a permutation of 0..{self.num_heads - 1}, got {self.head_order}"
-                )
+                last = self.num_heads - 1
+                raise ValueError(f"head_order: expected a permutation of 0..{last}, got {self.head_order}")
         if self.format is not None:
             self._check_format()
 
@@ -84,8 +82,7 @@ class Projection:
             raise ValueError(f"format: expected the same widths in every group, got {sorted(widths)}")
 
     def __repr__(self) -> str:
-        extras = (("down", self.down is not None), ("offset", self.offset is not None))
-        more = "".join(f", {name}" for name, there in extras if there)
+        more = "".join(f", {name}" for name in ("down", "offset") if getattr(self, name) is not None)
         what = f"heads={self.num_heads}, head_dim={self.head_dim}, {self.latents_told}{more}"
         return f"Projection({what}, {self.up.dtype} on {self.up.device})"
 
@@ -122,6 +119,16 @@ class Projection:
     def latent_bytes(self) -> int:
         """Bytes of one token's latents, scales and padding included; plain ones at 16 bits."""
         return sum(f.nbytes for f in self.formats) or 2 * self.width
+
+    @property
+    def cache_width(self) -> int:
+        """Columns of a cache of them: latents, or bytes where they are packed."""
+        return self.latent_bytes if self.formats else self.width
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Of a cache of them: uint8 where they are packed."""
+        return torch.uint8 if self.formats else self.up.dtype
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:

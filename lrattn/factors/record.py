@@ -41,10 +41,7 @@ class Factors:
     samples: tuple[Tensor, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", tuple(self.layers))
-        object.__setattr__(self, "predicted", tuple(self.predicted))
-        object.__setattr__(self, "near", tuple(self.near))
-        object.__setattr__(self, "samples", tuple(self.samples))
+        vars(self).update({name: tuple(getattr(self, name)) for name in ("layers", "predicted", "near", "samples")})
         if not self.layers:
             raise ValueError("layers: expected at least one LayerFactors, got none")
         for name in ("predicted", "samples"):
@@ -102,10 +99,7 @@ class Factors:
         tensors: dict[str, Tensor] = {}
         layers = []
         for i, layer in enumerate(self.layers):
-            entry: dict[str, Any] = {
-                "shared": layer.shared,
-                "rope": None if layer.rope is None else asdict(layer.rope),
-            }
+            entry: dict[str, Any] = {"shared": layer.shared, "rope": layer.rope and asdict(layer.rope)}
             for name in ("keys", "values"):
                 side: Projection = getattr(layer, name)
                 entry[name] = {"ranks": side.ranks, "head_order": side.head_order, "of_inputs": side.of_inputs}
@@ -138,32 +132,21 @@ class Factors:
             )
         layers = []
         for i, entry in enumerate(record["layers"]):
-            sides = {
-                name: Projection(
+            sides = {}
+            for name in ("keys", "values"):
+                kept = dict(entry[name])
+                formats = tuple(map(Format, kept.pop("format", None) or ()))
+                if version < 3:  # latents of attention inputs, but for those of rotated keys
+                    kept["of_inputs"] = not (name == "keys" and entry.get("rotated", False))
+                sides[name] = Projection(
                     up=tensors[f"{i}.{name}.up"],
                     down=tensors.get(f"{i}.{name}.down"),
                     offset=tensors.get(f"{i}.{name}.{'bias' if version < 3 else 'offset'}"),
-                    **_of_inputs(entry, name, version) | entry[name] | {"format": _formats(entry[name].get("format"))},
+                    format=formats or None,
+                    **kept,
                 )
-                for name in ("keys", "values")
-            }
-            layers.append(
-                LayerFactors(
-                    **sides,
-                    rope=None if entry["rope"] is None else Rope(**entry["rope"]),
-                    shared=entry["shared"],
-                    wo=tensors.get(f"{i}.wo"),
-                )
-            )
+            rope = entry["rope"] and Rope(**entry["rope"])
+            layers.append(LayerFactors(**sides, rope=rope, shared=entry["shared"], wo=tensors.get(f"{i}.wo")))
         given = {name: record[name] for name in ("rule", "predicted", "near") if name in record}
         samples = tuple(tensors[f"{i}.samples"] for i in range(len(layers)) if f"{i}.samples" in tensors)
         return cls(tuple(layers), record["method"], record["model"], **given, samples=samples)
-
-
-def _of_inputs(entry: dict[str, Any], name: str, version: int) -> dict[str, bool]:
-    """Whether a side's latents are of attention inputs: before version 3 all but those of rotated keys."""
-    return {"of_inputs": version < 3 and not (name == "keys" and entry.get("rotated", False))}
-
-
-def _formats(segments: list[list[tuple[int, int]]] | None) -> tuple[Format, ...] | None:
-    return None if segments is None else tuple(Format(tuple(map(tuple, group))) for group in segments)  # type: ignore[arg-type]

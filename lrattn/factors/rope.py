@@ -21,8 +21,7 @@ from lrattn.factors.shapes import accumulator
 
 KINDS = ("default", "linear", "yarn", "llama3", "longrope")
 MAX_BLOCK = 128  # most tokens that kernels rotate relative to the first of them
-_TURNS: WeakValueDictionary[tuple[Rope, str, torch.dtype], Tensor] = WeakValueDictionary()
-_OFFSETS: WeakValueDictionary[tuple[Rope, str], Tensor] = WeakValueDictionary()
+_TABLES: WeakValueDictionary[tuple[Rope, bool, str, torch.dtype], Tensor] = WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -98,18 +97,12 @@ class Rope:
             original: int = scaling.get("original_max_position_embeddings") or outer or max_position
             scaling["original_max_position_embeddings"] = original
             scaling.setdefault("factor", max_position / original)
+        given: dict[str, Any] = {"theta": float(theta), "max_position": max_position}
+        given |= {"scaling": scaling if kind != "default" else None, "partial_rotary_factor": float(partial)}
         if "dim" not in changes:  # configs of layers with different heads have none of their own
             head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-            changes["dim"] = int(head_dim)
-        return cls(
-            **{
-                "theta": float(theta),
-                "max_position": max_position,
-                "scaling": scaling if kind != "default" else None,
-                "partial_rotary_factor": float(partial),
-                **changes,
-            }
-        )
+            given["dim"] = int(head_dim)
+        return cls(**given | changes)
 
     def frequencies(self) -> tuple[Tensor, float]:
         """Angles per position, [rotary_dim / 2] float32 or float64 (see fp32_angles), and the attention factor."""
@@ -125,28 +118,27 @@ class Rope:
 
         complex64, complex128 for float64. Equal Ropes share one table per device and dtype while any holder lives.
         """
-        key = (self, str(device), accumulator(dtype))
-        found = _TURNS.get(key)
-        if found is None:
-            with torch.inference_mode(False):  # the table outlives the caller's mode
-                frequencies, factor = self.frequencies()
-                angles = torch.arange(self.max_position, dtype=frequencies.dtype)[:, None] * frequencies
-                parts = (x.mul_(factor).to(device, accumulator(dtype)) for x in (angles.cos(), angles.sin()))
-                found = _TURNS[key] = torch.complex(*parts)
-        return found
+        return self._table(False, str(device), accumulator(dtype))
 
     def offset_turns(self, device: torch.device | str = "cpu") -> Tensor:
         """cos + i sin of offsets 0 .. MAX_BLOCK - 1, without the attention factor: [MAX_BLOCK, rotary_dim / 2].
 
         complex64, angles in float64: the key of token t is turned by that of its block's first token t0 times that
-        of t - t0. Equal Ropes share one table per device.
+        of t - t0. Shared as `turns` is.
         """
-        key = (self, str(device))
-        found = _OFFSETS.get(key)
+        return self._table(True, str(device), torch.float32)
+
+    def _table(self, offsets: bool, device: str, dtype: torch.dtype) -> Tensor:
+        found = _TABLES.get(key := (self, offsets, device, dtype))
         if found is None:
-            with torch.inference_mode(False):
-                angles = torch.arange(MAX_BLOCK, dtype=torch.float64)[:, None] * self.frequencies()[0].double()
-                found = _OFFSETS[key] = torch.complex(angles.cos(), angles.sin()).to(device, torch.complex64)
+            with torch.inference_mode(False):  # the table outlives the caller's mode
+                frequencies, factor = self.frequencies()
+                if offsets:
+                    frequencies, factor = frequencies.double(), 1.0
+                rows = torch.arange(MAX_BLOCK if offsets else self.max_position, dtype=frequencies.dtype)
+                angles = rows[:, None] * frequencies
+                parts = (x.mul_(factor).to(device, dtype) for x in (angles.cos(), angles.sin()))
+                found = _TABLES[key] = torch.complex(*parts)
         return found
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
@@ -195,9 +187,7 @@ class Rope:
     def _llama3(self, periods: Tensor, p: Mapping[str, Any]) -> tuple[Tensor, float]:
         f = 1.0 / periods
         original, low, high = (
-            p["original_max_position_embeddings"],
-            p["low_freq_factor"],
-            p["high_freq_factor"],
+            p[k] for k in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
         )
         waves = 2 * math.pi / f
         blend = (original / waves - low) / (high - low)
@@ -208,9 +198,7 @@ class Rope:
     def _yarn(self, periods: Tensor, p: Mapping[str, Any]) -> tuple[Tensor, float]:
         n, factor, original = self.rotary_dim, p["factor"], p["original_max_position_embeddings"]
 
-        def pair_turning(
-            rotations: float,
-        ) -> float:  # the (real) pair index that turns this often in `original`
+        def pair_turning(rotations: float) -> float:  # the (real) pair index that turns this often in `original`
             return n * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(self.theta))
 
         low, high = pair_turning(p.get("beta_fast", 32)), pair_turning(p.get("beta_slow", 1))
@@ -218,8 +206,7 @@ class Rope:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, n - 1)
         span = (high - low) or 0.001
-        ramp = ((torch.arange(n // 2, dtype=torch.float32) - low) / span).clamp(0, 1).to(periods.dtype)
-        keep = 1 - ramp
+        keep = 1 - ((torch.arange(n // 2, dtype=torch.float32) - low) / span).clamp(0, 1).to(periods.dtype)
         frequencies = 1.0 / (factor * periods) * (1 - keep) + 1.0 / periods * keep
 
         def magnitude(weight: float) -> float:

@@ -20,12 +20,7 @@ from torch import Tensor
 VERSION = 3
 
 
-def write(
-    path: str | os.PathLike[str],
-    kind: str,
-    record: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-) -> None:
+def write(path: str | os.PathLike[str], kind: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Writes beside `path` and renames, see `replacing`.
 
     Raises: OSError if the file cannot be written; ValueError for what is no path.
@@ -36,12 +31,7 @@ def write(
         alone = x.untyped_storage().nbytes() == x.nbytes and all(x.data_ptr() != y.data_ptr() for y in own.values())
         own[name] = x if alone else x.clone()  # the format has no views; what is no view is not copied
     text = json.dumps(record, sort_keys=True)
-    header = {
-        "format": f"lrattn.{kind}",
-        "version": str(VERSION),
-        "record": text,
-        "sha256": _digest(text, own),
-    }
+    header = {"format": f"lrattn.{kind}", "version": str(VERSION), "record": text, "sha256": _digest(text, own)}
     with replacing(kind, path) as partial:
         try:
             save_file(own, partial, metadata=header)

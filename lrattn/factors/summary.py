@@ -60,66 +60,66 @@ def headline(summary: dict[str, Any]) -> str:
     if summary["shared"]:
         split = f"rows that keys and values share {summary['value_share']:.1%}"
     how = "queries meet a key group's" if _absorbed(summary) else "a key group is rebuilt from"
-    foreseen, packed = summary["predicted_loss"], _packed(summary)
-    recent, sinks = summary["near"]
-    beside = [f"beside them, dense: the last {recent} and the first {sinks} tokens"] if recent or sinks else []
-    return "\n".join(
-        [
-            f"{made}{', of ' + summary['model'] if summary['model'] else ''}",
-            f"{count} layers of {first['kv_heads']} kv heads of {first['head_dim']}, {summary['dtype']}",
-            f"keep {summary['keep']:.3f}: {summary['bytes_per_token']:,} of {summary['dense_bytes_per_token']:,} bytes "
-            + (f"a token, {16 * summary['keep']:.2f} bits a number" if packed else "a token at 16 bits a number"),
-            split,
-            f"{how} {summary['key_rank']:.0f} latents"
-            + ("" if foreseen is None else f"; predicted loss {foreseen:.2g} nats a token"),
-            *beside,
-        ]
-    )
+    size = f"{summary['bytes_per_token']:,} of {summary['dense_bytes_per_token']:,} bytes a token"
+    bits = f", {16 * summary['keep']:.2f} bits a number" if _packed(summary) else " at 16 bits a number"
+    loss, (recent, sinks) = summary["predicted_loss"], summary["near"]
+    lines = [
+        made + (f", of {summary['model']}" if summary["model"] else ""),
+        f"{count} layers of {first['kv_heads']} kv heads of {first['head_dim']}, {summary['dtype']}",
+        f"keep {summary['keep']:.3f}: {size}{bits}",
+        split,
+        f"{how} {summary['key_rank']:.0f} latents"
+        + ("" if loss is None else f"; predicted loss {loss:.2g} nats a token"),
+        *([f"beside them, dense: the last {recent} and the first {sinks} tokens"] if recent or sinks else []),
+    ]
+    return "\n".join(lines)
 
 
 def table(summary: dict[str, Any]) -> str:
     """The headline, and a line for each layer."""
-    values = "row ranks" if summary["shared"] else "value ranks"
-    foreseen = summary["predicted_loss"] is not None
-    bits = ["latents x bits"] if _packed(summary) else []
-    head = "layer", "key ranks", values, *bits, "keep", *(["loss"] if foreseen else []), "heads sharing a key latent"
+    packed, foreseen = _packed(summary), summary["predicted_loss"] is not None
     rows = [
-        (
-            *(str(i), _ranks(x["key_ranks"]), _ranks(x["value_ranks"])),
-            *([_bits(x["key_bits"], x["value_bits"])] if bits else []),
-            f"{x['keep']:.3f}",
-            *([f"{x['predicted_loss']:.1e}"] if foreseen else []),
-            _order(x["key_groups"]),
-        )
+        {
+            "layer": str(i),
+            "key ranks": _ranks(x["key_ranks"]),
+            "row ranks" if summary["shared"] else "value ranks": _ranks(x["value_ranks"]),
+            **({"latents x bits": _bits(x["key_bits"], x["value_bits"])} if packed else {}),
+            "keep": f"{x['keep']:.3f}",
+            **({"loss": f"{x['predicted_loss']:.1e}"} if foreseen else {}),
+            "heads sharing a key latent": " | ".join(" ".join(map(str, heads)) for heads in x["key_groups"]),
+        }
         for i, x in enumerate(summary["layers"])
     ]
-    return "\n".join([headline(summary), "", *_aligned([head, *rows])])
+    return f"{headline(summary)}\n\n{_aligned(rows)}"
 
 
 def comparison(summaries: Mapping[str, dict[str, Any]]) -> str:
     """A line for each of several sets of factors, by name: bytes, what keys take time for, and the loss foreseen."""
-    head = "method", "bytes a token", "keep", "bits a number", "key rank", "keys", "predicted loss", "window", "file"
-    rows = [
-        (
-            x["method"],
-            f"{x['bytes_per_token']:,}",
-            f"{x['keep']:.3f}",
-            f"{16 * x['keep']:.2f}",
-            f"{x['key_rank']:.0f}",
-            "absorbed" if _absorbed(x) else "rebuilt",
-            "-" if x["predicted_loss"] is None else f"{x['predicted_loss']:.1e}",
-            " + ".join(map(str, x["near"])) if any(x["near"]) else "-",
-            name,
-        )
-        for name, x in summaries.items()
-    ]
-    return "\n".join(_aligned([head, *rows]))
+    return _aligned(
+        [
+            {
+                "method": x["method"],
+                "bytes a token": f"{x['bytes_per_token']:,}",
+                "keep": f"{x['keep']:.3f}",
+                "bits a number": f"{16 * x['keep']:.2f}",
+                "key rank": f"{x['key_rank']:.0f}",
+                "keys": "absorbed" if _absorbed(x) else "rebuilt",
+                "predicted loss": "-" if x["predicted_loss"] is None else f"{x['predicted_loss']:.1e}",
+                "window": " + ".join(map(str, x["near"])) if any(x["near"]) else "-",
+                "file": name,
+            }
+            for name, x in summaries.items()
+        ]
+    )
 
 
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Lines of columns flush right, the last one flush left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
-    return ["  ".join([*(cell.rjust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]
+def _aligned(rows: Sequence[Mapping[str, str]]) -> str:
+    """Lines of columns under their names, flush right, the last one flush left."""
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)][:-1]
+    return "\n".join(
+        "  ".join([*(cell.rjust(w) for cell, w in zip(line, widths, strict=False)), line[-1]]) for line in lines
+    )
 
 
 def _absorbed(summary: dict[str, Any]) -> bool:
@@ -142,7 +142,3 @@ def _ranks(ranks: tuple[int, ...]) -> str:
     if len(set(ranks)) == 1:
         return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} x {len(ranks)}"
     return " ".join(map(str, ranks))
-
-
-def _order(groups: tuple[tuple[int, ...], ...]) -> str:
-    return " | ".join(" ".join(map(str, heads)) for heads in groups)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lrattn.attention.dense import Sight, dense_attention
-from lrattn.models.masks import Said, mask_function, said
+from lrattn.models.masks import mask_function, said
 
 # (module, query [B, Hq, S, D], key and value [B, Hkv, T, D], mask, ...) -> ([B, S, Hq, D], None)
 Attention = Callable[..., tuple[Tensor, None]]
@@ -38,10 +38,7 @@ def attending(model: nn.Module, function: Attention) -> Iterator[None]:
     if any(module in _TAKEN for module in modules):
         raise ValueError("model: already inside a block that took its attention over; leave that one first")
     if any(config._attn_implementation == INSIDE for config in _configs(model)):
-        raise ValueError(
-            "model: its config is that of a model whose attention a block has taken over; leave that block first, or "
-            "build the models from configs of their own"
-        )
+        raise _shared()
     register(INSIDE, _inside)
     with attention_set(model, INSIDE):
         _TAKEN.update(dict.fromkeys(modules, function))
@@ -53,7 +50,16 @@ def attending(model: nn.Module, function: Attention) -> Iterator[None]:
 
 
 def _inside(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    if module not in _TAKEN:
+        raise _shared()
     return _TAKEN[module](module, *args, **kwargs)
+
+
+def _shared() -> ValueError:
+    return ValueError(
+        "model: its config is that of a model whose attention a block has taken over, or a copy of it; leave that "
+        "block first, or build the models from configs of their own"
+    )
 
 
 @contextmanager
@@ -99,11 +105,6 @@ def is_causal(module: nn.Module, said: bool | None) -> bool:
     return bool(getattr(module, "is_causal", True) if said is None else said)
 
 
-def sight_of(what: Said, begin: int, end: int, near: int = 0, sinks: int = 0) -> Sight:
-    """A mask's word, for the queries of columns begin .. end."""
-    return Sight(begin, end, near, sinks, what.window, what.pads, what.live, what.full)
-
-
 def exact_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
@@ -137,7 +138,7 @@ def attention_beyond(
         first = key.gather(2, at), value.gather(2, at)
     out = dense_attention(
         query,
-        sight_of(what, end - query.shape[2], end, recent, sinks),
+        Sight(end - query.shape[2], end, recent, sinks, *what),
         far,
         (key, value) if recent else None,
         first,
@@ -171,8 +172,7 @@ def cache_argument(cache: Any) -> dict[str, Any]:
 
 def decoder_of(model: nn.Module) -> nn.Module:
     """The module that runs the layers, without a language model's head; the model itself where it does not tell."""
-    find = getattr(model, "get_decoder", None)
-    decoder = find() if find is not None else None
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None  # type: ignore[operator]
     return decoder if isinstance(decoder, nn.Module) else model
 
 

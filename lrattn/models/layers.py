@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,32 +49,26 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
     from transformers import DynamicCache
 
     cache = DynamicCache()
-    given: list[tuple[nn.Module, Tensor, Tensor]] = []
-    biased: list[nn.Module] = []
-
-    def watch(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if is_causal(module, kwargs.get("is_causal")):
-            given.append((module, key, value))
-            biased.extend([] if kwargs.get("position_bias") is None else [module])
-        return exact_attention(module, query, key, value, *args, **kwargs)
-
-    with evaluating(model), attending(model, watch):
+    with _told(model) as given:
         try:
             model(input_ids=tokens_for(model, TOKENS), use_cache=True, **cache_argument(cache))
         except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+            got = _without_keys(model) or f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise ValueError(
                 f"model: expected {type(model).__name__} to run on a few tokens with a cache of keys and values, got "
-                f"{type(error).__name__}: {' '.join(str(error).split())}"
+                f"{got}"
             ) from error
-    if biased:
-        raise ValueError(f"model: {type(biased[0]).__name__} cannot attend on latents: it uses a position_bias")
+    for biased, _, _, more in given:
+        if more.get("position_bias") is not None:
+            raise ValueError(f"model: {type(biased).__name__} cannot attend on latents: it uses a position_bias")
     names = {module: name for name, module in model.named_modules()}
     found = []
     for i, layer in enumerate(cache.layers):
         keys, values = (getattr(layer, side, None) for side in ("keys", "values"))
         if not isinstance(keys, Tensor) or not isinstance(values, Tensor) or not keys.numel():
-            raise ValueError(f"model: expected layer {i} to cache keys and values, got {type(layer).__name__}")
-        module = next((m for m, k, v in given if _same(k, keys) and _same(v, values)), None)
+            got = _without_keys(model) or type(layer).__name__
+            raise ValueError(f"model: expected layer {i} to cache keys and values, got {got}")
+        module = next((m for m, k, v, _ in given if _same(k, keys) and _same(v, values)), None)
         if module is None:
             raise ValueError(
                 f"model: layer {i} of {type(model).__name__} cannot attend on latents: its attention is not given the "
@@ -95,29 +90,53 @@ def _same(given: Tensor, cached: Tensor) -> bool:
     return alike and torch.equal(given.nan_to_num(), cached.nan_to_num())  # NaN is told of where weights are read
 
 
+def _without_keys(model: nn.Module) -> str:
+    """What the layers are that cache something else, as the config says; empty where it speaks of none."""
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
+    others = sorted(set(kinds) - {"attention", "full_attention", "sliding_attention", "chunked_attention"})
+    what = "layers that cache other things than keys and values, as linear attention, state spaces and convolutions do"
+    return f"{what}: {', '.join(others)}" if others else ""
+
+
+@contextmanager
+def _told(model: nn.Module) -> Iterator[list[tuple[nn.Module, Tensor, Tensor, dict[str, Any]]]]:
+    """Inside, a model is in evaluation mode, and what attention modules of its decoder are given is listed: keys and
+    values [B, Hkv, T, D], and what comes by name."""
+    given: list[tuple[nn.Module, Tensor, Tensor, dict[str, Any]]] = []
+
+    def watch(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if is_causal(module, kwargs.get("is_causal")):
+            given.append((module, key, value, kwargs))
+        return exact_attention(module, query, key, value, *args, **kwargs)
+
+    with evaluating(model), attending(model, watch):
+        yield given
+
+
 @torch.no_grad()
 def heads_given(model: nn.Module, layers: Sequence[AttentionLayer], positions: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Keys and values [T, Hkv, D] of each layer, as attention is given them, of some tokens at positions [T]: in
     float32, on the CPU."""
-    found: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-
-    def watch(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if is_causal(module, kwargs.get("is_causal")):
-            k, v = (x[0].transpose(0, 1).float().cpu() for x in (key, value))
-            found[module] = k, v
-        return exact_attention(module, query, key, value, *args, **kwargs)
-
     ids = tokens_for(model, len(positions))
-    with evaluating(model), attending(model, watch):
+    with _told(model) as given:
         model(input_ids=ids, position_ids=positions[None].to(ids.device), use_cache=False)
-    return [found[layer.module] for layer in layers]
+    found = {module: (key[0], value[0]) for module, key, value, _ in given}
+    sides = (found[layer.module] for layer in layers)
+    return [(k.transpose(0, 1).float().cpu(), v.transpose(0, 1).float().cpu()) for k, v in sides]
 
 
 def sample(module: nn.Module) -> Tensor | None:
     """A few numbers of every parameter of an attention module, [n] in their dtype; None where there are none to read,
-    as of quantised or offloaded weights."""
-    parameters = [p.detach() for _, p in sorted(module.named_parameters()) if p.is_floating_point()]
-    if not parameters or any(p.is_meta or not p.numel() for p in parameters):
+    or not all, as of quantised or offloaded weights."""
+    parameters = [p.detach() for _, p in sorted(module.named_parameters())]
+    coded = any(_is_coded(x) for x in (*parameters, *module.buffers()))
+    if not parameters or coded or any(p.is_meta or not p.numel() for p in parameters):
         return None
     found = [p.reshape(-1)[:: max(p.numel() // SAMPLED, 1)][:SAMPLED] for p in parameters]
     return torch.cat([x.to(found[0].dtype) for x in found]).cpu()
+
+
+def _is_coded(x: Tensor) -> bool:
+    """Whether numbers stand for others: integers or 8-bit floats, as quantisers have them in parameters or buffers."""
+    return x.dtype != torch.bool and (not x.is_floating_point() or x.dtype.itemsize == 1)

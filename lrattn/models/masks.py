@@ -17,7 +17,7 @@ FAR = 2**31 - 1
 
 
 class Said(NamedTuple):
-    """What a mask says.
+    """What a mask says, in the order that Sight has it.
 
     window: columns a query sees back, itself included; None for all.
     pads: [B] int64, the first live column of each row; None: 0 everywhere.
@@ -35,9 +35,9 @@ def mask_function(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: Any = 0,
+    *,
+    mask_function: Callable[..., Any],
     kv_offset: int = 0,
-    mask_function: Callable[..., Any] | None = None,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
@@ -47,15 +47,13 @@ def mask_function(
 
     transformers says by allow_is_causal_skip=False that something was put on top of the causal mask.
     """
-    from transformers.masking_utils import causal_mask_function, sdpa_mask
+    from transformers.masking_utils import sdpa_mask
 
-    mask_function = causal_mask_function if mask_function is None else mask_function
     if not allow_is_causal_skip or (local_size is not None and not slides(mask_function, local_size)):
         whole: Tensor | None = sdpa_mask(
             batch_size,
             q_length,
             kv_length,
-            q_offset=q_offset,
             kv_offset=kv_offset,
             mask_function=mask_function,
             attention_mask=attention_mask,

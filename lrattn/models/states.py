@@ -24,9 +24,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter costs a gradient inside; on exit those that did do again."""
     weights = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)
     try:
-        for weight in weights:
-            weight.requires_grad_(False)
         yield
     finally:
         for weight in weights:

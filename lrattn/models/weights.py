@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,23 +55,20 @@ def check_readable(model: nn.Module, layers: Sequence[AttentionLayer], ropes: Se
 
     Raises: ValueError as `linear`, and where they differ: a norm, a clip or a step of its own lies between.
     """
-    inputs: dict[str, Tensor] = {}
+    inputs: dict[nn.Module, Tensor] = {}
 
-    def watch(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs[name] = args[0][0]
-
-        return hook
+    def watch(projection: nn.Module, args: tuple[Tensor, ...]) -> None:
+        inputs[projection] = args[0][0]
 
     with ExitStack() as stack:
         for layer in layers:
-            stack.callback(linear(layer, "k_proj").register_forward_pre_hook(watch(layer.name)).remove)
+            stack.callback(linear(layer, "k_proj").register_forward_pre_hook(watch).remove)
         at = torch.arange(TOKENS)
         given = heads_given(model, layers, at)
     for layer, rope, pair in zip(layers, ropes, given, strict=True):
         for side, x in zip(NAMES, pair, strict=True):
             own = linear(layer, NAMES[side])
-            made = nn.functional.linear(inputs[layer.name], own.weight, own.bias)
+            made = nn.functional.linear(inputs[linear(layer, "k_proj")], own.weight, own.bias)
             made = made.unflatten(1, (-1, layer.head_dim)).float().cpu()
             made = rope.rotate(made, at) if rope is not None and side == "keys" else made
             if made.shape != x.shape or not (made - x).norm() <= ALIKE * x.norm():

@@ -2,18 +2,10 @@
 
 import pytest
 import torch
-from cases import CASES, PLAIN, Case, make, make_layer
+from cases import CASES, PACKED, PLAIN, Case, held, latents, make, make_layer
+from packing import plain
 
 import lrattn
-
-BY_NAME = {case.name: case for case in CASES}
-
-
-def latents(layer, n, dtype=torch.float64):
-    g = torch.Generator().manual_seed(3)
-    zk = torch.randn(n, layer.row_width, generator=g, dtype=torch.float64).to(dtype)
-    zv = None if layer.shared else torch.randn(n, layer.v_width, generator=g, dtype=torch.float64).to(dtype)
-    return zk, zv
 
 
 @pytest.mark.parametrize("kind", [torch.int32, torch.int64])
@@ -45,47 +37,49 @@ def test_caches_may_be_slices_of_one_tensor():
     assert whole.isnan().sum() == whole.numel() - (~k_cache.isnan()).sum() - (~v_cache.isnan()).sum()
 
 
-@pytest.mark.parametrize("name", ["ragged ranks and batch", "offset", "positions", "riding row", "no rope"])
-def test_rebuild_reads_back_what_was_written(name):
-    case = BY_NAME[name]
-    layer, _, k_cache, v_cache, kwargs = make(case)
-    table, lens, positions = kwargs["block_table"], kwargs["seq_lens"], kwargs["positions"]
-    k, v = lrattn.rebuild(k_cache, v_cache, layer, table, lens, positions)
-    assert k.shape == v.shape == (sum(case.lens), case.Hkv, case.D)
+@pytest.mark.parametrize("case", [c for c in CASES + PACKED if c.starts is None and not c.call], ids=str)
+def test_rebuild_reads_back_what_was_written(case):
+    """Packed latents as what their bits say."""
+    problem = make(case)
+    layer, _, *caches, kwargs = problem
+    table, positions = kwargs["block_table"], kwargs["positions"]
+    k, v = lrattn.rebuild(*caches, layer, table, kwargs["seq_lens"], positions)
+    lens = [held(case, b) for b in range(len(case.lens))]
+    assert k.shape == v.shape == (sum(lens), case.Hkv, case.D)
+    own, _, *caches, _ = plain(problem)
     start = 0
-    for b, n in enumerate(case.lens):
+    for b, n in enumerate(lens):
         t = torch.arange(n)
-        slots = table[b, t // case.P].long() * case.P + t % case.P
-        zk = k_cache.flatten(0, 1)[slots]
-        zv = None if v_cache is None else v_cache.flatten(0, 1)[slots]
-        at = t if positions is None else positions.view(-1)[slots]
-        torch.testing.assert_close((k[start : start + n], v[start : start + n]), layer.rebuild(zk, zv, at))
+        page, offset = table[b, t // case.P].long(), t % case.P
+        rows = (x if x is None else x[page, offset] for x in caches)
+        expected = own.rebuild(*rows, t if positions is None else positions[page, offset])
+        torch.testing.assert_close((k[start : start + n], v[start : start + n]), expected, rtol=0, atol=1e-9)
         start += n
 
 
 def bad_writes(layer, zk, zv, k_cache, v_cache, slots):
-    return {
-        r"zk: expected shape \[3, 32\]": (zk[:, :-1], zv, k_cache, v_cache, slots),
-        "zk: expected dtype": (zk.float(), zv, k_cache, v_cache, slots),
-        r"zv: expected shape \[3, 48\]": (zk, zv[:, 1:], k_cache, v_cache, slots),
-        r"zv: expected shape \[3, 48\], got \[2, 48\]": (zk, zv[1:], k_cache, v_cache, slots),
-        "zv: expected a tensor": (zk, None, k_cache, v_cache, slots),
-        r"slot_mapping: expected shape \[3\], int32 or int64, got \[2\]": (zk, zv, k_cache, v_cache, slots[:2]),
-        r"slot_mapping: expected .* got \[3\] torch.float32": (zk, zv, k_cache, v_cache, slots.float()),
-        "k_cache: expected shape": (zk, zv, k_cache[..., 1:], v_cache, slots),
-        "k_cache: expected the layer's dtype": (zk.float(), zv.float(), k_cache.float(), v_cache.float(), slots),
-        "k_cache: expected a page size": (zk, zv, k_cache[:, :15], v_cache[:, :15], slots),
-        "k_cache: expected a contiguous last axis": (zk, zv, k_cache.mT.contiguous().mT, v_cache, slots),
-        r"v_cache: expected shape \[N=2": (zk, zv, k_cache, v_cache[:1], slots),
-        "v_cache: expected memory of its own": (zk, zv, k_cache, v_cache[:1].expand(2, -1, -1), slots),
-        r"zk: expected shape \[32\], got \[\]": (zk[0, 0], zv, k_cache, v_cache, slots),
-        "v_cache: expected a tensor": (zk, zv, k_cache, None, slots),
-        "zk: expected a tensor, got list": (zk.tolist(), zv, k_cache, v_cache, slots),
-        "slot_mapping: expected a tensor, got NoneType": (zk, zv, k_cache, v_cache, None),
-        r"k_cache: expected memory of its own for every element, got strides \(16, 31, 1\)": (
-            (zk, zv, k_cache.flatten().as_strided((2, 16, 32), (16, 31, 1)), v_cache, slots)
-        ),
+    """Messages, and which arguments are changed to what; tests/support/faults.py makes each wrong in every way."""
+    overlapping = k_cache.flatten().as_strided((2, 16, 32), (16, 31, 1))
+    wrong = {
+        r"zk: expected shape \[3, 32\]": {"zk": zk[:, :-1]},
+        r"zk: expected shape \[32\], got \[\]": {"zk": zk[0, 0]},
+        "zk: expected dtype": {"zk": zk.float()},
+        "zk: expected a tensor, got list": {"zk": zk.tolist()},
+        r"zv: expected shape \[3, 48\], got \[2, 48\]": {"zv": zv[1:]},
+        "zv: expected a tensor": {"zv": None},
+        r"slot_mapping: expected shape \[3\], int32 or int64, got \[2\]": {"slot_mapping": slots[:2]},
+        r"slot_mapping: expected .* got \[3\] torch.float32": {"slot_mapping": slots.float()},
+        "k_cache: expected shape": {"k_cache": k_cache[..., 1:]},
+        "k_cache: expected the layer's dtype": {"k_cache": k_cache.float()},
+        "k_cache: expected a page size": {"k_cache": k_cache[:, :15]},
+        "k_cache: expected a contiguous last axis": {"k_cache": k_cache.mT.contiguous().mT},
+        r"k_cache: expected memory of its own for every element, got strides \(16, 31, 1\)": {"k_cache": overlapping},
+        r"v_cache: expected shape \[N=2": {"v_cache": v_cache[:1]},
+        "v_cache: expected a tensor": {"v_cache": None},
+        "v_cache: expected memory of its own": {"v_cache": v_cache[:1].expand(2, -1, -1)},
     }
+    given = {"zk": zk, "zv": zv, "k_cache": k_cache, "v_cache": v_cache, "slot_mapping": slots}
+    return {message: given | changes for message, changes in wrong.items()}
 
 
 def test_bad_input_names_the_tensor_and_leaves_the_cache():
@@ -95,7 +89,7 @@ def test_bad_input_names_the_tensor_and_leaves_the_cache():
     zk, zv = latents(layer, 3)
     for message, arguments in bad_writes(layer, zk, zv, k_cache, v_cache, torch.arange(3)).items():
         with pytest.raises(ValueError, match=message):
-            lrattn.write_latents(layer, *arguments)
+            lrattn.write_latents(layer, **arguments)
     assert (k_cache == 7.0).all() and (v_cache == 7.0).all()
     with pytest.raises(ValueError, match="page_size: expected a positive multiple of 16, got 24"):
         lrattn.allocate_cache(layer, 2, 24)

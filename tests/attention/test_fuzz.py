@@ -14,7 +14,7 @@ import oracle
 import packing
 import pytest
 import torch
-from cases import Case, make, make_layer
+from cases import Case, latents, make, make_layer, there
 from checks import attend_densely, on
 from closeness import assert_no_worse
 from hypothesis import given, settings
@@ -30,15 +30,8 @@ INTERPRETED = [torch.float32, torch.float16]  # bfloat16 is computed wrongly the
 FORMS = st.fixed_dictionaries(
     {"flat": st.booleans(), "out": st.booleans(), "return_lse": st.sampled_from([True, True, False])}
 )
-SMALL = {
-    "heads": 4,
-    "dims": [2, 32, 48, 64, 80],
-    "ranks": [16, 32, 48, 80],
-    "longest": 220,
-    "most_heads": 6,
-    "most_queries": 3,
-    "most_splits": 5,
-}
+SIZES = {"heads": 4, "dims": [2, 32, 48, 64, 80], "ranks": [16, 32, 48, 80], "most_heads": 6}
+SMALL = {**SIZES, "longest": 220, "most_queries": 3, "most_splits": 5}
 FAULTY = {**SMALL, "longest": 40, "widths": PLAIN}
 
 
@@ -76,7 +69,7 @@ def decode(problem, backend, form):
     """Result and lse (None where not asked for) of a call in the form drawn; nothing but `out` may change."""
     layer, q, k_cache, v_cache, kwargs = problem
     flat = form["flat"] and q.shape[1] == 1
-    given = [x for x in (q, k_cache, v_cache) if x is not None]
+    given = there(q, k_cache, v_cache)
     held = [x.clone() for x in given]
     kwargs = {**kwargs, "return_lse": form["return_lse"], "backend": backend}
     if form["out"]:
@@ -148,45 +141,37 @@ def test_the_kernels_are_no_worse_than_pytorch(case, seed, form, dtype, device):
     check_no_worse(case, dtype, seed, form, "triton", device)
 
 
-@st.composite
-def writes(draw):
-    """Where new tokens go: axes before the last, pages, how many slots lie outside, and how tensors are laid out."""
-    pages = draw(st.integers(0, 3))
-    lead = draw(st.lists(st.integers(0, 4), max_size=3).map(tuple))
-    return {
-        "lead": lead,
-        "pages": pages,
-        "outside": draw(st.sampled_from([0.0, 0.3, 1.0])),
-        "int64": draw(st.booleans()),
-        "strided": draw(st.booleans()),
+# Where new tokens go: axes before the last, pages, how many slots lie outside, and how tensors are laid out.
+WRITES = st.fixed_dictionaries(
+    {
+        "pages": st.integers(0, 3),
+        "lead": st.lists(st.integers(0, 4), max_size=3).map(tuple),
+        "outside": st.sampled_from([0.0, 0.3, 1.0]),
+        "integer": st.sampled_from([torch.int32, torch.int64]),
+        "strided": st.booleans(),
     }
+)
 
 
-def new_tokens(case, where, dtype, seed):
-    """Layer, latents, slots, and caches with a number in every element, in slices of one tensor where strided."""
-    layer = make_layer(case, dtype, seed)
+def new_tokens(case, where, dtype, seed, device="cpu"):
+    """Layer, latents, caches with a number in every element and slots; where strided, in slices of wider tensors, and
+    what lies beside those of the caches."""
+    layer = make_layer(case, dtype, seed).to(device)
     g = torch.Generator().manual_seed(seed)
-    lead, pages, strided = where["lead"], where["pages"], where["strided"]
-    n, room = math.prod(lead), pages * case.P
-    integer = torch.int64 if where["int64"] else torch.int32
+    n, room, integer = math.prod(where["lead"]), where["pages"] * case.P, where["integer"]
     slots = torch.randperm(room + n, generator=g)[:n].to(integer)
     far = torch.tensor([-1, room, -room - 1, torch.iinfo(integer).min, torch.iinfo(integer).max], dtype=integer)
     away = (torch.rand(n, generator=g) < where["outside"]) | (slots >= room)
-    slots = torch.where(away, far[torch.randint(len(far), (n,), generator=g)], slots).view(lead)
-
-    def latents(width):
-        return (torch.randn(*lead, width, generator=g, dtype=torch.float64) * case.size).to(dtype)
-
-    zk, zv = latents(layer.row_width), None if layer.shared else latents(layer.v_width)
-    pool = torch.randn(pages, 2, case.P, layer.k_width + layer.v_width + 16, generator=g).to(dtype)
-    parts = pool[:, 1].split([layer.k_width, layer.v_width, 16], 2)
-    k_cache, v_cache = parts[0], None if layer.shared else parts[1]
-    if not strided:
-        k_cache, v_cache = k_cache.contiguous(), None if v_cache is None else v_cache.contiguous()
-        return layer, zk, zv, k_cache, v_cache, slots, None
-    zk = torch.stack((zk, zk), -2)[..., 1, :]
-    slots = torch.stack((slots, slots), -1)[..., 1]
-    return layer, zk, zv, k_cache, v_cache, slots, pool
+    slots = torch.where(away, far[torch.randint(len(far), (n,), generator=g)], slots).view(where["lead"]).to(device)
+    zk, zv = (z if z is None else z * case.size for z in latents(layer, *where["lead"], generator=g))
+    widths = [layer.k_width, layer.v_width, 16]
+    pool = torch.randn(where["pages"], 2, case.P, sum(widths), generator=g).to(device, dtype)
+    k_cache, v_cache, rest = pool[:, 1].split(widths, 2)
+    if not where["strided"]:
+        k_cache, v_cache = k_cache.contiguous(), v_cache.contiguous()
+    else:
+        zk, slots = torch.stack((zk, zk), -2)[..., 1, :], torch.stack((slots, slots), -1)[..., 1]
+    return layer, zk, zv, k_cache, None if layer.shared else v_cache, slots, (pool[:, 0], rest)
 
 
 def written(zk, zv, k_cache, v_cache, slots):
@@ -203,15 +188,11 @@ def written(zk, zv, k_cache, v_cache, slots):
 
 
 def check_write(case, where, dtype, seed, backend, device):
-    layer, zk, zv, k_cache, v_cache, slots, pool = on(device, *new_tokens(case, where, dtype, seed))
-    if pool is not None:
-        parts = pool[:, 1].split([layer.k_width, layer.v_width, 16], 2)
-        k_cache, v_cache = parts[0], None if v_cache is None else parts[1]
-        beside = pool[:, 0].clone(), parts[2].clone()
-    expected = written(zk, zv, k_cache, v_cache, slots)
+    layer, zk, zv, k_cache, v_cache, slots, beside = new_tokens(case, where, dtype, seed, device)
+    expected, before = written(zk, zv, k_cache, v_cache, slots), [x.clone() for x in beside]
     lrattn.write_latents(layer, zk, zv, k_cache, v_cache, slots, backend=backend)
     assert same(k_cache, expected[0]) and (v_cache is None or same(v_cache, expected[1]))
-    assert pool is None or (same(pool[:, 0], beside[0]) and same(parts[2], beside[1])), "written beside the caches"
+    assert all(map(same, beside, before)), "written beside the caches"
 
 
 @st.composite
@@ -219,12 +200,12 @@ def written_cases(draw, **limits):
     return Case("drawn", P=draw(st.sampled_from([16, 48])), **draw(layers(**limits)))
 
 
-@fuzz(2, case=written_cases(), where=writes(), seed=SEEDS, dtype=st.sampled_from(FLOATS))
+@fuzz(2, case=written_cases(), where=WRITES, seed=SEEDS, dtype=st.sampled_from(FLOATS))
 def test_the_reference_writes_what_a_loop_writes(case, where, seed, dtype, device):
     check_write(case, where, dtype, seed, "reference", "cpu")
 
 
-@fuzz(8, case=written_cases(heads=4), where=writes(), seed=SEEDS, dtype=st.sampled_from(INTERPRETED))
+@fuzz(8, case=written_cases(heads=4), where=WRITES, seed=SEEDS, dtype=st.sampled_from(INTERPRETED))
 def test_the_kernels_write_what_a_loop_writes(case, where, seed, dtype, device):
     check_write(case, where, dtype, seed, "triton", device)
 
@@ -264,7 +245,7 @@ def test_decode_attention_refuses_one_wrong_argument_by_name(case, seed, flat, d
     assert not unclear, "\n".join(unclear)
 
 
-@fuzz(20, case=written_cases(heads=4), where=writes(), seed=SEEDS)
+@fuzz(20, case=written_cases(heads=4), where=WRITES, seed=SEEDS)
 def test_write_latents_refuses_one_wrong_argument_by_name(case, where, seed, device):
     layer, zk, zv, k_cache, v_cache, slots, _ = new_tokens(case, {**where, "strided": False}, torch.float32, seed)
     names = "layer", "zk", "zv", "k_cache", "v_cache", "slot_mapping"

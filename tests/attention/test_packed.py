@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from cases import PACKED, Case, make, make_layer
-from packing import POISON, plain, read_cache
+from cases import PACKED, Case, latents, make, make_layer, there
+from heads import heads_of, latents_of, rebuilt
+from packing import plain, poison, read_cache
 
 import lrattn
 from lrattn.__main__ import main
@@ -26,13 +27,6 @@ def compressed(family="llama", **kwargs):
     return model, lrattn.compress(model, [tiny.tokens(4, 40)], **given)
 
 
-def heads_of(model, ids):
-    """Keys and values of each layer as attention is given them, two lists of [B, T, Hkv, D]."""
-    with torch.no_grad():
-        layers = model(ids, use_cache=True).past_key_values.layers
-    return [layer.keys.transpose(1, 2) for layer in layers], [layer.values.transpose(1, 2) for layer in layers]
-
-
 def formats_of(factors):
     return [f for layer in factors.layers for side in (layer.keys, layer.values) for f in side.formats]
 
@@ -42,7 +36,7 @@ def formats_of(factors):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_budget_is_met_from_below(family, shared):
     _model, factors = compressed(family, shared=shared)
-    caches = [x for layer in factors.layers for x in lrattn.allocate_cache(layer, 1, 16) if x is not None]
+    caches = [x for layer in factors.layers for x in there(*lrattn.allocate_cache(layer, 1, 16))]
     assert sum(x.nbytes for x in caches) == 16 * factors.bytes_per_token  # scales and padding included
     assert all(x.dtype == torch.uint8 for x in caches)
     step = 2 * max(layer.keys.num_heads for layer in factors.layers) * 16  # of a block in every group, and scales
@@ -57,25 +51,23 @@ def test_bytes_a_token_instead_of_a_share(nbytes):
     assert nbytes - 16 < factors.bytes_per_token <= nbytes
 
 
-@pytest.mark.parametrize("shared", FORMS)
-def test_more_bytes_foresee_less_loss(shared):
-    model, _ = compressed()
+@pytest.fixture(scope="module")
+def foreseen():
+    """The loss that is foreseen of factors of one model, made from the same moments."""
+    model = tiny.model("llama")
     moments = lrattn.calibrate(model, [tiny.tokens(4, 40)], gather=["before", "metric"], progress=False)
-    lost = [
-        sum(lrattn.compress(model, moments=moments, keep=k, bits="auto", shared=shared, progress=False).predicted)
-        for k in (0.1, 0.2, 0.4, 0.7, 1.0)
-    ]
+    return lambda **given: sum(lrattn.compress(model, moments=moments, progress=False, **given).predicted)
+
+
+@pytest.mark.parametrize("shared", FORMS)
+def test_more_bytes_foresee_less_loss(shared, foreseen):
+    lost = [foreseen(keep=keep, bits="auto", shared=shared) for keep in (0.1, 0.2, 0.4, 0.7, 1.0)]
     assert lost == sorted(lost, reverse=True) and lost[-1] < 1e-3 * lost[0]
 
 
-def test_bits_lose_less_than_ranks_at_the_same_bytes():
+def test_bits_lose_less_than_ranks_at_the_same_bytes(foreseen):
     """And every width the ladder has lowers what is foreseen."""
-    model, _ = compressed()
-    moments = lrattn.calibrate(model, [tiny.tokens(4, 40)], gather=["before", "metric"], progress=False)
-    lost = {
-        bits: sum(lrattn.compress(model, moments=moments, keep=0.08, bits=bits, shared=True, progress=False).predicted)
-        for bits in (16, 8, 4, (2, 4), "auto")
-    }
+    lost = {bits: foreseen(keep=0.08, bits=bits, shared=True) for bits in (16, 8, 4, (2, 4), "auto")}
     assert lost["auto"] <= lost[2, 4] <= lost[4] < lost[8] < lost[16]
 
 
@@ -89,18 +81,15 @@ def test_the_fold_changes_nothing_but_bits(family, shared):
         for side in (layer.keys, layer.values):
             assert (side.up.norm(dim=2).sum(0) > 0).all()
     model, whole = compressed(family, keep=1.0, bits=8, shared=shared)
-    for layer, k, v in zip(whole.layers, *heads_of(model, tiny.tokens(1, 40)), strict=True):
-        positions = None if layer.rope is None else torch.arange(40)[None]
-        back = layer.rebuild(*layer.project(k, v, positions), positions)
-        torch.testing.assert_close(back, (k, v), rtol=0, atol=2e-4)
+    for layer, heads in zip(whole.layers, heads_of(model, tiny.tokens(1, 40)), strict=True):
+        torch.testing.assert_close(rebuilt(layer, *heads), heads, rtol=0, atol=2e-4)
 
 
 def test_deviations_are_folded_in():
     """Latents of the calibration text have a mean square of one; those past the 96 that it has are no larger."""
     model, factors = compressed(shared=True)
-    for layer, k, v in zip(factors.layers, *heads_of(model, tiny.tokens(4, 40)), strict=True):
-        z, _ = layer.project(k, v, None if layer.rope is None else torch.arange(40).expand(4, -1))
-        sizes = z.square().mean((0, 1))
+    for layer, heads in zip(factors.layers, heads_of(model, tiny.tokens(4, 40)), strict=True):
+        sizes = latents_of(layer, *heads)[0].square().mean((0, 1))
         torch.testing.assert_close(sizes[:96], torch.ones(96), rtol=1e-3, atol=0)
         assert (sizes < 1.001).all()
 
@@ -144,13 +133,11 @@ def test_what_cannot_be_is_refused_before_any_work(given, message, monkeypatch):
 def test_a_cache_holds_what_the_page_layout_says(case):
     layer = make_layer(replace(case, strided=False), torch.float32)
     caches = lrattn.allocate_cache(layer, 2, 16)
-    zk = torch.randn(20, layer.row_width)
-    zv = None if case.shared else torch.randn(20, layer.values.width)
-    for cache in caches:
-        if cache is not None:
-            cache.fill_(POISON if cache.dtype == torch.uint8 else torch.nan)
+    zk, zv = latents(layer, 20)
+    for cache in there(*caches):
+        cache.fill_(poison(cache.dtype))
     lrattn.write_latents(layer, zk, zv, *caches, torch.arange(20))
-    assert sum(x[0, 0].nbytes for x in caches if x is not None) >= layer.bytes_per_token
+    assert sum(x[0, 0].nbytes for x in there(*caches)) >= layer.bytes_per_token
     k_cache, v_cache = caches
     back = unpack(layer.row_side, k_cache.flatten(0, 1)[:20])
     if layer.row_side.formats:
@@ -161,18 +148,6 @@ def test_a_cache_holds_what_the_page_layout_says(case):
     assert torch.equal(k, back.float())
     if v_cache is not None:
         assert torch.equal(v, unpack(layer.values, v_cache.flatten(0, 1)[:20]).float())
-
-
-@pytest.mark.parametrize("case", PACKED, ids=str)
-def test_rebuild_of_packed_latents(case):
-    whole = replace(case, starts=None, call={n: x for n, x in case.call.items() if n != "window_size"})
-    problem = make(whole)
-    layer, _, k_cache, v_cache, kwargs = problem
-    rest = kwargs["block_table"], kwargs["seq_lens"], kwargs["positions"]
-    got = lrattn.rebuild(k_cache, v_cache, layer, *rest)
-    own, _, *caches, _ = plain(problem)
-    expected = lrattn.rebuild(*caches, own, *rest)
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -186,48 +161,30 @@ def test_narrow_layers_are_as_good_as_wide_ones(dtype):
     assert (out.double() - true).abs().max() <= 8 * torch.finfo(dtype).eps * true.abs().max() + 1e-4
 
 
-def test_a_shard_writes_the_runs_of_its_heads():
+def test_a_part_of_a_layer_and_a_layer_moved_keep_their_formats():
     layer = make_layer(Case("groups", key_ranks=(32, 64), value_ranks=(48, 16), key_bits=(8, 4), value_bits=(4,)))
     for rank in range(2):
         part = layer.shard(rank, 2)
         assert part.keys.format == (layer.keys.format[rank],) and part.values.format == (layer.values.format[rank],)
         assert part.k_width == layer.keys.format[rank].nbytes
-
-
-def test_a_layer_moved_keeps_its_formats():
-    layer = make_layer(PACKED[3])
     assert layer.to(dtype=torch.float16).keys.format == layer.keys.format
 
 
-@pytest.mark.parametrize(
-    ("side", "given", "message"),
-    [
-        ("keys", uniform(48, 8), r"format: expected segments of the ranks \(32,\), got ranks \(48,\)"),
-        (
-            "values",
-            (uniform(48, 8), uniform(48, 8)),
-            r"format: expected segments of the ranks \(48,\), got ranks \(48, ",
-        ),
-        ("keys", 8, "format: expected None, a Format or one for each group, got 8"),
-        ("keys", (8,), r"format: expected None, a Format or one for each group, got \(8,\)"),
-    ],
-)
-def test_formats_that_do_not_fit_are_refused(side, given, message):
-    layer = make_layer(Case("plain"))
-    with pytest.raises(ValueError, match=message):
-        replace(getattr(layer, side), format=given)
-
-
-def test_groups_of_different_widths_are_refused():
+def test_formats_that_do_not_fit_are_refused():
     layer = make_layer(Case("groups", key_ranks=(32, 48)))
-    with pytest.raises(ValueError, match=r"format: expected the same widths in every group, got \[\(4,\), \(8,\)\]"):
-        replace(layer.keys, format=(uniform(32, 8), uniform(48, 4)))
-
-
-def test_keys_that_read_a_shared_row_have_no_format():
-    layer = make_layer(Case("joint", shared=True, key_ranks=(32,), value_ranks=(32,)))
+    for message, given in {
+        r"format: expected segments of the ranks \(32, 48\), got ranks \(48, 48\)": (uniform(48, 8),) * 2,
+        r"format: expected segments of the ranks \(32, 48\), got ranks \(32, 32\)": uniform(32, 8),
+        r"format: expected segments of the ranks \(32, 48\), got ranks \(32,\)": (uniform(32, 8),),
+        "format: expected None, a Format or one for each group, got 8": 8,
+        r"format: expected None, a Format or one for each group, got \(8,\)": (8,),
+        r"format: expected the same widths in every group, got \[\(4,\), \(8,\)\]": (uniform(32, 8), uniform(48, 4)),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            replace(layer.keys, format=given)
+    joint = make_layer(Case("joint", shared=True, key_ranks=(32,), value_ranks=(32,)))
     with pytest.raises(ValueError, match=r"shared: expected keys\.format to be None"):
-        replace(layer, keys=replace(layer.keys, format=uniform(32, 8)))
+        replace(joint, keys=replace(joint.keys, format=uniform(32, 8)))
 
 
 def test_a_cache_of_another_format_is_refused_and_untouched():
@@ -236,24 +193,18 @@ def test_a_cache_of_another_format_is_refused_and_untouched():
     wider = make_layer(Case("wider", key_bits=(4, 2), value_bits=(4,)), torch.float32)
     zk, zv, slots = torch.randn(3, 32), torch.randn(3, 48), torch.arange(3)
     caches = [x.fill_(7) for x in lrattn.allocate_cache(plain_layer, 2, 16)]
-    with pytest.raises(ValueError, match=r"k_cache: expected uint8 for the layer's packed latents, got torch\.float32"):
-        lrattn.write_latents(layer, zk, zv, *caches, slots)
     packed = [x.fill_(7) for x in lrattn.allocate_cache(layer, 2, 16)]
-    with pytest.raises(ValueError, match=r"k_cache: expected the layer's dtype torch\.float32, got torch\.uint8"):
-        lrattn.write_latents(plain_layer, zk, zv, *packed, slots)
-    with pytest.raises(ValueError, match=rf"k_cache: expected shape \[N, P, {wider.k_width}\], got \[2, 16, 36\]"):
-        lrattn.write_latents(wider, zk, zv, *packed, slots)
-    with pytest.raises(ValueError, match=r"v_cache: expected uint8 for the layer's packed latents, got torch\.float32"):
-        lrattn.write_latents(layer, zk, zv, packed[0], caches[1], slots)
-    assert all((x == 7).all() for x in (*caches, *packed))
-
-
-def test_rows_that_do_not_begin_at_words_are_refused():
-    layer = make_layer(Case("packed", key_bits=(8,), value_bits=(4,)), torch.float32)
-    _, v_cache = lrattn.allocate_cache(layer, 2, 16)
     odd = torch.empty(2, 16, layer.k_width + 3, dtype=torch.uint8)[..., 3:]
-    with pytest.raises(ValueError, match=r"k_cache: expected rows at multiples of 4 bytes, got strides"):
-        lrattn.write_latents(layer, torch.randn(1, 32), torch.randn(1, 48), odd, v_cache, torch.arange(1))
+    for message, (own, *given) in {
+        r"k_cache: expected uint8 for the layer's packed latents, got torch\.float32": (layer, *caches),
+        r"v_cache: expected uint8 for the layer's packed latents, got torch\.float32": (layer, packed[0], caches[1]),
+        r"k_cache: expected the layer's dtype torch\.float32, got torch\.uint8": (plain_layer, *packed),
+        rf"k_cache: expected shape \[N, P, {wider.k_width}\], got \[2, 16, 36\]": (wider, *packed),
+        "k_cache: expected rows at multiples of 4 bytes, got strides": (layer, odd, packed[1]),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            lrattn.write_latents(own, zk, zv, *given, slots)
+    assert all((x == 7).all() for x in (*caches, *packed))
 
 
 def test_packed_factors_are_not_narrowed():
@@ -270,17 +221,6 @@ def test_info_shows_bits_and_bytes(tmp_path, capsys):
     assert f"{factors.bytes_per_token:,} of 1,536 bytes a token, {16 * factors.keep:.2f} bits a number" in shown
     for layer in factors.layers:
         assert " ".join(f"{rank}x{bits}" for rank, bits in layer.values.formats[0].segments) in shown
-
-
-# Files.
-
-
-def test_formats_are_saved_with_the_factors(tmp_path):
-    _, factors = compressed(shared="ride")
-    factors.save(tmp_path / "f")
-    again = lrattn.Factors.load(tmp_path / "f")
-    assert [x.values.format for x in again.layers] == [x.values.format for x in factors.layers]
-    assert again.keep == factors.keep and again.predicted == factors.predicted
 
 
 # Models.

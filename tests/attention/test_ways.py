@@ -198,13 +198,39 @@ def test_a_plan_keeps_within_any_limit_that_holds_a_tile(batch, rope):
 def test_a_layer_remembers_what_it_checked(monkeypatch):
     """A second call of a kind is not checked again; a call of another kind is."""
     layer, q, k_cache, v_cache, kwargs = make(Case("again", lens=(20,)), torch.float32)
+    z = torch.zeros(1, layer.row_width), torch.zeros(1, layer.values.width)
+    none = torch.tensor([-1])  # a slot that is skipped
+
+    def write(zk=z[0], slots=none):
+        lrattn.write_latents(layer, zk, z[1], k_cache, v_cache, slots)
+
+    write()
     expected = lrattn.decode_attention(q, k_cache, v_cache, layer, **kwargs)
     monkeypatch.setattr("lrattn.attention.ops.check_caches", lambda *a, **k: pytest.fail("checked again"))
+    write()
     again = lrattn.decode_attention(q, k_cache, v_cache, layer, **kwargs)
     assert torch.equal(again, expected)
     monkeypatch.undo()
     for wrong in (q[..., :-1], q.double(), q[:, :, :3], q.expand(2, -1, -1, -1)):
         with pytest.raises(ValueError, match="q: expected"):
             lrattn.decode_attention(wrong, k_cache, v_cache, layer, **kwargs)
+    for wrong in (z[0][:, :-1], z[0].double(), z[0].expand(2, -1)):
+        with pytest.raises(ValueError, match=r"(zk|zv|slot_mapping): expected"):
+            write(wrong)
+    with pytest.raises(ValueError, match="slot_mapping: expected"):
+        write(slots=none.float())
     with pytest.raises(ValueError, match="num_splits: expected"):
         lrattn.decode_attention(q, k_cache, v_cache, layer, **kwargs, num_splits=-1)
+
+
+def test_packed_rows_that_begin_elsewhere_are_another_kind_of_call():
+    """Of the same shape and strides, at no multiple of 4 bytes."""
+    layer, q, k_cache, v_cache, kwargs = make(Case("again", lens=(20,), key_bits=(8,)), torch.float32)
+    held = torch.zeros(k_cache.numel() + 4, dtype=torch.uint8)
+
+    def at(offset):
+        return held[offset : offset + k_cache.numel()].view(k_cache.shape)
+
+    lrattn.decode_attention(q, at(0), v_cache, layer, **kwargs)
+    with pytest.raises(ValueError, match="k_cache: expected rows at multiples of 4 bytes"):
+        lrattn.decode_attention(q, at(1), v_cache, layer, **kwargs)

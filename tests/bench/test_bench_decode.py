@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from itertools import pairwise, product
 from types import SimpleNamespace
 
 import pytest
@@ -26,13 +27,16 @@ def dry(*left_out):
     return gpu_decode.Bench.of(list(left_out), dry=True)
 
 
+def measured(shape, batch, *left_out):
+    return gpu_decode.measure(gpu_decode.Case(shape, 64, batch), dry(*left_out))
+
+
 def test_ranks_and_kept_bytes_of_known_shapes():
-    shape = Shape(LLAMA_2, "ReCalKV", 0.5)
+    shape, packed = Shape(LLAMA_2, "ReCalKV", 0.5), Shape(QWEN_3, "Palu", 0.5, (8, 4, 2))
     assert (shape.key_ranks, shape.value_ranks, shape.kept) == ((256,) * 8, (2048,), 0.5)
     assert Shape(LLAMA_31, "Palu", 0.3).value_ranks == (160, 160)
     assert Shape(QWEN_25, "Palu", 0.5).key_ranks == (256,)
-    assert Shape(QWEN_3, "Palu", 0.5).kept == 0.5
-    packed = Shape(QWEN_3, "Palu", 0.5, (8, 4, 2))
+    assert packed._replace(bits=()).kept == 0.5
     assert packed.kept == 4 * (64 + 32 + 32 + 4) / 4096  # four runs with their scales
 
 
@@ -48,13 +52,11 @@ def test_counted_bytes_are_those_of_the_tensors(shape):
 
 def test_counted_flops_by_hand():
     """Four query heads on two kv heads of 64 dimensions, ranks 64 for both."""
-    shape = Shape(Model("hand", 4, 2, 1e4, head_dim=64), "Palu", 0.5)
-    count = decode_shapes.counts(shape)
-    rebuilt, score, sum_ = 2 * 2 * 64 * 64, 2 * 4 * 64, 2 * 4 * 64
-    assert count["dense"].flops == 2 * 2 * 4 * 64
-    assert count["lrattn, two passes"].flops == rebuilt + score + sum_
-    assert count["rebuild all, attend"].flops == 2 * rebuilt + 2 * score
-    assert count["lrattn, position-free"].flops == 2 * sum_
+    count = decode_shapes.counts(Shape(Model("hand", 4, 2, 1e4, head_dim=64), "Palu", 0.5))
+    rebuilt, side = 2 * 2 * 64 * 64, 2 * 4 * 64  # scores, or the sum of values
+    assert count["dense"].flops == count["lrattn, position-free"].flops == 2 * side
+    assert count["lrattn, two passes"].flops == rebuilt + 2 * side
+    assert count["rebuild all, attend"].flops == 2 * rebuilt + 2 * side
 
 
 @pytest.mark.parametrize("device", ["sm80", "sm90", "sm100"])
@@ -63,18 +65,14 @@ def test_the_ways_counted_are_those_taken(shape, device):
     """Temporaries are counted for two passes where two are taken."""
     if shape.bits and device != "sm90":
         pytest.skip("counted for an H100")
-    model = shape.model
+    model, dtype = shape.model, torch.bfloat16
     keys, values = (
-        lrattn.Projection(
-            torch.zeros(model.kv_heads, max(ranks), model.head_dim, dtype=torch.bfloat16),
-            ranks,
-            format=shape.formats(ranks),
-        )
-        for ranks in (shape.key_ranks, shape.value_ranks)
+        lrattn.Projection(torch.zeros(model.kv_heads, max(r), model.head_dim, dtype=dtype), r, format=shape.formats(r))
+        for r in (shape.key_ranks, shape.value_ranks)
     )
     for way, rope in (("two passes", lrattn.Rope(model.theta, model.head_dim, 64)), ("position-free", None)):
         sizes = [side.sizes for side in lrattn.LayerFactors(keys, values, rope=rope).operands]
-        one_pass = plan.fused(model.query_heads, torch.bfloat16, device, *sizes, rope is not None)
+        one_pass = plan.fused(model.query_heads, dtype, device, *sizes, rope is not None)
         assert (decode_shapes.counts(shape)[f"lrattn, {way}"].temporaries == 0) == (one_pass is not None)
 
 
@@ -86,10 +84,9 @@ def test_every_shape_of_the_design_is_a_case_and_the_most_valuable_come_first():
 
 
 def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, qv=None, rotary_cos=None, rotary_sin=None,
-                            cache_seqlens=None, **others):  # fmt: skip
+                            cache_seqlens=None):  # fmt: skip
     """As FlashAttention-3's: q [B, S, Hq, D], caches [B, T, Hkv, D]."""
-    assert not others and cache_seqlens.dtype == torch.int32
-    assert (cache_seqlens == k_cache.shape[1]).all()
+    assert cache_seqlens.dtype == torch.int32 and (cache_seqlens == k_cache.shape[1]).all()
     q, k, v = (x.transpose(1, 2) for x in (q, k_cache, v_cache))
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
 
@@ -100,36 +97,33 @@ class BatchDecodeWithPagedKVCacheWrapper:
     def __init__(self, workspace, kv_layout, *, use_cuda_graph, use_tensor_cores, paged_kv_indptr_buffer,
                  paged_kv_indices_buffer, paged_kv_last_page_len_buffer):  # fmt: skip
         assert kv_layout == "NHD" and use_cuda_graph and workspace.dtype == torch.uint8
-        self.buffers = [paged_kv_indptr_buffer, paged_kv_indices_buffer, paged_kv_last_page_len_buffer]
+        self.buffers = paged_kv_indptr_buffer, paged_kv_indices_buffer, paged_kv_last_page_len_buffer
 
     def plan(self, indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size, *,
              q_data_type, kv_data_type):  # fmt: skip
-        assert all(x.dtype == torch.int32 for x in (indptr, indices, last_page_len))
-        assert [b.numel() for b in self.buffers] == [x.numel() for x in (indptr, indices, last_page_len)]
-        self.indptr, self.indices, self.last, self.page = indptr, indices, last_page_len, page_size
-        self.heads = num_qo_heads, num_kv_heads, head_dim
+        self.places, self.heads = (indptr, indices, last_page_len), (num_qo_heads, num_kv_heads, head_dim)
+        assert all(x.dtype == torch.int32 and x.shape == b.shape for x, b in zip(self.places, self.buffers))
+        assert (last_page_len == page_size).all()  # pages are full
 
     def run(self, q, cache):
-        outs = []
-        for b, (begin, end) in enumerate(zip(self.indptr, self.indptr[1:])):
-            pages = self.indices[begin:end].long()
-            k, v = (side[pages].flatten(0, 1)[: (end - begin - 1) * self.page + self.last[b]] for side in cache)
-            assert q[b].shape[0] == self.heads[0] and k.shape[1:] == self.heads[1:]
-            outs.append(decode_problem.attend(q[b], k, v).to(q.dtype))
-        return torch.stack(outs)
+        assert (q.shape[1], *cache[0].shape[2:]) == self.heads
+        pages = (self.places[1][begin:end].long() for begin, end in pairwise(self.places[0]))
+        sides = ((side[own].flatten(0, 1) for side in cache) for own in pages)
+        return torch.stack([decode_problem.attend(x, *own) for x, own in zip(q, sides)]).to(q.dtype)
 
 
 @pytest.fixture
 def installed(monkeypatch):
     """Stand-ins with the published signatures: ours may only call what exists."""
-    for module, name in (("flash_attn_interface", flash_attn_with_kvcache),
-                         ("flashinfer", BatchDecodeWithPagedKVCacheWrapper)):  # fmt: skip
-        monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{name.__name__: name}))
+    flash = SimpleNamespace(flash_attn_with_kvcache=flash_attn_with_kvcache)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", flash)
+    paged = SimpleNamespace(BatchDecodeWithPagedKVCacheWrapper=BatchDecodeWithPagedKVCacheWrapper)
+    monkeypatch.setitem(sys.modules, "flashinfer", paged)
 
 
 @pytest.mark.parametrize("shape", slow_unless({TINY[0], TINY[-1]}, TINY), ids=lambda s: s.name)
 def test_every_provider_computes_the_same_step(shape, installed):
-    row = gpu_decode.measure(gpu_decode.Case(shape, 64, 2), dry())
+    row = measured(shape, 2)
     assert not row["faults"]
     assert set(row["skipped"]) <= {"SDPA, cuDNN", *list(decode_providers.REBUILDING)[: 1 + bool(shape.bits)]}
     assert set(row["times"]) | set(row["skipped"]) == set(decode_providers.NAMES)
@@ -140,36 +134,30 @@ def test_every_provider_computes_the_same_step(shape, installed):
 def test_what_is_not_installed_is_named_with_the_reason(monkeypatch):
     for module in ("flash_attn_interface", "flashinfer"):
         monkeypatch.setitem(sys.modules, module, None)
-    row = gpu_decode.measure(gpu_decode.Case(TINY[2], 64, 1), dry("lrattn, shared row", "FlexAttention"))
+    row = measured(TINY[2], 1, "lrattn, shared row", "FlexAttention")
     assert "flash_attn_interface" in row["skipped"]["FlashAttention-3"]
     assert row["skipped"]["FlexAttention"] == "left out by --without"
     assert "keys without an offset" in row["skipped"]["Palu's scores, then PyTorch"]
     assert not set(row["skipped"]) & set(row["times"])
 
 
-@pytest.mark.parametrize("fault", ["wrong", "raises"])
-def test_a_wrong_or_failing_provider_is_a_fault_and_the_others_are_timed(fault, monkeypatch):
+@pytest.mark.parametrize("fault, told", [("wrong", "differ"), ("replay", "differ"), ("raises", "StopIteration")])
+def test_a_wrong_or_failing_provider_is_a_fault_and_the_others_are_timed(fault, told, monkeypatch):
+    """Wrong at once, only where its replay is checked, or not to be run."""
+
     def broken(x):
+        factors = iter({"wrong": (1.1,), "replay": (1.0, torch.nan), "raises": ()}[fault])
+
         def run():
-            if fault == "raises":
-                raise RuntimeError("no kernel image")
-            return decode_providers.ours(x)() * 1.1
+            return decode_providers.ours(x)() * next(factors)
 
         return run
 
-    monkeypatch.setitem(decode_providers.OURS, "lrattn, two passes", broken)
-    row = gpu_decode.measure(gpu_decode.Case(TINY[0], 64, 1), dry("FlexAttention"))
-    assert set(row["faults"]) == {"lrattn, two passes"} and "lrattn, two passes" not in row["times"]
-    assert {"wrong": "results differ", "raises": "no kernel image"}[fault] in row["faults"]["lrattn, two passes"]
-    assert "lrattn" in row["times"]
-
-
-def test_a_result_that_only_its_replay_gets_wrong_is_a_fault(monkeypatch):
-    bench = dry("FlexAttention")
-    prepare = bench.clock.prepare
-    monkeypatch.setattr(bench.clock, "prepare", lambda run: prepare(run)._replace(result=run() * torch.nan))
-    row = gpu_decode.measure(gpu_decode.Case(TINY[0], 64, 1), bench)
-    assert not row["times"] and "lrattn" in row["faults"]
+    name = "lrattn, two passes"
+    monkeypatch.setitem(decode_providers.OURS, name, broken)
+    row = measured(TINY[0], 1, "FlexAttention")
+    assert set(row["faults"]) == {name} and told in row["faults"][name]
+    assert name not in row["times"] and "lrattn" in row["times"]
 
 
 DENSE, SHARED = set(decode_providers.DENSE), {decode_providers.SHARED}
@@ -181,53 +169,47 @@ DENSE, SHARED = set(decode_providers.DENSE), {decode_providers.SHARED}
 def test_what_does_not_fit_is_left_out_with_the_reason(share, refused, monkeypatch):
     """Memory for a share of the dense cache: for nothing, for the latents, for the dense cache too, for all."""
     case = gpu_decode.Case(TINY[1], 64, 4)
-    dense = 4 * case.shape.model.kv_heads * case.shape.model.head_dim * case.tokens * case.batch
+    dense = 4 * TINY[1].model.kv_heads * TINY[1].model.head_dim * 64 * 4
     monkeypatch.setattr(gpu_decode.Bench, "free", lambda self: int(share * dense))
     entries = list(gpu_decode.entries(case, dry()))
     assert [entry.name for entry in entries] == list(decode_providers.NAMES)
-    found = set()
     for entry in entries:
         try:
             entry.build()
         except Unavailable as reason:
-            found |= {entry.name} if "GiB are free" in str(reason) else set()
-    assert found == refused
+            assert (entry.name in refused) == ("GiB are free" in str(reason))
+        else:
+            assert entry.name not in refused
 
 
 def test_time_that_is_up_leaves_out_the_least_valuable_and_a_later_run_goes_on(tmp_path, monkeypatch):
     path = tmp_path / "times.json"
-    bench = dry(*(name for name in decode_providers.NAMES if name not in ("SDPA, flash", "lrattn")))
+    bench = dry(*set(decode_providers.NAMES) - {"SDPA, flash", "lrattn"})
     first = gpu_decode.run(path, 0.0, bench, resume=False)
     names = [case.name for case in gpu_decode.cases(dry=True)]
     assert len(first["rows"]) == 1 and first["left_out"] == names[1:]
     both = gpu_decode.run(path, math.inf, bench, resume=True)
-    assert both["rows"][0] == first["rows"][0] and len(both["rows"]) == len(names) and both["left_out"] == []
+    assert both["rows"][:1] == first["rows"] and len(both["rows"]) == len(names) and both["left_out"] == []
     assert json.loads(path.read_text()) == json.loads(json.dumps(both))
     monkeypatch.setattr(gpu_decode.report, "machine", lambda: {"gpu": "another"})
     with pytest.raises(SystemExit, match="another machine"):
         gpu_decode.run(path, math.inf, bench, resume=True)
 
 
-def test_without_a_gpu_the_first_line_says_so_and_no_gpu_file_is_written(tmp_path, monkeypatch, capsys):
+def test_without_a_gpu_the_first_line_says_so_and_no_gpu_file_or_rehearsal_is_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cpu_decode, "SHAPES", [Shape(Model("tiny", 4, 2, 1e4, head_dim=32), "ReCalKV", 0.5)])
-    monkeypatch.setattr(
-        sys, "argv", ["decode_latency", "--out", str(tmp_path), "--tokens", "32", "64", "--repeats", "2"]
-    )
-    assert decode_latency.main() == 0
-    out = capsys.readouterr().out
-    assert out.splitlines()[0] == decode_latency.NO_GPU
-    assert "Counted for any GPU" in out and "latent_scores" in out
-    assert {p.name for p in tmp_path.iterdir()} == {"decode_latency_cpu.json", "decode_latency_cpu.png",
-                                                    "decode_counts.json"}  # fmt: skip
-    rows = json.loads((tmp_path / "decode_latency_cpu.json").read_text())["rows"]
-    assert [(row["dtype"], row["tokens"]) for row in rows] == [
-        ("float32", 32), ("float32", 64), ("bfloat16", 32), ("bfloat16", 64)]  # fmt: skip
-
-
-def test_a_dry_run_is_never_written_among_the_results(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["decode_latency", "--dry"])
     with pytest.raises(SystemExit):
-        decode_latency.main()
+        decode_latency.main()  # among the results
+    words = f"decode_latency --out {tmp_path} --tokens 32 64 --repeats 2"
+    monkeypatch.setattr(sys, "argv", words.split())
+    assert decode_latency.main() == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[0] == decode_latency.NO_GPU and "Counted for any GPU" in out and "latent_scores" in out
+    written = {"decode_latency_cpu.json", "decode_latency_cpu.png", "decode_counts.json"}
+    assert {p.name for p in tmp_path.iterdir()} == written
+    rows = json.loads((tmp_path / "decode_latency_cpu.json").read_text())["rows"]
+    assert [(row["dtype"], row["tokens"]) for row in rows] == list(product(("float32", "bfloat16"), (32, 64)))
 
 
 def test_the_plot_draws_every_provider_that_was_timed(tmp_path, monkeypatch):

@@ -17,6 +17,10 @@ def operands(tokens=128, rank=64, groups=8, dtype=torch.float32):
     return q.to(dtype), ck.to(dtype), (uk * rank**-0.5).to(dtype)
 
 
+def assert_near(got, true):
+    assert got.shape == true.shape and (got - true).norm() <= 5e-3 * true.norm()
+
+
 @pytest.mark.parametrize("launch", [palu_scores.PUBLISHED, palu_scores.FOR_FOURS], ids=["published", "for fours"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float16, 2e-3)], ids=["float32", "float16"])
 def test_scores_are_those_of_keys_rebuilt_and_rotated(launch, dtype, tolerance):
@@ -25,48 +29,40 @@ def test_scores_are_those_of_keys_rebuilt_and_rotated(launch, dtype, tolerance):
     k = lrattn.Rope(1e4, 128, 128).rotate(k.transpose(0, 1), torch.arange(128)).transpose(0, 1)
     exact = (k @ q.double()[..., None])[..., 0]
     got = palu_scores.palu_scores(q, ck, uk, launch)
-    assert got.dtype == dtype
-    assert (got - exact).abs().max() <= tolerance * exact.abs().max()
+    assert got.dtype == dtype and (got - exact).abs().max() <= tolerance * exact.abs().max()
+
+
+Q, CK, UK = operands()
 
 
 @pytest.mark.parametrize(
-    "operands, limit",
-    [
-        (operands(tokens=96), "a multiple of 64 tokens"),
-        (operands(rank=48), "ranks that are multiples of 32"),
-        (operands(groups=5), "a number of groups that divides 32"),
-        ((operands()[0][:16], *operands()[1:]), "32 query heads"),
-        ((operands()[0], operands()[1][:, ::2], operands()[2]), "contiguous tensors"),
-    ],
+    "limit, given",
+    {
+        "a multiple of 64 tokens": operands(tokens=96),
+        "ranks that are multiples of 32": operands(rank=48),
+        "a number of groups that divides 32": operands(groups=5),
+        "32 query heads": (Q[:16], CK, UK),
+        "contiguous tensors": (Q, CK[:, ::2], UK),
+    }.items(),
     ids=lambda x: x if isinstance(x, str) else "",
 )
-def test_what_the_published_kernel_would_compute_wrongly_is_refused(operands, limit):
+def test_what_the_published_kernel_would_compute_wrongly_is_refused(limit, given):
     with pytest.raises(palu_scores.Unfit, match=limit):
-        palu_scores.palu_scores(*operands)
-
-
-def test_a_whole_step_is_attention():
-    x = decode_problem.make(SMALL, 64, 1, torch.float16)
-    true = decode_problem.attend(x.q[0], *x.heads(0))
-    got = palu(x)()
-    assert got.shape == (1, 32, 128)
-    assert (got[0] - true).square().mean().sqrt() <= 5e-3 * true.square().mean().sqrt()
+        palu_scores.palu_scores(*given)
 
 
 @pytest.mark.parametrize(
-    "shape, batch, limit",
-    [(SMALL, 2, "one sequence"), (Shape(LLAMA_31, "Palu", 1 / 16), 1, "theta 10000")],
-    ids=["batch", "theta"],
+    "shape, batch, limit", [(SMALL, 2, "one sequence"), (Shape(LLAMA_31, "Palu", 1 / 16), 1, "theta 10000")], ids=str
 )
 def test_a_problem_outside_its_limits_is_unavailable_with_the_reason(shape, batch, limit):
     with pytest.raises(Unavailable, match=limit):
         palu_scorer(decode_problem.make(shape, 64, batch, torch.float16))
 
 
-def test_our_scores_alone_are_those_of_a_decode_call():
+def test_a_whole_step_is_attention_and_our_scores_alone_are_those_of_a_decode_call():
     x = decode_problem.make(SMALL, 128, 1, torch.float16)
-    scores = palu_decode.our_scores(x)()[0] * 128**-0.5
-    v = x.heads(0)[1].float().transpose(0, 1)
-    got = (torch.softmax(scores, -1)[:, None] @ v)[:, 0]
-    true = decode_problem.attend(x.q[0], *x.heads(0))
-    assert (got - true).square().mean().sqrt() <= 5e-3 * true.square().mean().sqrt()
+    k, v = x.heads(0)
+    true = decode_problem.attend(x.q[0], k, v)
+    assert_near(palu(x)()[0], true)
+    scores = torch.softmax(palu_decode.our_scores(x)()[0] * 128**-0.5, -1)
+    assert_near((scores[:, None] @ v.float().transpose(0, 1))[:, 0], true)

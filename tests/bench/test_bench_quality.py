@@ -3,7 +3,7 @@
 import math
 import re
 from dataclasses import replace
-from itertools import accumulate, takewhile
+from itertools import accumulate
 from statistics import fmean, stdev
 from types import SimpleNamespace
 
@@ -20,74 +20,50 @@ from lrattn.integrations.transformers import latent_attention
 from lrattn.integrations.transformers.perplexity import losses, perplexity
 
 
-def test_losses_are_the_model_s_own_and_perplexity_is_their_mean():
-    model, windows = tiny.model("llama"), tiny.tokens(3, 24)
-    found = losses(model, windows, progress=False)
-    with torch.no_grad():
-        own = [model(input_ids=w[None], labels=w[None]).loss.item() for w in windows]
-    assert found == pytest.approx(own, rel=1e-5) and len(set(found)) == 3
-    assert perplexity(model, windows, progress=False) == pytest.approx(math.exp(fmean(own)), rel=1e-5)
-
-
-def test_errors_are_of_differences_not_of_windows():
-    dense, gaps = [1.0, 4.0, 9.0], [0.10, 0.12, 0.11]
-    found = quality.compared([d + g for d, g in zip(dense, gaps, strict=True)], dense)
-    assert found["excess"] == pytest.approx(0.11) and found["error"] == pytest.approx(stdev(gaps) / math.sqrt(3))
-
-
 def test_the_halves_of_the_news_are_apart():
     parts = [texts.news(half).split("\n\n") for half in ("calibration", "evaluation")]
     assert all(len(part) > 140 for part in parts) and not set(parts[0]) & set(parts[1])
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_cells_are_told_apart_by_their_settings(name):
-    staged = list(cells(name))
-    assert staged[0][1]["method"] == "dense" and [s for s, _ in staged] == sorted(s for s, _ in staged)
-    settings = [c for _, c in staged]
-    assert all(find(settings, **c) is c for c in settings)
-    for cell in settings:
-        assert settings_of(row_of(cell)).items() <= cell.items()
+def test_cells_are_told_apart_by_their_settings_and_the_frontier_is_a_part_of_them(name):
+    stages, settings = zip(*cells(name))
+    frontier = [c for _, c in cells(name, frontier=True)]
+    assert settings[0]["method"] == frontier[0]["method"] == "dense" and list(stages) == sorted(stages)
+    assert all(find(settings, **c) is c and settings_of(row_of(c)).items() <= c.items() for c in settings)
+    assert all(find(settings, **c) for c in frontier) and len(frontier) == len({repr(c) for c in frontier})
+    for row in map(row_of, frontier[1:]):
+        assert row.method == "dense" or quality_frontier.family(row) in quality_plot.FRONTIER
+        assert len(row.label) < quality_table.LABEL
 
 
 def test_plans_measure_each_part_of_a_row_with_and_without_a_window():
-    """A cell with a window, and one of another sample, has the plain cell it is compared with; the frontier has curves
-    to compare."""
+    """A cell with a window, and one of another sample, has the plain cell it is compared with; the frontier begins with
+    what decides."""
     settings = [c for _, c in cells("smollm2")]
     for cell in (c for c in settings if c["method"] != "dense" and not row_of(c).packed):
         plain = {"recent": 0, "sample": "0", "far": [0, 0], "counted": False}
-        names = ("method", "ranks", "shared", "keep", "length")
-        assert find(settings, **{n: cell[n] for n in names}, **plain)
-
-
-def test_the_frontier_is_a_part_of_the_plan_and_begins_with_what_decides():
-    for name in PLANS:
-        whole, frontier = [[c for _, c in cells(name, frontier=own)] for own in (False, True)]
-        assert frontier[0]["method"] == "dense" and all(find(whole, **c) for c in frontier)
-        assert len(frontier) == len({repr(c) for c in frontier})
-    first = [row_of(c).label for c in [c for _, c in cells("smollm2", frontier=True) if c["method"] != "dense"][:11]]
+        assert find(settings, **{n: cell[n] for n in ("method", "ranks", "shared", "keep", "length")}, **plain)
+    first = [row_of(c).label for _, c in cells("smollm2", frontier=True) if c["method"] != "dense"][:11]
     assert first[:2] == ["lrattn joint auto"] * 2 and {"kivi-32 4 bits", "kivi-32 8 bits"} <= set(first)
 
 
-def test_processes_share_the_cells(monkeypatch):
+def test_processes_share_the_cells(monkeypatch, tmp_path):
+    out = tmp_path / "quality.json"
+    out.write_text('{"cells": []}')
+
     def asked(*words):
-        monkeypatch.setattr("sys.argv", ["quality", "--frontier", "--windows", "1", *words])
+        monkeypatch.setattr("sys.argv", ["quality", "--frontier", "--windows", "1", "--out", str(out), *words])
         chosen = []
         monkeypatch.setattr(quality, "measure", lambda cells, *_, **__: chosen.extend(cells))
-        monkeypatch.setattr(quality.report, "load", lambda _: {"cells": []})
-        monkeypatch.setattr(quality.quality_plot, "plot", lambda *_: None)
-        monkeypatch.setattr(quality.Path, "write_text", lambda *_: None)
         quality.main()
         return chosen
 
     whole, *parts = asked(), asked("--part", "0/2"), asked("--part", "1/2")
     dense = [c for c in whole if c["method"] == "dense"]
-    assert all(part[: len(dense)] == dense for part in parts) and dense
-    first, second = (part[len(dense) :] for part in parts)
-    assert [c for pair in zip(first, second, strict=False) for c in pair] == whole[len(dense) :][: 2 * len(second)]
-    assert len(first) + len(second) + len(dense) == len(whole)
-    only = asked("--method", "quantised")
-    assert {c["method"] for c in only} == {"dense", "quantised"}
+    others = whole[len(dense) :]
+    assert dense and parts == [dense + others[::2], dense + others[1::2]]
+    assert {c["method"] for c in asked("--method", "quantised")} == {"dense", "quantised"}
     with pytest.raises(SystemExit):
         asked("--part", "2/2")
 
@@ -117,34 +93,46 @@ def cell_of(row, keep, **changed):
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     subject, held = Tokens(tmp_path_factory.mktemp("kept")), []
-    near = {"recent": 8, "sinks": 2}
-    for cell in (
-        cell_of(quality_plan.DENSE, 1.0),
-        cell_of(PALU, 1.0),
-        cell_of(PALU, 0.5),
-        cell_of(JOINT, 0.5),
-        cell_of(PALU, 0.5, **near),
-        cell_of(PALU, 0.5, **near, counted=True),
-        cell_of(PALU, 0.01),
-        cell_of(replace(PALU, refine=9), 0.5),
-        cell_of(NESTED, 0.5),
-        cell_of(NESTED, 0.75),
-        cell_of(replace(JOINT, bits="auto"), 0.125),
-        cell_of(replace(PALU, bits=8), 0.25),
-        cell_of(quantised("kivi-32", 4)[0], 1.0, sample=""),
-        cell_of(quantised("kivi-32", 4)[0], 1.0, sample="", recent=32, sinks=2),
-        cell_of(quantised("half", 16)[0], 1.0, sample=""),
-        *(cell_of(row, 0.3) for row in quality_plan.UNROTATED),
+    near, data, kivi = {"recent": 8, "sinks": 2}, {"sample": ""}, quantised("kivi-32", 4)[0]
+    for row, keep, *changed in (
+        (quality_plan.DENSE, 1.0),
+        (PALU, 1.0),
+        (PALU, 0.5),
+        (JOINT, 0.5),
+        (PALU, 0.5, near),
+        (PALU, 0.5, near | {"counted": True}),
+        (PALU, 0.01),
+        (replace(PALU, refine=9), 0.5),
+        (NESTED, 0.5),
+        (NESTED, 0.75),
+        (replace(JOINT, bits="auto"), 0.125),
+        (replace(PALU, bits=8), 0.25),
+        (kivi, 1.0, data),
+        (kivi, 1.0, data | {"recent": 32, "sinks": 2}),
+        (quantised("half", 16)[0], 1.0, data),
+        *((row, 0.3) for row in quality_plan.UNROTATED),
     ):
+        cell = cell_of(row, keep, **dict(*changed))
         held.append(cell | quality.run(subject, cell, held))
     return held
 
 
+def test_losses_are_the_model_s_own_and_errors_of_differences_not_of_windows(measured, tmp_path):
+    subject, (own, half) = Tokens(tmp_path), (measured[i]["texts"]["news"] for i in (0, 2))
+    windows = subject.evaluation("news", 40, 3)
+    with torch.no_grad():
+        found = [subject.model(input_ids=w[None], labels=w[None]).loss.item() for w in windows]
+    assert own["losses"] == pytest.approx(found, rel=1e-5) and len(set(found)) == 3
+    assert perplexity(subject.model, windows, progress=False) == pytest.approx(own["perplexity"], rel=1e-5)
+    assert own["perplexity"] == pytest.approx(math.exp(fmean(found)), rel=1e-5)
+    gaps = [a - b for a, b in zip(half["losses"], own["losses"])]
+    assert half["excess"] == pytest.approx(fmean(gaps), abs=2e-6)
+    assert half["error"] == pytest.approx(stdev(gaps) / math.sqrt(3), rel=1e-3)
+
+
 def test_cells_measure_what_their_settings_say(measured):
-    dense, whole, half, joint, beside, counted, never, refined, *nested = measured[:10]
+    _, whole, half, joint, beside, counted, never, refined, *nested = measured[:10]
     assert abs(whole["texts"]["news"]["excess"]) < 1e-5 < abs(half["texts"]["news"]["excess"])
-    own = dense["texts"]["news"]
-    assert own["perplexity"] == pytest.approx(math.exp(fmean(own["losses"])), rel=1e-5)
     assert half["achieved_keep"] == half["whole_keep"] == 0.5 and half["predicted"] is None
     assert joint["predicted"] > 0 and len(joint["predicted_layers"]) == 3 and joint["key_share"] == 1
     assert beside["factors"] == half["factors"] != joint["factors"] and beside["texts"] != half["texts"]
@@ -182,69 +170,76 @@ def test_cells_of_fewer_bits_count_every_byte(measured):
 
 def test_keys_read_a_share_of_a_row_s_bytes(tmp_path):
     """Keys that ride read a row's first segments, with their scales, padded; keys apart their own."""
-    model = Tokens(tmp_path).model
-    given = {"moments": Tokens(tmp_path).moments("0", JOINT), "progress": False, "group_size": 4}
-    ride = lrattn.compress(model, shared="ride", bits="auto", keep=0.15, **given).layers[1]
+    subject = Tokens(tmp_path)
+
+    def layer(**changes):
+        given = {"moments": subject.moments("0", JOINT), "progress": False, "group_size": 4}
+        return lrattn.compress(subject.model, **given, **changes).layers[1]
+
+    ride = layer(shared="ride", bits="auto", keep=0.15)
     (form,) = ride.values.formats
-    begun = list(takewhile(lambda end: end <= ride.keys.width, accumulate(rank for rank, _ in form.segments)))
-    segments = form.segments[: len(begun)]
+    ends = list(accumulate(rank for rank, _ in form.segments))
+    segments = form.segments[: 1 + ends.index(ride.keys.width)]
     scales = sum(bits < 16 for _, bits in segments)
-    assert 0 < len(segments) < len(form.segments) and begun[-1] == ride.keys.width
+    assert 0 < len(segments) < len(form.segments)
     assert quality.key_bytes(ride) == sum(r * b // 8 for r, b in segments) + -(-scales // 4) * 4
     plain = replace(ride, values=replace(ride.values, format=None))
-    digests = [quality.digest_of(lrattn.Factors((layer,))) for layer in (ride, plain)]
-    assert digests[0] != digests[1]
+    assert len({quality.digest_of(lrattn.Factors((own,))) for own in (ride, plain)}) == 2
     assert quality.key_bytes(plain) == 2 * plain.keys.width < plain.bytes_per_token
-    apart = lrattn.compress(model, shared=False, bits=4, keep=0.2, **given).layers[1]
+    apart = layer(shared=False, bits=4, keep=0.2)
     assert quality.key_bytes(apart) == apart.keys.latent_bytes == apart.bytes_per_token - apart.values.latent_bytes
 
 
-def test_cells_of_other_processes_stay(tmp_path, monkeypatch):
-    path, cell = tmp_path / "quality.json", cell_of(PALU, 0.5)
+@pytest.fixture
+def measuring(tmp_path, monkeypatch):
+    """Measures cells with a run that stands for theirs, into a file of its own; returns those in it."""
+    path = tmp_path / "quality.json"
     monkeypatch.setattr(quality, "Subject", lambda name: SimpleNamespace(name=name, folder=tmp_path))
 
-    def run(_, cell, held):
+    def measuring(run, *wanted, again=False):
+        monkeypatch.setattr(quality, "run", lambda _, cell, held: run(cell, path))
+        quality.measure(wanted, path, math.inf, again=again)
+        return quality.held_in(path)
+
+    return measuring
+
+
+def test_cells_of_other_processes_stay(measuring, tmp_path):
+    cell, trained = cell_of(PALU, 0.5), tmp_path / "smollm2-trained.factors"
+
+    def run(cell, path):
         with quality.updated(path) as others:
             others.append(cell | {"keep": 0.9, "texts": "another's"})
         return {"texts": "own"}
 
-    monkeypatch.setattr(quality, "run", run)
-    quality.measure([cell], path, math.inf)
-    assert [c["texts"] for c in quality.held_in(path)] == ["another's", "own"]
-    (tmp_path / "smollm2-trained.factors").touch()
-    quality.measure([cell], path, math.inf, again=True)
-    assert [c["texts"] for c in quality.held_in(path)] == ["another's", "another's", "own"]
-    assert not list(tmp_path.glob("*.factors"))
-
     def lacks(*_):
         raise ImportError("no package")
 
-    monkeypatch.setattr(quality, "run", lacks)
-    quality.measure([cell_of(quantised("quanto", 4)[0], 1.0)], path, math.inf)
-    assert len(quality.held_in(path)) == 3
+    assert [c["texts"] for c in measuring(run, cell)] == ["another's", "own"]
+    trained.touch()
+    assert [c["texts"] for c in measuring(run, cell, again=True)] == ["another's", "another's", "own"]
+    assert not trained.exists()
+    assert len(measuring(lacks, cell_of(quantised("quanto", 4)[0], 1.0))) == 3
     with pytest.raises(ImportError):
-        quality.measure([cell | {"keep": 0.3}], path, math.inf)
+        measuring(lacks, cell | {"keep": 0.3})
 
 
-def test_the_dense_model_is_measured_again_only_where_it_alone_is_asked_for(tmp_path, monkeypatch):
-    path, runs = tmp_path / "quality.json", []
+def test_the_dense_model_is_measured_again_only_where_it_alone_is_asked_for(measuring):
     dense, cell = cell_of(quality_plan.DENSE, 1.0), cell_of(PALU, 0.5)
-    monkeypatch.setattr(quality, "Subject", lambda name: SimpleNamespace(name=name, folder=tmp_path))
-    monkeypatch.setattr(quality, "run", lambda _, cell, held: runs.append(cell["method"]) or {"texts": "own"})
-    for again, wanted, ran in (
+    ran = []
+    for again, wanted, expected in (
         (False, [dense, cell], ["dense", "palu"]),
         (True, [dense, cell], ["palu"]),
         (True, [dense], ["dense"]),
         (False, [dense, cell], []),
     ):
-        quality.measure(wanted, path, math.inf, again=again)
-        assert runs == ran and len(quality.held_in(path)) == 2
-        runs.clear()
+        held = measuring(lambda cell, _: ran.append(cell["method"]) or {"texts": "own"}, *wanted, again=again)
+        assert ran == expected and len(held) == 2
+        ran.clear()
 
 
-def point(label, share, excess, error=0.001):
-    row = quantised(label, 4)[0] if label in ("kivi-32", "rotated") else replace(JOINT, bits="auto")
-    return quality_frontier.Point({}, row, share, excess, error)
+def points(row, *shares_and_losses):
+    return [quality_frontier.Point({}, row, share, lost, 0.001) for share, lost in shares_and_losses]
 
 
 @pytest.mark.parametrize(
@@ -259,43 +254,54 @@ def point(label, share, excess, error=0.001):
 def test_who_wins_is_told_from_cells(low_rank, expected):
     """One quantiser loses 0.08 at a quarter of the bytes, another 0.02 at 5 / 16. One at more bytes that loses more
     says nothing; nor does a difference within two standard errors."""
-    dense = [point("rotated", 0.25, 0.08), point("kivi-32", 5 / 16, 0.02), point("rotated", 0.4, 0.5)]
-    own = [point("joint", share, excess) for share, excess in zip((0.24, 0.3), low_rank, strict=True)]
-    assert re.search(
-        expected.replace("(5.0 bits a number)", r"\(5.0 bits a number\)"), quality_frontier.verdict(dense + own)
-    )
+    (rotated, kivi), (first, second) = (quantised(name, 4)[0] for name in ("rotated", "kivi-32")), low_rank
+    dense = points(rotated, (0.25, 0.08), (0.4, 0.5)) + points(kivi, (5 / 16, 0.02))
+    own = points(replace(JOINT, bits="auto"), (0.24, first), (0.3, second))
+    assert re.search(expected, quality_frontier.verdict(dense + own))
     assert quality_frontier.verdict(dense) == quality_frontier.verdict(own) == ""
 
 
-def test_the_frontier_renders_from_whatever_cells_there_are(measured, tmp_path):
-    length = {"length": quality_plan.LENGTH}
+@pytest.fixture(scope="module")
+def full(measured):
+    """The cells as of the plan's length and window."""
     near = dict(zip(("recent", "sinks"), quality_plan.NEAR, strict=True))
-    cells = [c | length | (near if c["recent"] else {}) for c in measured]
-    assert "frontier" not in quality_table.sections({"cells": cells[:10]})
-    assert "frontier" not in quality_plot.shown({"cells": cells[:10]})
-    sections = quality_table.sections({"cells": cells})
-    for cell in cells[10:]:
+    return [c | {"length": quality_plan.LENGTH} | (near if c["recent"] else {}) for c in measured]
+
+
+def test_the_frontier_renders_from_whatever_cells_there_are(full):
+    assert "frontier" not in quality_table.sections({"cells": full[:10]})
+    assert "frontier" not in quality_plot.shown({"cells": full[:10]})
+    sections = quality_table.sections({"cells": full})
+    for cell in full[10:]:
         window = f"{cell['recent']}+{cell['sinks']}" if cell["recent"] else ""
         name = f"{row_of(cell).label:<{quality_table.LABEL}}{window:<6}"
         line = next(line for line in sections["frontier"].splitlines() if line.startswith(name))
         assert f"{cell['bytes_per_token']:.0f}" in line and f"±{cell['texts']['news']['error']:.3f}" in line
     for near, field in ((False, lambda c: c["bytes_per_token"]), (True, lambda c: c["bytes_at"]["8192"])):
-        found = quality_frontier.points(cells, "smollm2", near)
+        found = quality_frontier.points(full, "smollm2", near)
         assert found and all(bool(p.cell["recent"]) == near for p in found)
         assert [p.share for p in found] == sorted(field(p.cell) / 1536 for p in found)
-    assert row_of(cells[10]).label not in sections["predicted"]
+    assert row_of(full[10]).label not in sections["predicted"]
     assert sections["frontier-words"].startswith("* SmolLM2-135M-Instruct, 3 kv heads, without a dense window: ")
-    quality_plot.plot({"cells": cells}, tmp_path / "quality.json")
-    assert (tmp_path / "quality-frontier.png").stat().st_size > 10_000
-    for some in (cells[10:11], cells[12:13], cells[13:14]):
+    for some in (full[10:11], full[12:13], full[13:14]):
         assert "frontier" in quality_table.sections({"cells": some})
         quality_plot.PLOTS["frontier"].draw(some)
 
 
-def test_every_curve_of_the_frontier_has_a_style_and_labels_fit():
-    rows = {row for plan in PLANS.values() for b in plan.frontier for row in b.rows}
-    assert {quality_frontier.family(row) for row in rows} <= set(quality_plot.FRONTIER)
-    assert all(len(row.label) < quality_table.LABEL for row in rows)
+def test_tables_and_plots_hold_what_was_measured(full, tmp_path):
+    shown, beyond = quality_table.table(full, "smollm2"), quality_table.window(full, "smollm2")
+    for cell in full[2:4]:
+        for found in cell["texts"].values():
+            assert f"{found['excess']:.3f} ±{found['error']:.3f}" in shown
+    for cell in full[4:6]:
+        assert f"{cell['whole_keep']:.3f}" in beyond and f"{cell['texts']['news']['excess']:.3f} ±" in beyond
+    results, page = {"cells": full}, "a\n<!-- bench.quality: smollm2 -->\n{}<!-- end -->\nb\n"
+    pasted = page.format(f"\n```text\n{shown}\n```\n\n")
+    assert all(quality_table.pasted(before, results) == pasted for before in (page.format("old\n"), pasted))
+    quality_plot.plot(results, tmp_path / "quality.json")
+    sizes = {path.stem.removeprefix("quality-"): path.stat().st_size for path in tmp_path.glob("*.png")}
+    assert set(sizes) == set(quality_plot.shown(results)) >= {*texts.TEXTS, "window", "layers", "split", "frontier"}
+    assert min(sizes.values()) > 10_000
 
 
 def test_what_is_trained_for_every_keep_is_trained_once(tmp_path, monkeypatch):
@@ -307,33 +313,13 @@ def test_what_is_trained_for_every_keep_is_trained_once(tmp_path, monkeypatch):
 
 
 def test_a_window_of_a_cell_is_the_window_of_attention(measured, tmp_path):
-    subject = Tokens(tmp_path)
-    half, beside = measured[2], measured[4]
-    factors = lrattn.compress(subject.model, method="palu", ranks="fisher", keep=0.5, group_size=2,
-                              moments=subject.moments("0", PALU), progress=False)  # fmt: skip
+    subject, half, beside = Tokens(tmp_path), measured[2], measured[4]
+    moments = subject.moments("0", PALU)
+    factors = lrattn.compress(subject.model, [], "palu", 0.5, 2, ranks="fisher", moments=moments, progress=False)
     assert quality.digest_of(factors) == half["factors"]
     with latent_attention(subject.model, factors, recent=8, sinks=2):
         found = losses(subject.model, subject.evaluation("news", 40, 3), progress=False)
     assert found == pytest.approx(beside["texts"]["news"]["losses"], abs=1e-5)
-
-
-def test_tables_and_plots_hold_what_was_measured(measured, tmp_path):
-    near = dict(zip(("recent", "sinks"), quality_plan.NEAR, strict=True))
-    measured = [c | {"length": quality_plan.LENGTH} | (near if c["recent"] else {}) for c in measured]
-    shown = quality_table.table(measured, "smollm2")
-    for cell in measured[2:4]:
-        for text in texts.TEXTS:
-            assert f"{cell['texts'][text]['excess']:.3f} ±{cell['texts'][text]['error']:.3f}" in shown
-    beyond = quality_table.window(measured, "smollm2")
-    for cell in measured[4:6]:
-        assert f"{cell['whole_keep']:.3f}" in beyond and f"{cell['texts']['news']['excess']:.3f} ±" in beyond
-    results = {"cells": measured}
-    page = quality_table.pasted("a\n<!-- bench.quality: smollm2 -->\nold\n<!-- end -->\nb\n", results)
-    assert page == f"a\n<!-- bench.quality: smollm2 -->\n\n```text\n{shown}\n```\n\n<!-- end -->\nb\n"
-    assert quality_table.pasted(page, results) == page
-    quality_plot.plot(results, tmp_path / "quality.json")
-    made = {path.stem.removeprefix("quality-") for path in tmp_path.glob("*.png")}
-    assert made == set(quality_plot.shown(results)) >= {"wikipedia", "news", "window", "layers", "split"}
 
 
 def test_passages_are_planted_at_their_distance_in_one_sequence_of_each_pair():
@@ -361,10 +347,10 @@ class Copier(torch.nn.Module):
         row = input_ids[0]
         logits = torch.zeros(1, len(row), self.vocabulary)
         for t in range(len(row) - logits_to_keep, len(row)):
-            earlier = (row[max(t - self.reach, 0) : t] == row[t]).nonzero()
-            if len(earlier):
-                logits[0, t, row[max(t - self.reach, 0) + earlier[-1, 0] + 1]] = 40.0
-        return type("Out", (), {"logits": logits[:, -logits_to_keep:]})
+            begin = max(t - self.reach, 0)
+            for earlier in (row[begin:t] == row[t]).nonzero()[-1:, 0]:
+                logits[0, t, row[begin + earlier + 1]] = 40.0
+        return SimpleNamespace(logits=logits[:, -logits_to_keep:])
 
 
 def test_the_probe_tells_how_far_a_model_copies():

@@ -1,174 +1,93 @@
 """The timers of the benchmarks: what is captured, flushed and measured, on a stand-in for torch.cuda."""
 
-from contextlib import contextmanager
 from types import SimpleNamespace
+from unittest.mock import MagicMock, call
 
 import pytest
 import torch
 
 from bench.decode import timing
 
-
-class Cuda:
-    """Stands for torch.cuda. A replay takes as long as its graph says; what happens is written down."""
-
-    def __init__(self):
-        self.log, self.now, self.capturing, self.streams = [], 0.0, None, ["default"]
-
-    def get_device_properties(self, device):
-        return SimpleNamespace(L2_cache_size=1024)
-
-    def current_stream(self):
-        return self.Stream.named(self.streams[-1])
-
-    @contextmanager
-    def stream(self, stream):
-        self.streams.append(stream.name)
-        yield
-        self.streams.pop()
-
-    @contextmanager
-    def graph(self, graph):
-        self.capturing = graph
-        yield
-        self.capturing = None
-
-    class Stream:
-        def __init__(self):
-            self.name, self.waits = "side", []
-
-        @classmethod
-        def named(cls, name):
-            stream = cls()
-            stream.name = name
-            return stream
-
-        def wait_stream(self, other):
-            self.waits.append(other.name)
-
-    def CUDAGraph(self):
-        return Graph(self)
-
-    def Event(self, enable_timing):
-        assert enable_timing
-        return Event(self)
-
-    def synchronize(self):
-        self.log.append("synchronize")
-
-    def empty_cache(self):
-        assert self.capturing is None
+THREES = torch.full((4,), 3.0)
 
 
-class Graph:
-    def __init__(self, cuda):
-        self.cuda, self.body, self.microseconds = cuda, lambda: None, 0.0
-
-    def replay(self):
-        self.cuda.log.append("replay")
-        self.cuda.now += self.microseconds
-        self.body()
+def stand_in():
+    """For torch.cuda; mock_calls tells what happened in what order."""
+    cuda = MagicMock()
+    cuda.get_device_properties.return_value.L2_cache_size = 1024
+    return cuda
 
 
-class Event:
-    def __init__(self, cuda):
-        self.cuda = cuda
-
-    def record(self):
-        self.cuda.log.append("record")
-        self.at = self.cuda.now
-
-    def elapsed_time(self, end):
-        assert self.cuda.log[-1] == "synchronize"
-        return (end.at - self.at) / 1e3
-
-
-class Flush:
-    """Stands for the buffer that is read to flush the L2 cache."""
-
-    def __init__(self, cuda):
-        self.cuda = cuda
-
-    def amax(self):
-        self.cuda.log.append("flush")
-        self.cuda.now += 1000.0
-
-
-def run_on(cuda, microseconds=0.0, replayed=True):
-    """A run that writes 3 into its result, where it is captured as well as where it is replayed."""
-    result = torch.zeros(4)
-
-    def run():
-        cuda.log.append(f"run on {cuda.streams[-1]}")
-        if cuda.capturing is not None:
-            cuda.capturing.microseconds = microseconds
-            cuda.capturing.body = (lambda: result.fill_(3.0)) if replayed else (lambda: None)
-        return result.fill_(3.0)
-
-    return run
-
-
-def test_a_run_is_warmed_up_on_a_stream_of_its_own_then_captured_once():
-    cuda = Cuda()
-    prepared = timing.GraphClock("cpu", cuda).prepare(run_on(cuda))
-    assert cuda.log == ["run on side", "run on side", "run on default", "replay"]
-    assert torch.equal(prepared.result, torch.full((4,), 3.0))
-
-
-def test_a_graph_that_writes_nothing_does_not_pass_the_gate():
-    cuda = Cuda()
-    prepared = timing.GraphClock("cpu", cuda).prepare(run_on(cuda, replayed=False))
-    with pytest.raises(timing.WrongResult):
-        timing.gate(prepared.result, torch.full((4,), 3.0), 1e-2)
-
-
-def test_the_flushed_buffer_is_larger_than_the_cache():
-    other = timing.GraphClock("cpu", Cuda()).other
-    assert other.numel() * other.itemsize == 2 * 1024
+@pytest.mark.parametrize("replayed", [True, False])
+def test_a_run_is_warmed_up_on_a_stream_of_its_own_then_captured_once_and_replayed(replayed):
+    """What is checked is what the replay wrote."""
+    cuda, result = stand_in(), torch.zeros(4)
+    cuda.run.side_effect = lambda: result.fill_(3.0)
+    cuda.CUDAGraph().replay.side_effect = lambda: replayed and result.fill_(3.0)
+    clock = timing.GraphClock("cpu", cuda)
+    cuda.reset_mock()
+    prepared = clock.prepare(cuda.run)
+    ends = ("run", "replay", "wait_stream", "empty_cache", "__enter__", "__exit__")
+    assert [name for name, *_ in cuda.mock_calls if name.rpartition(".")[2] in ends] == [
+        "Stream().wait_stream", "stream().__enter__", "run", "run", "stream().__exit__", "current_stream().wait_stream",
+        "empty_cache", "graph().__enter__", "run", "graph().__exit__", "CUDAGraph().replay",
+    ]  # fmt: skip
+    assert cuda.stream.call_args == call(cuda.Stream()) and cuda.graph.call_args == call(cuda.CUDAGraph())
+    if replayed:
+        assert timing.gate(prepared.result * 1.001, THREES, 1e-2) == pytest.approx(1e-3, rel=1e-3)
+    else:
+        with pytest.raises(timing.WrongResult):
+            timing.gate(prepared.result, THREES, 1e-2)
 
 
 def test_rounds_are_interleaved_flushed_and_timed_between_events():
-    cuda = Cuda()
+    """No provider always follows the same."""
+    cuda, log, now = stand_in(), [], 0.0
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("record")
+            self.at = now
+
+        def elapsed_time(self, end):
+            assert log[-1] == "synchronize"
+            return (end.at - self.at) / 1e3
+
+    def taking(name, microseconds):
+        def run():
+            nonlocal now
+            log.append(name)
+            now += microseconds
+
+        return run
+
+    cuda.Event, cuda.synchronize = Event, taking("synchronize", 0.0)
     clock = timing.GraphClock("cpu", cuda)
-    clock.other = Flush(cuda)
-    replays = {name: clock.prepare(run_on(cuda, us)).replay for name, us in (("a", 5.0), ("b", 70.0))}
-    cuda.log.clear()
-    times = clock.microseconds(replays, 3)
-    assert cuda.log == ["flush", "record", "replay", "record"] * 6 + ["synchronize"]  # the host waits once, at the end
-    assert times == {"a": pytest.approx([5.0] * 3), "b": pytest.approx([70.0] * 3)}
+    assert clock.other.nbytes == 2 * 1024  # larger than the cache that it flushes
+    clock.other = SimpleNamespace(amax=taking("flush", 1000.0))
+    taken = {"a": 5.0, "b": 70.0, "c": 3.0}
+    times = clock.microseconds({name: taking(name, us) for name, us in taken.items()}, 4)
+    timed = [event for name in "abcbcacababc" for event in ("flush", "record", name, "record")]
+    assert log == [*timed, "synchronize"]  # the host waits once, at the end
+    assert times == {name: pytest.approx([us] * 4) for name, us in taken.items()}
 
 
-def test_no_provider_always_follows_the_same():
-    assert timing.rotations(["a", "b", "c"], 4) == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"]]
+@pytest.mark.parametrize("seconds, expected", [(2.0, 10), (0.1, 3), (60.0, 40)])
+def test_as_many_rounds_as_fit_the_time(monkeypatch, seconds, expected):
+    """A round takes a fifth of a second."""
+    asked = []
 
-
-class Slow(timing.WallClock):
-    """Counts rounds; each takes a fifth of a second by the clock given."""
-
-    def __init__(self, monkeypatch):
-        self.rounds, self.now = [], 0.0
-        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
-
-    def microseconds(self, replays, rounds):
-        self.rounds.append(rounds)
-        self.now += 0.2 * rounds
+    def microseconds(replays, rounds):
+        asked.append(rounds)
         return {name: [1.0, 2.0, 3.0] for name in replays}
 
-
-@pytest.mark.parametrize("seconds, rounds, expected", [(2.0, (3, 40), 10), (0.1, (3, 40), 3), (60.0, (3, 40), 40)])
-def test_as_many_rounds_as_fit_the_time(monkeypatch, seconds, rounds, expected):
-    clock = Slow(monkeypatch)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: 0.2 * sum(asked))
     run = timing.Prepared(lambda: None, torch.zeros(1), torch.empty)
-    assert timing.microseconds(clock, {"a": run}, seconds, rounds)["a"]["median_us"] == 2.0
-    assert clock.rounds == [1, expected]
-
-
-def test_a_wrong_result_is_named_with_its_error():
-    good = torch.ones(8)
-    assert timing.gate(good * 1.001, good, 1e-2) == pytest.approx(1e-3, rel=1e-3)
-    for bad in (good * 1.1, torch.full((8,), torch.nan)):
-        with pytest.raises(timing.WrongResult, match="not timed"):
-            timing.gate(bad, good, 1e-2)
+    found = timing.microseconds(SimpleNamespace(microseconds=microseconds), {"a": run}, seconds, (3, 40))
+    assert found["a"]["median_us"] == 2.0 and asked == [1, expected]
 
 
 def test_the_copy_rate_counts_what_is_read_and_written(monkeypatch):

@@ -12,55 +12,58 @@ from bench import gpu_check
 from bench.support import report
 
 HOUR = 3600.0  # nothing here takes as long, however slow the machine
-STEPS = [step.name for step in gpu_check.steps(report.RESULTS, dry=True)]
 
 
 @pytest.mark.slow
 def test_a_rehearsal_ends_well_and_leaves_one_small_folder(tmp_path):
     """The commands of the real run, through the interpreter."""
-    command = [sys.executable, "-m", "bench.gpu_check", "--dry", "--minutes", "600", "--out", str(tmp_path / "out")]
-    run = subprocess.run(
-        [*command, "--commit", "abc1234"], cwd=gpu_check.ROOT, capture_output=True, text=True, check=False
-    )
-    found = json.loads((tmp_path / "out" / "gpu_check.json").read_text())
-    assert not {row["name"] for row in found["steps"] if row["status"] != "done"} and not run.returncode, run.stdout
-    assert [row["name"] for row in found["steps"]] == STEPS
-    assert found["dry"] and found["machine"]["commit"] == "abc1234"
+    out = tmp_path / "out"
+    words = ["--dry", "--minutes", "600", "--out", str(out), "--commit", "abc1234"]
+    command = [sys.executable, "-m", "bench.gpu_check", *words]
+    run = subprocess.run(command, cwd=gpu_check.ROOT, capture_output=True, text=True, check=False)
+    texts = {path.name: path.read_text() for path in out.iterdir() if path.suffix != ".png"}
+    found = json.loads(texts["gpu_check.json"])
+    steps = [step.name for step in gpu_check.steps(report.RESULTS, dry=True)]
+    assert [(row["name"], row["status"]) for row in found["steps"]] == [(name, "done") for name in steps], run.stdout
+    assert not run.returncode and found["dry"] and found["machine"]["commit"] == "abc1234"
     assert {"gpu", "driver", "torch", "triton", "commit"} <= set(found["machine"])
-    files = {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
-    assert len(files) <= 8 and max(files.values()) <= 16 << 20
-    assert set(files) == set(found["files"]) | {"gpu_check.json"}
-    assert {"tests.txt", "decode_latency_dry.json", "decode_latency_dry.png", "palu_decode_dry.json",
-            "palu_decode_dry.png", "host_cost.json"} <= set(files)  # fmt: skip
-    assert "1 passed" in (tmp_path / "out" / "tests.txt").read_text()
-    latency = json.loads((tmp_path / "out" / "decode_latency_dry.json").read_text())
+    sizes = {path.name: path.stat().st_size for path in out.iterdir()}
+    assert len(sizes) <= 8 and max(sizes.values()) <= 16 << 20 and set(sizes) == {*found["files"], "gpu_check.json"}
+    assert {"host_cost.json", "decode_latency_dry.png", "palu_decode_dry.png"} <= set(sizes)
+    assert "1 passed" in texts["tests.txt"]
+    latency = json.loads(texts["decode_latency_dry.json"])
     assert latency["dry"] and latency["left_out"] == [] and latency["machine"] == found["machine"]
     assert all("lrattn" in row["times"] and not row["faults"] for row in latency["rows"])
-    palu = json.loads((tmp_path / "out" / "palu_decode_dry.json").read_text())
-    assert len(palu["rows"][0]["times"]) == 6
+    assert len(json.loads(texts["palu_decode_dry.json"])["rows"][0]["times"]) == 6
 
 
 def step(name, code, share=1.0, worth=0.0, text=""):
     return gpu_check.Step(name, lambda _: [sys.executable, "-c", code], share, worth, text)
 
 
-def test_a_step_that_fails_is_kept_and_does_not_stop_the_rest(tmp_path):
-    steps = [step("bad", "import sys; sys.exit('a typo')"), step("good", "print('fine')", text="good.txt")]
-    assert gpu_check.run(steps, HOUR, tmp_path, dry=True) == 1
-    found = json.loads((tmp_path / "gpu_check.json").read_text())
-    assert [row["status"] for row in found["steps"]] == ["failed: exit status 1", "done"]
-    assert "a typo" in found["steps"][0]["output"] and found["faults"] == ["bad: failed: exit status 1"]
-    assert (tmp_path / "good.txt").read_text() == "fine\n"
+def ran(folder, *steps, seconds=HOUR):
+    """Exit status and report of a run."""
+    code = gpu_check.run(steps, seconds, folder, dry=True)
+    return code, json.loads((folder / "gpu_check.json").read_text())
 
 
-def test_all_steps_well_is_exit_status_zero(tmp_path):
-    assert gpu_check.run([step("good", "")], HOUR, tmp_path, dry=True) == 0
+def test_a_step_that_fails_or_is_not_worth_it_is_kept_and_does_not_stop_the_rest(tmp_path):
+    code, found = ran(
+        tmp_path,
+        step("bad", "import sys; sys.exit('a typo')"),
+        step("long", f"open({str(tmp_path / 'ran')!r}, 'w')", worth=2 * HOUR),
+        step("good", "print('fine')", text="good.txt"),
+    )
+    bad, long, good = (row["status"] for row in found["steps"])
+    assert bad == "failed: exit status 1" and long.startswith("not begun") and good == "done"
+    assert code == 1 and found["faults"] == [f"bad: {bad}", f"long: {long}"] and "a typo" in found["steps"][0]["output"]
+    assert (tmp_path / "good.txt").read_text() == "fine\n" and not (tmp_path / "ran").exists()
 
 
-def test_a_step_finds_the_cases_of_the_tests(tmp_path):
+def test_a_step_finds_the_cases_of_the_tests_and_all_well_is_exit_status_zero(tmp_path):
     """Where pytest is missing, nobody else says where they are."""
     code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('cases') is None)"
-    assert gpu_check.run([step("cases", code)], HOUR, tmp_path, dry=True) == 0
+    assert ran(tmp_path, step("cases", code))[0] == 0
 
 
 def test_a_step_is_ended_with_all_it_started_when_its_time_is_up(tmp_path, monkeypatch):
@@ -80,24 +83,16 @@ def test_a_step_is_ended_with_all_it_started_when_its_time_is_up(tmp_path, monke
             raise subprocess.TimeoutExpired(self.args, timeout)
 
     monkeypatch.setattr(gpu_check.subprocess, "Popen", Popen)
-    assert gpu_check.run([step("slow", code, share=0.02)], 100.0, tmp_path, dry=True) == 1
+    status, found = ran(tmp_path, step("slow", code, share=0.02), seconds=100.0)
     ((limit, out),) = limits
-    assert limit == 2.0 and "ended after its 2 s" in (tmp_path / "gpu_check.json").read_text()
+    assert status == 1 and limit == 2.0 and found["steps"][0]["status"] == "ended after its 2 s"
     assert out.read() == ""
-
-
-def test_a_step_is_begun_only_if_it_is_worth_it(tmp_path):
-    ran = tmp_path / "ran"
-    steps = [step("long", f"open({str(ran)!r}, 'w')", worth=2 * HOUR), step("short", "")]
-    assert gpu_check.run(steps, HOUR, tmp_path, dry=True) == 1
-    first, second = json.loads((tmp_path / "gpu_check.json").read_text())["steps"]
-    assert first["status"].startswith("not begun") and second["status"] == "done" and not ran.exists()
 
 
 def test_too_many_files_are_a_fault(tmp_path):
     for i in range(9):
         (tmp_path / f"{i}.json").write_text("")
-    assert gpu_check.run([], HOUR, tmp_path, dry=True) == 1
+    assert ran(tmp_path)[0] == 1
 
 
 @pytest.mark.parametrize("module, expected", [("pytest", "gpu_smoke"), ("xdist", "--gpu")])
@@ -108,11 +103,9 @@ def test_what_is_missing_there_is_done_without(module, expected, monkeypatch):
     assert expected in " ".join(command) and "-n" not in command
 
 
-def test_without_a_gpu_only_a_rehearsal_runs(monkeypatch, tmp_path):
+@pytest.mark.parametrize("words", [["--out", "folder"], ["--dry", "--out", str(report.RESULTS)]])
+def test_without_a_gpu_only_a_rehearsal_runs_and_never_among_the_results(words, monkeypatch):
     monkeypatch.setattr(gpu_check.torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["gpu_check", "--out", str(tmp_path)])
-    with pytest.raises(SystemExit):
-        gpu_check.main()
-    monkeypatch.setattr(sys, "argv", ["gpu_check", "--dry", "--out", str(report.RESULTS)])
+    monkeypatch.setattr(sys, "argv", ["gpu_check", *words])
     with pytest.raises(SystemExit):
         gpu_check.main()

@@ -35,16 +35,10 @@ def cost(row, spent):
 def test_the_bytes_are_spent_to_a_block(nbytes, groups):
     rows = rows_of(128, 192, 64, groups=groups)
     found = spend(rows, nbytes * groups, (2, 4, 8))
-    used = bytes_of(rows, found)
-    assert nbytes * groups - 2 * 16 * groups < used <= nbytes * groups or used == bytes_of(
-        rows, spend(rows, 10**9, (2, 4, 8))
-    )
-    assert (
-        nbytes * groups - used < 4 * groups
-        or all(  # what is left pays for no step of any block
-            s.format.segments == ((128, 8),) for s in found[:1]
-        )
-    )
+    used, most = bytes_of(rows, found), bytes_of(rows, spend(rows, 10**9, (2, 4, 8)))
+    assert nbytes * groups - 2 * 16 * groups < used <= nbytes * groups or used == most
+    # What is left pays for no step of any block.
+    assert nbytes * groups - used < 4 * groups or found[0].format.segments == ((128, 8),)
 
 
 @pytest.mark.parametrize("nbytes", [40, 60, 92, 140])
@@ -86,24 +80,17 @@ def test_bits_fall_along_a_row():
         assert bits == sorted(set(bits), reverse=True)
 
 
-def test_a_row_that_matters_more_has_more_bytes():
-    high, low = spend([Row((falling(128, 0) * 100,), 1), Row((falling(128, 0),), 1)], 100, (2, 4, 8))
-    assert high.format.nbytes > low.format.nbytes and high.lost < 100 * low.lost
-
-
-def test_energies_of_one_size_have_bits_of_one_size():
-    (spent,) = spend([Row((torch.ones(128, dtype=torch.float64),), 1)], 128 * 4 // 8 + 4, (2, 4, 8))
-    assert spent.format.segments == ((128, 4),)
-
-
-def test_a_ladder_of_one_width_leaves_the_rest_out():
-    (spent,) = spend([Row((falling(256, 0),), 2)], 2 * (64 + 4), (8,))
-    assert spent.format.segments == ((64, 8),) and spent.format.nbytes == 68
-
-
-def test_sixteen_bits_need_no_scale():
-    (spent,) = spend([Row((falling(64, 0),), 1)], 96, (16,))
-    assert spent.format.segments == ((48, 16),) and spent.format.nbytes == 96
+@pytest.mark.parametrize(
+    ("energies", "groups", "nbytes", "ladder", "segments", "used"),
+    [
+        (torch.ones(128, dtype=torch.float64), 1, 68, (2, 4, 8), ((128, 4),), 68),  # all of one size
+        (falling(256, 0), 2, 136, (8,), ((64, 8),), 68),  # the rest is left out
+        (falling(64, 0), 1, 96, (16,), ((48, 16),), 96),  # no scale
+    ],
+)
+def test_what_a_row_alone_is_given(energies, groups, nbytes, ladder, segments, used):
+    (spent,) = spend([Row((energies,), groups)], nbytes, ladder)
+    assert spent.format.segments == segments and spent.format.nbytes == used
 
 
 def test_two_parts_of_a_row_each_have_a_block():

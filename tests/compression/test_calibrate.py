@@ -6,6 +6,7 @@ import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import product
 
 import architectures
@@ -18,7 +19,7 @@ from slowly import slow_unless
 from torch import nn
 
 import lrattn
-from lrattn.compression.moments import GATHERED, UNFELT, about, mean_of
+from lrattn.compression.moments import GATHERED, UNFELT, about, mean_of, square, triangle
 from lrattn.compression.sums import Sums, _drawn
 from lrattn.factors import safefile
 from lrattn.models.interface import attention_set
@@ -116,7 +117,8 @@ def test_moments_are_sums_of_what_attention_is_given_and_of_the_gradients_there(
         assert (moments.tokens, moments.sequences, set(moments.gathered)) == (90, 3, set(gather))
         assert moments.layers == len(attention_layers(model)) == len(want["before"])
         for part, sums in moments.sums.items():
-            for i, x in enumerate(sums):
+            for i in range(len(sums)):
+                x = moments.sum(part, i)
                 y, n = want[part][i], len(x) // 2
                 if name in UNKNOWN and part in ("before", "weighted.keys", "weighted.values"):
                     x, y = x[n:, n:], y[n:, n:]  # of values alone
@@ -235,40 +237,35 @@ def test_narrow_integers_are_token_ids():
 
 
 def test_what_cannot_be_summed_is_refused():
-    model = tiny.model("llama")
-    with pytest.raises(ValueError, match="expected at least one token"):
-        calibrated(model, [])
-    ids = tiny.tokens(1, 4)
-    for wrong, reason in (
-        ({"input_ids": ids, "attention_mask": torch.ones(1, 3)}, r"attention_mask \[1, 4\], got \[1, 3\]"),
-        ({"input_ids": ids, "attention_mask": [[1, 1, 1, 1]]}, r"attention_mask \[1, 4\], got list"),
-        ({"ids": ids}, "expected integer token ids .* got NoneType"),
-        (ids.bool(), "expected integer token ids .* got .* torch.bool"),
-        (ids[:, :0], r"expected integer token ids .* got \[1, 0\]"),
+    model, ids = tiny.model("llama"), tiny.tokens(1, 4)
+    with torch.inference_mode():
+        made = tiny.model("llama")
+    several = r"batches: expected several of token ids \[b, t\], in a list, got"
+    names = r"gather: expected names out of \[.*\], got"
+    long = "batches: expected sequences of at most 512 tokens, the model's positions, got one of 513"
+    for arguments, reason in (
+        ({"batches": []}, "expected at least one token"),
+        (
+            {"batches": [{"input_ids": ids, "attention_mask": torch.ones(1, 3)}]},
+            r"attention_mask \[1, 4\], got \[1, 3\]",
+        ),
+        ({"batches": [{"input_ids": ids, "attention_mask": [[1] * 4]}]}, r"attention_mask \[1, 4\], got list"),
+        ({"batches": [{"ids": ids}]}, "expected integer token ids .* got NoneType"),
+        ({"batches": [ids.bool()]}, "expected integer token ids .* got .* torch.bool"),
+        ({"batches": [ids[:, :0]]}, r"expected integer token ids .* got \[1, 0\]"),
+        (
+            {"batches": [ids[:, :1]], "gather": ["fisher"]},
+            r"beyond .* far=\(0, 0\), got none; give sequences of 2 or more",
+        ),
+        ({"batches": [tiny.tokens(1, 513)]}, long),
+        *(({"batches": wrong}, several) for wrong in (5, None, "text", {"input_ids": ids})),
+        ({"model": made, "gather": ["fisher"]}, r"model: .* made in torch\.inference_mode"),
+        *(({"gather": wrong}, names) for wrong in ("fisher", ["fissher"], 5, None, [], [["before"]])),
+        ({"far": "64"}, "far: expected"),
+        ({"state": 5}, "state: expected a path, got 5"),
     ):
         with pytest.raises(ValueError, match=reason):
-            calibrated(model, [wrong])
-    one = r"beyond the window far=\(0, 0\), got none; give sequences of 2 or more"
-    with pytest.raises(ValueError, match=one):
-        calibrated(model, [ids[:, :1]], ["fisher"])
-    with torch.inference_mode():
-        frozen = tiny.model("llama")
-    with pytest.raises(ValueError, match=r"model: .* made in torch\.inference_mode"):
-        calibrated(frozen, [ids], ["fisher"])
-    for batches in (5, None, "text", {"input_ids": ids}):
-        with pytest.raises(ValueError, match=r"batches: expected several of token ids \[b, t\], in a list, got"):
-            calibrated(model, batches)
-    for gather in ("fisher", ["fissher"], 5, None, [], [["before"]]):
-        with pytest.raises(ValueError, match=r"gather: expected names out of \[.*\], got"):
-            calibrated(model, [ids], gather)
-    for far in ("64", "x", 64, (64,), (64.0, 4), (True, 0), None):
-        with pytest.raises(ValueError, match=r"(far|recent): expected"):
-            calibrated(model, [ids], far=far)
-    with pytest.raises(ValueError, match="state: expected a path, got 5"):
-        calibrated(model, [ids], state=5)
-    long = "batches: expected sequences of at most 512 tokens, the model's positions, got one of 513"
-    with pytest.raises(ValueError, match=long):
-        calibrated(model, [tiny.tokens(1, 513)])
+            calibrated(**{"model": model, "batches": [ids]} | arguments)
 
 
 def test_models_that_cannot_be_calibrated_are_refused_in_a_line():
@@ -467,25 +464,6 @@ def test_a_state_that_cannot_be_written_is_found_before_the_work(tmp_path):
                 save(place)
 
 
-def test_an_error_in_a_batch_leaves_the_last_whole_state(tmp_path, monkeypatch):
-    monkeypatch.setattr(calibration, "SAVE_EVERY", 0.0)
-    model, ids, path = tiny.model("llama"), tiny.tokens(4, 16), tmp_path / "state.safetensors"
-    expected, calls = calibrated(model, [ids]), []
-
-    def fail(_, args, kwargs):
-        calls.extend([1] if args[0].shape[1] == 16 else [])
-        if len(calls) == 2:
-            raise RuntimeError("out of memory")
-
-    # layers 0 and 1 have added to their sums
-    hook = model.model.layers[2].register_forward_pre_hook(fail, with_kwargs=True)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        calibrated(model, ids.split(2), state=path)
-    hook.remove()
-    assert lrattn.Moments.load(path).sequences == 2
-    same(expected, calibrated(model, ids.split(2), state=path))
-
-
 def test_a_state_takes_more_text_and_no_other(tmp_path):
     model, ids, path = tiny.model("llama"), tiny.tokens(4, 16), tmp_path / "state.safetensors"
     calibrated(model, [ids[:2]], state=path)
@@ -540,13 +518,6 @@ def test_a_state_of_attention_inputs_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=told):
         lrattn.Moments.load(path)
     assert path.read_bytes() == before
-
-
-def test_gradients_in_a_state_go_on_even_unasked(tmp_path):
-    model, ids, path = tiny.model("llama"), tiny.tokens(4, 16), tmp_path / "state.safetensors"
-    expected = calibrated(model, [ids], ["before", "fisher"])
-    calibrated(model, [ids[:2]], ["before", "fisher"], state=path)
-    same(expected, calibrated(model, [ids], state=path), 1e-4)
 
 
 def test_the_state_is_written_every_minute_not_every_batch(tmp_path, monkeypatch):
@@ -667,22 +638,6 @@ def test_a_moment_with_a_one_tells_that_about_any_offset():
     assert torch.equal(mean_of(moment * 0), torch.zeros(7, dtype=torch.float64))  # where nothing was felt
 
 
-def test_ones_count_tokens_and_gradients():
-    model, ids = tiny.model("llama3", dtype=torch.float64), tiny.tokens(2, 20)
-    moments = calibrated(model, [ids], ("before", "metric", "rotated"))
-    found = [given(model, row, drawn(model, row)) for row in ids]
-    for i in range(3):
-        for name in ("before", "rotated.keys", "rotated.values"):
-            assert moments.sums[name][i][-1, -1] == 40
-        assert moments.seen(i, "keys")[-1, -1] == 1 == moments.seen(i, "values", rotated=True)[-1, -1]
-        k, v, u = (torch.cat([getattr(text[i], part).flatten(1) for text in found]) for part in "kvu")
-        torch.testing.assert_close(mean_of(moments.seen(i, "keys")), torch.cat((u, v), 1).mean(0), rtol=0, atol=1e-6)
-        torch.testing.assert_close(mean_of(moments.seen(i, "keys", rotated=True)), k.mean(0), rtol=0, atol=1e-6)
-        torch.testing.assert_close(mean_of(moments.seen(i, "values", rotated=True)), v.mean(0), rtol=0, atol=1e-6)
-        felt = sum(text[i].dv.flatten(1).norm(dim=1).sum() for text in found)
-        assert moments.sums["weighted.values"][i][-1, -1].item() == pytest.approx(felt.item(), rel=1e-5)
-
-
 def test_a_metric_is_what_the_formula_says_and_next_to_nothing_where_nothing_is_felt():
     """loss = 1/2 tr(G dW C dW^T), G = m mean(g g^T / |g|), C = mean(|g| x x^T) / m, m the mean |g|."""
     model, ids = tiny.model("qwen2-window", dtype=torch.float64), tiny.tokens(3, 30)
@@ -719,19 +674,6 @@ def test_labels_are_drawn_from_the_predictions():
 # Windows
 
 
-def test_gradients_beyond_a_window_are_those_of_far_tokens():
-    """None where the window holds everything; less the more it holds; the same in a padded batch."""
-    model, ids = tiny.model("llama"), tiny.tokens(2, 20)
-    for far in ((20, 0), (0, 20)):
-        with pytest.raises(ValueError, match=r"beyond the window far=\(\d+, \d+\), got none"):
-            calibrated(model, [ids], ["metric"], far=far)
-    some, others, whole = (calibrated(model, [ids], ["metric"], far=far) for far in ((5, 2), (1, 0), (0, 0)))
-    for i in range(3):
-        sizes = [m.sums["metric.values"][i].trace() for m in (some, others, whole)]
-        assert 0 < sizes[0] < sizes[1] < sizes[2]
-    assert some.far == (5, 2)
-
-
 def test_gradients_beyond_a_window_are_by_what_far_queries_see():
     """By brute force: a loss whose near keys and values are constants, attended to one query at a time."""
     model, ids, (recent, sinks) = tiny.model("qwen2", dtype=torch.float64), tiny.tokens(1, 18)[0], (5, 2)
@@ -758,7 +700,7 @@ def test_gradients_beyond_a_window_are_by_what_far_queries_see():
     nn.functional.cross_entropy(logits[:-1].float(), labels, reduction="sum").backward()
     for i, (_, dv) in enumerate(leaves):
         g = dv.grad[0].transpose(0, 1).flatten(1)[1:]
-        near(moments.sums["metric.values"][i], g.T @ (g / g.norm(dim=1, keepdim=True).clamp_min(1e-300)), 1e-5)
+        near(moments.sum("metric.values", i), g.T @ (g / g.norm(dim=1, keepdim=True).clamp_min(1e-300)), 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -787,3 +729,13 @@ def test_a_state_without_gradients_serves_any_window(tmp_path):
     with pytest.raises(ValueError, match=r"state: expected gradients beyond a window .* of \(0, 0\), got \(5, 2\)"):
         calibrated(model, [ids], ["metric"], state=state)
     assert calibrated(model, [ids], far=(5, 2)).far == (0, 0)
+
+
+def test_sums_are_held_as_triangles_and_files_with_squares_are_read(tmp_path):
+    for m in (1, 2, 7):
+        x = torch.randn(m, m, dtype=torch.float64)
+        assert len(triangle(x + x.T)) == m * (m + 1) // 2 and torch.equal(square(triangle(x + x.T)), x + x.T)
+    moments = calibrated(tiny.model("llama"), [tiny.tokens(2, 20)], ("before", "metric", "rotated"))
+    squares = {name: tuple(moments.sum(name, i) for i in range(3)) for name in moments.sums}
+    replace(moments, sums=squares).save(tmp_path / "old")
+    same(lrattn.Moments.load(tmp_path / "old"), moments, 1e-12)

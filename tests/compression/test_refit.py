@@ -1,42 +1,81 @@
-"""Values fitted anew to what reaches them in the compressed model; and what an error on the way leaves behind."""
+"""A text through a model on factors, layer by layer: what reaches each, what is fitted to it, what errors leave."""
 
 import sys
 import threading
 
+import architectures
 import pytest
 import tiny
 import torch
-from given import watching
-from heads import rebuilt
+from given import eager, served, watching
+from latents import random_factors
+from test_calibrate import near
 
 import lrattn
 from lrattn.compression import methods
+from lrattn.compression.moments import about, mean_of
 from lrattn.compression.propagate import propagate
-from lrattn.compression.sums import second_moment, with_one
 from lrattn.models.layers import attention_layers
+from lrattn.models.ropes import ropes_of
 
 IN_TIME = 60.0  # seconds: what waits longer waits for ever
+NAMES = served(("Llama, yarn", "Gemma-2", "Gemma-3n", "GPT-2", "Phi-3"))
 
 
 def compressed(model, *args, **kwargs):
     return lrattn.compress(model, *args, **{"far": (0, 0), "progress": False} | kwargs)
 
 
+@torch.no_grad()
 def reached(model, factors, texts):
-    """Moments of [v, 1] of each layer's values where those before it attend to what factors make of theirs: by
-    transformers' eager attention, one text at a time."""
-    index = {layer.module: i for i, layer in enumerate(attention_layers(model))}
-    found = [0.0] * len(index)
+    """Values of every layer [tokens, n] by transformers' own attention, one text after the other: those before a layer
+    run on factors."""
+    modules, made = [layer.module for layer in attention_layers(model)], []
+    found = [[] for _ in modules]
 
-    def watch(module, q, k, v, mask):
-        i, heads = index[module], [x.transpose(1, 2) for x in (k, v)]
-        found[i] = found[i] + second_moment(with_one(heads[1].flatten(0, 1).flatten(1)))
-        return [x.transpose(1, 2) for x in rebuilt(factors.layers[i], *heads)]
+    def low_rank(module, q, k, v, mask):
+        if module not in modules:  # attends on the keys of another
+            return next(pair for pair in reversed(made) if pair[0] is k or pair[2] is k)[:2]
+        i = modules.index(module)
+        layer, at = factors.layers[i], torch.arange(k.shape[2])[None]
+        found[i].append(v[0].transpose(0, 1).flatten(1).double())
+        sides, heads = (layer.keys, layer.values), [x.transpose(1, 2) for x in (k, v)]
+        heads[0] = heads[0] if layer.rope is None else layer.rope.turn_back(heads[0], at)
+        offsets = [0.0 if side.offset is None else side.offset for side in sides]
+        rebuilt = [((x - o).flatten(2) @ s.dense()).view(x.shape) + o for x, s, o in zip(heads, sides, offsets)]
+        rebuilt[0] = rebuilt[0] if layer.rope is None else layer.rope.rotate(rebuilt[0], at)
+        new = [x.transpose(1, 2) for x in rebuilt]
+        made.append((*new, k))
+        return new
 
-    with torch.no_grad(), watching(model, watch):
-        for text in texts:
-            model(input_ids=text[None], use_cache=False)
-    return found
+    with watching(model, low_rank):
+        for ids in texts:
+            model(input_ids=ids[None], use_cache=False)
+    return [torch.cat(rows) for rows in found]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_layer_is_reached_by_what_those_before_it_run_on(name):
+    model, calls = eager(name, torch.float64), []
+    layers = attention_layers(model)
+    factors = random_factors(model, 0.5, ropes=ropes_of(model, layers))
+    ids = architectures.tokens(3, 30)
+    sides = [architectures.padded((30, 17, 5), side) for side in ("left", "right")]
+    batches = [ids[:2], *(dict(zip(("input_ids", "attention_mask"), x, strict=True)) for x in sides), ids[2:]]
+    texts = [*ids, *(row[kept.bool()] for side in sides for row, kept in zip(*side, strict=True))]
+
+    def factor(i, moment):
+        calls.append((i, moment.clone()))
+        return factors.layers[i]
+
+    propagate(model, layers, batches, factor)
+    want = reached(model, factors, texts)
+    assert [i for i, _ in calls] == list(range(len(layers)))
+    for (_, moment), values in zip(calls, want, strict=True):
+        assert moment[-1, -1] == len(values) == 3 * 30 + 2 * 52 and moment.dtype == torch.float64
+        near(about(moment, None), values.T @ values, 1e-5)
+        near(mean_of(moment), values.mean(0), 1e-5)
+    assert model.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("family, shards", [("gemma3", 1), ("llama", 2)])
@@ -46,12 +85,12 @@ def test_ovc_fits_the_values_to_those_that_reach_them(family, shards):
     plain, made = (
         compressed(model, [ids], f"recalkv-{x}", 0.4, ranks="uniform", shards=shards) for x in ("neither", "ovc")
     )
-    for i, moment in enumerate(reached(model, made, ids)):
+    for i, values in enumerate(reached(model, made, ids)):
         assert len(made.layers[i].values.groups) == shards
         losses = []
         for factors in (plain, made):
-            off = torch.eye(len(moment) - 1, dtype=torch.float64) - factors.layers[i].values.dense().double()
-            losses.append(torch.trace(off.T @ moment[:-1, :-1] @ off).item())
+            left = values - values @ factors.layers[i].values.dense().double()
+            losses.append(left.square().sum().item())
         assert losses[1] < losses[0] * (1 + 1e-4)
         assert i == 0 or losses[1] < 0.999 * losses[0]
 
@@ -68,7 +107,9 @@ def test_ovc_is_told_of_the_values_that_reach_it(monkeypatch):
 
     monkeypatch.setattr(problem, "factor", watched)
     made = compressed(model, [ids], "recalkv", 0.4)
-    for got, expected in zip(told, reached(model, made, ids), strict=True):
+    for got, values in zip(told, reached(model, made, ids), strict=True):
+        rows = torch.cat((values, torch.ones(len(values), 1)), 1)
+        expected = rows.T @ rows
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * expected.diagonal().mean().item())
 
 
@@ -117,9 +158,10 @@ def finished(run):
 
 
 @pytest.mark.parametrize("batches", [1, 3])
-@pytest.mark.parametrize("where", ["factor 0", "factor 2", "layer 0", "after", "one of them"])
-def test_an_error_is_raised_and_nothing_waits(where, batches):
-    """Where factors are made; in a pass before the first layer or after the last; in the last of several passes."""
+@pytest.mark.parametrize("where", ["factor 0", "factor 2", "layer 0", "after", "one of them", "outside"])
+def test_an_error_is_raised_and_nothing_waits(where, batches, monkeypatch):
+    """Where factors are made; in a pass before the first layer or after the last; in the last of several passes; while
+    all are waited for."""
     model, ids = tiny.model("llama"), [tiny.tokens(1, 9, seed=i) for i in range(batches)]
     layers, factors, calls = attention_layers(model), compressed(model, ids, "palu", 0.5), []
 
@@ -133,7 +175,10 @@ def test_an_error_is_raised_and_nothing_waits(where, batches):
 
     places = {"layer 0": model.model.layers[0], "one of them": model.model.layers[1], "after": model.model.norm}
     hook = places[where].register_forward_pre_hook(fail) if where in places else None
-    error = finished(lambda: propagate(model, layers, ids, factor))
+    with monkeypatch.context() as patched:
+        if where == "outside":
+            patched.setattr(sys.modules["lrattn.compression.propagate"], "_finish", fail)
+        error = finished(lambda: propagate(model, layers, ids, factor))
     assert type(error) is ZeroDivisionError and error.args == (where,)
     if hook is not None:
         hook.remove()

@@ -11,7 +11,7 @@ from test_substitute import logits, on_latents
 
 import lrattn
 from lrattn.compression import methods
-from lrattn.compression.methods import eigen, kq_svd, think
+from lrattn.compression.methods import kq_svd, think
 from lrattn.compression.methods.lorc import log_condition
 from lrattn.compression.substitute import Window
 from lrattn.models.layers import attention_layers
@@ -91,25 +91,6 @@ def test_kq_svd_is_the_best_approximation_of_the_scores():
     torch.testing.assert_close(a @ b.T, torch.eye(D).double(), rtol=0, atol=1e-9)
 
 
-def test_kq_svd_does_not_see_how_scale_is_divided_between_keys_and_queries():
-    keys, queries = random(300, D), random(500, D, seed=1).flip(1)
-    a, b = kq(keys, queries, 5)
-    for scale in (1e-3, 30.0):
-        c, d = kq(keys * scale, queries / scale, 5)
-        torch.testing.assert_close(c @ d.T, a @ b.T, rtol=0, atol=1e-8)
-
-
-def test_kq_svd_from_grams_is_that_from_the_tokens():
-    """A = K^+ U_r and B = K^T U_r of K Q^T = U S V^T, as printed."""
-    keys, queries = random(300, D), random(500, D, seed=1).flip(1)
-    u = torch.linalg.svd(keys @ queries.T, full_matrices=False)[0][:, :6]
-    a, b = kq(keys, queries, 6)
-    expected = u @ u.T @ keys @ queries.T
-    left = keys @ a @ b.T @ queries.T - expected
-    assert left.norm() < 1e-4 * expected.norm()
-    torch.testing.assert_close((keys @ a) @ torch.linalg.pinv(keys @ a), u @ u.T, rtol=0, atol=1e-2)
-
-
 def test_kq_svd_of_a_model_is_of_its_scores_and_of_what_values_add_to_the_output():
     """Per kv head, its query heads stacked; output projections are not averaged, their Gram matrices are."""
     model = tiny.model("qwen3")
@@ -141,15 +122,6 @@ def test_eigen_attention_has_one_key_basis_a_layer():
             error = (x["u"] - x["u"] @ basis.T @ basis).square().sum()
             assert_best(error, x["u"].flatten(0, 1), low)
     assert not any(layer.rope is None for layer in factors.layers)
-
-
-def test_eigen_attention_on_one_head_is_palu_s_of_it():
-    keys = random(300, D)
-    whole = torch.eye(D).double()[None]
-    ((energies, up, down),) = eigen.decompose_keys(whole, gram(keys))
-    expected, palu_up, palu_down = methods.palu.decompose(whole, gram(keys))
-    torch.testing.assert_close(energies, expected)
-    torch.testing.assert_close(down[:, :5] @ up[0, :5], palu_down[:, :5] @ palu_up[0, :5])
 
 
 # Whole layers: SVD-LLM, ASVD, CSKV, LoRC
@@ -208,20 +180,6 @@ def test_with_biases_palu_is_the_best_map_about_the_mean():
                 assert_best(error, (heads - mean)[:, list(members)].flatten(1), rank)
 
 
-def test_cskv_s_training_ends_at_its_closed_form():
-    """Alternating least squares of the layer's own outputs, from ASVD's factors as published."""
-    model = tiny.model("mha")
-    start, end = (compressed(model, m, 0.125, group_size=8) for m in ("asvd", "cskv"))
-    y = seen(model)[1]["v"].flatten(1)
-    down = start.layers[1].values.down.double()
-    for _ in range(300):
-        up = torch.linalg.lstsq(y @ down, y).solution
-        down = torch.linalg.pinv(up)  # least squares of y down up = y
-    expected = losses(model, end, 1)[1]
-    assert losses(model, start, 1)[1] > 1.02 * expected
-    torch.testing.assert_close((y - y @ down @ up).square().sum(), expected, rtol=1e-2, atol=0)
-
-
 def test_asvd_scales_its_inputs_and_undoes_that():
     """A model with biases: they are outside, as offsets."""
     model = tiny.model("llama3")
@@ -237,13 +195,6 @@ def test_asvd_scales_its_inputs_and_undoes_that():
             want = x["x"] @ (u[:, :rank] * s[:rank] @ v[:rank] / scale).T
             got = heads.view(-1, 4, 32)[:, list(members)].flatten(1)
             assert (got - want).norm() < 1e-3 * want.norm()
-
-
-def test_no_other_scaling_loses_less_than_whitening():
-    model = tiny.model("mha")
-    best, *others = (losses(model, compressed(model, m, 0.2, group_size=8)) for m in ("svd-llm", "asvd", "lorc"))
-    for other in others:
-        assert all(a < 0.999 * b for a, b in zip(best, other, strict=True))
 
 
 def test_lorc_looks_at_weights_alone_and_early_layers_keep_more():
@@ -355,20 +306,8 @@ def test_models_attend_on_latents_of_rotated_keys(method, family):
     whole, factors = compressed(model, method, 1.0), compressed(model, method, 0.8)
     errors = [(on_latents(model, factors, ids, Window(n, 0)) - want).norm() / want.norm() for n in (0, 15, 30)]
     assert errors == sorted(errors, reverse=True) and errors[0] > 1e-2 and errors[2] < 1e-5
+    assert all(layer.rope is None and not layer.shared for layer in factors.layers) and factors.keep <= 0.8
     assert (on_latents(model, whole, ids) - want).norm() < 1e-3 * want.norm()
-
-
-@pytest.mark.parametrize("method", ROTATED)
-def test_rotated_keys_are_divided_over_shards(method):
-    model = tiny.model("mha")
-    layer = compressed(model, method, 0.8, shards=2).layers[0]
-    heads = torch.randn(2, 5, 8, 32, generator=torch.Generator().manual_seed(0))
-    whole = layer.rebuild(*layer.project(*heads))
-    for rank in range(2):
-        own = slice(4 * rank, 4 * rank + 4)
-        part = layer.shard(rank, 2)
-        for got, expected in zip(part.rebuild(*part.project(*heads[:, :, own])), whole, strict=True):
-            torch.testing.assert_close(got, expected[:, own], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -14,7 +14,7 @@ from lrattn.compression.substitute import Window
 from lrattn.factors.summary import headline, summarize
 
 ROTATED = [name for name, method in methods.METHODS.items() if method.rotated]
-OTHERS = [name for name, method in methods.METHODS.items() if not method.rotated and not method.reads_weights]
+OTHERS = [name for name, method in methods.METHODS.items() if not method.rotated]
 NAMES = served(
     ("Llama, yarn", "Phi-3", "Gemma-2", "gpt-oss", "Gemma-3n", "Cohere", "SmolLM3", "Llama-4", "OPT", "Qwen2.5-VL")
 )
@@ -57,7 +57,7 @@ def test_their_offsets_stand_for_biases_and_means(method):
             for side, made in (("keys", layer.keys), ("values", layer.values)):
                 assert (made.offset is not None) == (biased or methods.METHODS[method].centred)
                 if made.offset is not None:
-                    mean = moments.sums[f"rotated.{side}"][i][:-1, -1] / 240
+                    mean = moments.sum(f"rotated.{side}", i)[:-1, -1] / 240
                     near(made.offset.flatten().double(), mean, 1e-5)
 
 

@@ -9,12 +9,11 @@ import pytest
 import tiny
 import torch
 import transformers
-from given import eager, served, watching
+from given import eager, served
 from slowly import slow_unless
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-import lrattn
 from lrattn.compression.substitute import Window, substituted
 from lrattn.models.interface import attention_set, cache_argument
 from lrattn.models.layers import attention_layers
@@ -126,29 +125,6 @@ def test_others_are_in_the_place_of_what_is_far_alone(name, window):
         assert_close(got, want)
         changed = (want - logits(model, ids, mask)).norm() / want.norm()
         assert changed < 1e-5 if window.recent >= 40 else changed > 0.05
-
-
-@pytest.mark.parametrize("family", ["llama3", "qwen3", "qwen2-window"])
-def test_the_maps_of_factors_are_keys_and_values_times_a_matrix(family):
-    """Rebuilt latents, before RoPE and with offsets, against `dense` and transformers' own attention."""
-    model, ids = tiny.model(family), tiny.tokens(2, 30)
-    factors = lrattn.compress(model, [ids], keep=0.3, shared=False, far=(0, 0), progress=False)
-    maps = [(layer.keys.dense(), layer.values.dense()) for layer in factors.layers]
-    modules, at = [layer.module for layer in attention_layers(model)], torch.arange(30).expand(2, -1)
-
-    def low_rank(module, q, k, v, mask):
-        layer, made = factors.layers[modules.index(module)], []
-        heads = layer.rope.turn_back(k.transpose(1, 2), at), v.transpose(1, 2)
-        for x, weight, side in zip(heads, maps[modules.index(module)], (layer.keys, layer.values), strict=True):
-            offset = torch.zeros(4, 32) if side.offset is None else side.offset
-            made.append(((x - offset).flatten(2) @ weight).view(x.shape) + offset)
-        return layer.rope.rotate(made[0], at).transpose(1, 2), made[1].transpose(1, 2)
-
-    with watching(model, low_rank):
-        want = logits(model, ids)
-    assert_close(on_latents(model, factors, ids), want)
-    assert (want - logits(model, ids)).abs().max() > 1e-2
-    assert all((layer.keys.offset is None) == (family == "qwen3") for layer in factors.layers)
 
 
 @pytest.mark.parametrize("window", WINDOWS[:3], ids=str)

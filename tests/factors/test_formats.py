@@ -1,5 +1,7 @@
 """Packed latents: bytes, round trips, the quantiser's rule, and what a format refuses."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -20,10 +22,9 @@ def step(segment, z):
     return own[..., None] * 1.125
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
-def test_a_uniform_run_has_its_bytes(bits):
-    for rank in (16, 48, 256):
-        assert uniform(rank, bits).nbytes == rank * bits // 8 + (0 if bits == 16 else 4)
+def back(z, bits, dtype=torch.float32):
+    own = uniform(z.shape[-1], bits)
+    return own.decode(own.encode(z), dtype)
 
 
 def test_bytes_are_codes_scales_and_padding():
@@ -31,7 +32,8 @@ def test_bytes_are_codes_scales_and_padding():
     assert MIXED.nbytes == 32 + 32 + 24 + 16 + 4  # three scales and a zero
     six = Format(((16, 8), (16, 4), (16, 2), (16, 8), (16, 4), (16, 2)))
     assert six.nbytes == 2 * (16 + 8 + 4) + 8
-    assert Format(((16, 16),)).nbytes == 32
+    for bits, rank in product(WIDTHS, (16, 48, 256)):
+        assert uniform(rank, bits).nbytes == rank * bits // 8 + (0 if bits == 16 else 4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -39,11 +41,11 @@ def test_errors_are_within_half_a_step(dtype):
     z = latents(5, 7, MIXED.rank, dtype=dtype) * 3
     runs = MIXED.encode(z)
     assert runs.shape == (5, 7, MIXED.nbytes) and runs.dtype == torch.uint8
-    back = MIXED.decode(runs, dtype)
+    found = MIXED.decode(runs, dtype)
     at = 0
     for segment in MIXED.segments:
         part = slice(at, at + segment[0])
-        error, exact = (back[..., part] - z[..., part].to(back)).abs(), z[..., part].to(back)
+        error, exact = (found[..., part] - z[..., part].to(found)).abs(), z[..., part].to(found)
         if segment[1] == 16:
             assert error.max() <= 2**-10 * exact.abs().max()
         elif segment[1] == 2:  # what is beyond the second step is cut
@@ -64,18 +66,10 @@ def test_what_was_decoded_encodes_to_the_same_latents(dtype):
     assert ((again - once).abs() <= 0.1 * scale).all() and (again - once).abs().mean() < 0.02 * scale.mean()
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_outliers_are_not_cut(bits):
-    z = latents(3, 64)
-    z[:, 5] = 40.0
-    back = uniform(64, bits).decode(uniform(64, bits).encode(z), torch.float32)
-    assert ((back - z).abs()[:, 5] <= 40 / 2 ** (bits - 1) * 1.125 / 2 + 1e-6).all()
-
-
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_the_error_of_gaussian_latents_is_what_allocation_counts_with(bits):
     z = latents(4000, 64, dtype=torch.float64)
-    error = (uniform(64, bits).decode(uniform(64, bits).encode(z), torch.float64) - z).square().mean().item()
+    error = (back(z, bits, torch.float64) - z).square().mean().item()
     assert error == pytest.approx(ERRORS[bits], rel=0.08)
 
 
@@ -92,22 +86,21 @@ def test_a_latent_s_size_moves_no_other_token_or_segment():
 @pytest.mark.parametrize("size", [1e-30, 1e-4, 1.0, 1e4])
 def test_latents_of_any_size_a_scale_reaches(size):
     z = latents(3, 64) * size
-    back = uniform(64, 8).decode(uniform(64, 8).encode(z), torch.float32)
-    assert ((back - z).abs() <= torch.maximum(0.01 * z.abs().amax(), torch.tensor(2.0**-16))).all()
+    assert ((back(z, 8) - z).abs() <= torch.maximum(0.01 * z.abs().amax(), torch.tensor(2.0**-16))).all()
 
 
 def test_zeros_stay_next_to_nothing():
     for bits in (8, 4, 2):
-        assert uniform(32, bits).decode(uniform(32, bits).encode(torch.zeros(1, 32)), torch.float32).abs().max() < 1e-4
+        assert back(torch.zeros(1, 32), bits).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_stays_visible_in_its_segment_alone(bad):
     z = latents(3, MIXED.rank)
     z[1, 60] = bad  # in the segment of 4 bits
-    back = MIXED.decode(MIXED.encode(z), torch.float32)
-    assert back[1, 48:96].isnan().all()
-    assert back[[0, 2]].isfinite().all() and back[1, :48].isfinite().all() and back[1, 96:].isfinite().all()
+    finite = MIXED.decode(MIXED.encode(z), torch.float32).isfinite()
+    assert not finite[1, 48:96].any()
+    assert finite[[0, 2]].all() and finite[1, :48].all() and finite[1, 96:].all()
 
 
 def test_a_run_of_ones_is_nan():

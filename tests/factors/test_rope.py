@@ -38,51 +38,36 @@ def llama_like(**rope):
     return LlamaConfig(head_dim=128, max_position_embeddings=131072, rope_parameters={"rope_theta": 1e4, **rope})
 
 
+def config_of(kind, positions, **rope):
+    return kind(max_position_embeddings=positions, rope_parameters={"rope_theta": 1e4, **rope}, head_dim=128)
+
+
+UNTRUNCATED = {"beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 0.7, "truncate": False}
+LLAMA, PHI3, GEMMA3 = llama.LlamaRotaryEmbedding, phi3.Phi3RotaryEmbedding, gemma3.Gemma3RotaryEmbedding
+LONG_PHI3 = Phi3Config(
+    hidden_size=3072, max_position_embeddings=131072, original_max_position_embeddings=4096, rope_parameters=LONGROPE
+)
 FAMILIES = {
-    "llama-2": (
-        LlamaConfig(head_dim=128, rope_parameters={"rope_theta": 1e4}, max_position_embeddings=4096),
-        llama.LlamaRotaryEmbedding,
-    ),
-    "llama-3.1": (llama_like(**LLAMA3), llama.LlamaRotaryEmbedding),
-    "linear": (llama_like(rope_type="linear", factor=4.0), llama.LlamaRotaryEmbedding),
-    "yarn": (
-        llama_like(rope_type="yarn", factor=4.0, original_max_position_embeddings=32768),
-        llama.LlamaRotaryEmbedding,
-    ),
+    "llama-2": (config_of(LlamaConfig, 4096), LLAMA),
+    "llama-3.1": (llama_like(**LLAMA3), LLAMA),
+    "linear": (llama_like(rope_type="linear", factor=4.0), LLAMA),
+    "yarn": (llama_like(rope_type="yarn", factor=4.0, original_max_position_embeddings=32768), LLAMA),
     "yarn, untruncated, mscale": (
-        llama_like(
-            rope_type="yarn",
-            factor=40.0,
-            original_max_position_embeddings=4096,
-            beta_fast=32,
-            beta_slow=1,
-            mscale=1.0,
-            mscale_all_dim=0.7,
-            truncate=False,
-        ),
-        llama.LlamaRotaryEmbedding,
+        llama_like(rope_type="yarn", factor=40.0, original_max_position_embeddings=4096, **UNTRUNCATED),
+        LLAMA,
     ),
-    "qwen2.5": (
-        Qwen2Config(rope_parameters={"rope_theta": 1e6}, max_position_embeddings=32768),
-        qwen2.Qwen2RotaryEmbedding,
-    ),
-    "qwen3": (Qwen3Config(head_dim=128, rope_parameters={"rope_theta": 1e6}), qwen3.Qwen3RotaryEmbedding),
-    "phi-4, short": (
-        Phi3Config(rope_parameters={"rope_theta": 2.5e5}, max_position_embeddings=16384),
-        phi3.Phi3RotaryEmbedding,
-    ),
-    "phi-3, partial": (
-        Phi3Config(
-            head_dim=128,
-            rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.75},
-            max_position_embeddings=4096,
-        ),
-        phi3.Phi3RotaryEmbedding,
-    ),
+    "qwen2.5": (config_of(Qwen2Config, 32768, rope_theta=1e6), qwen2.Qwen2RotaryEmbedding),
+    "qwen3": (config_of(Qwen3Config, 32768, rope_theta=1e6), qwen3.Qwen3RotaryEmbedding),
+    "phi-4, short": (config_of(Phi3Config, 16384, rope_theta=2.5e5), PHI3),
+    "phi-3, partial": (config_of(Phi3Config, 4096, partial_rotary_factor=0.75), PHI3),
     "gpt-neox": (
         GPTNeoXConfig(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.25}),
         gpt_neox.GPTNeoXRotaryEmbedding,
     ),
+    "longrope, short": (LONG_PHI3, PHI3, {"max_position": 4096}),
+    "longrope, long": (LONG_PHI3, PHI3, {"max_position": 131072}),
+    "gemma 3, sliding": (Gemma3TextConfig(head_dim=64), GEMMA3, {"layer_type": "sliding_attention"}),
+    "gemma 3, full": (Gemma3TextConfig(head_dim=64), GEMMA3, {"layer_type": "full_attention"}),
 }
 
 
@@ -94,42 +79,21 @@ def halves(cos, sin):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_table_is_bit_equal_to_transformers(family):
-    config, embedding = FAMILIES[family]
-    rope = Rope.from_config(config, fp32_angles=True)
+    """Longrope is static: long factors where the table passes the original context, short ones where it does not."""
+    config, embedding, *changes = FAMILIES[family]
+    changes = changes[0] if changes else {}
+    rope = Rope.from_config(config, **changes, fp32_angles=True)
     positions = torch.cat((torch.arange(600), torch.tensor([rope.max_position - 1])))[None]
-    expected = halves(*embedding(config)(torch.zeros(1), positions))[0]
-    got = rope.turns()[positions[0]]
-    torch.testing.assert_close(got, expected, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("length", [4096, 131072])
-def test_longrope_is_static(length):
-    """Long factors where the table passes the original context, short ones where it does not."""
-    config = Phi3Config(
-        head_dim=96,
-        max_position_embeddings=131072,
-        original_max_position_embeddings=4096,
-        rope_parameters=LONGROPE,
-        hidden_size=3072,
-    )
-    rope = Rope.from_config(config, max_position=length, fp32_angles=True)
-    positions = torch.tensor([[0, 1, 777, length - 1]])
-    expected = halves(*phi3.Phi3RotaryEmbedding(config)(torch.zeros(1), positions))[0]
+    kind = [changes["layer_type"]] if "layer_type" in changes else []
+    expected = halves(*embedding(config)(torch.zeros(1), positions, *kind))[0]
     torch.testing.assert_close(rope.turns()[positions[0]], expected, rtol=0, atol=0)
-    assert rope.frequencies()[1] > 1.1  # the attention factor of a 32-fold extension
 
 
-def test_gemma_3_has_two_thetas_by_layer_type():
+def test_variants_are_told_apart():
+    """The attention factor of a 32-fold extension; two thetas by the type of a layer."""
+    assert Rope.from_config(LONG_PHI3).frequencies()[1] > 1.1
     config = Gemma3TextConfig(head_dim=64)
-    embedding = gemma3.Gemma3RotaryEmbedding(config)
-    positions = torch.arange(300)[None]
-    tables = {}
-    for kind in ("sliding_attention", "full_attention"):
-        rope = Rope.from_config(config, kind, fp32_angles=True)
-        tables[kind] = rope.turns()[:300]
-        expected = halves(*embedding(torch.zeros(1), positions, kind))[0]
-        torch.testing.assert_close(tables[kind], expected, rtol=0, atol=0)
-    assert not torch.equal(*tables.values())
+    assert Rope.from_config(config, "sliding_attention") != Rope.from_config(config, "full_attention")
     with pytest.raises(ValueError, match="layer_type"):
         Rope.from_config(config, "chunked_attention")
 

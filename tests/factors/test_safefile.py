@@ -2,11 +2,12 @@
 
 import errno
 import os
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from lrattn.factors import safefile
 
@@ -54,6 +55,9 @@ def test_what_cannot_be_written_is_found_before_the_work(places, tmp_path):
             with pytest.raises(OSError, match=r"^(out|factors): expected [^\n]*$"):
                 attempt()
                 pytest.fail(f"{what} was written")
+    for what, kind in (("a folder", IsADirectoryError), ("no such folder", FileNotFoundError)):
+        with pytest.raises(kind):
+            write(places[what])
     assert names(tmp_path) == before and (tmp_path / "file").read_text() == "a file"
     assert (tmp_path / "circle").is_symlink() and (tmp_path / "pipe").is_fifo()
     with pytest.raises(OSError, match="out: expected a file, got /dev/null, which is none"):
@@ -110,15 +114,15 @@ def test_writers_of_one_file_do_not_meet(tmp_path, monkeypatch):
     write(tmp_path / "f", 1.0)
     assert held(tmp_path / "f") == 1 and names(tmp_path) == ["f"] and len(set(calls)) == 2
     assert all(path.parent == tmp_path for path in calls)
-    threads = [threading.Thread(target=write, args=(tmp_path / "f", float(i))) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: write(tmp_path / "f", float(i)), range(8)))
     assert len(calls) == len(set(calls)) == 10 and held(tmp_path / "f") in range(8) and names(tmp_path) == ["f"]
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, MemoryError])
+STOPS = [KeyboardInterrupt, MemoryError, OSError("disk full"), SafetensorError("disk full")]
+
+
+@pytest.mark.parametrize("stop", STOPS, ids=repr)
 def test_what_stops_a_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, stop):
     write(tmp_path / "f")
 
@@ -127,7 +131,8 @@ def test_what_stops_a_write_leaves_the_old_file_and_no_other(tmp_path, monkeypat
         raise stop
 
     monkeypatch.setattr(safefile, "save_file", half)
-    with pytest.raises(stop):
+    disk = isinstance(stop, Exception)
+    with pytest.raises(OSError if disk else stop, match="disk full" if disk else None):
         write(tmp_path / "f", 2.0)
     assert held(tmp_path / "f") == 1 and names(tmp_path) == ["f"]
 

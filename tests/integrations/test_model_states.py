@@ -15,7 +15,7 @@ from latents import random_factors
 from torch import nn
 from uses import Reader, assert_equal, check_filled, made
 
-from lrattn.integrations.transformers import LatentCache, bind, latent_attention
+from lrattn.integrations.transformers import LatentCache, latent_attention
 from lrattn.models.interface import cache_argument
 
 
@@ -76,44 +76,6 @@ def test_layers_put_in_the_place_of_linear_ones(kind, architecture):
     assert_used_alike(model, random_factors(model, near=(6, 3)))
 
 
-def test_merged_adapters():
-    model, _, factors = made()
-    untouched = Reader(model).score(uses.TEXT)
-    for module in model.modules():
-        if isinstance(getattr(module, "k_proj", None), nn.Linear):
-            for linear in (module.k_proj, module.v_proj):
-                linear.weight.data += 0.05 * torch.randn(len(linear.weight), 4) @ torch.randn(4, linear.in_features)
-    assert (Reader(model).score(uses.TEXT) - untouched).norm() > 0.1 * untouched.norm()
-    assert_used_alike(model, factors)
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # its own, of transformers' older names
-@pytest.mark.parametrize("merged", [False, True], ids=["unmerged", "merged"])
-def test_lora_by_peft(merged):
-    peft = pytest.importorskip("peft", reason="peft is not in the locks")
-    model, _, factors = made()
-    options = {"r": 4, "target_modules": ["q_proj", "k_proj", "v_proj", "up_proj"], "task_type": "CAUSAL_LM"}
-    adapted = peft.get_peft_model(model, peft.LoraConfig(**options))
-    for name, p in adapted.named_parameters():
-        if "lora_B" in name:
-            p.data.normal_(std=0.2)
-    adapted.eval()
-    untouched = Reader(model).score(uses.TEXT)
-    with adapted.disable_adapter():
-        assert (Reader(model).score(uses.TEXT) - untouched).norm() > 0.1 * untouched.norm()
-    if merged:
-        assert_used_alike(adapted.merge_and_unload(), factors)
-        return
-    assert_used_alike(adapted.base_model.model, factors)
-    ids = tokens(2, 20)
-    model.set_attn_implementation("eager")
-    found = [adapted.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8)]
-    model.set_attn_implementation("lrattn")
-    new = cache_argument(LatentCache(factors))
-    found.append(adapted.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, **new))
-    assert_equal(found[1], found[0])
-
-
 @pytest.mark.parametrize("to", ["memory", "a folder"])
 def test_offloaded_weights(to, tmp_path):
     """Parameters are on the meta device between the passes of a layer."""
@@ -168,22 +130,6 @@ def test_other_dtypes_are_no_worse_than_sdpa_s(dtype, before_rope):
     Reader(model, factors).generate(uses.TEXT)
 
 
-@torch.no_grad()
-def test_autocast():
-    untouched, latent, factors = made()
-    untouched.set_attn_implementation("sdpa")
-    exact = untouched(uses.TEXT, use_cache=False).logits
-    with torch.autocast("cpu", torch.bfloat16):
-        plain = untouched(uses.TEXT, use_cache=False).logits
-        with latent_attention(latent, factors):
-            bound = latent(uses.TEXT).logits
-        cached = latent(uses.TEXT, **cache_argument(cache := LatentCache(factors))).logits
-        latent(uses.TEXT[:, :1], **cache_argument(cache))
-        latent.generate(uses.TEXT, max_new_tokens=4, **cache_argument(LatentCache(factors)))
-    for got in (bound, cached):
-        assert_no_worse_than(plain, got, exact)
-
-
 @pytest.mark.parametrize("mode", ["eval", "train", "checkpoints"])
 @pytest.mark.parametrize("architecture", ["Qwen2", "Gemma-2"])
 def test_gradients_of_every_weight_are_the_untouched_model_s(architecture, mode):
@@ -209,22 +155,18 @@ def test_what_a_context_changed_is_as_before_it():
     model = architectures.model("Gemma-3, images").train()
     model.set_attn_implementation({"": "sdpa", "text_config": "eager", "vision_config": "sdpa"})
     model.get_input_embeddings().weight.requires_grad_(False)
-    factors, ids = random_factors(model, near=(6, 3)), tokens(1, 8)
+    factors = random_factors(model, near=(6, 3))
 
     def state():
-        configs = model.config, model.config.text_config, model.config.vision_config
-        modes = [module.training for module in model.modules()]
-        return [c._attn_implementation for c in configs], modes, [p.requires_grad for p in model.parameters()]
+        configs = [c._attn_implementation for c in (model.config, model.config.text_config, model.config.vision_config)]
+        return configs, [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
 
     before = state()
-    assert before[0] == ["sdpa", "eager", "sdpa"] and all(before[1])
-    for raises in (False, True):
-        stops = pytest.raises(RuntimeError, match="stopped") if raises else nullcontext()
+    for stops in (nullcontext(), pytest.raises(ZeroDivisionError)):
         with stops, latent_attention(model, factors):
-            model(ids, token_type_ids=torch.zeros_like(ids))
-            if raises:
-                raise RuntimeError("stopped")
-        assert state() == before
+            model(tokens(1, 8), token_type_ids=torch.zeros(1, 8, dtype=torch.int64))
+            assert isinstance(stops, nullcontext) or 1 / 0
+        assert state() == before and before[0] == ["sdpa", "eager", "sdpa"]
 
 
 # ------------------------------------------------------------------------------- classes, and what calls models
@@ -247,10 +189,7 @@ def test_texts_with_images(near):
     assert type(transformers.AutoModelForCausalLM.from_config(untouched.config)) is type(untouched)
     inputs = architectures.with_image()
     want = untouched(**inputs, use_cache=False).logits
-    blind = untouched(
-        **{k: v for k, v in inputs.items() if k != "token_type_ids"} | {"token_type_ids": inputs["token_type_ids"] * 0},
-        use_cache=False,
-    ).logits
+    blind = untouched(**inputs | {"token_type_ids": inputs["token_type_ids"] * 0}, use_cache=False).logits
     assert (blind - want).norm() > 0.02 * want.norm()
     assert_equal(latent(**inputs, **cache_argument(LatentCache(factors))).logits, want)
     with latent_attention(latent, factors):
@@ -279,10 +218,9 @@ def test_a_rope_that_changes_with_the_length():
 def test_bare_models_heads_and_wrappers():
     """A model without a head, a reward model, and DataParallel where there is no GPU."""
     untouched, latent, factors = made("Llama")
-    ids = tokens(2, 20)
-    want = untouched.model(ids, use_cache=False).last_hidden_state
+    ids, bare = tokens(2, 20), untouched.model
+    want = bare(ids, use_cache=False).last_hidden_state
     assert_equal(latent.model(ids, **cache_argument(LatentCache(factors))).last_hidden_state, want)
-    bare = untouched.model
     with latent_attention(bare, factors):
         assert_equal(bare(ids).last_hidden_state, want)
     reward = transformers.AutoModelForSequenceClassification.from_config(untouched.config).eval()
@@ -327,40 +265,19 @@ def test_the_pipeline_of_transformers(tmp_path):
     assert found["lrattn", 0] == found["eager", 0] and found["lrattn", 1] == found["eager", 1]
 
 
-class Harness:
-    """The calls that lm-eval's HFLM makes of a model."""
-
-    def __init__(self, model, new=dict):
-        self.model, self.new = model, new
-
-    @torch.no_grad()
-    def loglikelihood(self, requests):
-        """Of (context, continuation) pairs in one batch, padded on the right; no mask is given."""
-        rows = [torch.cat(pair)[:-1] for pair in requests]
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        found = []
-        for logits, row, (_, continuation) in zip(self.model(ids).logits.log_softmax(-1), rows, requests):
-            logits = logits[len(row) - len(continuation) : len(row)]
-            found.append(logits.gather(1, continuation[:, None]).sum())
-        return torch.stack(found)
-
-    @torch.no_grad()
-    def generate_until(self, contexts, most):
-        """Of contexts in one batch, padded on the left; options are copied for each batch."""
-        ids, mask = contexts
-        options = copy.deepcopy(self.new())
-        return self.model.generate(input_ids=ids, attention_mask=mask, max_length=ids.shape[1] + most, use_cache=True,
-                                   pad_token_id=0, **options)  # fmt: skip
-
-
 @pytest.mark.parametrize("architecture", ["Qwen2", "Gemma-3"])
 def test_the_calls_of_an_evaluation_harness(architecture):
+    """Those of lm-eval's HFLM: texts padded on the right without a mask; and generation on options that are copied."""
     untouched, latent, factors = made(architecture)
-    requests = [(tokens(1, n, seed=n)[0], tokens(1, m, seed=m)[0]) for n, m in ((20, 6), (9, 2), (30, 1), (1, 12))]
-    latent.set_attn_implementation(bind(factors))
-    assert_equal(Harness(latent).loglikelihood(requests), Harness(untouched).loglikelihood(requests))
-    latent.set_attn_implementation("lrattn")
-    harness = Harness(latent, lambda: cache_argument(LatentCache(factors)))
-    contexts = padded((30, 11, 4), "left")
+    rows = [tokens(1, n, seed=n)[0] for n in (25, 10, 30, 12)]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    with torch.no_grad(), latent_attention(latent, factors):
+        for row, got, want in zip(rows, latent(ids).logits, untouched(ids).logits, strict=True):
+            assert_equal(got[: len(row)], want[: len(row)])
+    (ids, mask), cache = padded((30, 11, 4), "left"), cache_argument(LatentCache(factors))
     for _ in range(2):
-        assert_equal(harness.generate_until(contexts, 10), Harness(untouched).generate_until(contexts, 10))
+        want, got = (
+            model.generate(ids, attention_mask=mask, max_length=40, use_cache=True, **options)
+            for model, options in ((untouched, {}), (latent, copy.deepcopy(cache)))
+        )
+        assert_equal(got, want)

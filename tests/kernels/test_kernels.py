@@ -6,7 +6,7 @@ from dataclasses import replace
 import dense
 import pytest
 import torch
-from cases import CASES, PACKED, Case, make, make_layer
+from cases import CASES, PACKED, RAGGED, Case, latents, make
 from checks import (
     attend,
     check,
@@ -25,21 +25,11 @@ from slowly import slow_unless
 
 import lrattn
 
-RAGGED = Case(
-    "ragged", M=2, S=2, lens=(70, 33, 1, 0), key_ranks=(32, 16), value_ranks=(64, 16), offset=True, sinks=True
-)
-
 
 @pytest.mark.parametrize("case", slow_unless(MATRIX[:QUICK], MATRIX), ids=str)
 def test_every_shape_an_engine_brings(case, device):
     for dtype in dtypes(case, device):
         check(case, dtype, device)
-
-
-@pytest.mark.every(2)
-@pytest.mark.parametrize("case", CASES + PACKED, ids=str)
-def test_the_cases_of_the_reference(case, kernel_dtype, device):
-    check(case, kernel_dtype, device)
 
 
 def test_every_two_values_meet():
@@ -58,17 +48,17 @@ def test_every_value_is_quick_and_every_two_kinds_meet_where_it_is_quick():
     assert uncovered([kinds_of(row) for row in quick], kinds) == met_nowhere
 
 
-LONG = {
-    "rebuilt": Case("rebuilt", Hkv=2, M=2, lens=(1100, 1029), key_ranks=(48,), rope={"max_position": 2048}),
-    "absorbed": Case("absorbed", Hkv=2, M=2, lens=(1100, 1029), key_ranks=(48,), rope=None),
-    "joint": Case("joint", Hkv=2, lens=(1100,), key_ranks=(160,), value_ranks=(160,), shared=True),
-}
+LONG = [
+    Case("rebuilt", Hkv=2, M=2, lens=(1100, 1029), key_ranks=(48,), rope={"max_position": 2048}),
+    Case("absorbed", Hkv=2, M=2, lens=(1100, 1029), key_ranks=(48,), rope=None),
+    Case("joint", Hkv=2, lens=(1100,), key_ranks=(160,), value_ranks=(160,), shared=True),
+]
 
 
 @pytest.mark.every(2)
-@pytest.mark.parametrize("name", LONG)
-def test_a_thousand_tokens(name, kernel_dtype, device):
-    check(LONG[name], kernel_dtype, device)
+@pytest.mark.parametrize("case", CASES + PACKED + LONG, ids=str)
+def test_the_cases_of_the_reference_and_a_thousand_tokens(case, kernel_dtype, device):
+    check(case, kernel_dtype, device)
 
 
 @pytest.mark.every(2)
@@ -125,18 +115,18 @@ def test_what_is_no_number_stays_none(cause, num_splits, device):
     rope = {"max_position": 64} if cause == "past the table" else "default"
     case = Case("nan", Hkv=2, lens=(200,), rope=rope, positions=cause == "a position")
     layer, q, k_cache, v_cache, kwargs = on(device, *make(replace(case, lens=(60,)), torch.float32))
+    page = kwargs["block_table"][0, 1].item()
     if cause == "past the table":
         kwargs["seq_lens"] += 10
-    elif cause == "a position":
-        kwargs["positions"][kwargs["block_table"][0, 1].item(), 3] = 5000
-    elif cause == "the query":
-        q[..., 5] = torch.nan
-    else:
-        v_cache[kwargs["block_table"][0, 1].item(), 3] = torch.nan
-    if cause == "past the table":
         used = kwargs["block_table"][0, :4].tolist()
         kwargs["block_table"][0, 4] = next(page for page in range(len(k_cache)) if page not in used)
         k_cache.nan_to_num_(0.0), v_cache.nan_to_num_(0.0)
+    elif cause == "a position":
+        kwargs["positions"][page, 3] = 5000
+    elif cause == "the query":
+        q[..., 5] = torch.nan
+    else:
+        v_cache[page, 3] = torch.nan
     out, lse = attend((layer, q, k_cache, v_cache, kwargs), num_splits=num_splits)
     assert out.isnan().all() and (lse.isnan().all() or cause == "a value")
 
@@ -158,21 +148,23 @@ def test_results_do_not_depend_on_splits_or_workspace(rope, device):
         torch.testing.assert_close(attend(problem, **changes), whole, rtol=0, atol=2e-6)
 
 
-def test_out_is_written_whatever_its_strides(device):
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_out_is_written_whatever_its_strides(backend, device):
     problem = on(device, *make(RAGGED, torch.float16))
     for project, last in (("heads", (8, 64)), ("latent", (8, 64)), ("hidden", (24,))):
-        expected, lse = attend(problem, project=project)
+        expected, lse = attend(problem, project=project, backend=backend)
         out = torch.full((4, 3, 2, *last), torch.nan, dtype=torch.float16, device=device).transpose(1, 2)[:, :, 1]
-        got, got_lse = attend(problem, project=project, out=out)
+        got, got_lse = attend(problem, project=project, out=out, backend=backend)
         assert got is out and torch.equal(out, expected) and torch.equal(lse, got_lse)
 
 
-def test_a_query_without_the_axis_of_queries(device):
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_a_query_without_the_axis_of_queries(backend, device):
     case = Case("flat", M=2, lens=(20, 3))
     layer, q, k_cache, v_cache, kwargs = on(device, *make(case, torch.float32))
-    out, lse = attend((layer, q, k_cache, v_cache, kwargs))
+    out, lse = attend((layer, q, k_cache, v_cache, kwargs), backend=backend)
     flat = torch.full_like(out[:, 0], torch.nan)
-    got, got_lse = attend((layer, q[:, 0], k_cache, v_cache, kwargs), out=flat)
+    got, got_lse = attend((layer, q[:, 0], k_cache, v_cache, kwargs), out=flat, backend=backend)
     assert got is flat and torch.equal(flat, out[:, 0]) and torch.equal(got_lse, lse[:, 0])
 
 
@@ -189,6 +181,9 @@ def test_nothing_to_do(shape, device):
         kwargs["block_table"] = kwargs["block_table"][:, :0]
     out, lse = attend((layer, q, k_cache, v_cache, kwargs))
     assert out.shape == q.shape and (out == 0).all() and (lse == -torch.inf).all()
+    before, slots = k_cache.clone(), torch.empty(0, dtype=torch.int64, device=device)
+    lrattn.write_latents(layer, *latents(layer, 0), k_cache, v_cache, slots, backend="triton")
+    torch.testing.assert_close(k_cache, before, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("case", slow_unless([*MATRIX[:QUICK:8], *PACKED[::2]], [*MATRIX[::4], *PACKED]), ids=str)
@@ -216,14 +211,6 @@ def test_write_latents(case, slots, device):
 
 def test_latents_that_are_not_finite_are_packed_as_such(device):
     check_broken(device)
-
-
-def test_nothing_is_written_for_no_tokens(device):
-    layer = make_layer(Case("none"), torch.float32).to(device)
-    k_cache, v_cache = (x.fill_(7.0) for x in lrattn.allocate_cache(layer, 1, 16))
-    empty = torch.empty(0, dtype=torch.int64, device=device)
-    lrattn.write_latents(layer, k_cache[0, :0], v_cache[0, :0], k_cache, v_cache, empty, backend="triton")
-    assert (k_cache == 7.0).all() and (v_cache == 7.0).all()
 
 
 @pytest.mark.parametrize("P", [16, 64])

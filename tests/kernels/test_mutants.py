@@ -15,97 +15,58 @@ from slowly import slow_unless
 CPU = torch.device("cpu")
 swap = mutants.swap
 
+
+def paired(name, **changes):
+    """Two groups of two heads, in an order of their own."""
+    order = (2, 0, 3, 1)
+    return Case(name, **{"M": 2, "key_order": order, "value_order": order, "lens": (70, 3)} | changes)
+
+
+def two(name, **changes):
+    """Two heads, and small ranks."""
+    return Case(name, **{"Hkv": 2, "key_ranks": (32,)} | changes)
+
+
+CUT = {"num_splits": 2}
+HEADS = {"M": 2, "value_ranks": (16, 32), "value_order": (3, 1, 0, 2)}
+RAGGED = {"offset": True, "key_ranks": (32, 112), "call": CUT}
+ALONE = {"key_ranks": (32, 96, 16, 48), "value_ranks": (16, 48, 96, 32)}
+SMALL = {"key_ranks": (32, 32), "value_ranks": (16, 16)}
+LARGE = {"key_ranks": (320, 400), "value_ranks": (320, 400)}
+WIDE = {"key_ranks": (96, 112), "value_ranks": (96, 112)}
 KILLERS = {
-    "groups": Case("groups", M=2, key_ranks=(32, 48), value_ranks=(64, 16), lens=(70, 3), key_order=(2, 0, 3, 1)),
-    "batch": Case("batch", Hkv=2, key_ranks=(32,), value_ranks=(32,), lens=(100, 20, 40), call={"num_splits": 2}),
-    "pages": Case("pages", Hkv=2, P=48, key_ranks=(32,), lens=(100, 97), strided=True, call={"num_splits": 1}),
-    "whole tiles": Case("whole tiles", Hkv=2, P=64, key_ranks=(32,), lens=(130, 3)),
-    "padded": Case("padded", Hkv=2, key_ranks=(112,), value_ranks=(112,), shared=True, lens=(20,), strided=True),
-    "streamed": Case("streamed", Hkv=1, key_ranks=(528,), value_ranks=(32,), lens=(20,)),
-    "wide": Case("wide", Hkv=2, D=256, key_ranks=(32,), lens=(20,), offset=True),
-    "queries": Case("queries", M=3, S=4, Hkv=2, lens=(40, 9), call={"project": "hidden"}),
-    "window": Case("window", S=3, Hkv=2, lens=(150, 40), starts=(0, 25), call={"window_size": 20}),
-    "interleaved": Case("interleaved", Hkv=2, rope={"interleaved": True}),
-    "partial": Case("partial", Hkv=2, rope={"partial_rotary_factor": 0.5}, lens=(70,)),
-    "positions": Case("positions", Hkv=2, positions=True),
-    "absorbed": Case("absorbed", M=2, rope=None, offset=True, key_ranks=(32, 48), key_order=(2, 0, 3, 1)),
-    "long absorbed": Case("long absorbed", Hkv=2, rope=None, key_ranks=(272,), lens=(70, 3)),
-    "softcap": Case("softcap", Hkv=2, call={"softcap": 2.0}),
-    "sinks": Case("sinks", M=2, sinks=True, offset=True, value_ranks=(16, 32), value_order=(3, 1, 0, 2)),
-    "one pass": Case(
-        "one pass",
-        M=2,
-        rope=None,
-        offset=True,
-        key_ranks=(32, 112),
-        value_ranks=(112, 16),
-        lens=(200, 3),
-        key_order=(2, 0, 3, 1),
-        value_order=(0, 2, 1, 3),
-        call={"num_splits": 2},
-    ),
-    "one pass, rebuilt": Case(
-        "one pass, rebuilt",
-        M=2,
-        offset=True,
-        key_ranks=(32, 112),
-        lens=(150, 3),
-        value_ranks=(48, 112),
-        key_order=(2, 0, 3, 1),
-        value_order=(2, 0, 3, 1),
-        shared=True,
-        call={"num_splits": 2},
-    ),
-    "one pass, alone": Case(
-        "one pass, alone",
-        M=2,
-        S=3,
-        key_ranks=(32, 96, 16, 48),
-        value_ranks=(16, 48, 96, 32),
-        key_order=(2, 0, 3, 1),
-        value_order=(2, 0, 3, 1),
-        lens=(70, 40, 0),
-    ),
-    "one pass, positions": Case("one pass, positions", Hkv=2, positions=True, key_ranks=(32, 32), value_ranks=(16, 16)),
-    "many splits": Case(
-        "many splits",
-        M=2,
-        value_ranks=(96, 16),
-        value_order=(3, 1, 0, 2),
-        lens=(180, 3),
-        starts=(126, 0),
-        call={"num_splits": 40},
-    ),
-    "one pass, strided": Case(
-        "one pass, strided",
-        Hkv=2,
-        key_ranks=(32, 32),
-        value_ranks=(16, 16),
-        lens=(40, 3),
-        strided=True,
-        call={"num_splits": 2},
-    ),
-    "packed": Case(
-        "packed",
-        M=2,
-        key_ranks=(96, 112),
-        value_ranks=(96, 112),
-        key_order=(2, 0, 3, 1),
-        value_order=(2, 0, 3, 1),
-        lens=(100, 3),
-        shared=True,
-        key_bits=(8, 4, 2),
-    ),
-    "packed, streamed": Case(
-        "packed, streamed",
-        Hkv=2,
-        key_ranks=(320, 400),
-        value_ranks=(320, 400),
-        lens=(20, 3),
-        key_bits=(8, 4, 2),
-        value_bits=(8, 2),
-    ),
-    "chunks": Case("chunks", Hkv=2, lens=(300,), call={"workspace_limit": 1, "num_splits": 2}),
+    case.name: case
+    for case in [
+        paired("groups", key_ranks=(32, 48), value_ranks=(64, 16), value_order=None),
+        two("batch", value_ranks=(32,), lens=(100, 20, 40), call=CUT),
+        two("pages", P=48, lens=(100, 97), strided=True, call={"num_splits": 1}),
+        two("whole tiles", P=64, lens=(130, 3)),
+        two("padded", key_ranks=(112,), value_ranks=(112,), shared=True, lens=(20,), strided=True),
+        Case("streamed", Hkv=1, key_ranks=(528,), value_ranks=(32,), lens=(20,)),
+        two("wide", D=256, lens=(20,), offset=True),
+        two("queries", M=3, S=4, lens=(40, 9), call={"project": "hidden"}),
+        two("window", S=3, lens=(150, 40), starts=(0, 25), call={"window_size": 20}),
+        two("interleaved", rope={"interleaved": True}),
+        two("partial", rope={"partial_rotary_factor": 0.5}, lens=(70,)),
+        two("positions", positions=True),
+        paired("absorbed", rope=None, offset=True, key_ranks=(32, 48), value_order=None, lens=(37,)),
+        two("long absorbed", rope=None, key_ranks=(272,), lens=(70, 3)),
+        two("softcap", call={"softcap": 2.0}),
+        Case("sinks", sinks=True, offset=True, **HEADS),
+        paired("one pass", rope=None, lens=(200, 3), value_ranks=(112, 16), value_order=(0, 2, 1, 3), **RAGGED),
+        paired("one pass, rebuilt", lens=(150, 3), value_ranks=(48, 112), shared=True, **RAGGED),
+        paired("one pass, alone", S=3, lens=(70, 40, 0), **ALONE),
+        two("one pass, positions", positions=True, **SMALL),
+        two("one pass, strided", lens=(40, 3), strided=True, call=CUT, **SMALL),
+        Case(
+            "many splits", lens=(180, 3), starts=(126, 0), call={"num_splits": 40}, **HEADS | {"value_ranks": (96, 16)}
+        ),
+        paired("packed", lens=(100, 3), shared=True, key_bits=(8, 4, 2), **WIDE),
+        two("packed, streamed", lens=(20, 3), key_bits=(8, 4, 2), value_bits=(8, 2), **LARGE),
+        two("chunks", lens=(300,), call={"workspace_limit": 1} | CUT),
+        two("write", P=32),
+        two("long parts", lens=(300,), key_ranks=(16,), value_ranks=(16,)),
+    ]
 }
 
 
@@ -219,8 +180,7 @@ FIRST_KILLERS = {m.killer for m in FIRST.values()}
 def run(killer):
     """Raises AssertionError where the kernels in use are wrong."""
     if killer == "write":
-        wide = Case("write", P=32, Hkv=2, key_ranks=(32,), value_ranks=(48,))
-        checks.check_write(wide, torch.int64, torch.float32, CPU)
+        checks.check_write(KILLERS["write"], torch.int64, torch.float32, CPU)
     elif killer == "pack":
         checks.check_write(KILLERS["packed, streamed"], torch.int64, torch.float32, CPU)
     elif killer == "pack what is not finite":
@@ -229,9 +189,6 @@ def run(killer):
         checks.check_rebuild(KILLERS["groups"], torch.float32, CPU)
     elif killer == "known rows":
         checks.check_known_rows("triton", CPU)
-    elif killer == "long parts":
-        long = Case("long parts", Hkv=2, lens=(300,), key_ranks=(16,), value_ranks=(16,))
-        checks.check(long, torch.float32, CPU)
     else:
         dtype = torch.float16 if killer == "packed" else torch.float32  # float32 takes two passes
         checks.check(KILLERS[killer], dtype, CPU)

@@ -1,5 +1,6 @@
 """Another attention function inside a block: right for every architecture, and gone when the block is left."""
 
+import copy
 import gc
 import threading
 import weakref
@@ -15,7 +16,7 @@ from slowly import slow_unless
 from torch import nn
 
 from lrattn.models import interface
-from lrattn.models.interface import attending, attention_set, cache_argument, exact_attention, is_causal
+from lrattn.models.interface import attending, attention_set, exact_attention, is_causal
 from lrattn.models.states import evaluating, frozen
 
 QUICK = ("Gemma-2", "Gemma-3n", "gpt-oss", "Llama-4", "GPT-2")
@@ -146,6 +147,11 @@ def test_a_model_is_in_one_block_at_a_time():
             attending(second, exact_attention).__enter__()
     with attending(model, exact_attention), attending(other, exact_attention):
         assert implementations(other) == [interface.INSIDE]
+        for second in (twin, copy.deepcopy(model)):
+            with pytest.raises(
+                ValueError, match=r"^model: its config is that of a model .*, or a copy of it; leave .*$"
+            ):
+                second(input_ids=TEXT)
     assert implementations(model) == implementations(other) == implementations(twin) == ["sdpa"]
 
 
@@ -186,13 +192,6 @@ def test_nothing_of_a_block_or_a_model_is_held():
     del function, model
     gc.collect()
     assert [x() for x in held] == [None, None] and not len(interface._TAKEN)
-
-
-def test_caches_go_by_the_name_that_this_release_knows():
-    cache = transformers.DynamicCache()
-    model = architectures.model("Llama")
-    model(input_ids=TEXT, use_cache=True, **cache_argument(cache))
-    assert cache.get_seq_length() == 40
 
 
 def test_the_decoder_is_what_runs_the_layers():

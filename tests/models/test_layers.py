@@ -19,14 +19,21 @@ MLA = SIZES | {"num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16, 
 OF_T5 = {"vocab_size": 160, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}
 OF_BERT = {"vocab_size": 160, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 OF_MAMBA = {"vocab_size": 160, "hidden_size": 64, "num_hidden_layers": 2}
+OF_MINIMAX = {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2, "num_local_experts": 2}
+OF_ZAMBA = SIZES | {"num_key_value_heads": 4, "n_mamba_heads": 2, "mamba_headdim": 64, "mamba_d_state": 8,
+                    "layers_block_type": ["mamba", "hybrid", "mamba"], "hybrid_layer_ids": [1]}  # fmt: skip
 NOT_GIVEN = "its attention is not given the keys and values that its cache returned"
 NOT_BY = "attention that goes through transformers' AttentionInterface"
 NOT_RUN = "to run on a few tokens with a cache of keys and values, got"
+STATES = "layers that cache other things than keys and values, as linear attention, state spaces and convolutions do"
 REFUSED = {  # the beginning of its config's name, what that says, what is told in the one or other release
     "keys that are made after the cache": ("DeepseekV3", MLA, f"{NOT_GIVEN}|expected keys and values of one shape"),
     "values that are changed after it": ("DiffLlama", SIZES, f"{NOT_GIVEN}|{NOT_BY}"),
     "an encoder": ("Bert", OF_BERT, NOT_GIVEN),
-    "a state in the place of a cache": ("Mamba", OF_MAMBA, f"{NOT_RUN}|that fill a cache, got none in Mamba"),
+    "a state in the place of a cache": ("Mamba", OF_MAMBA, f"{NOT_RUN} {STATES}|that fill a cache, got none in Mamba"),
+    "state spaces beside attention": ("Zamba2", OF_ZAMBA, f"{NOT_RUN} {STATES}: hybrid, "),
+    "convolutions beside it": ("Lfm2", SIZES | {"layer_types": ["conv", "full_attention", "conv"]}, f"{STATES}: conv$"),
+    "linear attention beside it": ("MiniMax", SIZES | OF_MINIMAX, f"{STATES}: linear_attention$"),
     "an encoder and a decoder": ("T5", OF_T5, f"{NOT_RUN} ValueError: |{NOT_BY}"),
 }
 
@@ -139,6 +146,18 @@ def test_a_sample_tells_models_apart_and_finds_nothing_where_there_is_nothing_to
             told = sample(a)
     assert sample(a.half()).dtype == torch.float16
     assert sample(nn.Module()) is None and sample(nn.Embedding(3, 4).to("meta")) is None
-    quantised = nn.Module()
-    quantised.register_parameter("weight", nn.Parameter(torch.ones(3, 3, dtype=torch.int8), requires_grad=False))
-    assert sample(quantised) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("how", ["parameter", "buffer"])
+def test_quantised_weights_are_not_told_by_the_norms_and_biases_beside_them(how, dtype):
+    (layer, *_) = attention_layers(architectures.model("Qwen3"))
+    codes = torch.ones(3, 3).to(dtype)
+    layer.module.k_proj = nn.Module()
+    layer.module.k_proj.register_buffer("mask", torch.ones(3, dtype=torch.bool))
+    assert sample(layer.module) is not None
+    if how == "buffer":
+        layer.module.k_proj.register_buffer("codes", codes)
+    else:
+        layer.module.k_proj.codes = nn.Parameter(codes, requires_grad=False)
+    assert sample(layer.module) is None

@@ -89,15 +89,26 @@ def make_layer(case, dtype=torch.float64, seed=0):
             down[:, list(heads), :, columns] = normal(read, len(heads), case.D, columns.stop - columns.start)
         return replace(made, down=down.flatten(0, 2))
 
+    bits = ((), case.key_bits) if case.shared else (case.key_bits, case.value_bits)
     return lrattn.LayerFactors(
-        keys=side(case.key_ranks, case.key_order, () if case.shared else case.key_bits, 2.0, int(not case.shared)),
-        values=side(
-            case.value_ranks, case.value_order, case.key_bits if case.shared else case.value_bits, 1.0, 1 + case.shared
-        ),
+        keys=side(case.key_ranks, case.key_order, bits[0], 2.0, int(not case.shared)),
+        values=side(case.value_ranks, case.value_order, bits[1], 1.0, 1 + case.shared),
         rope=rope_of(case),
         shared=case.shared,
         wo=loose(normal(case.Hkv * case.M, case.D, case.E, scale=case.D**-0.5)),
     )
+
+
+def latents(layer, *lead, generator=None):
+    """Random ones of some tokens, [*lead, width] each, None for what a shared row has no side of."""
+    g = generator or torch.Generator().manual_seed(3)
+    widths = layer.row_width, None if layer.shared else layer.values.width
+    drawn = [None if n is None else torch.randn(*lead, n, generator=g, dtype=torch.float64) for n in widths]
+    return [None if z is None else z.to(layer.device, layer.dtype) for z in drawn]
+
+
+def there(*things):
+    return [x for x in things if x is not None]
 
 
 def formats(ranks, widths):
@@ -135,9 +146,8 @@ def make(case, dtype=torch.float64, seed=0):
     order = torch.randperm(num_pages, generator=g).tolist()
     table = torch.full((len(case.lens), width), GARBAGE, dtype=torch.int32)
     k_cache, v_cache = lrattn.allocate_cache(layer, num_pages, case.P)
-    for cache in (k_cache, v_cache):
-        if cache is not None:
-            cache.fill_(poison(cache.dtype))
+    for cache in there(k_cache, v_cache):
+        cache.fill_(poison(cache.dtype))
     positions = torch.full((num_pages, case.P), -1, dtype=torch.int32) if case.positions else None
     last = MAX_POSITION if layer.rope is None else layer.rope.max_position
     for b, n in enumerate(counts):
@@ -152,9 +162,8 @@ def make(case, dtype=torch.float64, seed=0):
         if positions is not None:
             chosen = torch.randint(last, (n,), generator=g, dtype=torch.int32)
             positions.view(-1)[slots] = chosen.masked_fill(unseen, -1)
-        for cache in (k_cache, v_cache):
-            if cache is not None:
-                cache.flatten(0, 1)[slots[unseen]] = poison(cache.dtype)
+        for cache in there(k_cache, v_cache):
+            cache.flatten(0, 1)[slots[unseen]] = poison(cache.dtype)
         table[b, : first // case.P] = GARBAGE
         table[b, (end + case.P - 1) // case.P :] = GARBAGE
     q = normal(len(case.lens), case.S, case.Hkv * case.M, case.D)
@@ -186,18 +195,19 @@ def in_one(k_cache, v_cache):
     """Both caches as slices of one tensor, or each of its own where their dtypes differ; poison between."""
     if v_cache is not None and v_cache.dtype != k_cache.dtype:
         return in_one(k_cache, None)[0], in_one(v_cache, None)[0]
-    caches = [x for x in (k_cache, v_cache) if x is not None]
+    caches = there(k_cache, v_cache)
     width = sum(x.shape[-1] for x in caches) + 16
     pool = k_cache.new_full((len(k_cache), 2, k_cache.shape[1], width), poison(k_cache.dtype))[:, 1]
-    cut, at = [], 0
-    for x in caches:
-        cut.append(pool[..., at : at + x.shape[-1]])
-        cut[-1].copy_(x)
-        at += x.shape[-1]
+    cut = pool.split([*(x.shape[-1] for x in caches), 16], -1)
+    for held, x in zip(cut, caches):
+        held.copy_(x)
     return cut[0], cut[1] if v_cache is not None else None
 
 
 PLAIN = Case("plain")
+SIDES = {"key_ranks": (32, 16), "value_ranks": (64, 16)}
+RAGGED = Case("ragged", M=2, S=2, lens=(70, 33, 1, 0), offset=True, sinks=True, **SIDES)
+YARN = {"scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}}
 CASES = [
     PLAIN,
     Case("gqa", M=3, key_ranks=(32, 48), lens=(33, 1)),
@@ -212,22 +222,11 @@ CASES = [
     Case("interleaved", rope={"interleaved": True}, M=2, D=96),
     Case("partial rotary", rope={"partial_rotary_factor": 0.25}, D=80, M=2),
     Case("partial interleaved", rope={"partial_rotary_factor": 0.5, "interleaved": True}, D=128),
-    Case(
-        "yarn",
-        rope={"scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}},
-        D=128,
-        positions=True,
-    ),
+    Case("yarn", rope=YARN, D=128, positions=True),
     Case("joint row", shared=True, key_ranks=(48, 64), value_ranks=(48, 64), M=2, lens=(33, 5)),
     Case("riding row", shared=True, key_ranks=(32, 16), value_ranks=(48, 64), M=2, lens=(33, 5)),
-    Case(
-        "riding row, head order",
-        shared=True,
-        key_ranks=(32, 16),
-        value_ranks=(48, 64),
-        key_order=(3, 0, 2, 1),
-        value_order=(3, 0, 2, 1),
-    ),
+    Case("riding row, head order", shared=True, key_ranks=(32, 16), value_ranks=(48, 64), key_order=(3, 0, 2, 1),
+         value_order=(3, 0, 2, 1)),
     Case("shared without rope", shared=True, rope=None, key_ranks=(32,), value_ranks=(64,)),
     Case("positions", positions=True, M=2, lens=(40, 17)),
     Case("starts", starts=(5, 0, 20), lens=(40, 17, 20), M=2),
@@ -238,6 +237,9 @@ CASES = [
     Case("softcap", call={"softcap": 3.0}, M=2),
     Case("sinks", sinks=True, offset=True, M=2, lens=(20, 0, 1)),
     Case("scale", call={"softmax_scale": 0.3}),
+    Case("strided", strided=True, M=2, S=2, lens=(40, 17), offset=True, positions=True),
+    Case("clamped to the table", lens=(48, 20), pages=2),
+    Case("clamped to a number", lens=(48, 20), call={"max_seq_len": 32}),
     Case("splits", M=2, S=2, lens=(70, 3, 0), call={"num_splits": 5}),
     Case("splits, window, sinks", sinks=True, S=2, lens=(70, 33), call={"num_splits": 3, "window_size": 40}),
     Case("small workspace", S=4, M=2, lens=(70, 40), call={"workspace_limit": 1}),

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import dense
 import torch
-from cases import Case, in_one, make, make_layer
+from cases import Case, in_one, latents, make, make_layer, there
 from closeness import assert_no_worse
 from packing import plain, poison
 
@@ -77,21 +77,19 @@ def check_write(case, slots, dtype, device):
     """The reference's bits, everything else untouched."""
     layer = make_layer(case, dtype).to(device)
     caches = lrattn.allocate_cache(layer, 3, case.P)
-    for cache in caches:
-        if cache is not None:
-            cache.fill_(poison(cache.dtype))
+    for cache in there(*caches):
+        cache.fill_(poison(cache.dtype))
     k_cache, v_cache = in_one(*caches)
     g = torch.Generator().manual_seed(0)
-    zk = torch.randn(4, 9, layer.row_width, generator=g).to(device, dtype)
-    zv = None if case.shared else torch.randn(4, 9, layer.values.width, generator=g).to(device, dtype)
+    zk, zv = latents(layer, 4, 9, generator=g)
     chosen = torch.randperm(3 * case.P, generator=g)[:36].to(slots)
     last = 3 * case.P - 1
     chosen[(chosen == last).int().argmax()], chosen[5], chosen[7] = last, -1, last + 1
     chosen = torch.stack((chosen, chosen), 1)[:, 0].view(4, 9).to(device)  # not contiguous
     lrattn.write_latents(layer, zk, zv, *caches, chosen, backend="reference")
     lrattn.write_latents(layer, zk, zv, k_cache, v_cache, chosen, backend="triton")
-    assert torch.equal(k_cache.nan_to_num(9.0), caches[0].nan_to_num(9.0))
-    assert v_cache is None or torch.equal(v_cache.nan_to_num(9.0), caches[1].nan_to_num(9.0))
+    for got, expected in zip(there(k_cache, v_cache), caches):
+        assert torch.equal(got.nan_to_num(9.0), expected.nan_to_num(9.0))
 
 
 def check_known_rows(backend, device):

@@ -4,7 +4,7 @@ Every two kinds of values meet in one of the first QUICK cases.
 """
 
 import torch
-from cases import Case
+from cases import YARN, Case
 from pairwise import covering_rows, covering_some
 
 COLUMNS = {
@@ -52,7 +52,6 @@ KINDS = {n: [[value] for value in values] for n, values in COLUMNS.items()} | {
 }
 KEY_RANKS = {"one chunk": (32, 32), "two chunks": (96, 96), "ragged": (16, 80), "streamed": (528, 528)}
 VALUE_RANKS = {"one tile": (32, 32), "odd": (48, 48), "ragged": (80, 16), "tiles": (272, 272)}
-YARN = {"scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}}
 ROPES = {
     "default": "default",
     "interleaved": {"interleaved": True},
@@ -89,29 +88,22 @@ def case_of(i, row):
     call = {"softcap": row["softcap"], "causal": row["causal"], "project": row["project"]}
     call |= {n: row[n] for n in ("num_splits", "max_seq_len", "workspace_limit") if row[n] is not None}
     call |= {"window_size": row["window"]} if row["window"] else {}
+    same = ("M", "D", "S", "P", "offset", "positions", "sinks", "strided", "dtype")
     return Case(
         f"{i}",
         Hkv=heads,
-        M=row["M"],
-        D=row["D"],
-        S=row["S"],
-        P=size,
         key_ranks=key_ranks,
         value_ranks=value_ranks,
         lens=lens,
         rope=ROPES[row["rope"]],
         shared=row["shared"] != "no",
-        offset=row["offset"],
         key_order=order,
         value_order=order if row["shared"] != "no" or order is None else order[::-1],
-        positions=row["positions"],
         starts=tuple((3, 40, 0, 7, 1)[: len(lens)]) if row["starts"] else None,
-        sinks=row["sinks"],
-        strided=row["strided"],
         key_bits=row["bits"],
         value_bits=row["bits"],
-        dtype=row["dtype"],
         call=call,
+        **{name: row[name] for name in same},
     )
 
 

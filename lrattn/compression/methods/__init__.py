@@ -19,7 +19,7 @@ up: [C, n, D]; down: [inputs, n]. At rank r the map of head h is x -> x @ down[:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -28,8 +28,7 @@ from lrattn.compression.methods import asvd, eigen, gradient, kq_svd, palu, reca
 from lrattn.compression.moments import Moments
 from lrattn.models.layers import AttentionLayer
 
-Measured = tuple[Tensor, Tensor | None]
-Measure = Callable[[AttentionLayer, Moments, int, str], Measured]
+Measure = Callable[[AttentionLayer, Moments, int, str], tuple[Tensor, Tensor | None]]
 Decompose = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
 DecomposeKeys = Callable[[Tensor, Tensor], list[tuple[Tensor, Tensor, Tensor]]]
 Refit = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -48,7 +47,6 @@ class Method:
         groups: which kv heads share a latent of keys, and of values: "given", as many as the caller asks for; "head",
             each has its own; "layer", all share one (keys: all of one tensor-parallel rank).
         cluster: which heads go together where groups are of more than one; None takes them in the model's order.
-        cluster_values: cluster the heads of the values, too; else they are taken in the model's order.
         refit: (weight, down [n, rank], moment of the compressed model's values) -> (up, down), of the values.
         gather: what calibration has to sum (lrattn.compression.moments.GATHERED).
         needs_data: whether `measure` needs moments.
@@ -68,7 +66,6 @@ class Method:
     decompose_keys: DecomposeKeys | None = None
     groups: tuple[str, str] = ("given", "given")
     cluster: Cluster | None = None
-    cluster_values: bool = False
     refit: Refit | None = None
     gather: tuple[str, ...] = ("before",)
     needs_data: bool = True
@@ -98,40 +95,23 @@ HEAD, LAYER = ("head", "head"), ("layer", "layer")
 NEAR = (64, 4)  # of lrattn's own methods
 
 
-def _of_rotated(key_decompose: Decompose | None = None) -> Method:
-    """lrattn's metric where no key is rebuilt: latents of rotated keys."""
-    return Method(
-        measure=gradient.measure_rotated,
-        key_decompose=key_decompose,
-        gather=("rotated", "rotated-metric"),
-        in_nats=True,
-        rotated=True,
-        near=NEAR,
-    )
-
-
-def _recalkv(cluster: Cluster | None = None, refit: Refit | None = None) -> Method:
-    return Method(cluster=cluster, groups=("given", "layer"), refit=refit)
-
+# lrattn's metric where no key is rebuilt: latents of rotated keys.
+UNREBUILT = Method(
+    measure=gradient.measure_rotated, gather=("rotated", "rotated-metric"), in_nats=True, rotated=True, near=NEAR
+)
+RECALKV = Method(groups=("given", "layer"))
 
 METHODS: dict[str, Method] = {
-    "lrattn": Method(
-        measure=gradient.measure,
-        cluster=balanced,
-        cluster_values=True,
-        gather=("before", "metric"),
-        in_nats=True,
-        near=NEAR,
-    ),
-    "lrattn-rotated": _of_rotated(),
-    "lrattn-channels": _of_rotated(think.decompose),
+    "lrattn": Method(measure=gradient.measure, cluster=balanced, gather=("before", "metric"), in_nats=True, near=NEAR),
+    "lrattn-rotated": UNREBUILT,
+    "lrattn-channels": replace(UNREBUILT, key_decompose=think.decompose),
     "svd": Method(measure=svd.measure, gather=(), needs_data=False, reads_weights=True),
     "palu": Method(),
-    "recalkv": _recalkv(balanced, recalkv.calibrate_values),
-    "recalkv-greedy": _recalkv(greedy, recalkv.calibrate_values),  # the paper's own clustering
-    "recalkv-hsr": _recalkv(balanced),  # the ablation: HSR alone, OVC alone, neither
-    "recalkv-ovc": _recalkv(refit=recalkv.calibrate_values),
-    "recalkv-neither": _recalkv(),
+    "recalkv": replace(RECALKV, cluster=balanced, refit=recalkv.calibrate_values),
+    "recalkv-greedy": replace(RECALKV, cluster=greedy, refit=recalkv.calibrate_values),  # the paper's own clustering
+    "recalkv-hsr": replace(RECALKV, cluster=balanced),  # the ablation: HSR alone, OVC alone, neither
+    "recalkv-ovc": replace(RECALKV, refit=recalkv.calibrate_values),
+    "recalkv-neither": RECALKV,
     "kq-svd": Method(kq_svd.decompose, kq_svd.measure, groups=HEAD, gather=("rotated",), rotated=True, ranks="uniform"),
     "eigen": Method(decompose_keys=eigen.decompose_keys, groups=HEAD),
     "asvd": Method(measure=asvd.measure, gather=("magnitudes",), reads_weights=True),

@@ -68,7 +68,8 @@ def splits(keys: Side, values: Side) -> tuple[Tensor, list[int]]:
     for rank in {*range(RANK_STEP, n, step), n}:
         rest = left[min(rank, known) :]
         own = torch.linalg.eigvalsh(rest.T @ rest).flip(0).clamp_min(0)
-        tails[rank] = energies[rank:].sum() + torch.cat((_tail(own), own.new_zeros(1)))
+        left_over = own.flip(0).cumsum(0).flip(0)  # with 0, 1, ... of them
+        tails[rank] = energies[rank:].sum() + torch.cat((left_over, own.new_zeros(1)))
     lost, ranks = [energies.sum() + left.square().sum()], []
     for row in range(RANK_STEP, round_up(width, RANK_STEP) + 1, RANK_STEP):
         fits = {rank: tail[min(row - rank, len(tail) - 1)].item() for rank, tail in tails.items() if rank <= row}
@@ -133,8 +134,3 @@ def _seen(down: Tensor, values: Side) -> tuple[int, Tensor, Tensor]:
     r, s = both.split((down.shape[1], len(values.flat)), 1)
     pivots = r.diagonal().abs()
     return int((pivots > SEEN * pivots.max()).cumprod(0).sum()), r, s
-
-
-def _tail(energies: Tensor) -> Tensor:
-    """What is lost by keeping 0, 1, ... latents."""
-    return energies.flip(0).cumsum(0).flip(0)

@@ -10,8 +10,7 @@ From transformers 5.24 on the argument is called `cache`. To score texts without
         model(**inputs)
 """
 
-from lrattn.integrations.transformers.attention import latent_forward
-from lrattn.integrations.transformers.binding import bind, latent_attention
+from lrattn.integrations.transformers.attention import bind, latent_attention, latent_forward
 from lrattn.integrations.transformers.cache import LatentCache
 from lrattn.models.interface import register
 

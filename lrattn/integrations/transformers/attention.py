@@ -1,4 +1,5 @@
-"""The attention function "lrattn", by which a model attends on what a LatentCache holds.
+"""The attention function "lrattn", by which a model attends on what a LatentCache holds; and functions of given
+factors, by a name or inside a block, for passes without a cache.
 
 Prefill and long passes are dense attention on rebuilt keys and values; a few queries after cached columns run
 lrattn.decode_attention on their latents.
@@ -6,7 +7,8 @@ lrattn.decode_attention on their latents.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -15,9 +17,11 @@ from torch import Tensor, nn
 from lrattn.attention.cache import stored
 from lrattn.attention.dense import Pair, Sight, dense_attention, masked_attention, side_by_side, with_sinks
 from lrattn.attention.ops import decode_attention, merge_attention, rebuild
-from lrattn.integrations.transformers.handle import LatentKeys
-from lrattn.integrations.transformers.layer import LatentLayer, Written
-from lrattn.models.interface import cache_argument, is_causal, not_causal, sight_of
+from lrattn.factors.record import Factors
+from lrattn.integrations.transformers.columns import Columns
+from lrattn.integrations.transformers.fit import layer_of, near_of
+from lrattn.integrations.transformers.layer import LatentKeys, LatentLayer, Written
+from lrattn.models.interface import Attention, attending, cache_argument, is_causal, not_causal, register
 from lrattn.models.masks import Said, said
 
 DECODE_ROWS = 64  # query rows per kv head up to which decode_attention is tuned
@@ -36,7 +40,7 @@ def latent_forward(
     """
     if not isinstance(key, LatentKeys):
         if is_causal(module, kwargs.get("is_causal")):
-            raise no_cache()
+            raise _no_cache()
         return not_causal(module, query, key, value, attention_mask, **kwargs)
     device = query.device.type
     narrowed = torch.is_autocast_enabled(device)
@@ -45,7 +49,7 @@ def latent_forward(
     return out.to(query.dtype), None
 
 
-def no_cache() -> ValueError:
+def _no_cache() -> ValueError:
     """What to write where there is no LatentCache."""
     (name,) = cache_argument(None)
     return ValueError(
@@ -100,7 +104,7 @@ def _sight(what: Said, end: int, layer: LatentLayer, written: Written) -> Sight:
         live = base if what.pads is None else what.pads
         base = torch.zeros_like(live) if base is None else base  # type: ignore[arg-type]
         what = what._replace(pads=torch.maximum(live, base))  # type: ignore[arg-type]
-    return replace(sight_of(what, written.begin, end, layer.recent, layer.sinks), base=base)
+    return Sight(written.begin, end, layer.recent, layer.sinks, *what, base)
 
 
 def _decode(
@@ -153,3 +157,62 @@ def _far(layer: LatentLayer, written: Written, sight: Sight) -> Pair | None:
         found = rebuild(*layer.pages, layer.factors, **places, num_tokens=tokens, backend=layer.backend)
         k, v = (x.unflatten(0, (-1, sight.end)) for x in found)
     return k.transpose(1, 2), v.transpose(1, 2)
+
+
+def bind(factors: Factors, *, recent: int | None = None, sinks: int | None = None, backend: str | None = None) -> str:
+    """The name of an attention function of these factors, for model.set_attn_implementation: scoring needs no cache.
+
+    A pass without a cache sees far columns as their latents say; to go on from one takes a LatentCache, which has a
+    window of its own. The function stays registered, and so do the factors.
+
+    Args:
+        recent, sinks, backend: as of LatentCache.
+
+    Raises: ValueError for a negative number or an unknown backend.
+    """
+    near = near_of(factors, recent, sinks, backend)
+    name = f"lrattn-{id(factors):x}-{near[0]}-{near[1]}-{backend}"
+    register(name, _bound(factors, near, backend))
+    return name
+
+
+@contextmanager
+def latent_attention(
+    model: nn.Module,
+    factors: Factors,
+    backend: str | None = None,
+    *,
+    recent: int | None = None,
+    sinks: int | None = None,
+) -> Iterator[nn.Module]:
+    """Inside, a model attends on latents; on exit, by whatever way, as before.
+
+    Passes without a cache, such as scoring, need nothing else; generate is given a LatentCache or use_cache=False.
+
+    Args:
+        model: of transformers. factors: of that model, in its dtype and on its device.
+        recent, sinks, backend: of passes without a cache, as LatentCache says. A cache has its own.
+
+    Raises: ValueError for a negative number, an unknown backend, a model whose attention is not transformers'
+    AttentionInterface, or one that is inside such a block.
+    """
+    with attending(model, _bound(factors, near_of(factors, recent, sinks, backend), backend)):
+        yield model
+
+
+def _bound(factors: Factors, near: tuple[int, int], backend: str | None) -> Attention:
+    """latent_forward; where there is no LatentCache, on a layer of its own that is thrown away after the pass."""
+
+    def forward(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        if not isinstance(key, LatentKeys) and is_causal(module, kwargs.get("is_causal")):
+            i = getattr(key, "latent_layer", getattr(module, "layer_idx", None))  # of who made them, where layers share
+            if key.shape[2] != query.shape[2] or i is None:
+                raise _no_cache()
+            key.latent_layer = i  # type: ignore[attr-defined]
+            columns = Columns(layer_of(factors, i).rope is not None, near[1])
+            key = LatentKeys.of(key, value, LatentLayer(factors, i, near, columns, backend, held=False))
+        return latent_forward(module, query, key, value, attention_mask, **kwargs)
+
+    return forward

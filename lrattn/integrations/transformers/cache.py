@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from lrattn.attention.ops import check_backend
 from lrattn.factors.record import Factors
 from lrattn.integrations.transformers.columns import Columns
-from lrattn.integrations.transformers.fit import near_of
+from lrattn.integrations.transformers.fit import layer_of, near_of
 from lrattn.integrations.transformers.layer import LatentLayer
 
 KEEPS_LENGTH = "max_length" in inspect.signature(Cache.crop).parameters  # as in 5.5; not in 5.19
@@ -38,8 +37,7 @@ class LatentCache(Cache):  # type: ignore[misc]
     def __init__(
         self, factors: Factors, *, recent: int | None = None, sinks: int | None = None, backend: str | None = None
     ) -> None:
-        near = near_of(factors, recent, sinks)
-        check_backend(backend)
+        near = near_of(factors, recent, sinks, backend)
         self.factors, (self.recent, self.sinks) = factors, near
         self.columns = Columns(any(layer.rope is not None for layer in factors.layers), self.sinks)
         layers = [LatentLayer(factors, i, near, self.columns, backend) for i in range(len(factors.layers))]
@@ -50,9 +48,8 @@ class LatentCache(Cache):  # type: ignore[misc]
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """As LatentLayer.update. Raises: ValueError for a layer that the factors do not have."""
-        if not 0 <= layer_idx < len(self.layers):
-            raise ValueError(f"factors: expected factors of layer {layer_idx}, got those of {len(self.layers)} layers")
-        if self.layers[layer_idx].before is not None:  # its last pass is not over, and another one begins
+        layer_of(self.factors, layer_idx)
+        if self.layers[layer_idx].next is not None:  # its last pass is not over, and another one begins
             self.columns.undo()
         keys, values = self.layers[layer_idx].update(key_states, value_states)
         return keys, values

@@ -87,7 +87,8 @@ class Columns:
             raise ValueError(f"batch: expected {self.batch} rows, as the cache holds, got {batch}")
         even = position_ids is None or not self.turned
         if self.turned:
-            if position_ids is None and said.pads is not None:
+            whole = said.full is not None  # of which later passes see nothing of earlier chunks, which are no padding
+            if position_ids is None and said.pads is not None and not (whole and (begin or not said.pads.any())):
                 warnings.warn(
                     "position_ids: attention of this model is told none, and in a padded batch keys may be turned back "
                     "from other positions than they were turned to; factors of method 'lrattn-rotated' turn none",
@@ -140,13 +141,13 @@ class Columns:
         if self.firm is None and self.begun:
             self.firm = self.sinks if self.base is None else self.count + self.sinks
         for layer in self.layers:
-            layer.before = None
+            (layer.ring, layer.first), layer.next = layer.next, None
         self.end()
 
     def undo(self) -> None:
         """The pass under way, if there is one, has failed: it counts for nothing."""
         for layer in self.layers:
-            layer.undo()
+            layer.next = None
         self.end()
 
     def crop(self, columns: int) -> None:

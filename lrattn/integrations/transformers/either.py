@@ -8,7 +8,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from lrattn.factors.record import Factors
-from lrattn.integrations.transformers.binding import latent_attention
+from lrattn.integrations.transformers.attention import latent_attention
 from lrattn.integrations.transformers.cache import LatentCache
 
 
@@ -19,27 +19,19 @@ def attending(
 
     Raises: ValueError as it does, and for recent or sinks without factors.
     """
-    if factors is None:
-        check_all_dense(recent, sinks)
-        return nullcontext(model)
-    return latent_attention(model, factors, recent=recent, sinks=sinks)
+    if factors is not None:
+        return latent_attention(model, factors, recent=recent, sinks=sinks)
+    for name, tokens in (("recent", recent), ("sinks", sinks)):
+        if tokens:
+            raise ValueError(f"{name}: expected 0 without factors, where every token is held dense, got {tokens}")
+    return nullcontext(model)
 
 
 def new_cache(
     factors: Factors | None, recent: int | None = None, sinks: int | None = None
 ) -> DynamicCache | LatentCache:
-    """An empty cache: of latents, or dense without factors. Raises: ValueError as `attending`."""
-    if factors is None:
-        check_all_dense(recent, sinks)
-        return DynamicCache()
-    return LatentCache(factors, recent=recent, sinks=sinks)
-
-
-def check_all_dense(recent: int | None, sinks: int | None) -> None:
-    """Raises ValueError for tokens to hold dense beside no latents."""
-    for name, tokens in (("recent", recent), ("sinks", sinks)):
-        if tokens:
-            raise ValueError(f"{name}: expected 0 without factors, where every token is held dense, got {tokens}")
+    """An empty cache for a model that is `attending`: of latents, or dense without factors. Raises: as LatentCache."""
+    return DynamicCache() if factors is None else LatentCache(factors, recent=recent, sinks=sinks)
 
 
 def held_bytes(cache: DynamicCache | LatentCache) -> int:

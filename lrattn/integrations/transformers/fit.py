@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
+from lrattn.attention.ops import check_backend
 from lrattn.factors.layer import LayerFactors
 from lrattn.factors.record import Factors
 from lrattn.models.layers import sample
@@ -16,11 +17,19 @@ from lrattn.models.layers import sample
 _COMPARED: WeakKeyDictionary[nn.Module, WeakSet[LayerFactors]] = WeakKeyDictionary()
 
 
-def near_of(factors: Factors, recent: int | None, sinks: int | None) -> tuple[int, int]:
-    """The two as given, or as the factors say where they are None. Raises ValueError unless they count columns."""
+def near_of(factors: Factors, recent: int | None, sinks: int | None, backend: str | None) -> tuple[int, int]:
+    """recent and sinks, or what the factors say where they are None. Raises ValueError for what is none of the four."""
     if not isinstance(factors, Factors):
         raise ValueError(f"factors: expected Factors, got {type(factors).__name__}")
+    check_backend(backend)
     return factors.near_or(recent, sinks)
+
+
+def layer_of(factors: Factors, i: int) -> LayerFactors:
+    """Raises ValueError for a layer that the factors do not have."""
+    if not 0 <= i < len(factors.layers):
+        raise ValueError(f"factors: expected factors of layer {i}, got those of {len(factors.layers)} layers")
+    return factors.layers[i]
 
 
 def check_fit(factors: Factors, i: int, key: Tensor, value: Tensor, module: nn.Module) -> None:
@@ -42,23 +51,18 @@ def check_fit(factors: Factors, i: int, key: Tensor, value: Tensor, module: nn.M
     most = getattr(getattr(module, "config", None), "num_hidden_layers", None)
     if isinstance(most, int) and most < len(factors.layers):
         raise ValueError(f"factors: expected at most {most} layers, as in the model, got {len(factors.layers)}")
-    own = getattr(module, "layer_idx", i) == i  # not where layers share keys
-    if factors.samples and own and not torch.compiler.is_compiling():
-        _compare(factors, i, module)
-
-
-def _compare(factors: Factors, i: int, module: nn.Module) -> None:
+    if not factors.samples or torch.compiler.is_compiling() or getattr(module, "layer_idx", i) != i:
+        return  # also where layers share keys
     compared = _COMPARED.setdefault(module, WeakSet())
-    if factors.layers[i] in compared:
-        return
-    compared.add(factors.layers[i])
-    own = sample(module)
-    if own is not None and not _alike(own, factors.samples[i].cpu()):
-        warnings.warn(
-            f"factors: these are factors of other weights than {type(module).__name__} layer {i} has; a fine-tune, an "
-            "adapter or another model?",
-            stacklevel=2,
-        )
+    if layer not in compared:
+        compared.add(layer)
+        own = sample(module)
+        if own is not None and not _alike(own, factors.samples[i].cpu()):
+            warnings.warn(
+                f"factors: these are factors of other weights than {name} layer {i} has; a fine-tune, an adapter or "
+                "another model?",
+                stacklevel=2,
+            )
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

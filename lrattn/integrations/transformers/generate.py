@@ -50,14 +50,13 @@ def generate(
         raise ValueError(
             f"prompt, tokens: expected at most {most} together, the model's positions, got {given} and {tokens}"
         )
-    choice: dict[str, Any] = {"do_sample": temperature > 0, "num_beams": beams, "max_new_tokens": tokens}
-    if temperature > 0:
-        choice["temperature"] = temperature
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     torch.manual_seed(seed)
     begin = time.perf_counter()
     with attending(model, factors, recent, sinks):
         cache = new_cache(factors, recent, sinks)
-        ids = model.generate(**inputs, **cache_argument(cache), **choice)[0, given:]
+        choice = {"num_beams": beams, "max_new_tokens": tokens, **sampling, **cache_argument(cache)}
+        ids = model.generate(**inputs, **choice)[0, given:]
     seconds = time.perf_counter() - begin
     return {
         "text": tokenizer.decode(ids, skip_special_tokens=True),

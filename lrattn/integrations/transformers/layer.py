@@ -1,7 +1,8 @@
-"""One layer of a LatentCache: pages of latents, and a dense window."""
+"""One layer of a LatentCache: pages of latents, and a dense window; and new keys on their way from it to attention."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,11 +14,18 @@ from lrattn.attention.dense import Pair
 from lrattn.attention.ops import write_latents
 from lrattn.factors.record import Factors
 from lrattn.integrations.transformers.columns import PAGE, Columns, positions_at
-from lrattn.integrations.transformers.fit import check_fit
-from lrattn.integrations.transformers.handle import LatentKeys
+from lrattn.integrations.transformers.fit import check_fit, layer_of
 from lrattn.models.masks import Said
 
 Latents = tuple[Tensor, Tensor | None]  # of them; None: the first row serves both
+
+# Asked of a tensor without computing on it. torch.compile asks by names with one underscore, too.
+METADATA = {
+    "__get__", "__set__", "__hash__", "__repr__", "__setstate__", "as_subclass", "data_ptr", "detach", "dim",
+    "element_size", "is_complex", "is_conj", "is_contiguous", "is_floating_point", "is_inference", "is_neg", "numel",
+    "requires_grad_", "size", "storage_offset", "stride", "untyped_storage",
+}  # fmt: skip
+MOVES = {"to", "contiguous", "cpu", "cuda"}  # fine where they change nothing: some models move what layers share
 
 
 class Written(NamedTuple):
@@ -33,6 +41,40 @@ class Written(NamedTuple):
     positions: Tensor | None
     recent: Pair | None
     first: Pair | None
+
+
+class LatentKeys(Tensor):
+    """New keys [B, Hkv, S, D] as LatentCache.update hands them on: they lead attention to the columns before them.
+
+    Raises: ValueError for any computation: who computes on them does not know of those.
+    """
+
+    plain_keys: Tensor  # the tensors themselves
+    plain_values: Tensor
+    layer: LatentLayer
+    written: Written | None  # once attention has them
+
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor, layer: LatentLayer) -> LatentKeys:
+        new = keys.as_subclass(cls)
+        new.plain_keys, new.plain_values, new.layer, new.written = keys, values, layer, None
+        return new
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in METADATA or name in MOVES or (name.startswith("_") and not name.startswith("__")):
+            with torch._C.DisableTorchFunctionSubclass():
+                result = func(*args, **(kwargs or {}))
+            if name not in MOVES or result is args[0]:
+                return result
+        raise ValueError(
+            f"keys: expected the attention function 'lrattn', which alone reads a LatentCache, got {name!r}: "
+            "call model.set_attn_implementation('lrattn') first (models that change keys after their cache, as MLA "
+            "does, cannot attend on latents)"
+        )
 
 
 class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -54,7 +96,7 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
         held: bool = True,
     ) -> None:
         super().__init__()
-        self.whole, self.index, self.factors = factors, index, factors.layers[index]
+        self.whole, self.index, self.factors = factors, index, layer_of(factors, index)
         (self.recent, self.sinks), self.columns, self.backend, self.held = near, columns, backend, held
         self.reset()
 
@@ -63,7 +105,7 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
         self.pages: Latents = allocate_cache(self.factors, 0, PAGE)
         self.ring: Pair | None = None  # the last `recent` columns
         self.first: Pair | None = None  # the first `sinks` of each row
-        self.before: tuple[Pair | None, Pair | None] | None = None  # the two, until every layer holds the pass
+        self.next: tuple[Pair | None, Pair | None] | None = None  # the two, once every layer holds the pass under way
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: the first `write` makes room."""
@@ -91,9 +133,8 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
         recent, first = self._with_ring(keys), self._with_first(keys)
         if self.held:
             self._store(latents)
-            self.before = self.ring, self.first
-            self.ring = None if recent is None else (self._kept(recent[0]), self._kept(recent[1]))
-            self.first = None if first is None else (first[0].detach(), first[1].detach())
+            ring = None if recent is None else (self._kept(recent[0]), self._kept(recent[1]))
+            self.next = ring, None if first is None else (first[0].detach(), first[1].detach())
             columns.wrote(new)
         return Written(begin, latents, positions, recent, first)
 
@@ -110,8 +151,7 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
                         new.unflatten(0, (columns.batch, -1))[:, : rows.shape[1]] = rows
                 self.pages = grown
         assert columns.slots is not None
-        zk, zv = latents[0].detach(), None if latents[1] is None else latents[1].detach()
-        write_latents(layer, zk, zv, *self.pages, columns.slots.to(layer.device), backend=self.backend)
+        write_latents(layer, *latents, *self.pages, columns.slots.to(layer.device), backend=self.backend)
 
     def _with_ring(self, keys: Pair) -> Pair | None:
         """As many columns before the pass as its first query sees exactly, and its own."""
@@ -139,10 +179,6 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
             sides.append(torch.where(inside, found, 0.0 if self.first is None else self.first[i]))
         return sides[0], sides[1]
 
-    def undo(self) -> None:
-        if self.before is not None:
-            (self.ring, self.first), self.before = self.before, None
-
     def places(self, columns: int) -> dict[str, Any]:
         """Where its first `columns` columns lie, as the ops on a cache take it."""
         held, device = self.columns, self.factors.device
@@ -158,27 +194,26 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
     @torch.no_grad()
     def crop(self, columns: int) -> None:
         """To its first columns. What is near again but no longer held comes from latents."""
-        if self.ring is None:
-            return
-        low, begin = max(columns - self.recent, 0), self.columns.count - self.ring[0].shape[2]
-        held = slice(max(low - begin, 0), max(columns - begin, 0))
-        lost = self._rebuilt(low, max(min(begin, columns), low))
-        k, v = (torch.cat((x, own[:, :, held]), 2) for x, own in zip(lost, self.ring, strict=True))
-        self.ring = k, v
+        if self.ring is not None:
+            low, begin = max(columns - self.recent, 0), self.columns.count - self.ring[0].shape[2]
+            held = slice(max(low - begin, 0), max(columns - begin, 0))
+            lost = self._rebuilt(low, max(min(begin, columns), low))
+            k, v = (torch.cat((x, own[:, :, held]), 2) for x, own in zip(lost, self.ring, strict=True))
+            self.ring = k, v
 
     def _rebuilt(self, begin: int, end: int) -> Pair:
         """Keys and values of some columns from their latents, [B, Hkv, n, D] each."""
         layer, held = self.factors, self.columns
-        sides = []
-        for side, pages in zip((layer.row_side, layer.values), self.pages, strict=True):
-            rows = None if pages is None else pages.unflatten(0, (held.batch, -1)).flatten(1, 2)[:, begin:end]
-            sides.append(None if rows is None else unpack(side, rows).to(layer.dtype))
+        zk, zv = (
+            None if x is None else unpack(side, x.unflatten(0, (held.batch, -1)).flatten(1, 2)[:, begin:end])
+            for side, x in zip((layer.row_side, layer.values), self.pages, strict=True)
+        )
         positions = None
         if layer.rope is not None:
             own = None if held.positions is None else held.positions[:, begin:end]
             positions = positions_at(own, begin, held.batch, end - begin, layer.device)
-        assert sides[0] is not None
-        k, v = layer.rebuild(sides[0], sides[1], positions)
+        assert zk is not None
+        k, v = layer.rebuild(zk.to(layer.dtype), None if zv is None else zv.to(layer.dtype), positions)
         return k.transpose(1, 2), v.transpose(1, 2)
 
     @torch.inference_mode(False)
@@ -193,7 +228,7 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
 
     @property
     def tensors(self) -> list[Tensor]:
-        pairs = self.pages, self.ring, self.first, *(self.before or ())
+        pairs = self.pages, self.ring, self.first, *(self.next or ())
         return [x for pair in pairs if pair is not None for x in pair if x is not None]
 
     def get_seq_length(self) -> int:

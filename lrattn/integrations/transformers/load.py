@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 HERE = "a folder of a model, a .gguf file, or a model in the hub's local cache"
 
@@ -54,7 +48,10 @@ def load_model(
         AutoConfig.from_pretrained(**options)
     with _told("a model with a tokenizer", name):  # first: weights take longer
         tokenizer = AutoTokenizer.from_pretrained(**options)
-    with _told("a model that transformers can load", name), _without_report():
+    with _told("a model that transformers can load", name), ExitStack() as stack:
+        loader = logging.getLogger("transformers.modeling_utils")
+        loader.addFilter(_is_no_report)
+        stack.callback(loader.removeFilter, _is_no_report)
         model, notes = AutoModelForCausalLM.from_pretrained(
             **options, **quantization, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
         )
@@ -92,19 +89,9 @@ def reason(error: Exception) -> str:
     return ": ".join(filter(None, (type(error).__name__, " ".join(lines[: last + 1]))))
 
 
-@contextmanager
-def _without_report() -> Iterator[None]:
-    """Inside, transformers prints no table of the weights that do not fit: of those, an error tells."""
-    loader = logging.getLogger("transformers.modeling_utils")
-
-    def others(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
-
-    loader.addFilter(others)
-    try:
-        yield
-    finally:
-        loader.removeFilter(others)
+def _is_no_report(record: logging.LogRecord) -> bool:
+    """Not transformers' table of the weights that do not fit: of those, an error tells."""
+    return "LOAD REPORT" not in record.getMessage()
 
 
 def read_text(path: Path) -> str:
