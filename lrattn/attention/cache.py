@@ -67,8 +67,10 @@ def write_rows(cache: Tensor, rows: Tensor, slots: Tensor) -> None:
     """Writes rows [n, width] to slots [n]; slots outside the cache are skipped."""
     num_pages, page_size, _ = cache.shape
     inside = (slots >= 0) & (slots < num_pages * page_size)
-    slots = slots[inside].long()
-    cache[slots // page_size, slots % page_size] = rows[inside]
+    if not inside.all():  # choosing takes as long as writing
+        slots, rows = slots[inside], rows[inside]
+    slots = slots.long()
+    cache[slots // page_size, slots % page_size] = rows
 
 
 def pack(side: Projection, z: Tensor) -> Tensor:

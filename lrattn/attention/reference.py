@@ -268,8 +268,9 @@ def _check_positions(layer: LayerFactors, length: int, positions: Tensor | None)
 
 
 def _check_pages(cache: Tensor, pages: Tensor, begin: int, end: int) -> None:
-    size = cache.shape[1]
-    used = pages[begin // size : -(-end // size)] if begin < end else pages[:0]
-    if used.numel() and (used.min() < 0 or used.max() >= len(cache)):
-        got = f"{int(used.min())} .. {int(used.max())}"
+    if begin >= end:
+        return
+    low, high = pages[begin // cache.shape[1] : -(-end // cache.shape[1])].aminmax()
+    if low < 0 or high >= len(cache):
+        got = f"{int(low)} .. {int(high)}"
         raise ValueError(f"block_table: expected pages 0 .. {len(cache) - 1} where tokens are read, got {got}")
