@@ -40,7 +40,6 @@ TESTS = (
     "tests/integrations/test_latent_cache.py",
     "tests/integrations/test_compiled_step.py",
     "tests/integrations/test_fit.py",
-    "tests/integrations/test_latent_attention.py",
     "tests/integrations/test_model_states.py",
     "tests/integrations/test_uses.py",
     "tests/integrations/test_wrong_uses.py",

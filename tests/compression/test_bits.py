@@ -1,6 +1,6 @@
 """Bits of latents: the best there are for the bytes, exactly spent."""
 
-import itertools
+from itertools import product, zip_longest
 
 import pytest
 import torch
@@ -18,24 +18,12 @@ def rows_of(*sizes, groups=1):
     return [Row((falling(n, i).sort(descending=True).values * 4.0**-i,), groups) for i, n in enumerate(sizes)]
 
 
-def bytes_of(rows, found):
-    return sum(row.groups * spent.format.nbytes for row, spent in zip(rows, found, strict=True))
-
-
-def cost(row, spent):
-    """Half of what the row's energies cost at the bits of its format, latent by latent."""
-    bits = [b for rank, b in spent.format.segments for _ in range(rank)]
-    (energies,) = row.parts
-    bits += [0] * (len(energies) - len(bits))
-    return sum(e.item() * ERRORS[b] for e, b in zip(energies, bits, strict=True)) / 2
-
-
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("nbytes", [100, 333, 500, 1000])
 def test_the_bytes_are_spent_to_a_block(nbytes, groups):
     rows = rows_of(128, 192, 64, groups=groups)
-    found = spend(rows, nbytes * groups, (2, 4, 8))
-    used, most = bytes_of(rows, found), bytes_of(rows, spend(rows, 10**9, (2, 4, 8)))
+    found, whole = (spend(rows, most, (2, 4, 8)) for most in (nbytes * groups, 10**9))
+    used, most = (groups * sum(spent.format.nbytes for spent in own) for own in (found, whole))
     assert nbytes * groups - 2 * 16 * groups < used <= nbytes * groups or used == most
     # What is left pays for no step of any block.
     assert nbytes * groups - used < 4 * groups or found[0].format.segments == ((128, 8),)
@@ -45,14 +33,11 @@ def test_the_bytes_are_spent_to_a_block(nbytes, groups):
 def test_no_other_bits_lose_less(nbytes):
     """Against every choice for two small rows."""
     rows = rows_of(64, 48)
-    found = spend(rows, nbytes, (2, 4, 8))
     blocks = [row.parts[0].view(-1, 16).sum(1).tolist() for row in rows]
-    budget = nbytes - 8  # scales
     best = {0: 0.0}  # bytes -> least loss, row by row
     for sums in blocks:
         grown = {}
-        choices = itertools.product((0, 2, 4, 8), repeat=len(sums))
-        for bits in choices:
+        for bits in product((0, 2, 4, 8), repeat=len(sums)):
             if not bits[0] or list(bits) != sorted(bits, reverse=True):
                 continue
             loss = sum(e * ERRORS[b] for e, b in zip(sums, bits, strict=True)) / 2
@@ -60,24 +45,21 @@ def test_no_other_bits_lose_less(nbytes):
                 at = used + 2 * sum(bits)
                 grown[at] = min(grown.get(at, torch.inf), before + loss)
         best = grown
-    least = min(loss for used, loss in best.items() if used <= budget)
-    got = sum(spent.lost for spent in found)
+    budget, got = nbytes - 8, sum(spent.lost for spent in spend(rows, nbytes, (2, 4, 8)))  # less two scales
+    least, finer = (min(loss for used, loss in best.items() if used <= most) for most in (budget, budget - 16))
     assert least <= got <= least + max(map(max, blocks)) * (ERRORS[0] - ERRORS[2]) / 2
-    finer = min(loss for used, loss in best.items() if used <= budget - 16)
     assert got <= finer  # a block fewer loses no less
 
 
 def test_what_is_foreseen_is_the_sum_over_latents():
-    rows = rows_of(128, 64)
-    for row, spent in zip(rows, spend(rows, 90, (2, 4, 8)), strict=True):
-        assert spent.lost == pytest.approx(cost(row, spent))
-        assert spent.ranks == (spent.format.rank,)
-
-
-def test_bits_fall_along_a_row():
-    for spent in spend(rows_of(256, 256, 256), 250, WIDTHS[::-1]):
-        bits = [b for _, b in spent.format.segments]
-        assert bits == sorted(set(bits), reverse=True)
+    """Half of what the row's energies cost at the bits of its format, which fall along it."""
+    rows = rows_of(128, 64, 256)
+    for row, spent in zip(rows, spend(rows, 250, WIDTHS[::-1]), strict=True):
+        widths = [b for _, b in spent.format.segments]
+        assert widths == sorted(set(widths), reverse=True) and spent.ranks == (spent.format.rank,)
+        bits = [b for rank, b in spent.format.segments for _ in range(rank)]
+        lost = zip_longest(row.parts[0].tolist(), bits, fillvalue=0)
+        assert spent.lost == pytest.approx(sum(e * ERRORS[b] for e, b in lost) / 2)
 
 
 @pytest.mark.parametrize(

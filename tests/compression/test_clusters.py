@@ -13,16 +13,12 @@ def planted(groups, size, head_dim=16, inputs=96, noise=0.0, seed=0):
     """Heads of a group share a subspace of the inputs; the heads are shuffled. Weights [Hkv, D, E] and their groups."""
     g = torch.Generator().manual_seed(seed)
     bases = torch.randn(groups, head_dim, inputs, generator=g, dtype=torch.float64)
-    order = torch.randperm(groups * size, generator=g).tolist()
-    weight = torch.stack(
-        [
-            torch.randn(head_dim, head_dim, generator=g, dtype=torch.float64) @ bases[h // size]
-            + noise * torch.randn(head_dim, inputs, generator=g, dtype=torch.float64)
-            for h in order
-        ]
-    )
+    order, heads = torch.randperm(groups * size, generator=g).tolist(), []
+    for h in order:
+        mixed = torch.randn(head_dim, head_dim, generator=g, dtype=torch.float64) @ bases[h // size]
+        heads.append(mixed + noise * torch.randn(head_dim, inputs, generator=g, dtype=torch.float64))
     members = [tuple(sorted(i for i, h in enumerate(order) if h // size == k)) for k in range(groups)]
-    return weight, tuple(sorted(members))
+    return torch.stack(heads), tuple(sorted(members))
 
 
 def moment_of(inputs=96, seed=1):
@@ -31,33 +27,27 @@ def moment_of(inputs=96, seed=1):
     return x, x.T @ x
 
 
-def brute_force(gram, size, rank):
-    """The least energy lost over all ways to group the heads."""
-
-    def ways(heads):
-        if not heads:
-            yield ()
-            return
-        for rest in itertools.combinations(heads[1:], size - 1):
-            group = (heads[0], *rest)
-            for others in ways([h for h in heads if h not in group]):
-                yield (group, *others)
-
-    return min(clusters.lost(gram, way, rank) for way in ways(list(range(len(gram)))))
+def ways(heads, size):
+    """All ways to group heads."""
+    if not heads:
+        yield ()
+    for rest in itertools.combinations(heads[1:], size - 1) if heads else ():
+        group = (heads[0], *rest)
+        for others in ways([h for h in heads if h not in group], size):
+            yield (group, *others)
 
 
-def test_similarity_is_the_linear_cka_of_the_outputs():
-    weight, _ = planted(2, 2, noise=0.3)
+def test_similarity_is_the_linear_cka_of_the_outputs_and_energy_lost_what_they_lose():
+    weight, members = planted(2, 3, noise=0.5)
     x, moment = moment_of()
-    got = clusters.similarity(clusters.outputs_gram(weight, moment))
-    outputs = [x @ w.T for w in weight]
-    for i, j in itertools.product(range(4), repeat=2):
+    gram, outputs = clusters.outputs_gram(weight, moment), [x @ w.T for w in weight]
+    for i, j in itertools.product(range(6), repeat=2):
         a, b = outputs[i], outputs[j]
         expected = (a.T @ b).norm() ** 2 / ((a.T @ a).norm() * (b.T @ b).norm())
-        torch.testing.assert_close(got[i, j], expected)
-    turn = torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3)))[0]
-    turned = torch.stack([turn @ weight[0], *weight[1:]])
-    torch.testing.assert_close(clusters.similarity(clusters.outputs_gram(turned, moment)), got)  # basis-free
+        torch.testing.assert_close(clusters.similarity(gram)[i, j], expected)
+    tails = [torch.linalg.svdvals(torch.cat([outputs[h] for h in group], 1))[16:] for group in members]
+    left, whole = (sum(y.square().sum() for y in ys) for ys in (tails, outputs))
+    assert clusters.lost(gram, members, 16) == pytest.approx((left / whole).item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("rule", [clusters.greedy, clusters.balanced])
@@ -90,7 +80,7 @@ def test_balanced_loses_no_more_than_the_others_and_little_more_than_the_best(he
     lost = clusters.lost(gram, found, rank)
     for other in (clusters.contiguous(heads, size), clusters.greedy(gram, size)):
         assert lost <= clusters.lost(gram, other, rank) * (1 + 1e-9)
-    assert lost <= 1.03 * brute_force(gram, size, rank)
+    assert lost <= 1.03 * min(clusters.lost(gram, way, rank) for way in ways(list(range(heads)), size))
 
 
 def test_balanced_is_not_caught_in_poor_groups():
@@ -101,28 +91,11 @@ def test_balanced_is_not_caught_in_poor_groups():
         assert clusters.lost(gram, clusters.balanced(gram, 4, 32), 32) <= clusters.lost(gram, members, 32) * (1 + 1e-9)
 
 
-def test_energy_lost_is_what_the_outputs_lose():
-    weight, members = planted(2, 3, noise=0.5)
-    x, moment = moment_of()
-    gram = clusters.outputs_gram(weight, moment)
-    left = sum(
-        torch.linalg.svdvals(torch.cat([x @ weight[h].T for h in group], 1))[16:].square().sum() for group in members
-    )
-    whole = sum((x @ w.T).square().sum() for w in weight)
-    assert clusters.lost(gram, members, 16) == pytest.approx((left / whole).item(), rel=1e-6)
-
-
 @pytest.mark.parametrize("rule", [clusters.greedy, clusters.balanced])
-def test_groups_of_one_and_of_all_are_as_they_must_be(rule):
-    weight, _ = planted(2, 2)
-    gram = clusters.outputs_gram(weight, moment_of()[1])
-    assert rule(gram, 1, 16) == ((0,), (1,), (2,), (3,)) and rule(gram, 4, 16) == ((0, 1, 2, 3),)
-
-
-def test_a_head_of_zeros_is_no_obstacle():
+def test_groups_of_one_and_of_all_are_as_they_must_be_and_a_head_of_zeros_is_no_obstacle(rule):
     weight, _ = planted(2, 2)
     weight[1] = 0
     gram = clusters.outputs_gram(weight, moment_of()[1])
-    for rule in (clusters.greedy, clusters.balanced):
-        assert sorted(h for g in rule(gram, 2, 16) for h in g) == [0, 1, 2, 3]
+    assert rule(gram, 1, 16) == ((0,), (1,), (2,), (3,)) and rule(gram, 4, 16) == ((0, 1, 2, 3),)
+    assert sorted(h for g in rule(gram, 2, 16) for h in g) == [0, 1, 2, 3]
     assert clusters.lost(gram * 0, ((0, 1), (2, 3)), 16) == 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lrattn.compression.methods.rows import Side, joint, ride, splits
-from lrattn.compression.methods.weighted import damped, low_rank, roots
+from lrattn.compression.methods.weighted import damped, low_rank
 
 
 def random(*shape, seed=0):
@@ -21,6 +21,11 @@ def cost(weight, got, c, g):
     return torch.trace(damped(g, 1e-3) @ d @ damped(c) @ d.T).item()
 
 
+def cost_of_both(keys, values, got_keys, got_values):
+    pairs = (keys, got_keys), (values, got_values)
+    return sum(cost(side.flat, got, side.moment, side.metric) for side, got in pairs)
+
+
 def side(seed, heads=2, head_dim=8, inputs=40):
     return Side(
         random(heads, head_dim, inputs, seed=seed), moment(inputs, seed + 1), moment(heads * head_dim, seed + 2)
@@ -29,32 +34,19 @@ def side(seed, heads=2, head_dim=8, inputs=40):
 
 @pytest.mark.parametrize("inputs", [40, 12])
 def test_the_map_of_a_rank_is_the_best_in_the_metric_and_loses_its_tail(inputs):
+    """By Eckart and Young; latents are uncorrelated."""
     w, c, g = random(16, inputs), moment(inputs, 1), moment(16, 2)
     energies, up, down = low_rank(w, c, g)
-    torch.testing.assert_close(up.norm(dim=1), torch.ones(len(up), dtype=torch.float64))
-    for rank in (1, 5, 11):
-        best = cost(w, up[:rank].T @ down[:, :rank].T, c, g)
-        assert best == pytest.approx(energies[rank:].sum().item(), rel=1e-6)
-        # Stationary: neither side can do better by least squares while the other stays.
-        root, _ = roots(g)
-        left = torch.linalg.lstsq(root @ up[:rank].T, root @ w).solution
-        a = down[:, :rank].T
-        right = w @ damped(c) @ a.T @ torch.linalg.inv(a @ damped(c) @ a.T)
-        assert cost(w, up[:rank].T @ left, c, g) >= best * (1 - 1e-9) and cost(w, right @ a, c, g) >= best * (1 - 1e-9)
-        _, up0, down0 = low_rank(w, c)
-        assert best <= cost(w, up0[:rank].T @ down0[:, :rank].T, c, g)
+    left, right = (torch.linalg.cholesky(x) for x in (damped(g, 1e-3), damped(c)))
+    torch.testing.assert_close(energies, torch.linalg.svdvals(left.T @ w @ right).square())
+    for rank in (0, 1, 5, 11):
+        lost = cost(w, up[:rank].T @ down[:, :rank].T, c, g)
+        assert lost == pytest.approx(energies[rank:].sum().item(), rel=1e-6)
     torch.testing.assert_close(up.T @ down.T, w)
-
-
-def test_latents_are_uncorrelated_and_sorted():
-    w, c, g = random(16, 40), moment(40, 1), moment(16, 2)
-    energies, up, down = low_rank(w, c, g)
-    gram = down.T @ damped(c) @ down
-    worth = gram.diagonal() * (up @ damped(g, 1e-3) @ up.T).diagonal()
-    torch.testing.assert_close(worth, energies)
-    scale = gram.diagonal().sqrt()
-    torch.testing.assert_close(gram / scale / scale[:, None], torch.eye(16, dtype=torch.float64), rtol=0, atol=1e-7)
-    assert (energies.diff() <= 0).all()
+    torch.testing.assert_close(up.norm(dim=1), torch.ones(len(up), dtype=torch.float64))
+    scaled = down.T @ right
+    scaled = scaled / scaled.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(scaled @ scaled.T, torch.eye(len(up), dtype=torch.float64), rtol=0, atol=1e-7)
 
 
 def test_a_deficient_weight_is_exact_at_its_rank():
@@ -80,16 +72,12 @@ def of_rank(keys, rank):
 @pytest.mark.parametrize("row", [8, 16, 24])
 def test_a_ride_loses_what_it_says_and_never_more_than_apart(row, directions):
     """Also where keys have fewer directions than latents; and no value is made of what is rounding then."""
-    keys, values = side(0), side(10)
-    if directions < 16:
-        keys = of_rank(keys, directions)
+    keys, values = of_rank(side(0), directions), side(10)
     for rank in (4, 8):
         lost, key_up, up, down = ride(keys, values, rank, row)
         got_keys = key_up.transpose(0, 1).flatten(1).T @ down[:, :rank].T
         got_values = up.transpose(0, 1).flatten(1).T @ down.T
-        measured = cost(keys.flat, got_keys, keys.moment, keys.metric)
-        measured += cost(values.flat, got_values, values.moment, values.metric)
-        assert measured == pytest.approx(lost, rel=1e-6)
+        assert cost_of_both(keys, values, got_keys, got_values) == pytest.approx(lost, rel=1e-6)
         assert lost <= separate(keys, values, rank, row) * (1 + 1e-9)
         assert up.abs().max() < 100
 
@@ -97,8 +85,7 @@ def test_a_ride_loses_what_it_says_and_never_more_than_apart(row, directions):
 @pytest.mark.parametrize("rank", [64, 20])
 def test_splits_take_the_best_key_rank_and_their_gains_are_what_is_saved(rank):
     """Also where keys have no more than 20 directions: the latents beyond those are rounding."""
-    keys, values = side(0, 4, 16, 100), side(10, 4, 16, 100)
-    keys = of_rank(keys, rank)
+    keys, values = of_rank(side(0, 4, 16, 100), rank), side(10, 4, 16, 100)
     gains, ranks = splits(keys, values)
     assert len(gains) == 100 and len(ranks) == 7 and (gains >= 0).all()
     nothing = separate(keys, values, 0, 0)
@@ -121,8 +108,7 @@ def test_a_joint_row_loses_no_more_than_keys_and_values_apart(row):
     energies, up, down = joint(keys, values)
     got = up[:, :row].transpose(0, 1).flatten(1).T @ down[:, :row].T  # [C * 2 D, E], by head keys then values
     got_keys, got_values = (x.flatten(0, 1) for x in got.unflatten(0, (2, 16)).chunk(2, 1))
-    measured = cost(keys.flat, got_keys, keys.moment, keys.metric)
-    measured += cost(values.flat, got_values, values.moment, values.metric)
+    measured = cost_of_both(keys, values, got_keys, got_values)
     assert measured == pytest.approx(energies[row:].sum().item(), rel=0.02)  # damped as one metric, not as two
     apart = min(separate(keys, values, rank, row) for rank in range(row + 1))
     assert measured <= apart * 1.01

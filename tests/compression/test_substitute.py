@@ -1,7 +1,5 @@
 """Other keys and values in a model's attention: its own change nothing, others are seen by queries far from them."""
 
-import gc
-import weakref
 from contextlib import contextmanager
 
 import architectures
@@ -10,6 +8,7 @@ import tiny
 import torch
 import transformers
 from given import eager, served
+from heads import rebuilt
 from slowly import slow_unless
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -26,18 +25,6 @@ BATCHES = {"whole": (architectures.tokens(2, 40), None)} | {
 }
 
 
-def rebuilt(factors, positions):
-    """`replace` that gives what the latents of these factors rebuild of keys at these positions [B, T]."""
-
-    def replace(i, q, k, v):
-        layer = factors.layers[i]
-        at = None if layer.rope is None else positions.expand(len(k), -1)
-        latents = layer.project(*(x.transpose(1, 2) for x in (k, v)), at)
-        return tuple(x.transpose(1, 2) for x in layer.rebuild(*latents, at))
-
-    return replace
-
-
 @torch.no_grad()
 def logits(model, ids, mask=None):
     """Of live tokens."""
@@ -46,9 +33,13 @@ def logits(model, ids, mask=None):
 
 
 def on_latents(model, factors, ids, window=WINDOWS[0]):
-    """Logits of texts without padding."""
-    layers, at = attention_layers(model), torch.arange(ids.shape[1])[None]
-    with substituted(model, layers, rebuilt(factors, at), window):
+    """Logits of texts without padding, whose keys and values are what latents rebuild of them."""
+
+    def replace(i, q, k, v):
+        made = rebuilt(factors.layers[i], *(x.transpose(1, 2) for x in (k, v)))
+        return tuple(x.transpose(1, 2) for x in made)
+
+    with substituted(model, attention_layers(model), replace, window):
         return logits(model, ids)
 
 
@@ -59,14 +50,13 @@ def assert_close(got, want):
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 @pytest.mark.parametrize("name", slow_unless(QUICK, NAMES))
 def test_the_model_s_own_change_nothing(name, window):
+    """Nor others that are equal to them."""
     model = eager(name)
-    layers = attention_layers(model)
     for batch in BATCHES.values():
         want = logits(model, *batch)
-        with substituted(model, layers, lambda i, q, k, v: (k, v), window):
-            assert_close(logits(model, *batch), want)
-        with substituted(model, layers, lambda i, q, k, v: (k.clone(), v.clone()), window):  # others, if equal ones
-            assert_close(logits(model, *batch), want)
+        for replace in (lambda i, q, k, v: (k, v), lambda i, q, k, v: (k.clone(), v.clone())):
+            with substituted(model, attention_layers(model), replace, window):
+                assert_close(logits(model, *batch), want)
         assert torch.equal(logits(model, *batch), want)
 
 
@@ -130,19 +120,17 @@ def test_others_are_in_the_place_of_what_is_far_alone(name, window):
 @pytest.mark.parametrize("window", WINDOWS[:3], ids=str)
 def test_gradients_pass_through_near_ones_and_far_ones(window):
     """Through the model's own keys and values and through those in their place: nothing is cut off."""
-    model, ids = tiny.model("qwen2-window", dtype=torch.float64), tiny.tokens(2, 24)
+    model, ids, found = tiny.model("qwen2-window", dtype=torch.float64), tiny.tokens(2, 24), []
     leaves = [torch.zeros(2, 4, 24, 32, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     wanted = [*leaves, *(model.model.layers[i].self_attn.k_proj.weight for i in (0, 2))]
 
     def turn(i, k, v):
         return (k * 1.1 + leaves[0], v * 0.9 + leaves[1]) if i == 1 else (k, v)
 
-    found = []
-    blocks = (
+    for block in (
         substituted(model, attention_layers(model), lambda i, q, k, v: turn(i, k, v), window),
         by_hand(model, window, turn, torch.zeros(2, dtype=torch.int64)),
-    )
-    for block in blocks:
+    ):
         with block:
             loss = model(input_ids=ids, use_cache=False).logits.logsumexp(-1).sum()
         found.append(torch.autograd.grad(loss, wanted))
@@ -155,42 +143,18 @@ def test_gradients_pass_through_near_ones_and_far_ones(window):
 
 def test_passes_with_a_cache_are_refused_where_they_go_on():
     model, cache, ids = tiny.model("llama"), transformers.DynamicCache(), tiny.tokens(1, 20)
+    told = r"^model: expected a pass of whole texts through LlamaAttention, got another$"
     with substituted(model, attention_layers(model), lambda i, q, k, v: (k, v)), torch.no_grad():
-        whole = model(input_ids=ids, use_cache=False).logits
         first = model(input_ids=ids[:, :12], use_cache=True, **cache_argument(cache)).logits
-        torch.testing.assert_close(first, whole[:, :12], rtol=0, atol=1e-4)
-        with pytest.raises(
-            ValueError, match=r"^model: expected a pass of whole texts through LlamaAttention, got another$"
-        ):
+        torch.testing.assert_close(first[0], logits(model, ids)[0, :12], rtol=0, atol=1e-4)
+        with pytest.raises(ValueError, match=told):
             model(input_ids=ids[:, 12:], use_cache=True, **cache_argument(cache))
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_nothing_is_held_when_the_block_has_been_left():
-    """Though what replaces keys may hold them for gradients, and the block what replaces them."""
-    model, held = tiny.model("llama"), []
-    layers = attention_layers(model)
-
-    def replace(i, q, k, v):
-        held.extend(map(weakref.ref, (k, v)))
-        return k * k, v * v
-
-    gc.collect()
-    gc.freeze()  # nothing of before is looked at
-    with substituted(model, layers, replace, Window(3, 1)):
-        model(input_ids=tiny.tokens(1, 20), use_cache=False)
-    gc.collect()
-    gc.unfreeze()
-    assert len(held) == 6 and not any(x() is not None for x in held)
-
-
 @pytest.mark.parametrize("numbers", [(-1, 0), (0, -2), (1.5, 0), (True, 0)])
 def test_windows_are_numbers_of_tokens(numbers):
-    with pytest.raises(ValueError, match="expected a number of tokens"):
-        Window(*numbers)
-    with pytest.raises(ValueError, match="expected a number of tokens"):
-        Window.of(numbers)
-    for wrong in (5, (5,), (5, 2, 1), None, "52"):
-        with pytest.raises(ValueError, match=r"far: expected \(recent, sinks\), got"):
-            Window.of(wrong)
+    for run in (lambda: Window(*numbers), lambda: Window.of(numbers)):
+        with pytest.raises(ValueError, match="expected a number of tokens"):
+            run()
     assert Window.of([5, 2]) == Window(5, 2)

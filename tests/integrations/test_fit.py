@@ -8,19 +8,20 @@ import tiny
 import torch
 from latents import random_factors
 from passes import exact_ropes, fed
+from projections import Quantised, replaced
 from transformers import AttentionInterface, LlamaConfig
 
 from lrattn.factors.record import Factors
-from lrattn.integrations.transformers import LatentCache, bind, latent_attention
+from lrattn.integrations.transformers import LatentCache, latent_attention
 from lrattn.models.interface import cache_argument
 from lrattn.models.layers import attention_layers, sample
 
 IDS = tiny.tokens(2, 12)
 
 
-def made(near=(4, 2), family="llama", **kind):
+def made(family="llama"):
     model = tiny.model(family)
-    factors = random_factors(model, 0.5, near, ropes=exact_ropes(model), **kind)
+    factors = random_factors(model, 0.5, (4, 2), ropes=exact_ropes(model))
     model.set_attn_implementation("lrattn")
     return model, factors
 
@@ -48,47 +49,39 @@ def test_factors_of_another_model_are_refused():
     short, told = Factors(factors.layers[:2]), "factors: expected factors of layer 2, got those of 2 layers"
     with pytest.raises(ValueError, match=told):
         fed(model, IDS, 12, LatentCache(short))
-    model.set_attn_implementation(bind(short))
-    with pytest.raises(ValueError, match=told):
+    with latent_attention(model, short), pytest.raises(ValueError, match=told):
         model(IDS)
 
 
-def test_another_dtype_is_refused_and_the_line_to_write_named():
+def test_another_dtype_or_device_is_refused_and_the_line_to_write_named():
     model, factors = made()
-    for dtype in (torch.float64, torch.bfloat16):
-        expected = "factors: expected torch.float32 on cpu in layer 0, as LlamaAttention"
-        refused(model, factors.to(dtype=dtype), rf"{expected}, got {dtype} on cpu; use factors\.to\(device, dtype\)")
-    half = factors.to(dtype=torch.bfloat16)
-    fed(model.bfloat16(), IDS, 12, LatentCache(half))
-    meta = replace(half, layers=tuple(layer.to("meta") for layer in half.layers))
-    with pytest.raises(
-        ValueError, match=r"expected torch.bfloat16 on cpu in layer 0, as LlamaAttention, got .* on meta"
-    ):
-        fed(model, IDS, 12, LatentCache(meta))
+    told = "factors: expected torch.float32 on cpu in layer 0, as LlamaAttention, got"
+    for kind in (torch.float64, torch.bfloat16):
+        refused(model, factors.to(dtype=kind), rf"{told} {kind} on cpu; use factors\.to\(device, dtype\)")
+    meta = replace(factors, layers=[layer.to("meta") for layer in factors.layers])
+    refused(model, meta, f"{told} torch.float32 on meta; use ")
+    fed(model.bfloat16(), IDS, 12, LatentCache(factors.to(dtype=torch.bfloat16)))
 
 
 def test_positions_that_the_rope_does_not_have_are_refused():
     model, factors = made()
-    at = torch.arange(500, 512)[None]
-    refused(model, factors, "position_ids: expected at most 511, as the rope has it, got 512", position_ids=at + 1)
+    at, told = torch.arange(500, 512)[None], "position_ids: expected at most 511, as the rope has it, got 512"
+    refused(model, factors, told, position_ids=at + 1)
     refused(model, factors, r"positions: expected 0 \.\. 511 of the rope, got -1", position_ids=at - 501)
     for wrong in (at[:, 1:], at.repeat(3, 1)):
-        module = model.model.layers[0].self_attn
         keys = torch.zeros(2, 4, 12, 32)
         key, value = LatentCache(factors).update(keys, keys, 0)
+        attend, module = AttentionInterface()["lrattn"], model.model.layers[0].self_attn
         with pytest.raises(ValueError, match=r"position_ids: expected shape \[2, 12\], got"):
-            AttentionInterface()["lrattn"](module, torch.zeros(2, 8, 12, 32), key, value, None, position_ids=wrong)
-    cache = LatentCache(factors)
-    fed(model, IDS, 12, cache, positions=at)
-    with pytest.raises(ValueError, match="position_ids: expected at most 511, as the rope has it, got 512"):
-        fed(model, torch.cat((IDS, IDS[:, :1]), 1)[:, 12:], 1, cache, positions=torch.arange(500, 513)[None])
-    assert cache.get_seq_length() == 12
-    long, even = tiny.tokens(1, 513), LatentCache(factors)
-    fed(model, long[:, :512], 512, even)
-    with pytest.raises(ValueError, match="position_ids: expected at most 511, as the rope has it, got 512"):
-        fed(model, long[:, 512:], 1, even)
-    given = random_factors(tiny.model("llama"))
-    fed(model, long, 513, LatentCache(given))  # whose keys are stored as they are
+            attend(module, torch.zeros(2, 8, 12, 32), key, value, None, position_ids=wrong)
+    long = tiny.tokens(2, 513)
+    for begin, positions in ((12, torch.arange(500, 513)[None]), (512, None)):
+        cache = LatentCache(factors)
+        fed(model, long[:, :begin], begin, cache, positions=positions)
+        with pytest.raises(ValueError, match=told):
+            fed(model, long[:, begin : begin + 1], 1, cache, positions=positions)
+        assert cache.get_seq_length() == begin
+    fed(model, long, 513, LatentCache(random_factors(tiny.model("llama"))))  # whose keys are stored as they are
 
 
 def test_a_batch_stays_as_large_as_it_is():
@@ -156,13 +149,7 @@ def test_weights_that_cannot_be_read_are_not_asked():
     """Norms beside them are none of theirs."""
     model, factors = made(family="qwen3")
     known = replace(factors, samples=tuple(sample(x.module) + 1 for x in attention_layers(tiny.model("qwen3"))))
-    for layer in model.model.layers:
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            weight, new = getattr(layer.self_attn, name).weight.detach(), torch.nn.Module()
-            new.register_buffer("codes", torch.ones(3, dtype=torch.int8))
-            new.forward = lambda x, w=weight: torch.nn.functional.linear(x, w)
-            setattr(layer.self_attn, name, new)
-    assert run(model, known) == []
+    assert run(replaced(model, Quantised), known) == []
 
 
 @pytest.mark.parametrize("loaded", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -35,21 +35,6 @@ def generate(model, inputs, **kwargs):
     )
 
 
-@pytest.mark.slow
-def test_full_rank_is_exact(real, moments):
-    model, tokenizer = real
-    factors = lrattn.compress(model, moments=moments, keep=1.0, far=(0, 0), progress=False)
-    ids = read_windows(tokenizer, texts.wikipedia("evaluation")[:10_000], 256, 1)
-    inputs = tokenizer(PROMPTS[1], return_tensors="pt")
-    with torch.no_grad():
-        expected = model(ids).logits
-        tokens = generate(model, inputs).sequences
-        with latent_attention(model, factors):
-            torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-3)
-            assert torch.equal(generate(model, inputs, **cache_argument(LatentCache(factors))).sequences, tokens)
-        assert torch.equal(model(ids).logits, expected)
-
-
 def simulated(model, factors, dtype):
     """A copy whose key and value weights are multiplied by the maps that the factors stand for, and run in a dtype."""
     twin = copy.deepcopy(model).to(dtype)

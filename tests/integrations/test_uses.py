@@ -30,37 +30,33 @@ def generated(model, ids, cache=None, mask=None, max_new_tokens=8, **options):
 
 # ------------------------------------------------------------------------------------------------ generation
 
-GENERATIONS = {
-    "sampling, several returned": {"do_sample": True, "num_return_sequences": 3, "top_k": 20},
-    "beams, several returned": {"num_beams": 4, "num_return_sequences": 2},
-    "sampled beams": {"num_beams": 3, "do_sample": True},
-    "a prompt in chunks": {"prefill_chunk_size": 7},
-    "penalties": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
-    "rows that end early": {"eos_token_id": list(range(2, 40))},
-    "a prompt of one token": {},
-    "a prompt looked up": {"prompt_lookup_num_tokens": 4, "eos_token_id": 159},  # 5.5 needs an end for it
-    "an assistant": {"assistant_model": 0.002},  # how much its weights differ
-    "an assistant that is often wrong": {"assistant_model": 0.05},
-}
-PROMPTS = {
-    "a prompt in chunks": (PADDED[0][:1], None),
-    "a prompt of one token": (tokens(2, 1), None),
-    "a prompt looked up": (tokens(1, 8).repeat(1, 3), None),
-    "an assistant": (tokens(1, 20), None),
-    "an assistant that is often wrong": (tokens(1, 20), None),
-}
+ONE, TWENTY = (tokens(2, 1), None), (tokens(1, 20), None)
+GENERATIONS = {  # prompts and their mask, and options; of an assistant, how much its weights differ
+    "sampling, several returned": (PADDED, {"do_sample": True, "num_return_sequences": 3, "top_k": 20}),
+    "beams, several returned": (PADDED, {"num_beams": 4, "num_return_sequences": 2}),
+    "sampled beams": (PADDED, {"num_beams": 3, "do_sample": True}),
+    "a prompt in chunks": (TWENTY, {"prefill_chunk_size": 7}),
+    "penalties": (PADDED, {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2}),
+    "rows that end early": (PADDED, {"eos_token_id": list(range(2, 40))}),
+    "a prompt of one token": (ONE, {}),
+    "a prompt looked up": (  # 5.5 needs an end for it
+        (tokens(1, 8).repeat(1, 3), None), {"prompt_lookup_num_tokens": 4, "eos_token_id": 159},
+    ),
+    "an assistant": (TWENTY, {"assistant_model": 0.002}),
+    "an assistant that is often wrong": (TWENTY, {"assistant_model": 0.05}),
+}  # fmt: skip
 
 
 @of_each_kind
 @pytest.mark.parametrize("way", GENERATIONS)
 def test_every_way_to_generate_gives_the_untouched_model_s_tokens(way, kind):
     untouched, latent, factors = made(*kind)
-    ids, mask = PROMPTS.get(way, PADDED)
-    options = dict(GENERATIONS[way])
-    if "assistant_model" in options:
-        options["assistant_model"] = assistant = architectures.model(kind[0])
+    (ids, mask), options = GENERATIONS[way]
+    if differs := options.get("assistant_model"):
+        assistant = architectures.model(kind[0])
+        options = options | {"assistant_model": assistant}
         for p in assistant.parameters():
-            p.data.add_(torch.randn_like(p) * GENERATIONS[way]["assistant_model"])
+            p.data.add_(torch.randn_like(p) * differs)
     found = []
     for model, new in ((untouched, None), (latent, LatentCache(factors))):
         torch.manual_seed(0)
@@ -69,27 +65,19 @@ def test_every_way_to_generate_gives_the_untouched_model_s_tokens(way, kind):
     assert new.get_seq_length() >= found[0].shape[1] - 1
 
 
-def test_what_generate_returns_holds_the_cache_that_was_given():
-    untouched, latent, factors = made()
-    cache, options = LatentCache(factors), {"max_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True}
-    want = generated(untouched, PADDED[0], None, PADDED[1], **options)
-    got = generated(latent, PADDED[0], cache, PADDED[1], **options)
-    assert_equal(torch.stack(got.logits), torch.stack(want.logits))
-    assert cache in (got.get("cache"), got.get("past_key_values"))
-
-
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])
-def test_a_cache_goes_by_each_name_that_transformers_has_for_it(name):
+def test_a_cache_is_given_and_returned_by_each_name_that_transformers_has_for_it(name):
     if name == "cache" and uses.RELEASE < (5, 24):
         pytest.skip("transformers knows it from 5.24 on")
     untouched, latent, factors = made()
-    ids = tokens(2, 20)
-    cache = LatentCache(factors)
+    (ids, mask), cache = PADDED, LatentCache(factors)
+    more = {"return_dict_in_generate": True, "output_logits": True}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of the older name, from 5.24 on
-        got = generated(latent, ids, **{name: cache})
+        got = generated(latent, ids, mask=mask, **more, **{name: cache})
     check_filled(cache, 27)
-    assert_equal(got, generated(untouched, ids))
+    assert cache in (got.get("cache"), got.get("past_key_values"))
+    assert_equal(torch.stack(got.logits), torch.stack(generated(untouched, ids, mask=mask, **more).logits))
 
 
 # --------------------------------------------------------------------------------------------------- threads
@@ -182,12 +170,3 @@ def test_a_prefix_serves_many_texts(copier):
         assert_equal(generated(latent, ids, other), generated(untouched, ids))
         check_filled(other, 43)
         check_filled(cache, 30)
-
-
-def test_a_cache_reset_is_as_a_new_one():
-    untouched, latent, factors = made()
-    cache = LatentCache(factors)
-    for ids in (tokens(1, 20), tokens(3, 7, seed=2)):  # of another batch, too
-        assert_equal(generated(latent, ids, cache), generated(untouched, ids))
-        cache.reset()
-        assert cache.get_seq_length() == 0

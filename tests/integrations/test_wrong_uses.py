@@ -36,32 +36,30 @@ CALLS = {
 }
 
 
+CACHES = {  # of which latents get into none
+    "none": lambda config: None,
+    "dynamic": lambda config: transformers.DynamicCache(),
+    "of the config": lambda config: transformers.DynamicCache(config=config),
+    "static": lambda config: transformers.StaticCache(config=config, max_cache_len=20),
+}
+
+
 @pytest.mark.parametrize("call", CALLS)
-def test_no_cache_where_the_attention_needs_one(call):
-    _, latent, _ = made()
-    assert A_CACHE in said_by(lambda: CALLS[call](latent))
-
-
-@pytest.mark.parametrize("call", ["generate", "beams"])
-def test_no_cache_where_a_bound_attention_goes_on(call):
+@pytest.mark.parametrize("cache", CACHES)
+def test_no_latent_cache_where_the_attention_needs_one(cache, call):
+    """ "lrattn" always does; an attention of given factors where one pass follows another."""
     _, latent, factors = made()
-    latent.set_attn_implementation(bind(factors))
-    assert A_CACHE in said_by(lambda: CALLS[call](latent))
-    with latent_attention(latent, factors):
-        assert A_CACHE in said_by(lambda: CALLS[call](latent))
 
+    def refused():
+        given = {} if cache == "none" else cache_argument(CACHES[cache](latent.config))
+        return A_CACHE in said_by(lambda: CALLS[call](latent, **given))
 
-@pytest.mark.parametrize("call", ["scoring", "generate"])
-@pytest.mark.parametrize("kind", ["dynamic", "of the config", "static"])
-def test_another_kind_of_cache(kind, call):
-    """One that a pass is given, and that latents would never get into."""
-    _, latent, _ = made()
-    cache = {
-        "dynamic": lambda: transformers.DynamicCache(),
-        "of the config": lambda: transformers.DynamicCache(config=latent.config),
-        "static": lambda: transformers.StaticCache(config=latent.config, max_cache_len=20),
-    }[kind]()
-    assert A_CACHE in said_by(lambda: CALLS[call](latent, **cache_argument(cache)))
+    assert refused()
+    if call in ("generate", "beams"):
+        latent.set_attn_implementation(bind(factors))
+        assert refused()
+        with latent_attention(latent, factors):
+            assert refused()
 
 
 @torch.no_grad()
@@ -88,6 +86,20 @@ def test_a_latent_cache_under_another_attention(attention, call):
     assert cache.get_seq_length() == 0
 
 
+def test_what_attention_on_latents_cannot_do():
+    _, latent, factors = made()
+    attend, module = transformers.AttentionInterface()["lrattn"], latent.model.layers[0].self_attn
+    q, k = torch.randn(1, 4, 5, 16), torch.randn(1, 2, 5, 16)
+    keys, values = LatentCache(factors).update(k, k, 0)
+    given = {"output_attentions": True, **cache_argument(LatentCache(factors))}
+    for told, run in {
+        "position_bias: expected none in": lambda: attend(module, q, keys, values, None, position_bias=q),
+        "values: expected those that the cache returned": lambda: attend(module, q, keys, values * 2, None),
+        "output_attentions: expected False where": lambda: latent(IDS, **given),
+    }.items():
+        assert told in said_by(run)
+
+
 def test_something_that_is_no_factors():
     _, latent, factors = made()
     for wrong in (factors.layers[0], "factors.safetensors", None):
@@ -95,8 +107,10 @@ def test_something_that_is_no_factors():
             assert "factors: expected Factors" in said_by(lambda run=run, wrong=wrong: run(wrong))
 
 
-@pytest.mark.parametrize("options", [{"recent": -1}, {"sinks": -1}, {"recent": 2.5}, {"sinks": True}], ids=str)
-def test_windows_that_are_none(options):
+@pytest.mark.parametrize(
+    "options", [{"recent": -1}, {"sinks": -1}, {"recent": 2.5}, {"sinks": True}, {"backend": "cuda"}], ids=str
+)
+def test_windows_and_backends_that_are_none(options):
     _, latent, factors = made()
     (name,) = options
     for run in (LatentCache, bind, lambda x, **o: latent_attention(latent, x, **o).__enter__()):
@@ -144,18 +158,3 @@ def test_models_that_cannot_attend_on_latents(kind):
     assert said_by(lambda: attention_layers(model)).startswith("model: expected ")
     *_, factors = made()
     said_by(lambda: model(IDS, **cache_argument(LatentCache(factors))))
-
-
-@torch.no_grad()
-def test_scores_with_a_bias_of_their_own():
-    """T5's, by position: refused, or left to T5 in releases where its attention is its own. Never left out."""
-    config = transformers.T5Config(vocab_size=160, d_model=64, d_kv=16, d_ff=64, num_layers=2, num_heads=2)
-    model = transformers.T5ForConditionalGeneration(config).eval()
-    *_, factors = made(num_hidden_layers=2)
-    given = {"input_ids": IDS, "decoder_input_ids": IDS, "use_cache": False}
-    want = model(**given).logits
-    try:
-        with latent_attention(model, factors):
-            assert_equal(model(**given).logits, want)
-    except ValueError as error:
-        assert "model: expected" in str(error) or "position_bias" in str(error)

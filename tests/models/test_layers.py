@@ -5,11 +5,11 @@ import pytest
 import torch
 import transformers
 from architectures import ARCHITECTURES, SIZES
+from heads import heads_of
 from slowly import slow_unless
 from torch import nn
 
 import lrattn
-from lrattn.models.interface import cache_argument
 from lrattn.models.layers import attention_layers, sample
 
 QUICK = ("Phi-3", "Gemma-3, images", "Gemma-3n", "GPT-2", "Qwen2.5-VL")
@@ -45,39 +45,25 @@ def built(kind, settings):
     return seq2seq.from_config(config).eval()
 
 
-def cached(model):
-    """Keys and values of every layer of a cache, the model's own way, [B, Hkv, T, D] each."""
-    cache = transformers.DynamicCache()
-    with torch.no_grad():
-        model(input_ids=architectures.tokens(1, 9), use_cache=True, **cache_argument(cache))
-    return [(layer.keys, layer.values) for layer in cache.layers]
-
-
 @pytest.mark.parametrize("name", slow_unless(QUICK, ARCHITECTURES))
 def test_layers_are_those_of_the_cache_in_its_order(name):
     model = architectures.model(name)
     modules, found = dict(model.named_modules()), attention_layers(model)
-    held = cached(model)
+    held = heads_of(model, architectures.tokens(1, 9))
     assert len(found) == len(held) == (2 if name == "Gemma-3n" else 3)
     for i, (layer, (keys, values)) in enumerate(zip(found, held, strict=True)):
         assert layer.module is modules[layer.name] and f".{i}." in layer.name
-        assert (
-            (layer.num_kv_heads, layer.head_dim) == (keys.shape[1], keys.shape[3]) == (values.shape[1], values.shape[3])
-        )
-        assert layer.dense == keys[0, :, 0].numel() and (layer.dtype, layer.device) == (keys.dtype, keys.device)
+        assert (layer.num_kv_heads, layer.head_dim) == keys.shape[2:] == values.shape[2:]
+        assert layer.dense == keys[0, 0].numel() and (layer.dtype, layer.device) == (keys.dtype, keys.device)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_layers_have_the_dtype_of_their_keys(dtype):
-    assert {layer.dtype for layer in attention_layers(architectures.model("Qwen3", dtype))} == {dtype}
-
-
-def test_finding_them_leaves_the_model_alone():
-    model = architectures.model("Qwen3").train()
+def test_finding_them_leaves_the_model_alone(dtype):
+    model = architectures.model("Qwen3", dtype).train()
     model.model.layers[1].eval()
     modes = [m.training for m in model.modules()]
     with torch.inference_mode():
-        attention_layers(model)
+        assert {layer.dtype for layer in attention_layers(model)} == {dtype}
     assert [m.training for m in model.modules()] == modes and model.config._attn_implementation == "sdpa"
     assert not any(x.is_inference() for x in model.buffers())
 
@@ -96,20 +82,12 @@ def test_what_cannot_attend_on_latents_is_refused_in_a_line(what):
         assert str(again.value) == str(raised.value)
 
 
-class Biased(nn.Module):
-    """An attention module that is given a position bias, as T5's hand theirs on."""
-
-    def __init__(self, attention):
-        super().__init__()
-        self.attention = attention
-
-    def forward(self, *args, **kwargs):
-        return self.attention(*args, position_bias=torch.zeros(1), **kwargs)
-
-
 def test_a_position_bias_is_refused():
+    """As T5's layers hand theirs on."""
     model = architectures.model("Llama")
-    model.model.layers[1].self_attn = Biased(model.model.layers[1].self_attn)
+    model.model.layers[1].self_attn.register_forward_pre_hook(
+        lambda _, args, kwargs: (args, kwargs | {"position_bias": torch.zeros(1)}), with_kwargs=True
+    )
     with pytest.raises(ValueError, match=r"^model: LlamaAttention cannot attend on latents: it uses a position_bias$"):
         attention_layers(model)
     assert model.config._attn_implementation == "sdpa"

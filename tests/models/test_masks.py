@@ -139,22 +139,20 @@ def test_images_see_themselves_from_both_sides():
 @pytest.mark.parametrize("window", [None, 1, 7])
 @pytest.mark.parametrize("mask", [None, LEFT, RIGHT, HOLES], ids=["none", "left", "right", "holes"])
 def test_reach_says_the_same_when_it_was_copied(mask, window):
-    """As to another device: what was read of it once does not travel."""
+    """As to another device: what was read of it once does not travel. So do masks of others, of any dtype."""
     rule = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
-    live = None if mask is None else mask.bool()
-    reach = mask_function(3, T, T, mask_function=rule, attention_mask=live, local_size=window)
+    live = torch.ones(3, T, dtype=torch.bool) if mask is None else mask.bool()
+    given = None if mask is None else live
+    reach = mask_function(3, T, T, mask_function=rule, attention_mask=given, local_size=window)
     assert reach.dtype == torch.int32 and reach.shape == (3, T) and int(reach.max()) == (window or FAR)
-    assert torch.equal(reach > 0, torch.ones(3, T, dtype=torch.bool) if live is None else live)
-    whole, copied = said(reach, None, 3, T), said(reach.clone(), window if window == 1 else 99, 3, T)
-    assert copied.window == whole.window == window
-    assert torch.equal(drawn(copied, T, T), drawn(whole, T, T)) and copied.full is None
+    assert torch.equal(reach > 0, live)
+    whole, of_layer = said(reach, None, 3, T), said(given, window, 3, T)
+    for same in (said(reach.clone(), window if window == 1 else 99, 3, T), said(mask, window, 3, T), of_layer):
+        assert same.window == whole.window == window and torch.equal(drawn(same, T, T), drawn(whole, T, T))
+    assert whole.full is None
 
 
-def test_left_padding_is_a_number_a_row_and_more_is_told_column_by_column():
-    for mask, pads, live in ((LEFT, [9, 0, T - 1], False), (RIGHT, [0, 0, 0], True), (HOLES, [4, 0, 0], True)):
-        what = said(mask, 5, 3, T)
-        assert what.window == 5 and what.pads.tolist() == pads and (what.live is not None) == live
-        assert what.live is None or torch.equal(what.live, mask.bool())
+def test_nothing_hidden_is_nothing_said():
     for nothing in (None, torch.ones(3, T), torch.ones(3, T, dtype=torch.bool)):
         assert said(nothing, 5, 3, T) == Said(5)
     assert said(torch.zeros(2, 8, dtype=torch.int32), 5, 2, 8).live is not None  # rows of padding alone

@@ -1,5 +1,7 @@
 """How keys are turned: found for every architecture, and refused where what a config says is not what is done."""
 
+from functools import partial
+
 import architectures
 import pytest
 import torch
@@ -57,23 +59,15 @@ def test_the_attention_factor_is_part_of_a_rotation():
         assert turned.norm().item() == pytest.approx(4 * factor, abs=1e-3)
 
 
-def loaded(name, dtype, **changes):
-    """As with from_pretrained(dtype=): all but the frequencies in it."""
-    model = architectures.model(name, **changes)
-    for p in model.parameters():
-        p.data = p.data.to(dtype)
-    return model
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("name", ["Gemma-3", "SmolLM3", "GLM"])
 def test_rotations_are_found_in_every_dtype(name, dtype):
-    assert found(loaded(name, dtype)) == found(architectures.model(name))
+    assert found(architectures.model(name, dtype)) == found(architectures.model(name))
 
 
 def test_frequencies_that_a_cast_has_rounded_are_told():
     """model.to(dtype) rounds them: a thousand positions on, keys are turned to somewhere else."""
-    model = loaded("Llama", torch.bfloat16, max_position_embeddings=8192)
+    model = architectures.model("Llama", torch.bfloat16, max_position_embeddings=8192)
     assert len(found(model)) == 3
     with pytest.raises(ValueError, match=r"^model: the keys of .*; a cast has rounded its frequencies, too: load"):
         found(model.to(torch.bfloat16))
@@ -84,23 +78,13 @@ def test_a_scaling_of_positions_is_found():
     assert {rope.kind for rope in ropes} == {"linear"}
 
 
-def wrong_by(model, change):
-    """Cosines and sines that are not what the config says, as of code that comes with a model."""
-    rotary = model.model.rotary_emb
-    forward = rotary.forward
-
-    def changed(x, position_ids, *args, **kwargs):
-        return change(forward, x, position_ids, *args, **kwargs)
-
-    rotary.forward = changed
-    return model
-
-
-CHANGES = {
-    "faster": lambda forward, x, at, *a: forward(x, at * 3, *a),
-    "backwards": lambda forward, x, at, *a: (forward(x, at, *a)[0], -forward(x, at, *a)[1]),
-    "growing": lambda forward, x, at, *a: [t * (1 + at[..., None] / 100).to(t) for t in forward(x, at, *a)],
-    "another pair": lambda forward, x, at, *a: [t.roll(1, -1) for t in forward(x, at, *a)],
+CHANGES = {  # cosines and sines that are not what the config says, as of code that comes with a model
+    "faster": lambda forward, x, position_ids: forward(x, position_ids * 3),
+    "backwards": lambda forward, x, position_ids: (forward(x, position_ids)[0], -forward(x, position_ids)[1]),
+    "growing": lambda forward, x, position_ids: [
+        t * (1 + position_ids[..., None] / 100).to(t) for t in forward(x, position_ids)
+    ],
+    "another pair": lambda forward, x, position_ids: [t.roll(1, -1) for t in forward(x, position_ids)],
 }
 
 
@@ -108,7 +92,8 @@ CHANGES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_rotation_that_the_config_does_not_tell_is_refused(change, dtype):
     """In a line that names the layer and what works; nothing else is asked of such a model."""
-    model, ids = wrong_by(loaded("Llama", dtype), CHANGES[change]), [architectures.tokens(2, 40)]
+    model, ids = architectures.model("Llama", dtype), [architectures.tokens(2, 40)]
+    model.model.rotary_emb.forward = partial(CHANGES[change], model.model.rotary_emb.forward)
     told = (
         r"^model: the keys of model\.layers\.0\.self_attn are turned in a way that its config does not tell \(the "
         rf"nearest differs by \d\.\de[-+]\d\d\): {INSTEAD}$"

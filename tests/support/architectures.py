@@ -86,7 +86,8 @@ ARCHITECTURES = {
 
 
 def model(name, dtype=torch.float32, seed=0, **changes):
-    """In evaluation mode. changes: of what its config says of the text."""
+    """In evaluation mode, as loaded with dtype=: frequencies are not rounded. changes: of what its config says of the
+    text."""
     kind, settings = ARCHITECTURES[name]
     torch.manual_seed(seed)
     if "text_config" in settings:
@@ -100,7 +101,8 @@ def model(name, dtype=torch.float32, seed=0, **changes):
     with torch.no_grad():
         for path, p in new.named_parameters():
             _fill(path.removesuffix(".weight"), p)
-    return new.eval().to(dtype)
+            p.data = p.data.to(dtype)
+    return new.eval()
 
 
 def _fill(path, p):

@@ -11,11 +11,11 @@ from lrattn.models.layers import attention_layers
 STEP = 16
 
 
-def random_factors(model, keep=1.0, near=(0, 0), seed=0, ropes=None, bits=None, shared=False, dtype=None):
+def random_factors(model, keep=1.0, near=(0, 0), seed=0, ropes=None, bits=None, shared=False):
     """Factors of `keep` of the numbers of each token, all of them at keep=1 and exact then; with offsets.
 
     ropes: a Rope or None for each layer; None: keys are stored as attention is given them. bits: of packed latents.
-    shared: one row for keys and values, of which keys use all but the last 16 latents. dtype: the model's, or another.
+    shared: one row for keys and values, of which keys use all but the last 16 latents.
     """
     g = torch.Generator().manual_seed(seed)
     found = attention_layers(model)
@@ -32,7 +32,7 @@ def random_factors(model, keep=1.0, near=(0, 0), seed=0, ropes=None, bits=None, 
         else:
             keys, values = (_side(m, m, shape, g, bits) for m in (_orthogonal(layer.dense, rank, g) for _ in range(2)))
         made = LayerFactors(keys, values, rope, shared)
-        layers.append(made.to(layer.device, dtype or layer.dtype))
+        layers.append(made.to(layer.device, layer.dtype))
     return Factors(layers, method="random", near=near)
 
 

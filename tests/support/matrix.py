@@ -112,7 +112,7 @@ def kinds_of(row):
     return {n: next(i for i, kind in enumerate(KINDS[n]) if value in kind) for n, value in row.items()}
 
 
-_ROWS = covering_rows(COLUMNS, allowed, seed=6)  # of a few seeds the one with the fewest first
+_ROWS = covering_rows(COLUMNS, allowed, seed=9)  # of a few seeds the one with the fewest first
 _FIRST = covering_some([kinds_of(row) for row in _ROWS])
 QUICK = len(_FIRST)
 ROWS = [_ROWS[i] for i in (*_FIRST, *sorted(set(range(len(_ROWS))) - set(_FIRST)))]

@@ -1,5 +1,6 @@
 """Copies of the kernels with one fault each, in the place of the real ones for one test."""
 
+import importlib
 import shutil
 import sys
 from pathlib import Path
@@ -40,22 +41,14 @@ def swap(monkeypatch, tmp_path, request):
     if request.config.getoption("--gpu"):
         pytest.skip("faults are shown in the interpreter")
 
+    for path in KERNELS.glob("[!_]*.py"):  # so that all of them are put back
+        importlib.import_module(f"lrattn.kernels.{path.stem}")
+
     def use(mutant):
         copy_with(mutant, tmp_path / "kernels")
-        forget()
+        for name in [n for n in sys.modules if n.startswith("lrattn.kernels.")]:
+            monkeypatch.delitem(sys.modules, name)
+            monkeypatch.delattr(lrattn.kernels, name.rpartition(".")[2])
         monkeypatch.setattr(lrattn.kernels, "__path__", [str(tmp_path / "kernels")])
 
-    def forget():
-        for name in modules():
-            del sys.modules[name]
-            delattr(lrattn.kernels, name.rpartition(".")[2])
-
-    def modules():
-        return [n for n in sys.modules if n.startswith("lrattn.kernels.")]
-
-    before = {name: sys.modules[name] for name in modules()}
-    yield use
-    forget()
-    for name, module in before.items():
-        sys.modules[name] = module
-        setattr(lrattn.kernels, name.rpartition(".")[2], module)
+    return use

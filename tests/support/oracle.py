@@ -35,9 +35,9 @@ def dense_heads(rows, projection, laid_out):
 
 
 def rotate(x, positions, rope, sizes=False):
-    """x [n, Hkv, D] rotated to positions [n], angles in the dtype that the rope asks for; or bounds of its sizes."""
+    """x [.., n, Hkv, D] rotated to positions [.., n], angles in the rope's own dtype; or bounds of its sizes."""
     frequencies, factor = rope.frequencies()
-    angles = positions.to(frequencies.dtype)[:, None, None] * frequencies
+    angles = positions.to(frequencies.dtype)[..., None, None] * frequencies
     cos, sin = ((f(angles) * factor).double() for f in (torch.cos, torch.sin))
     n = 2 * len(frequencies)
     first, second = (slice(0, n, 2), slice(1, n, 2)) if rope.interleaved else (slice(0, n // 2), slice(n // 2, n))

@@ -1,67 +1,46 @@
 """A small set of rows in which every two values of every two columns meet."""
 
-import itertools
 import random
+from itertools import combinations, islice, product
 
 
 def covering_rows(columns, allowed=lambda row: True, seed=0, tries=200):
     """Rows {column: value} that cover all pairs which some allowed row holds; greedy, seeded, so always the same.
 
-    columns: {name: list of values}. allowed: of a full row. A pair that no allowed row could hold in many tries is
-    left out; `uncovered` lists those of a set of rows.
+    columns: {name: list of values}. allowed: of a full row. A pair that is in no allowed row of many is left out;
+    `uncovered` lists those of a set of rows.
     """
-    draw = random.Random(seed)
-    names = list(columns)
-    missing = {
-        (a, x, b, y)
-        for a, b in itertools.combinations(names, 2)
-        for x, y in itertools.product(range(len(columns[a])), range(len(columns[b])))
-    }
-    rows, skipped = [], set()
-    while missing - skipped:
-        target = min(missing - skipped)
-        best, gain = None, 0
-        for _ in range(tries):
-            pick = {n: draw.randrange(len(columns[n])) for n in names}
-            pick[target[0]], pick[target[2]] = target[1], target[3]
-            for _ in range(len(names)):  # repair towards an allowed row without losing the target
-                if allowed({n: columns[n][i] for n, i in pick.items()}):
-                    break
-                n = draw.choice([n for n in names if n not in (target[0], target[2])])
-                pick[n] = draw.randrange(len(columns[n]))
-            else:
-                continue
-            won = len(_pairs(pick, names) & missing)
-            if won > gain:
-                best, gain = pick, won
-        if best is None:
-            skipped.add(target)
-            continue
-        missing -= _pairs(best, names)
-        rows.append({n: columns[n][i] for n, i in best.items()})
+    draw, rows, missing = random.Random(seed), [], dict.fromkeys(all_pairs(columns))
+    while missing:
+        a, x, b, y = next(iter(missing))
+        drawn = ({n: draw.choice(values) for n, values in columns.items()} | {a: x, b: y} for _ in range(20 * tries))
+        found = list(islice(filter(allowed, drawn), tries))
+        if found:
+            rows.append(max(found, key=lambda row: len(pairs(row) & missing.keys())))
+        for pair in pairs(rows[-1]) if found else [(a, x, b, y)]:
+            missing.pop(pair, None)
     return rows
-
-
-def _pairs(pick, names):
-    return {(a, pick[a], b, pick[b]) for a, b in itertools.combinations(names, 2)}
 
 
 def covering_some(rows):
     """Which rows, a few of them, hold all pairs that any holds; greedy."""
-    pairs = [{(a, row[a], b, row[b]) for a, b in itertools.combinations(row, 2)} for row in rows]
-    missing, chosen = set().union(*pairs), []
+    held = [pairs(row) for row in rows]
+    missing, chosen = set().union(*held), []
     while missing:
-        chosen.append(max(range(len(rows)), key=lambda i: len(pairs[i] & missing)))
-        missing -= pairs[chosen[-1]]
+        chosen.append(max(range(len(rows)), key=lambda i: len(held[i] & missing)))
+        missing -= held[chosen[-1]]
     return chosen
 
 
 def uncovered(rows, columns):
     """Pairs of values that meet in no row."""
-    met = {(a, repr(row[a]), b, repr(row[b])) for row in rows for a, b in itertools.combinations(columns, 2)}
-    return [
-        (a, x, b, y)
-        for a, b in itertools.combinations(columns, 2)
-        for x, y in itertools.product(columns[a], columns[b])
-        if (a, repr(x), b, repr(y)) not in met
-    ]
+    met = set().union(*map(pairs, rows))
+    return [pair for pair in all_pairs(columns) if pair not in met]
+
+
+def all_pairs(columns):
+    return [(a, x, b, y) for a, b in combinations(columns, 2) for x, y in product(columns[a], columns[b])]
+
+
+def pairs(row):
+    return {(a, row[a], b, row[b]) for a, b in combinations(row, 2)}

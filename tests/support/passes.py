@@ -3,10 +3,18 @@
 from dataclasses import replace
 
 import torch
+from oracle import rotate
 
 from lrattn.models.interface import attending, cache_argument
 from lrattn.models.layers import attention_layers
 from lrattn.models.ropes import ropes_of
+
+
+def same(got, want, live=None):
+    """Up to the rounding of float64; live: what to look at."""
+    got, want = (got, want) if live is None else (got[live.bool()], want[live.bool()])
+    size = want.abs().amax().item() if want.numel() else 0.0
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-9 * size)
 
 
 @torch.no_grad()
@@ -42,12 +50,6 @@ def window(columns, recent, sinks, begins=(0,)):
 def exact_ropes(model):
     """A model's ropes, but of angles in float64."""
     return [rope and replace(rope, fp32_angles=False) for rope in ropes_of(model, attention_layers(model))]
-
-
-def left_padded(lengths, width, tokens):
-    """The last columns of rows are live: ids, mask and positions [B, width] as generate counts them."""
-    mask = (torch.arange(width) >= width - torch.tensor(lengths)[:, None]).long()
-    return tokens * mask, mask, (mask.cumsum(1) - 1).clamp_min(0)
 
 
 def attention(factors, exact, live):
@@ -96,14 +98,8 @@ def held(side, z):
 
 
 def turned(rope, x, at, sign):
-    """x [B, Hkv, T, D] turned to positions at [B, T], or back: pair (a, b) by its angle, times the attention factor."""
+    """x [B, Hkv, T, D] turned to positions at [B, T], or back."""
     if rope is None:
         return x
-    frequencies, factor = rope.frequencies()
-    angles = (at[..., None] * frequencies)[:, None] * sign
-    cos, sin = angles.cos(), angles.sin()
-    n, half = rope.rotary_dim, rope.rotary_dim // 2
-    a, b = (x[..., 0:n:2], x[..., 1:n:2]) if rope.interleaved else (x[..., :half], x[..., half:n])
-    a, b = (y * factor**sign for y in (a * cos - b * sin, b * cos + a * sin))
-    both = torch.stack((a, b), -1).flatten(-2) if rope.interleaved else torch.cat((a, b), -1)
-    return torch.cat((both, x[..., n:]), -1)
+    factor = rope.frequencies()[1] ** (1 - sign)
+    return rotate(x.transpose(1, 2), at * sign, rope).transpose(1, 2) / factor

@@ -5,7 +5,6 @@ At full rank both give the same: tokens exactly, logits up to rounding. `table` 
 
 import copy
 from functools import cache
-from typing import NamedTuple
 
 import architectures
 import torch
@@ -27,29 +26,19 @@ WITHOUT_ROPE = ("GPT-2", "OPT")
 TEXT, LENGTHS, CHUNKS, NEW = tokens(2, 40), (37, 21, 5), (17, 16, 1, 6), 12
 
 
-class Exempt(NamedTuple):
-    """Uses of an architecture in which releases of transformers below one are wrong by themselves."""
-
-    architecture: str
-    uses: tuple[str, ...]
-    below: tuple[int, int]
-    reason: str
-
-
-EXEMPT = (
-    Exempt(
-        "Gemma-3n",
-        ("scoring", "left padding", "right padding"),
+EXEMPT = {  # what releases below one do wrongly by themselves, and why
+    ("Gemma-3n", use): (
         (5, 19),
         "without a cache the untouched model does not share keys, and answers otherwise than with one",
-    ),
-)
+    )
+    for use in ("scoring", "left padding", "right padding")
+}
 
 
 def exempt(architecture, use):
     """The reason in this release, or None."""
-    found = (x.reason for x in EXEMPT if x.architecture == architecture and use in x.uses and x.below > RELEASE)
-    return next(found, None)
+    below, reason = EXEMPT.get((architecture, use), (RELEASE, None))
+    return reason if below > RELEASE else None
 
 
 class Reader:
