@@ -98,8 +98,8 @@ def _attend(
 
 
 def _sight(what: Said, end: int, layer: LatentLayer, written: Written) -> Sight:
-    """A mask's word. Where first columns are held dense, they stay where they were whatever a later mask hides or shows:
-    what was padding when it came stays so."""
+    """A mask's word. First columns that are held dense stay where they were, whatever a later mask hides or shows: what
+    was padding when it came stays so."""
     base = None if layer.columns.base is None else layer.columns.base.to(layer.factors.device)
     if layer.sinks and base is not what.pads:
         live = base if what.pads is None else what.pads
