@@ -27,7 +27,7 @@ ARROWS = {
 }
 ORDER = {
     "factors": "shapes rope safefile formats projection operands layer record summary",
-    "kernels": "launch plan arguments tiles packed pieces rows pack write rebuild absorb scores values fused_absorbed "
+    "kernels": "launch plan arguments tiles packed rows pack write rebuild absorb scores values fused_absorbed "
     "fused_rebuilt merge combine project decode",
     "attention": "dense cache reference operators checks ops",
     "models": "masks states interface layers ropes weights",

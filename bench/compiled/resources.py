@@ -36,7 +36,7 @@ from bench.decode.decode_shapes import packing
 from bench.support import report
 from lrattn.factors.operands import Operands
 from lrattn.kernels import absorb, combine, decode, launch, merge, plan, project, rebuild, scores, values, write
-from lrattn.kernels.arguments import Call, Rule, Tokens
+from lrattn.kernels.arguments import Call, Rule, Span, Tokens
 from lrattn.kernels.fused_absorbed import fused_absorbed
 from lrattn.kernels.fused_rebuilt import fused_rebuilt
 
@@ -44,6 +44,7 @@ PATH = report.RESULTS / "resources.json"
 SOURCES = sorted((Path(lrattn.__file__).parent / "kernels").glob("*.py"))
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 META = torch.device("meta")
+SPAN = Span(0, 2, 2)
 PAGE, BATCH = 16, 2
 ALL = "bias rule"
 PACKED = (8, 4, 2)  # widths of packed rows
@@ -143,13 +144,23 @@ class Problem(NamedTuple):
     def partial(self) -> tuple[torch.Tensor, torch.Tensor]:
         return fp32(BATCH, 2, self.rows(), self.value_rank()), fp32(BATCH, 2, self.rows())
 
-    def tokens(self) -> Tokens:
+    def call(self) -> Call:
         starts = empty(BATCH) if self.has("rule") else None
         positions = empty(8, PAGE) if self.has("positions") else None
-        return Tokens(empty(BATCH, 8), empty(BATCH), starts, positions, 8 * PAGE)
+        tokens = Tokens(empty(BATCH, 8), empty(BATCH), starts, positions, 8 * PAGE)
+        rule = Rule(1.0, 30.0, True, 64) if self.has("rule") else Rule(1.0, 0.0, True, 0)
+        return Call(self.query(), self.cache(), None if self.shared else self.cache(), *self.sides(), tokens, rule)
 
-    def rule(self) -> Rule:
-        return Rule(1.0, 30.0, True, 64) if self.has("rule") else Rule(1.0, 0.0, True, 0)
+    def turned(self) -> torch.Tensor:
+        """Queries as the scores take them."""
+        return empty(BATCH, 2, self.rows(), 2, launch.block_d(self.head) // 2, dtype=self.dtype)
+
+    def absorbed(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        constant = fp32(BATCH, self.rows()) if self.has("bias") else None
+        return empty(BATCH, self.rows(), self.rank, dtype=self.dtype), constant
+
+    def scores(self) -> torch.Tensor:
+        return fp32(BATCH, self.rows(), 2 * launch.BLOCK_T)
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -164,54 +175,40 @@ def fp32(*shape: int) -> torch.Tensor:
 
 
 def latent_scores(p: Problem) -> None:
-    keys, _ = p.sides()
-    x = empty(BATCH, 2, p.rows(), 2, launch.block_d(p.head) // 2, dtype=p.dtype)
-    s = fp32(BATCH, p.rows(), 2 * launch.BLOCK_T)
-    scores.latent_scores(x, p.steps, p.cache(), keys, p.tokens(), p.rule(), s, 0, 2, 2, not p.has("positions"))
+    scores.latent_scores(p.call(), p.turned(), p.scores(), SPAN, not p.has("positions"))
 
 
 def turn_queries(p: Problem) -> None:
-    keys, _ = p.sides()
-    x = empty(BATCH, 2, p.rows(), 2, launch.block_d(p.head) // 2, dtype=p.dtype)
-    scores.turn_queries(p.query(), keys, p.tokens(), p.rule(), x, 0, not p.has("positions"))
+    scores.turn_queries(p.call(), p.turned(), 0, not p.has("positions"))
 
 
 def absorb_queries(p: Problem) -> None:
-    keys, _ = p.sides()
-    absorb.absorb_queries(p.query(), keys)
+    absorb.absorb_queries(p.call())
 
 
 def absorbed_scores(p: Problem) -> None:
-    keys, _ = p.sides()
-    a, constant = empty(BATCH, p.rows(), p.rank, dtype=p.dtype), fp32(BATCH, p.rows()) if p.has("bias") else None
-    s = fp32(BATCH, p.rows(), 2 * launch.BLOCK_T)
-    absorb.absorbed_scores(a, constant, p.steps, p.cache(), keys, p.tokens(), p.rule(), s, 0, 2, 2)
+    absorb.absorbed_scores(p.call(), *p.absorbed(), p.scores(), SPAN)
 
 
 def latent_values(p: Problem) -> None:
-    _, side = p.sides()
-    s, y, lse = fp32(BATCH, p.rows(), 2 * launch.BLOCK_T), fp32(BATCH, 2, p.rows(), p.rank), fp32(BATCH, 2, p.rows())
-    values.latent_values(s, p.steps, p.cache(), side, p.tokens(), p.rule(), y, lse, 0, 2, 2)
+    y, lse = fp32(BATCH, 2, p.rows(), p.rank), fp32(BATCH, 2, p.rows())
+    values.latent_values(p.call(), p.scores(), y, lse, SPAN)
+
+
+def one_pass(p: Problem, turned: bool) -> launch.Launch:
+    keys, side = p.sides()
+    choice = plan.fused(p.rows(), p.dtype, launch.name(META), keys.sizes, side.sizes, turned)
+    assert choice is not None, "the launch table has a row for it"
+    return choice
 
 
 def absorbed_pass(p: Problem) -> None:
-    keys, side = p.sides()
-    a, constant = empty(BATCH, p.rows(), p.rank, dtype=p.dtype), fp32(BATCH, p.rows()) if p.has("bias") else None
-    choice = plan.fused(p.rows(), p.dtype, launch.name(META), keys.sizes, side.sizes, False)
-    assert choice is not None, "the launch table has a row for it"
-    cache, (y, lse) = p.cache(), p.partial()
-    cv = None if p.shared else cache
-    fused_absorbed(a, constant, p.steps, cache, cv, keys, side, p.tokens(), p.rule(), y, lse, 0, 2, 2, choice)
+    fused_absorbed(p.call(), *p.absorbed(), *p.partial(), SPAN, one_pass(p, False))
 
 
 def rebuilt_pass(p: Problem) -> None:
-    keys, side = p.sides()
-    x, turned = empty(BATCH, 2, p.rows(), 2, launch.block_d(p.head) // 2, dtype=p.dtype), not p.has("positions")
-    choice = plan.fused(p.rows(), p.dtype, launch.name(META), keys.sizes, side.sizes, turned)
-    assert choice is not None, "the launch table has a row for it"
-    cache, (y, lse) = p.cache(), p.partial()
-    cv = None if p.shared else cache
-    fused_rebuilt(x, p.steps, cache, cv, keys, side, p.tokens(), p.rule(), y, lse, 0, 2, 2, turned, choice)
+    turned = not p.has("positions")
+    fused_rebuilt(p.call(), p.turned(), *p.partial(), SPAN, turned, one_pass(p, turned))
 
 
 def combine_heads(p: Problem) -> None:
@@ -247,13 +244,13 @@ def write_latents(p: Problem) -> None:
 def rebuild_keys(p: Problem) -> None:
     keys, _ = p.sides()
     x = empty(4, keys.sizes.num_heads, p.head, dtype=p.dtype)
-    rebuild.rebuild_keys(p.cache(), keys, p.tokens(), empty(BATCH, dtype=torch.int64), x)
+    rebuild.rebuild_keys(p.cache(), keys, p.call().tokens, empty(BATCH, dtype=torch.int64), x)
 
 
 def rebuild_values(p: Problem) -> None:
     keys, side = p.sides()
     x = empty(4, keys.sizes.num_heads, p.head, dtype=p.dtype)
-    rebuild.rebuild_values(p.cache(), side, p.tokens(), empty(BATCH, dtype=torch.int64), x)
+    rebuild.rebuild_values(p.cache(), side, p.call().tokens, empty(BATCH, dtype=torch.int64), x)
 
 
 class Compilation(NamedTuple):

@@ -24,7 +24,6 @@ from unittest.mock import patch
 
 import torch
 from tqdm import tqdm
-from triton import next_power_of_2
 
 from bench.decode import timing
 from bench.decode.decode_problem import Problem, attend, make
@@ -115,17 +114,11 @@ def used(variant: Variant) -> Iterator[None]:
         yield
 
 
-def choose(variant: Variant, *shape: Any) -> Launch:
+def choose(variant: Variant, device: str, itemsize: int, *, rows: int, head: int = 0, **shape: Any) -> Launch:
     """In the place of launch.latent_scores and its like, which take the shapes of a call."""
-    found, kernel = variant.launch, variant.kernel
+    found = variant.launch
     assert found is not None
-    if kernel == "latent_scores":
-        _, head_dim, rows, *_ = shape
-        return found._replace(block_q=launch.block_q(rows), block_d=min(found.block_d, launch.block_d(head_dim)))
-    if kernel == "latent_values":
-        rank, rows, *_ = shape
-        return found._replace(block_q=launch.block_q(rows), block_r=min(found.block_r, next_power_of_2(rank)))
-    return found._replace(block_q=launch.block_q(shape[3 if kernel == "fused_rebuilt" else 2]))
+    return found._replace(block_q=launch.block_q(rows), block_d=min(found.block_d, launch.block_d(head)))
 
 
 def fault(layer: Layer, variant: Variant, dry: bool) -> str:

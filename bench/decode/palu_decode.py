@@ -34,7 +34,7 @@ from bench.decode.gpu_plot import DRY_TITLE
 from bench.support import report
 from bench.support.curves import curve, label_places
 from lrattn.kernels import launch
-from lrattn.kernels.arguments import Rule, Tokens
+from lrattn.kernels.arguments import Call, Rule, Span, Tokens
 from lrattn.kernels.plan import cut
 from lrattn.kernels.scores import latent_scores, turn_queries
 
@@ -117,6 +117,7 @@ def our_scores(x: Problem) -> providers.Run:
     keys, values = x.layer.operands
     tokens, rule = Tokens(x.table, x.lens, None, None, x.tokens), Rule(1.0, 0.0, True, 0)
     q = x.q[:, None]
+    call = Call(q, x.k_cache, x.v_cache, keys, values, tokens, rule)
     device = launch.name(q.device)
     sizes = (q.dtype, device, launch.processors(q.device), keys.sizes, values.sizes)
     size = cut(1, 1, q.shape[2], *sizes, False, x.tokens, 0, 0, 256 << 20)
@@ -124,8 +125,8 @@ def our_scores(x: Problem) -> providers.Run:
     s = q.new_empty(1, q.shape[2], size.tiles * launch.BLOCK_T, dtype=torch.float32)
 
     def run() -> Tensor:
-        turn_queries(q, keys, tokens, rule, turned, 0, True)
-        latent_scores(turned, 1, x.k_cache, keys, tokens, rule, s, 0, size.tiles, size.parts, True)
+        turn_queries(call, turned, 0, True)
+        latent_scores(call, turned, s, Span(0, size.tiles, size.parts), True)
         return s[:, :, : x.tokens]
 
     return run

@@ -1,32 +1,19 @@
 """Keys that need no rotation are never rebuilt: the query is multiplied into the latents' space once a call."""
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrattn.factors.operands import Keys
 from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
-from lrattn.kernels.arguments import Rule, Tokens
-from lrattn.kernels.packed import load_query_tiles, load_tiles, scores_streamed, segments
-from lrattn.kernels.pieces import product
-from lrattn.kernels.tiles import (
-    LENGTHS,
-    SLICED,
-    load_latents,
-    load_rows,
-    load_run,
-    part_of,
-    reach,
-    scaled,
-    seen,
-    slots,
-)
+from lrattn.kernels.arguments import Call, Span
+from lrattn.kernels.packed import load_tile, segments
+from lrattn.kernels.rows import load_row, load_row_queries, product, scores_streamed, transposed
+from lrattn.kernels.tiles import load_latents, load_rows, load_run, part_of, reach, scaled, seen, slots
 
 
 # fmt: off
-@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=SLICED)
+@launch.kernel
 def absorb_queries_kernel(
     q, q_strides,            # [B, S, Hq, D]    query, model order
     uk,                      # [sum Rk, C * D]  key basis
@@ -66,7 +53,7 @@ def absorb_queries_kernel(
     tl.store(p_a, got.to(a.dtype.element_ty), mask=in_q[:, None] & (r < rank)[None, :])
 
 
-@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=SLICED)
+@launch.kernel
 def absorbed_scores_kernel(
     a, a_strides,            # [B, Hq * S, Rk]  absorbed queries
     constant,                # [B, Hq * S]      float32, or None without a key bias
@@ -80,15 +67,14 @@ def absorbed_scores_kernel(
     scale, softcap, bound, S, window, first_tile, tiles, parts,
     C: tl.constexpr, M: tl.constexpr, P: tl.constexpr, Hkv: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
-    R1: tl.constexpr, R2: tl.constexpr, ROW: tl.constexpr, RESIDENT: tl.constexpr,
+    ROW: tl.constexpr, RESIDENT: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr,
 ):
     """s[b, h S + i, t] = softcap(scale * (ck[b, t, g] . a[b, h S + i] + constant[b, h S + i]))
 
     Grid: (row blocks * G, parts, B). A program owns BLOCK_Q of the C M S query rows of one group and one of `parts`
     equal parts of the sequence's tiles: with one row block each latent is read once.
-    RESIDENT: a rank is R1 (+ R2) columns, powers of two, and the queries are read once; else R1 columns at a time.
-    Packed rows come in tiles, ROW.
+    RESIDENT: ROW is all tiles of a row, and the queries are read once; else a tile of ROW goes along each segment.
     Needs: P a multiple of 16. Sums are float32.
     Reference: lrattn.attention.reference._scores. Derivation: docs/kernels.md#absorbed-scores.
     """
@@ -105,16 +91,14 @@ def absorbed_scores_kernel(
     in_q = i < C * M * S
     head = tl.load(heads + g * C + i // (M * S), mask=in_q, other=0)
     row = (head * M * S + i % (M * S)).to(tl.int64)
-    r1 = tl.arange(0, R1)
+    if packs is None:
+        r1 = tl.arange(0, ROW[0][3])
     p_a = a + i_b * a_strides[0] + row * a_strides[1]
-    segs = segments(packs, g, rank, ROW)
-    if RESIDENT and packs is not None:
-        a_tiles = load_query_tiles(p_a, segs, in_q, ROW)
-    elif RESIDENT:
-        a1 = load_latents(p_a, 0, rank, in_q, r1)
-        if R2 > 0:
-            r2 = R1 + tl.arange(0, R2)
-            a2 = load_latents(p_a, 0, rank, in_q, r2)
+    segs = segments(packs, g, column, rank, ROW)
+    if RESIDENT:
+        x = load_row_queries(p_a, segs, in_q, ROW)
+        if packs is not None:
+            x = transposed(x)
     if constant is not None:
         shift = tl.load(constant + i_b * Hkv * M * S + row, mask=in_q, other=0.0)
     query = tl.where(in_q, i % S, -1)
@@ -125,19 +109,18 @@ def absorbed_scores_kernel(
         live = (t >= begin) & (t < t_end)
         page, offset = slots(pages + i_b * pages_stride, t0, t, live, P, BLOCK_T)
         p_ck = ck + page * ck_strides[0] + offset * ck_strides[1]
-        if packs is not None:
-            if RESIDENT:
-                score = product(load_tiles(p_ck, segs, live, ROW, a), a_tiles)
-            else:
-                score = scores_streamed(p_ck, segs, live, p_a, in_q, ROW)
+        if RESIDENT and packs is not None:
+            score = product(load_row(p_ck, segs, live, ROW, a), x)
         elif RESIDENT:
-            score = tl.dot(load_latents(p_ck, column, rank, live, r1), tl.trans(a1), input_precision="ieee")
-            if R2 > 0:
-                z = load_latents(p_ck, column, rank, live, r2)
-                score = tl.dot(z, tl.trans(a2), score, input_precision="ieee")
-        else:
+            score = tl.dot(load_tile(p_ck, segs, live, None, ROW, 0, a), tl.trans(x[0]), input_precision="ieee")
+            for n in tl.static_range(1, len(ROW)):
+                z = load_tile(p_ck, segs, live, None, ROW, n, a)
+                score = tl.dot(z, tl.trans(x[n]), score, input_precision="ieee")
+        elif packs is not None:
+            score = scores_streamed(p_ck, segs, live, p_a, in_q, ROW)
+        else:  # as scores_streamed but for the order of the loads, which registers depend on
             score = tl.zeros([BLOCK_T, BLOCK_Q], tl.float32)
-            for r in range(0, rank, R1):
+            for r in range(0, rank, ROW[0][3]):
                 z = load_latents(p_ck, column, rank, live, r + r1)
                 score = tl.dot(z, tl.trans(load_latents(p_a, 0, rank, in_q, r + r1)), score, input_precision="ieee")
         if constant is not None:
@@ -149,41 +132,35 @@ def absorbed_scores_kernel(
 # fmt: on
 
 
-def absorb_queries(q: Tensor, keys: Keys) -> tuple[Tensor, Tensor | None]:
+def absorb_queries(call: Call) -> tuple[Tensor, Tensor | None]:
     """Queries [B, S, Hq, D] -> [B, Hq S, Rk] in the latents' space, and the bias' share of their scores [B, Hq S]."""
+    q, keys, size = call.q, call.keys, call.keys.sizes
     batch, num_queries, query_heads, head_dim = q.shape
-    heads = keys.sizes.num_heads
-    rows = query_heads // heads * num_queries
-    a = q.new_empty(batch, query_heads * num_queries, keys.sizes.rank)
-    constant = None if keys.bias is None else torch.empty(a.shape[:2], dtype=torch.float32, device=q.device)
+    a = q.new_empty(batch, query_heads * num_queries, size.rank)
+    constant = None if keys.bias is None else q.new_empty(a.shape[:2], dtype=torch.float32)
     choice = launch.absorb_queries(launch.name(q.device), q.itemsize)
-    absorb_queries_kernel[cdiv(rows, choice.block_q) * heads, cdiv(keys.sizes.rank, choice.block_r), batch](
+    blocks = cdiv(a.shape[1] // size.num_heads, choice.block_q)
+    absorb_queries_kernel[blocks * size.num_heads, cdiv(size.rank, choice.block_r), batch](
         q, q.stride(), keys.rows, keys.runs, keys.heads, keys.bias, a, a.stride(), constant, num_queries,
-        C=keys.sizes.group_size, M=query_heads // heads, D=head_dim, Hkv=heads,
+        C=size.group_size, M=query_heads // size.num_heads, D=head_dim, Hkv=size.num_heads,
         BLOCK_D=launch.block_d(head_dim), BLOCK_Q=choice.block_q, BLOCK_R=choice.block_r,
         num_warps=choice.warps, num_stages=choice.stages,
     )  # fmt: skip
     return a, constant
 
 
-def absorbed_scores(
-    a: Tensor, constant: Tensor | None, num_queries: int, ck: Tensor, keys: Keys, tokens: Tokens, rule: Rule,
-    s: Tensor, first_tile: int, tiles: int, parts: int,
-) -> None:  # fmt: skip
-    """Scores of absorbed queries against tiles first_tile .. first_tile + tiles of each sequence, to s [B, Hq S, T]."""
-    heads = keys.sizes.num_heads
-    rows = a.shape[1] // keys.sizes.groups
-    rank = launch.columns(keys.sizes.packed, keys.sizes.rank)
-    choice = launch.absorbed_scores(rank, rows, a.itemsize, launch.name(a.device), keys.packs is not None)
-    r1, r2 = launch.chunks(keys.sizes.rank) if choice.resident else (choice.block_r, 0)
-    absorbed_scores_kernel[cdiv(rows, choice.block_q) * keys.sizes.groups, parts, a.shape[0]](
-        a, a.stride(), constant, ck, ck.stride(), tokens.pages, tokens.pages.stride(0),
-        tokens.lens, tokens.lens.stride(0), tokens.starts, tokens.starts_stride,
-        keys.runs, keys.heads, keys.packs, s, s.stride(), rule.scale, rule.softcap, tokens.bound, num_queries,
-        rule.window, first_tile, tiles, parts,
-        C=keys.sizes.group_size, M=a.shape[1] // (heads * num_queries), P=ck.shape[1], Hkv=heads,
-        CAUSAL=rule.causal, WINDOWED=rule.window > 0, CAPPED=rule.softcap > 0,
-        R1=r1, R2=r2, ROW=launch.scored(keys.sizes.packed, choice), RESIDENT=choice.resident,
-        BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T,
+def absorbed_scores(call: Call, a: Tensor, constant: Tensor | None, s: Tensor, span: Span) -> None:
+    """Scores of absorbed queries against the tiles of `span` of each sequence, to s [B, Hq S, T]."""
+    q, ck, _, keys, _, tokens, rule = call
+    size = keys.sizes
+    rows = a.shape[1] // size.groups
+    choice = launch.absorbed_scores(
+        launch.name(a.device), a.itemsize, rank=launch.columns(size), rows=rows, packed=bool(size.packed)
+    )
+    absorbed_scores_kernel[cdiv(rows, choice.block_q) * size.groups, span.parts, a.shape[0]](
+        a, a.stride(), constant, ck, ck.stride(), *tokens.held, keys.runs, keys.heads, keys.packs, s, s.stride(),
+        *call.numbers, *span, C=size.group_size, M=q.shape[2] // size.num_heads, P=ck.shape[1], Hkv=size.num_heads,
+        CAUSAL=rule.causal, WINDOWED=rule.window > 0, CAPPED=rule.softcap > 0, ROW=launch.scored(size, choice),
+        RESIDENT=choice.resident, BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T,
         num_warps=choice.warps, num_stages=choice.stages,
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -19,12 +19,15 @@ class Tokens(NamedTuple):
     bound: int  # lengths are clamped to it
 
     @property
-    def starts_stride(self) -> int:
-        return 0 if self.starts is None else self.starts.stride(0)
+    def held(self) -> tuple[Any, ...]:
+        """pages, lens and starts as kernels take them, each with its stride."""
+        starts_stride = 0 if self.starts is None else self.starts.stride(0)
+        return self.pages, self.pages.stride(0), self.lens, self.lens.stride(0), self.starts, starts_stride
 
     @property
-    def positions_strides(self) -> tuple[int, ...]:
-        return (0, 0) if self.positions is None else self.positions.stride()
+    def placed(self) -> tuple[Any, ...]:
+        """positions and their strides."""
+        return self.positions, (0, 0) if self.positions is None else self.positions.stride()
 
     def of(self, some: slice) -> Tokens:
         """The tokens of some of the sequences."""
@@ -41,6 +44,14 @@ class Rule(NamedTuple):
     window: int  # 0: none
 
 
+class Span(NamedTuple):
+    """Tiles of every sequence, and in how many equal parts they are cut: one to a program."""
+
+    first_tile: int
+    tiles: int
+    parts: int
+
+
 class Call(NamedTuple):
     """What is attended with, and to."""
 
@@ -51,6 +62,12 @@ class Call(NamedTuple):
     values: Values
     tokens: Tokens
     rule: Rule
+
+    @property
+    def numbers(self) -> tuple[float, float, int, int, int]:
+        """scale, softcap, bound, S and window, which kernels take in this order."""
+        rule = self.rule
+        return rule.scale, rule.softcap, self.tokens.bound, self.q.shape[1], rule.window
 
     def of(self, some: slice) -> Call:
         """The same for some of the sequences."""

@@ -7,11 +7,11 @@ from torch import Tensor
 from lrattn.factors.operands import Values
 from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
-from lrattn.kernels.tiles import LENGTHS, SLICED, load_run
+from lrattn.kernels.tiles import load_run
 
 
 # fmt: off
-@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=SLICED)
+@launch.kernel
 def combine_kernel(
     y, y_strides,            # [B, slots, Hq * S, Rv]  float32 partial results; not read where lse is -inf
     part_lse, lse_strides,   # [B, slots, Hq * S]      float32, natural log

@@ -8,7 +8,7 @@ from torch import Tensor
 from lrattn.factors.shapes import round_up
 from lrattn.kernels import launch, plan
 from lrattn.kernels.absorb import absorb_queries, absorbed_scores
-from lrattn.kernels.arguments import Call
+from lrattn.kernels.arguments import Call, Span
 from lrattn.kernels.combine import combine
 from lrattn.kernels.fused_absorbed import fused_absorbed
 from lrattn.kernels.fused_rebuilt import fused_rebuilt
@@ -58,25 +58,18 @@ def decode_attention(
         batch, num_queries, query_heads, q.dtype, launch.name(q.device), launch.processors(q.device), call.keys.sizes,
         call.values.sizes, tokens.positions is not None, tokens.bound, call.rule.window, num_splits, workspace_limit,
     )  # fmt: skip
-    work = Workspace.allocate(call, size)
-    if size.batch == batch:
-        _attend_sequences(call, size, work, sinks, wo, form, out, lse)
-        return
+    work, wo = Workspace.allocate(call, size), wo if form == "hidden" else None
     for b in range(0, batch, size.batch):
         some = slice(b, min(b + size.batch, batch))
-        _attend_sequences(call.of(some), size, work.of(some.stop - b), sinks, wo, form, out[some], lse[some])
-
-
-def _attend_sequences(
-    call: Call, size: Cut, work: Workspace, sinks: Tensor | None, wo: Tensor | None, form: str, out: Tensor, lse: Tensor
-) -> None:
-    parts = _attend(call, size, work)
-    if form != "hidden" or wo is None:
-        combine(work.y, work.lse, parts, call.values, out, lse, sinks, up=form == "heads")
-        return
-    heads = torch.empty_like(call.q, memory_format=torch.contiguous_format)
-    combine(work.y, work.lse, parts, call.values, heads, lse, sinks, up=True)
-    project(heads, wo, out)
+        if size.batch < batch:
+            own, own_work, own_out, own_lse = call.of(some), work.of(some.stop - b), out[some], lse[some]
+        else:
+            own, own_work, own_out, own_lse = call, work, out, lse
+        parts = _attend(own, size, own_work)
+        heads = own_out if wo is None else torch.empty_like(own.q, memory_format=torch.contiguous_format)
+        combine(own_work.y, own_work.lse, parts, call.values, heads, own_lse, sinks, up=form != "latent")
+        if wo is not None:
+            project(heads, wo, own_out)
 
 
 def _attend(call: Call, size: Cut, work: Workspace) -> range:
@@ -87,7 +80,7 @@ def _attend(call: Call, size: Cut, work: Workspace) -> range:
     """
     if not size.total:
         return range(0)
-    absorbed = None if call.keys.sizes.rotary_dim else absorb_queries(call.q, call.keys)
+    absorbed = None if call.keys.sizes.rotary_dim else absorb_queries(call)
     y, lse, splits = work.y, work.lse, size.splits
     if size.tiles >= size.total:
         _attend_tiles(call, size, work, absorbed, y, lse, 0)
@@ -112,24 +105,17 @@ def _attend_tiles(
     first: int,
 ) -> None:  # fmt: skip
     """Tiles first .. first + size.tiles of every sequence, to slots 0 .. size.splits of y and lse."""
-    q, ck, cv, keys, values, tokens, rule = call
-    num_queries, tiles, splits = q.shape[1], size.tiles, size.splits
     if absorbed is None and (size.turned or not first):
-        turn_queries(q, keys, tokens, rule, work.x, first, size.turned)
+        turn_queries(call, work.x, first, size.turned)
+    span = Span(first, size.tiles, size.splits)
     if size.fused and absorbed is not None:
-        fused_absorbed(
-            *absorbed, num_queries, ck, cv, keys, values, tokens, rule, y, lse, first, tiles, splits, size.fused
-        )  # fmt: skip
+        fused_absorbed(call, *absorbed, y, lse, span, size.fused)
     elif size.fused:
-        fused_rebuilt(
-            work.x, num_queries, ck, cv, keys, values, tokens, rule, y, lse, first, tiles, splits, size.turned,
-            size.fused,
-        )  # fmt: skip
+        fused_rebuilt(call, work.x, y, lse, span, size.turned, size.fused)
     else:
+        scored = Span(first, size.tiles, size.parts)
         if absorbed is not None:
-            absorbed_scores(*absorbed, num_queries, ck, keys, tokens, rule, work.s, first, tiles, size.parts)
+            absorbed_scores(call, *absorbed, work.s, scored)
         else:
-            latent_scores(work.x, num_queries, ck, keys, tokens, rule, work.s, first, tiles, size.parts, size.turned)
-        latent_values(
-            work.s, num_queries, ck if cv is None else cv, values, tokens, rule, y, lse, first, tiles, splits
-        )  # fmt: skip
+            latent_scores(call, work.x, work.s, scored, size.turned)
+        latent_values(call, work.s, y, lse, span)

@@ -1,32 +1,18 @@
 """One pass over the latents where keys need no rotation: scores, softmax and the sum of value latents."""
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrattn.factors.operands import Keys, Values
 from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
-from lrattn.kernels.arguments import Rule, Tokens
+from lrattn.kernels.arguments import Call, Span
 from lrattn.kernels.packed import segments
-from lrattn.kernels.pieces import add_weighted, product
-from lrattn.kernels.rows import load_row, load_row_queries, row_zeros, store_row
-from lrattn.kernels.tiles import (
-    LENGTHS,
-    SLICED,
-    load_run,
-    part_of,
-    reach,
-    scaled,
-    seen,
-    slots,
-    softmax_step,
-    store_lse,
-)
+from lrattn.kernels.rows import add_weighted, load_row, load_row_queries, product, row_zeros, store_row, transposed
+from lrattn.kernels.tiles import load_run, part_of, reach, scaled, seen, slots, softmax_step, store_lse
 
 
 # fmt: off
-@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=SLICED)
+@launch.kernel
 def fused_absorbed_kernel(
     a, a_strides,            # [B, Hq * S, Rk]  absorbed queries
     constant,                # [B, Hq * S]      float32, or None without a key bias
@@ -74,22 +60,22 @@ def fused_absorbed_kernel(
     key_column, key_rank, _ = load_run(key_runs, g)
     value_column, value_rank, _ = load_run(value_runs, g)
     row_rank = key_rank if cv is not None else value_rank  # all of a shared row: its values begin as the keys do
-    key_segs = segments(key_packs, g, row_rank, KEYS)
-    value_segs = segments(value_packs, g, value_rank, VALUES)
-    query_segs = segments(key_packs, g, key_rank, KEYS)
-    x = load_row_queries(a + i_b * a_strides[0] + row * a_strides[1], key_rank, query_segs, in_q, KEYS)
+    key_segs = segments(key_packs, g, key_column, row_rank, KEYS)
+    value_segs = segments(value_packs, g, value_column, value_rank, VALUES)
+    query_segs = segments(key_packs, g, key_column, key_rank, KEYS)
+    x = transposed(load_row_queries(a + i_b * a_strides[0] + row * a_strides[1], query_segs, in_q, KEYS))
     if constant is not None:
         shift = tl.load(constant + i_b * Hkv * M * S + row, mask=in_q, other=0.0)
     query = tl.where(in_q, i % S, -1)
     peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
-    acc = row_zeros(BLOCK_Q, value_segs, VALUES)
+    acc = row_zeros(BLOCK_Q, VALUES)
     for t0 in range(t_begin, t_end, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
         live = (t >= begin) & (t < t_end)
         page, offset = slots(pages + i_b * pages_stride, t0, t, live, P, BLOCK_T)
         p_ck = ck + page * ck_strides[0] + offset * ck_strides[1]
-        z = load_row(p_ck, key_column, row_rank, key_segs, live, KEYS, a)
+        z = load_row(p_ck, key_segs, live, KEYS, a)
         score = product(z, x)
         if constant is not None:
             score += shift[None, :]
@@ -100,32 +86,30 @@ def fused_absorbed_kernel(
         p = tl.trans(p).to(a.dtype.element_ty)
         if cv is not None:
             p_cv = cv + page * cv_strides[0] + offset * cv_strides[1]
-            z = load_row(p_cv, value_column, value_rank, value_segs, live, VALUES, a)
+            z = load_row(p_cv, value_segs, live, VALUES, a)
         acc = add_weighted(acc, fade, p, z)
 
     store_lse(p_lse, peak, total, in_q)
     some = total != 0
     p_y = y + i_b * y_strides[0] + i_s * y_strides[1] + row * y_strides[2]
-    store_row(p_y, acc, 1.0 / tl.where(some, total, 1.0), value_rank, value_segs, in_q & some, VALUES)
+    store_row(p_y, acc, 1.0 / tl.where(some, total, 1.0), value_segs, in_q & some, VALUES)
 # fmt: on
 
 
 def fused_absorbed(
-    a: Tensor, constant: Tensor | None, num_queries: int, ck: Tensor, cv: Tensor | None, keys: Keys, values: Values,
-    tokens: Tokens, rule: Rule, y: Tensor, lse: Tensor, first_tile: int, tiles: int, splits: int,
+    call: Call, a: Tensor, constant: Tensor | None, y: Tensor, lse: Tensor, span: Span,
     choice: launch.Launch,
 ) -> None:  # fmt: skip
     """Absorbed queries a [B, Hq S, Rk] over the tiles of each split: y [B, slots, Hq S, Rv], lse [B, slots, Hq S]."""
-    batch, _, all_rows, _ = y.shape
+    q, ck, cv, keys, values, tokens, rule = call
     key, value = keys.sizes, values.sizes
-    fused_absorbed_kernel[cdiv(all_rows // key.groups, choice.block_q) * key.groups, splits, batch](
-        a, a.stride(), constant, ck, ck.stride(), cv, (0, 0) if cv is None else cv.stride(),
-        tokens.pages, tokens.pages.stride(0), tokens.lens, tokens.lens.stride(0), tokens.starts, tokens.starts_stride,
+    fused_absorbed_kernel[cdiv(a.shape[1] // key.groups, choice.block_q) * key.groups, span.parts, a.shape[0]](
+        a, a.stride(), constant, ck, ck.stride(), cv, (0, 0) if cv is None else cv.stride(), *tokens.held,
         keys.runs, values.runs, keys.packs, values.packs, keys.heads, y, y.stride(), lse, lse.stride(),
-        rule.scale, rule.softcap, tokens.bound, num_queries, rule.window, first_tile, tiles, splits,
-        C=key.group_size, M=all_rows // (key.num_heads * num_queries), P=ck.shape[1], Hkv=key.num_heads,
+        *call.numbers, *span,
+        C=key.group_size, M=q.shape[2] // key.num_heads, P=ck.shape[1], Hkv=key.num_heads,
         CAUSAL=rule.causal, WINDOWED=rule.window > 0, CAPPED=rule.softcap > 0,
-        KEYS=launch.row(key.packed, value.rank if cv is None else key.rank, choice.block_r),
-        VALUES=launch.row(value.packed, value.rank, choice.block_r),
+        KEYS=launch.tiles(launch.segments(key if cv is not None else value), choice.block_r),
+        VALUES=launch.tiles(launch.segments(value), choice.block_r),
         BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T, num_warps=choice.warps, num_stages=choice.stages,
     )  # fmt: skip

@@ -1,33 +1,18 @@
 """One pass over the latents with keys rebuilt on chip: rotate, score, softmax and the sum of value latents."""
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrattn.factors.operands import Keys, Values
 from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
-from lrattn.kernels.arguments import Rule, Tokens
+from lrattn.kernels.arguments import Call, Span
 from lrattn.kernels.packed import segments
-from lrattn.kernels.pieces import add_weighted, product
-from lrattn.kernels.rows import load_row, load_row_basis, row_zeros, store_row
-from lrattn.kernels.tiles import (
-    LENGTHS,
-    SLICED,
-    load_run,
-    load_turns,
-    part_of,
-    reach,
-    scaled,
-    seen,
-    slots,
-    softmax_step,
-    store_lse,
-)
+from lrattn.kernels.rows import add_weighted, load_row, load_row_basis, product, row_zeros, store_row
+from lrattn.kernels.tiles import load_run, load_turns, part_of, reach, scaled, seen, slots, softmax_step, store_lse
 
 
 # fmt: off
-@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=SLICED)
+@launch.kernel
 def fused_rebuilt_kernel(
     x, x_strides,            # [B, tiles, Hq * S, 2, D / 2]  queries by tile, dims of pairs apart, padded with zeros
     ck, ck_strides,          # [N, P, width]    key rows by page
@@ -81,25 +66,25 @@ def fused_rebuilt_kernel(
     key_column, key_rank, r0 = load_run(key_runs, place // C)
     value_column, value_rank, _ = load_run(value_runs, place // C)
     row_rank = key_rank if cv is not None else value_rank  # all of a shared row: its values begin as the keys do
-    key_segs = segments(key_packs, place // C, row_rank, KEYS)
-    value_segs = segments(value_packs, place // C, value_rank, VALUES)
+    key_segs = segments(key_packs, place // C, key_column, row_rank, KEYS)
+    value_segs = segments(value_packs, place // C, value_column, value_rank, VALUES)
     d, j = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_D // 2)
-    basis_segs = segments(key_packs, place // C, key_rank, KEYS)
-    u = load_row_basis(uk, C * D, r0, key_rank, basis_segs, place % C * D, d, D, KEYS, x)
+    basis_segs = segments(key_packs, place // C, key_column, key_rank, KEYS)
+    u = load_row_basis(uk, C * D, r0, basis_segs, place % C * D, d, D, KEYS, x)
     if not TABLE:
         cos, sin = load_turns(turns, tl.arange(0, BLOCK_T), BLOCK_T, d, ROTARY)
     first_x = x + i_b * x_strides[0] + (head * M * S).to(tl.int64) * BLOCK_D
     query = tl.where(in_q, i % S, -1)
     peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
-    acc = row_zeros(BLOCK_Q, value_segs, VALUES)
+    acc = row_zeros(BLOCK_Q, VALUES)
 
     for t0 in range(t_begin, t_end, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
         live = (t >= begin) & (t < t_end)
         page, offset = slots(pages + i_b * pages_stride, t0, t, live, P, BLOCK_T)
         p_ck = ck + page * ck_strides[0] + offset * ck_strides[1]
-        z = load_row(p_ck, key_column, row_rank, key_segs, live, KEYS, x)
+        z = load_row(p_ck, key_segs, live, KEYS, x)
         k = product(z, u)
         if bias is not None:
             k += tl.load(bias + place * D + d, mask=d < D, other=0.0)[None, :]
@@ -125,37 +110,32 @@ def fused_rebuilt_kernel(
         p = tl.trans(p).to(x.dtype.element_ty)
         if cv is not None:
             p_cv = cv + page * cv_strides[0] + offset * cv_strides[1]
-            z = load_row(p_cv, value_column, value_rank, value_segs, live, VALUES, x)
+            z = load_row(p_cv, value_segs, live, VALUES, x)
         acc = add_weighted(acc, fade, p, z)
 
     store_lse(p_lse, peak, total, in_q)
     some = total != 0
     p_y = y + i_b * y_strides[0] + i_s * y_strides[1] + row * y_strides[2]
-    store_row(p_y, acc, 1.0 / tl.where(some, total, 1.0), value_rank, value_segs, in_q & some, VALUES)
+    store_row(p_y, acc, 1.0 / tl.where(some, total, 1.0), value_segs, in_q & some, VALUES)
 # fmt: on
 
 
 def fused_rebuilt(
-    x: Tensor, num_queries: int, ck: Tensor, cv: Tensor | None, keys: Keys, values: Values, tokens: Tokens, rule: Rule,
-    y: Tensor, lse: Tensor, first_tile: int, tiles: int, splits: int,
-    turned: bool, choice: launch.Launch,
-) -> None:  # fmt: skip
+    call: Call, x: Tensor, y: Tensor, lse: Tensor, span: Span, turned: bool, choice: launch.Launch
+) -> None:
     """Turned queries x over the tiles of each split: y [B, slots, Hq S, Rv], lse [B, slots, Hq S]."""
-    batch, _, all_rows, _ = y.shape
+    q, ck, cv, keys, values, tokens, rule = call
     key, value = keys.sizes, values.sizes
-    rows = all_rows // key.num_heads
-    fused_rebuilt_kernel[cdiv(rows, choice.block_q) * key.num_heads, splits, batch](
-        x, x.stride(), ck, ck.stride(), cv, (0, 0) if cv is None else cv.stride(),
-        tokens.pages, tokens.pages.stride(0), tokens.lens, tokens.lens.stride(0), tokens.starts, tokens.starts_stride,
+    fused_rebuilt_kernel[cdiv(x.shape[2] // key.num_heads, choice.block_q) * key.num_heads, span.parts, x.shape[0]](
+        x, x.stride(), ck, ck.stride(), cv, (0, 0) if cv is None else cv.stride(), *tokens.held,
         keys.rows, keys.runs, values.runs, keys.packs, values.packs, keys.heads, keys.bias,
-        keys.offset_turns if turned else keys.turns, tokens.positions, tokens.positions_strides,
-        y, y.stride(), lse, lse.stride(), rule.scale, rule.softcap, tokens.bound, num_queries, rule.window,
-        key.max_position, first_tile, tiles, splits,
-        C=key.group_size, M=rows // num_queries, D=key.head_dim, P=ck.shape[1], Hkv=key.num_heads,
-        ROTARY=key.rotary_dim, TABLE=not turned,
+        keys.offset_turns if turned else keys.turns, *tokens.placed, y, y.stride(), lse, lse.stride(),
+        *call.numbers, key.max_position, *span,
+        C=key.group_size, M=q.shape[2] // key.num_heads, P=ck.shape[1], Hkv=key.num_heads,
         CAUSAL=rule.causal, WINDOWED=rule.window > 0, CAPPED=rule.softcap > 0,
-        KEYS=launch.row(key.packed, value.rank if cv is None else key.rank, choice.block_r),
-        VALUES=launch.row(value.packed, value.rank, choice.block_r),
+        D=key.head_dim, ROTARY=key.rotary_dim, TABLE=not turned,
+        KEYS=launch.tiles(launch.segments(key if cv is not None else value), choice.block_r),
+        VALUES=launch.tiles(launch.segments(value), choice.block_r),
         BLOCK_D=launch.block_d(key.head_dim), BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T,
         num_warps=choice.warps, num_stages=choice.stages,
     )  # fmt: skip

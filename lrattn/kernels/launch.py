@@ -9,8 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from triton import next_power_of_2
 
+from lrattn.factors.operands import KeySizes, ValueSizes
+
+Tiles = tuple[tuple[int, ...], ...]  # TILES of kernels/packed.py
+next_power_of_2 = cache(triton.next_power_of_2)
 BLOCK_T = 64  # tokens of a tile: 64 rows make one wgmma of 4 warps
 ANY = 1 << 30
 
@@ -34,16 +37,27 @@ class Row(NamedTuple):
     launch: Launch
     devices: tuple[str, ...]  # () is every device
     head: int = ANY  # padded head dim
-    rank: int = ANY  # columns of a rank's chunks
+    rank: int = ANY  # columns of a row, see `columns`
     queries: int = ANY  # padded query rows of a program
     itemsize: int = 2  # of the numbers; 4 runs without tensor cores and may spill
     least_itemsize: int = 2
     table: bool = True  # also where every token's own row of turns is read
-    values: int = ANY  # columns of a value rank's pieces
+    values: int = ANY  # columns of a value row, where `rank` is the keys'
     biased: bool = True  # also where keys have a bias
     shared: bool = True  # also where one row serves keys and values
     packed: bool = False  # for packed rows, or for plain ones
 
+
+# Numbers that change from call to call: a kernel is not compiled anew for some of their values.
+LENGTHS = (
+    "bound", "window", "first_tile", "tiles", "parts", "splits", "first", "last", "rows", "n", "num_slots", "B",
+    "pages_stride", "lens_stride", "starts_stride", "slots_stride",
+)  # fmt: skip
+
+# Rows of these are taken a few sequences at a time: where such a slice begins may not matter either.
+SLICED = ("lens", "starts", "pages", "part_lse", "lse")
+
+kernel = partial(triton.jit, do_not_specialize=LENGTHS, do_not_specialize_on_alignment=SLICED)
 
 HOPPER = ("sm90", "sm100")
 BIG = ("sm80", "sm90", "sm100")  # more than 160 KiB of shared memory; gfx9 has 64
@@ -157,19 +171,23 @@ REBUILD = (
 
 
 def find(
-    table: tuple[Row, ...], device: str, itemsize: int, *, head: int = 0, rank: int = 0, queries: int = 0,
+    table: tuple[Row, ...], device: str, itemsize: int, *, head: int = 0, rank: int = 0, rows: int = 0,
     turned: bool = True, values: int = 0, biased: bool = False, packed: bool = False,
 ) -> Launch | None:  # fmt: skip
-    """The first launch of a table whose row fits, or None."""
+    """The first launch of a table whose row fits, or None. Blocks are no larger than it needs.
+
+    head, rows: dimensions of a head and query rows of its programs; 0 where they do not matter.
+    """
     for row in table:
         if (
             row.least_itemsize <= itemsize <= row.itemsize
             and (not row.devices or device in row.devices)
-            and (head <= row.head and rank <= row.rank and queries <= row.queries)
+            and (block_d(head) <= row.head and rank <= row.rank and block_q(rows) <= row.queries)
             and (values <= row.values and row.packed == packed)
             and ((row.table or turned) and (row.shared or rank) and (row.biased or not biased))
         ):
-            return row.launch
+            found = row.launch._replace(block_q=block_q(rows)) if rows else row.launch
+            return found._replace(block_d=min(found.block_d, block_d(head))) if head else found
     return None
 
 
@@ -181,75 +199,15 @@ def pick(table: tuple[Row, ...], device: str, itemsize: int, **shape: Any) -> La
     return launch
 
 
-# launch of a kernel: device and itemsize, and the padded head dim for `rebuild`
+# launch of a kernel: device and itemsize, and what its table tells apart
 absorb_queries, turn_queries, combine, merge, project, write_latents, rebuild = (
     cache(partial(pick, table))
     for table in (ABSORB_QUERIES, TURN_QUERIES, COMBINE, MERGE, PROJECT, WRITE_LATENTS, REBUILD)
 )
-
-
-@cache
-def latent_scores(
-    rank: int, head_dim: int, rows: int, itemsize: int, device: str, turned: bool, packed: bool
-) -> Launch:
-    queries = block_q(rows)
-    found = pick(
-        LATENT_SCORES,
-        device,
-        itemsize,
-        head=block_d(head_dim),
-        rank=sum(chunks(rank)),
-        queries=queries,
-        turned=turned,
-        packed=packed,
-    )
-    return found._replace(block_q=queries, block_d=min(found.block_d, block_d(head_dim)))
-
-
-@cache
-def absorbed_scores(rank: int, rows: int, itemsize: int, device: str, packed: bool) -> Launch:
-    queries = block_q(rows)
-    found = pick(ABSORBED_SCORES, device, itemsize, rank=sum(chunks(rank)), queries=queries, packed=packed)
-    return found._replace(block_q=queries)
-
-
-@cache
-def latent_values(rank: int, rows: int, itemsize: int, device: str, packed: bool) -> Launch:
-    queries = block_q(rows)
-    found = pick(LATENT_VALUES, device, itemsize, rank=rank, queries=queries, packed=packed)
-    return found._replace(block_q=queries, block_r=min(found.block_r, next_power_of_2(rank)))
-
-
-@cache
-def fused_absorbed(
-    key_rank: int, value_rank: int, rows: int, itemsize: int, device: str, biased: bool, packed: bool
-) -> Launch | None:
-    """key_rank 0: one row serves both. biased: keys have a bias."""
-    found = find(
-        FUSED_ABSORBED, device, itemsize, rank=padded(key_rank), values=padded(value_rank),
-        queries=block_q(rows), biased=biased, packed=packed,
-    )  # fmt: skip
-    return found and found._replace(block_q=block_q(rows))
-
-
-@cache
-def fused_rebuilt(
-    key_rank: int,
-    value_rank: int,
-    head_dim: int,
-    rows: int,
-    itemsize: int,
-    device: str,
-    turned: bool,
-    biased: bool,
-    packed: bool,
-) -> Launch | None:
-    """As fused_absorbed."""
-    found = find(
-        FUSED_REBUILT, device, itemsize, head=block_d(head_dim), rank=padded(key_rank),
-        values=padded(value_rank), queries=block_q(rows), turned=turned, biased=biased, packed=packed,
-    )  # fmt: skip
-    return found and found._replace(block_q=block_q(rows))
+latent_scores, absorbed_scores, latent_values = (
+    cache(partial(pick, table)) for table in (LATENT_SCORES, ABSORBED_SCORES, LATENT_VALUES)
+)
+fused_absorbed, fused_rebuilt = (cache(partial(find, table)) for table in (FUSED_ABSORBED, FUSED_REBUILT))
 
 
 @cache
@@ -265,57 +223,49 @@ def block_q(rows: int) -> int:
 
 
 @cache
-def chunks(rank: int) -> tuple[int, int]:
-    """A rank as one or two powers of two, (R1, R2) with R1 + R2 >= rank; R2 is 0 where R1 is enough."""
-    first = 1 << (rank.bit_length() - 1)
-    return first, 0 if rank == first else max(16, next_power_of_2(rank - first))
-
-
-@cache
-def padded(rank: int) -> int:
-    """Columns of a rank's pieces."""
-    return sum(pieces(rank, 128))
-
-
-@cache
 def pieces(rank: int, widest: int) -> tuple[int, ...]:
     """A rank in powers of two of at most `widest`, the largest first; together they are at least the rank."""
-    rest = chunks(rank % widest) if rank % widest else ()
-    return (widest,) * (rank // widest) + tuple(n for n in rest if n)
+    whole, rest = (widest,) * (rank // widest), rank % widest
+    if not rest:
+        return whole
+    first = 1 << (rest.bit_length() - 1)
+    return *whole, first, *(() if rest == first else (max(16, next_power_of_2(rest - first)),))
 
 
 @cache
-def tiles(packed: tuple[int, ...], widest: int) -> tuple[tuple[int, ...], ...]:
-    """TILES of kernels/packed.py: of bits and latents of each segment, in tiles of at most `widest`."""
+def tiles(segments: tuple[int, ...], widest: int) -> Tiles:
+    """All of a row: of bits and latents of each segment, in tiles of at most `widest`."""
     found = list[tuple[int, ...]]()
-    for n in range(0, len(packed), 2):
+    for n in range(0, len(segments), 2):
         first = 0
-        for size in pieces(packed[n + 1], widest):
-            found.append((n // 2, packed[n], first, size))
+        for size in pieces(segments[n + 1], widest):
+            found.append((n // 2, segments[n], first, size))
             first += size
     return tuple(found)
 
 
 @cache
-def streamed(packed: tuple[int, ...], size: int) -> tuple[tuple[int, ...], ...]:
-    """One tile for each segment of packed rows, to go along it."""
-    return tuple((n // 2, packed[n], 0, size) for n in range(0, len(packed), 2))
+def streamed(segments: tuple[int, ...], size: int) -> Tiles:
+    """One tile for each segment of a row, to go along it."""
+    return tuple((n // 2, segments[n], 0, size) for n in range(0, len(segments), 2))
 
 
-def scored(packed: tuple[int, ...], choice: Launch) -> tuple[tuple[int, ...], ...]:
-    """Packed rows as the scores of a launch take them."""
-    return tiles(packed, 128) if choice.resident else streamed(packed, choice.block_r)
+def scored(side: KeySizes, choice: Launch) -> Tiles:
+    """A row as the scores of a launch take it."""
+    if not choice.resident:
+        return streamed(segments(side), choice.block_r)
+    return tiles(segments(side), 128 if side.packed else ANY)
 
 
-def row(packed: tuple[int, ...], rank: int, widest: int) -> tuple[Any, ...]:
-    """The tiles of a packed row, or the pieces of a plain one's rank."""
-    return tiles(packed, widest) if packed else pieces(rank, widest)
+def segments(side: KeySizes | ValueSizes) -> tuple[int, ...]:
+    """Bits and latents of each segment of a row; a plain one is one segment of 0 bits."""
+    return side.packed or (0, side.rank)
 
 
 @cache
-def columns(packed: tuple[int, ...], rank: int) -> int:
+def columns(side: KeySizes | ValueSizes) -> int:
     """Columns of all tiles of a packed row, or the rank of a plain one: what a launch is chosen by."""
-    return sum(tile[3] for tile in tiles(packed, 128)) if packed else rank
+    return sum(tile[3] for tile in tiles(side.packed, 128)) if side.packed else side.rank
 
 
 @cache

@@ -1,17 +1,16 @@
 """Many splits merged into one by log-sum-exp, before the step back to heads."""
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from lrattn.factors.operands import Values
 from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
-from lrattn.kernels.tiles import LENGTHS, SLICED, load_run
+from lrattn.kernels.tiles import load_run
 
 
 # fmt: off
-@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=SLICED)
+@launch.kernel
 def merge_kernel(
     y, y_strides,            # [B, splits + 1, Hq * S, Rv]  float32; not read where lse is -inf; the last slot is out
     part_lse, lse_strides,   # [B, splits + 1, Hq * S]      float32, natural log; the last slot is out

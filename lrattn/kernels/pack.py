@@ -1,6 +1,5 @@
 """New tokens into packed rows: each segment's scale, then its codes."""
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -9,13 +8,13 @@ from lrattn.factors.operands import Keys, Values
 from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
 from lrattn.kernels.packed import BROKEN, SCALE_FRACTION, SCALE_LEAST, half_pointer, segment
-from lrattn.kernels.tiles import LENGTHS, SLICED, load_run
+from lrattn.kernels.tiles import load_run
 
 NEAREST, UPWARDS = tl.constexpr(1 << 19), tl.constexpr((1 << 20) - 1)  # added before a scale's fraction is cut
 
 
 # fmt: off
-@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=SLICED)
+@launch.kernel
 def pack_latents_kernel(
     z, z_stride,             # [n, sum R]       latents
     cache, cache_strides,    # [N, P, bytes]    out, uint8

@@ -1,8 +1,8 @@
-"""Packed rows: segments of codes, unpacked in registers to the latents that they stand for.
+"""Tiles of a row's latents; of packed rows, unpacked in registers to the latents that they stand for.
 
 TILES says what a row is loaded as, unrolled at compile time: (segment, bits, first, size) of each tile: `size` latents,
-a power of two, from latent `first` of the segment on. `segs` says where those lie. Latents past a segment's end are not
-read, and what stands for them meets zeros.
+a power of two, from latent `first` of the segment on; a plain row is one segment of 0 bits. `segs` says where those
+lie. Latents past a segment's end are not read, and what stands for them meets zeros.
 
     latent = (code - (2^b - 1) / 2) * scale
 
@@ -12,6 +12,8 @@ rounded by an eighth of a step at 8.
 
 import triton
 import triton.language as tl
+
+from lrattn.kernels.tiles import load_latents
 
 SCALE_FRACTION, SCALE_LEAST = tl.constexpr(20), tl.constexpr(111 << 23)  # see lrattn/factors/formats.py
 BROKEN = tl.constexpr(255)
@@ -28,13 +30,17 @@ def segment(packs, n, rank):
 
 
 @triton.jit
-def segments(packs, g, rank, TILES: tl.constexpr):
-    """`segment` of each tile of group g, one after the other, to be read once; () where rows are plain."""
+def segments(packs, g, column, rank, TILES: tl.constexpr):
+    """`segment` of each tile of group g, one after the other, to be read once. Of a plain row, whose group begins at
+    `column`: that, its rank and zeros."""
     segs = ()
     if packs is not None:
         packs += g * 4 * (TILES[len(TILES) - 1][0] + 1)
-        for i in tl.static_range(len(TILES)):
+    for i in tl.static_range(len(TILES)):
+        if packs is not None:
             segs = segs + segment(packs, TILES[i][0], rank)
+        else:
+            segs = segs + (column, rank, 0, 0)
     return segs
 
 
@@ -57,7 +63,7 @@ def words(p):
 @triton.jit
 def load_scale(cache, segs, live, TILES: tl.constexpr, N: tl.constexpr):
     """Scale of a tile's segment in the rows `cache` points at, [BLOCK_T] float32; NaN where it is broken."""
-    if TILES[N][1] == 16:
+    if TILES[N][1] % 16 == 0:
         scale = tl.full(live.shape, 1.0, tl.float32)
     else:
         byte = segs[4 * N + 3]
@@ -76,16 +82,16 @@ def load_tile(cache, segs, live, scale, TILES: tl.constexpr, N: tl.constexpr, li
     """
     start, held = segs[4 * N], segs[4 * N + 1]
     first = r0 + TILES[N][2]
-    cache = tl.multiple_of(cache, 4)
-    if TILES[N][1] == 16:
+    BITS: tl.constexpr = TILES[N][1]
+    if BITS == 0:
+        z = load_latents(cache, start, held, live, first + tl.arange(0, TILES[N][3]))
+    elif BITS == 16:
         r = first + tl.arange(0, TILES[N][3])
-        p = half_pointer(cache + start, like)
-        z = tl.load(p[:, None] + r[None, :], mask=live[:, None] & (r < held)[None, :], other=0.0)
+        z = load_latents(half_pointer(tl.multiple_of(cache, 4) + start, like), 0, held, live, r)
     else:
-        BITS: tl.constexpr = TILES[N][1]
         j = first // (32 // BITS) + tl.arange(0, TILES[N][3] * BITS // 32)
         mask = live[:, None] & (j < held * BITS // 32)[None, :]
-        x = tl.load(words(cache + start)[:, None] + j[None, :], mask=mask, other=0)
+        x = tl.load(words(tl.multiple_of(cache, 4) + start)[:, None] + j[None, :], mask=mask, other=0)
         x = tl.reshape(unpacked(x, BITS), [x.shape[0], TILES[N][3]])
         z = x * scale[:, None] - (2**BITS + (2**BITS - 1) / 2) * scale[:, None]
     return z.to(like.dtype.element_ty)
@@ -104,17 +110,6 @@ def unpacked(x, BITS: tl.constexpr):
     if BITS == 2:
         x = tl.join(x << 2, x)
     return (x & (2**BITS - 1 << 23 - BITS) | (127 + BITS << 23)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def load_tiles(cache, segs, live, TILES: tl.constexpr, like):
-    """As load_tile, for all tiles."""
-    z = ()
-    for i in tl.static_range(len(TILES)):
-        if TILES[i][2] == 0:
-            scale = load_scale(cache, segs, live, TILES, i)
-        z = z + (load_tile(cache, segs, live, scale, TILES, i, like),)
-    return z
 
 
 @triton.jit
@@ -139,75 +134,7 @@ def load_basis_tile(rows, width, row, segs, c, d, D, TILES: tl.constexpr, N: tl.
 
 
 @triton.jit
-def load_basis_tiles(rows, width, row, segs, c, d, D, TILES: tl.constexpr, like):
-    """As load_basis_tile, for all tiles."""
-    u = ()
-    for i in tl.static_range(len(TILES)):
-        u = u + (load_basis_tile(rows, width, row, segs, c, d, D, TILES, i, like),)
-    return u
-
-
-@triton.jit
 def load_query_tile(a, segs, in_q, TILES: tl.constexpr, N: tl.constexpr, r0=0):
-    """Absorbed queries [BLOCK_Q, Rk] that `a` points at, as a tile of latents meets them: [size, BLOCK_Q]."""
+    """Absorbed queries [BLOCK_Q, Rk] that `a` points at, of a tile of latents: [BLOCK_Q, size]."""
     r, some = latents_of(segs, TILES, N, r0)
-    x = tl.load(a[:, None] + r[None, :], mask=in_q[:, None] & some[None, :], other=0.0)
-    return tl.trans(x)
-
-
-@triton.jit
-def load_query_tiles(a, segs, in_q, TILES: tl.constexpr):
-    """As load_query_tile, for all tiles."""
-    x = ()
-    for i in tl.static_range(len(TILES)):
-        x = x + (load_query_tile(a, segs, in_q, TILES, i),)
-    return x
-
-
-@triton.jit
-def keys_streamed(cache, segs, live, rows, width, row, c, d, D, TILES: tl.constexpr, like):
-    """latents @ basis of the rows `cache` points at, a tile at a time: [BLOCK_T, len(d)] float32.
-
-    TILES: one for each segment, which goes along it.
-    """
-    k = tl.zeros([live.shape[0], d.shape[0]], tl.float32)
-    for i in tl.static_range(len(TILES)):
-        scale = load_scale(cache, segs, live, TILES, i)
-        for r0 in range(0, segs[4 * i + 1], TILES[i][3]):
-            u = load_basis_tile(rows, width, row, segs, c, d, D, TILES, i, like, r0)
-            k = tl.dot(load_tile(cache, segs, live, scale, TILES, i, like, r0), u, k, input_precision="ieee")
-    return k
-
-
-@triton.jit
-def scores_streamed(cache, segs, live, a, in_q, TILES: tl.constexpr):
-    """latents @ absorbed queries [BLOCK_Q, Rk] that `a` points at, as keys_streamed: [BLOCK_T, BLOCK_Q] float32."""
-    score = tl.zeros([live.shape[0], in_q.shape[0]], tl.float32)
-    for i in tl.static_range(len(TILES)):
-        scale = load_scale(cache, segs, live, TILES, i)
-        for r0 in range(0, segs[4 * i + 1], TILES[i][3]):
-            q = load_query_tile(a, segs, in_q, TILES, i, r0)
-            score = tl.dot(load_tile(cache, segs, live, scale, TILES, i, a, r0), q, score, input_precision="ieee")
-    return score
-
-
-@triton.jit
-def packed_zeros(M: tl.constexpr, TILES: tl.constexpr):
-    """Sums to begin with: [M, size] each, float32."""
-    acc = ()
-    for i in tl.static_range(len(TILES)):
-        acc = acc + (_zeros(M, TILES[i][3]),)
-    return acc
-
-
-@triton.jit
-def _zeros(M: tl.constexpr, N: tl.constexpr):
-    return tl.zeros([M, N], tl.float32)
-
-
-@triton.jit
-def store_tiles(y, acc, weight, segs, live, TILES: tl.constexpr):
-    """acc * weight to the columns of their latents in the live rows `y` points at."""
-    for i in tl.static_range(len(TILES)):
-        r, some = latents_of(segs, TILES, i)
-        tl.store(y[:, None] + r[None, :], acc[i] * weight[:, None], mask=live[:, None] & some[None, :])
+    return tl.load(a[:, None] + r[None, :], mask=in_q[:, None] & some[None, :], other=0.0)

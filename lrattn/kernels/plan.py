@@ -1,7 +1,7 @@
 """How a decode call is run: in one pass or two, and cut into what sequences, tiles and splits; from shapes alone."""
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -41,16 +41,16 @@ def fused(
     """
     if not values.paired:
         return None
-    packed = bool(keys.packed or values.packed)
-    of_keys = launch.columns(keys.packed, keys.rank)
-    ranks = (0 if values.shared else of_keys), launch.columns(values.packed, values.rank)
+    shape: dict[str, Any] = {
+        "rank": 0 if values.shared else launch.columns(keys), "values": launch.columns(values),
+        "biased": bool(keys.biased), "packed": bool(keys.packed or values.packed),
+    }  # fmt: skip
     if not keys.rotary_dim:
-        return launch.fused_absorbed(*ranks, rows // keys.groups, dtype.itemsize, device, bool(keys.biased), packed)
+        return launch.fused_absorbed(device, dtype.itemsize, rows=rows // keys.groups, **shape)
     if keys.group_size > 1 and not values.shared:
         return None
-    return launch.fused_rebuilt(
-        *ranks, keys.head_dim, rows // keys.num_heads, dtype.itemsize, device, turned, bool(keys.biased), packed
-    )
+    rows //= keys.num_heads
+    return launch.fused_rebuilt(device, dtype.itemsize, rows=rows, head=keys.head_dim, turned=turned, **shape)
 
 
 def turns_queries(keys: KeySizes, dtype: torch.dtype, placed: bool) -> bool:
@@ -75,21 +75,11 @@ def cut(
     rows = query_heads * num_queries
     turned = turns_queries(keys, dtype, placed)
     one_pass = fused(rows, dtype, device, keys, values, turned)
-    per_group = rows // keys.groups
-    per_head = rows // keys.num_heads
-    if not keys.rotary_dim:
-        block_q = launch.absorbed_scores(
-            launch.columns(keys.packed, keys.rank), per_group, dtype.itemsize, device, bool(keys.packed)
-        ).block_q
-        score_programs = cdiv(per_group, block_q) * keys.groups
-    else:
-        score_programs = cdiv(per_head, launch.block_q(per_head)) * keys.num_heads
-    if one_pass is not None:
-        value_programs = score_programs
-    else:
-        per_group = rows // values.groups
-        choice = launch.latent_values(values.rank, per_group, dtype.itemsize, device, bool(values.packed))
-        value_programs = cdiv(values.rank, choice.block_r) * cdiv(per_group, choice.block_q) * values.groups
+    value_programs = score_programs = _blocks(rows, keys.num_heads if keys.rotary_dim else keys.groups)
+    if one_pass is None:
+        shape = {"rank": values.rank, "rows": rows // values.groups, "packed": bool(values.packed)}
+        block_r = launch.latent_values(device, dtype.itemsize, **shape).block_r
+        value_programs = cdiv(values.rank, block_r) * _blocks(rows, values.groups)
 
     total = cdiv(bound, launch.BLOCK_T)
     if window:  # a window may begin and end inside a tile
@@ -110,3 +100,8 @@ def cut(
     at_once = max(1, min(batch, limit // held, LARGEST_AXIS))
     parts = min(tiles, max(cdiv(fill, at_once * score_programs), cdiv(tiles, PART_TILES)))
     return Cut(at_once, total, tiles, parts, splits, one_pass, turned, at_once * held)
+
+
+def _blocks(rows: int, owners: int) -> int:
+    """Programs for so many query rows, of which each head or group owns its share."""
+    return cdiv(rows // owners, launch.block_q(rows // owners)) * owners

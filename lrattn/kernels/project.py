@@ -1,16 +1,14 @@
 """The output projection of merged heads."""
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
-from lrattn.kernels.tiles import LENGTHS, SLICED
 
 
 # fmt: off
-@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=SLICED)
+@launch.kernel
 def project_kernel(
     x, x_strides,            # [B, S, Hq, D]    heads
     wo, wo_strides,          # [Hq, D, E]       output projection, any strides

@@ -1,6 +1,5 @@
 """Dense keys or values of the cached tokens, for a dense prefill kernel."""
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -8,21 +7,13 @@ from lrattn.factors.operands import Keys, Values
 from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Tokens
-from lrattn.kernels.packed import keys_streamed, segments
-from lrattn.kernels.tiles import (
-    LENGTHS,
-    SLICED,
-    load_latents,
-    load_rows,
-    load_run,
-    load_turns,
-    pair_columns,
-    slots,
-)
+from lrattn.kernels.packed import segments
+from lrattn.kernels.rows import keys_streamed
+from lrattn.kernels.tiles import load_latents, load_rows, load_run, load_turns, pair_columns, slots
 
 
 # fmt: off
-@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=SLICED)
+@launch.kernel
 def rebuild_kernel(
     cache, cache_strides,    # [N, P, width]    key or value rows by page
     pages, pages_stride,     # [B, pages]       int32
@@ -38,11 +29,11 @@ def rebuild_kernel(
     bound, tiles, rows, max_position,
     C: tl.constexpr, D: tl.constexpr, P: tl.constexpr, Hkv: tl.constexpr,
     ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
-    ROW: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
+    ROW: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
 ):
     """x[ends[b] - T_b + t, k] = Rot(t) (cache[b, t, g] @ basis[k] + bias[k])
 
-    Grid: (Hkv * tiles * B). A program owns BLOCK_T tokens of one kv head. Packed rows come in tiles, ROW.
+    Grid: (Hkv * tiles * B). A program owns BLOCK_T tokens of one kv head; a tile of ROW goes along each segment.
     Needs: BLOCK_D a power of two >= 32 and >= D, P a multiple of 16. Sums are float32.
     Reference: lrattn.attention.reference.rebuild. Derivation: docs/kernels.md#rebuild.
     """
@@ -59,14 +50,14 @@ def rebuild_kernel(
     d = tl.arange(0, BLOCK_D)
     page, offset = slots(pages + i_b * pages_stride, t0, t, live, P, BLOCK_T)
     p_cache = cache + page * cache_strides[0] + offset * cache_strides[1]
-    segs = segments(packs, place // C, rank, ROW)
+    segs = segments(packs, place // C, column, rank, ROW)
     if packs is not None:
         k = keys_streamed(p_cache, segs, live, basis, C * D, r0, place % C * D, d, D, ROW, x)
-    else:
+    else:  # as keys_streamed but for the order of the loads, which registers depend on
         k = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-        for r in range(0, rank, BLOCK_R):
-            z = load_latents(p_cache, column, rank, live, r + tl.arange(0, BLOCK_R))
-            u = load_rows(basis, C * D, r0, rank, place % C * D, d, D, r + tl.arange(0, BLOCK_R)).to(z.dtype)
+        for r in range(0, rank, ROW[0][3]):
+            z = load_latents(p_cache, column, rank, live, r + tl.arange(0, ROW[0][3]))
+            u = load_rows(basis, C * D, r0, rank, place % C * D, d, D, r + tl.arange(0, ROW[0][3])).to(z.dtype)
             k = tl.dot(z, u, k, input_precision="ieee")
     if bias is not None:
         k += tl.load(bias + place * D + d, mask=d < D, other=0.0)[None, :]
@@ -111,11 +102,10 @@ def _rebuild(cache, side, turns, tokens, ends, x, *, max_position, **constants):
     if not programs or not x.shape[0]:
         return
     rebuild_kernel[(programs,)](
-        cache, cache.stride(), tokens.pages, tokens.pages.stride(0), tokens.lens, tokens.lens.stride(0), ends,
-        side.rows, side.runs, side.heads, side.packs, side.bias, turns, tokens.positions, tokens.positions_strides,
+        cache, cache.stride(), *tokens.held[:4], ends,
+        side.rows, side.runs, side.heads, side.packs, side.bias, turns, *tokens.placed,
         x, x.stride(), tokens.bound, tiles, x.shape[0], max_position,
         C=side.sizes.group_size, D=head_dim, P=page_size, Hkv=side.sizes.num_heads, **constants,
-        ROW=launch.streamed(packed, choice.block_r), BLOCK_D=launch.block_d(head_dim), BLOCK_T=choice.block_n,
-        BLOCK_R=choice.block_r,
-        num_warps=choice.warps, num_stages=choice.stages,
+        ROW=launch.streamed(launch.segments(side.sizes), choice.block_r), BLOCK_D=launch.block_d(head_dim),
+        BLOCK_T=choice.block_n, num_warps=choice.warps, num_stages=choice.stages,
     )  # fmt: skip

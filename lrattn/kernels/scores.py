@@ -1,33 +1,18 @@
 """Scores against rebuilt keys: the kernel to read first."""
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrattn.factors.operands import Keys
 from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
-from lrattn.kernels.arguments import Rule, Tokens
-from lrattn.kernels.packed import keys_streamed, load_basis_tiles, load_tiles, segments
-from lrattn.kernels.pieces import product
-from lrattn.kernels.tiles import (
-    LENGTHS,
-    SLICED,
-    load_latents,
-    load_rows,
-    load_run,
-    load_turns,
-    pair_columns,
-    part_of,
-    reach,
-    scaled,
-    seen,
-    slots,
-)
+from lrattn.kernels.arguments import Call, Span
+from lrattn.kernels.packed import load_tile, segments
+from lrattn.kernels.rows import keys_streamed, load_row, load_row_basis, product
+from lrattn.kernels.tiles import load_run, load_turns, pair_columns, part_of, reach, scaled, seen, slots
 
 
 # fmt: off
-@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=SLICED)
+@launch.kernel
 def turn_queries_kernel(
     q, q_strides,            # [B, S, Hq, D]    query, rotated, model order
     lens, lens_stride,       # [B]              int32, tokens held
@@ -69,7 +54,7 @@ def turn_queries_kernel(
     tl.store(p_x + x_strides[3], q_high.to(x.dtype.element_ty), mask=(i < rows)[:, None])
 
 
-@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=SLICED)
+@launch.kernel
 def latent_scores_kernel(
     x, x_strides,            # [B, tiles, Hq * S, 2, D / 2]  queries by tile, dims of pairs apart, padded with zeros
     ck, ck_strides,          # [N, P, width]    key rows by page
@@ -87,7 +72,7 @@ def latent_scores_kernel(
     C: tl.constexpr, M: tl.constexpr, D: tl.constexpr, P: tl.constexpr, Hkv: tl.constexpr,
     ROTARY: tl.constexpr, TABLE: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
-    R1: tl.constexpr, R2: tl.constexpr, ROW: tl.constexpr, RESIDENT: tl.constexpr,
+    ROW: tl.constexpr, RESIDENT: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr,
 ):
     """s[b, h S + i, t] = softcap(scale * q[b, i, h] . Rot(t) (ck[b, t, g] @ uk[k] + bias[k])),  k = h // M, k in g
@@ -97,8 +82,8 @@ def latent_scores_kernel(
 
     Grid: (row blocks * Hkv, parts, B). A program owns BLOCK_Q of the M S query rows of one kv head and one of
     `parts` equal parts of the sequence's tiles; the heads of a group run side by side and meet its latents in L2.
-    RESIDENT: a rank is R1 (+ R2) columns, powers of two, a head is BLOCK_D wide, and the basis is read once. Else
-    R1 columns of latents and BLOCK_D of the head at a time, and both are read again. Packed rows come in tiles, ROW.
+    RESIDENT: ROW is all tiles of a row, a head is BLOCK_D wide, and the basis is read once. Else a tile of ROW goes
+    along each segment, BLOCK_D of the head at a time, and both are read again.
     Needs: BLOCK_D a power of two >= 32, P a multiple of 16. Sums are float32.
     Reference: lrattn.attention.reference._scores. Derivation: docs/kernels.md#scores.
     """
@@ -110,16 +95,10 @@ def latent_scores_kernel(
         return
 
     column, rank, r0 = load_run(runs, place // C)
-    d, j, r1 = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_D // 2), tl.arange(0, R1)
-    c = place % C * D
-    segs = segments(packs, place // C, rank, ROW)
-    if RESIDENT and packs is not None:
-        u = load_basis_tiles(uk, C * D, r0, segs, c, d, D, ROW, x)
-    elif RESIDENT:
-        u1 = load_rows(uk, C * D, r0, rank, c, d, D, r1).to(ck.dtype.element_ty)
-        if R2 > 0:
-            r2 = R1 + tl.arange(0, R2)
-            u2 = load_rows(uk, C * D, r0, rank, c, d, D, r2).to(ck.dtype.element_ty)
+    d, j, c = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_D // 2), place % C * D
+    segs = segments(packs, place // C, column, rank, ROW)
+    if RESIDENT:
+        u = load_row_basis(uk, C * D, r0, segs, c, d, D, ROW, x)
     if RESIDENT and not TABLE:
         cos, sin = load_turns(turns, tl.arange(0, BLOCK_T), BLOCK_T, d, ROTARY)
     i = tl.program_id(0) // Hkv * BLOCK_Q + tl.arange(0, BLOCK_Q)  # row m S + s of the kv head
@@ -144,20 +123,14 @@ def latent_scores_kernel(
             p_x += ((t0 - origin) // BLOCK_T).to(tl.int64) * x_strides[1]
         score = tl.zeros([BLOCK_T, BLOCK_Q], tl.float32)
         for d0 in tl.static_range(0, D, BLOCK_D):
-            if packs is not None:
-                if RESIDENT:
-                    k = product(load_tiles(p_ck, segs, live, ROW, x), u)
-                else:
-                    k = keys_streamed(p_ck, segs, live, uk, C * D, r0, c, d0 + d, D, ROW, x)
+            if RESIDENT and packs is not None:
+                k = product(load_row(p_ck, segs, live, ROW, x), u)
             elif RESIDENT:
-                k = tl.dot(load_latents(p_ck, column, rank, live, r1), u1, input_precision="ieee")
-                if R2 > 0:
-                    k = tl.dot(load_latents(p_ck, column, rank, live, r2), u2, k, input_precision="ieee")
+                k = tl.dot(load_tile(p_ck, segs, live, None, ROW, 0, x), u[0], input_precision="ieee")
+                for n in tl.static_range(1, len(ROW)):
+                    k = tl.dot(load_tile(p_ck, segs, live, None, ROW, n, x), u[n], k, input_precision="ieee")
             else:
-                k = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-                for r in range(0, rank, R1):
-                    u = load_rows(uk, C * D, r0, rank, c, d0 + d, D, r + r1).to(ck.dtype.element_ty)
-                    k = tl.dot(load_latents(p_ck, column, rank, live, r + r1), u, k, input_precision="ieee")
+                k = keys_streamed(p_ck, segs, live, uk, C * D, r0, c, d0 + d, D, ROW, x)
             if bias is not None:
                 k += tl.load(bias + place * D + d0 + d, mask=d0 + d < D, other=0.0)[None, :]
             if TABLE:
@@ -178,41 +151,36 @@ def latent_scores_kernel(
 # fmt: on
 
 
-def turn_queries(q: Tensor, keys: Keys, tokens: Tokens, rule: Rule, x: Tensor, first_tile: int, turned: bool) -> None:
+def turn_queries(call: Call, x: Tensor, first_tile: int, turned: bool) -> None:
     """q [B, S, Hq, D] as the scores take them: x [B, tiles, Hq S, 2, D / 2], turned back by each tile's first token."""
-    batch, num_queries, query_heads, head_dim = q.shape
-    rows, choice = query_heads * num_queries, launch.turn_queries(launch.name(q.device), q.itemsize)
-    turn_queries_kernel[cdiv(rows, choice.block_q), x.shape[1] if turned else 1, batch](
-        q, q.stride(), tokens.lens, tokens.lens.stride(0), tokens.starts, tokens.starts_stride, keys.turns,
-        x, x.stride(), tokens.bound, num_queries, rule.window, keys.sizes.max_position, first_tile, x.shape[1], rows,
-        D=head_dim, ROTARY=keys.sizes.rotary_dim, INTERLEAVED=bool(keys.sizes.interleaved), TABLE=not turned,
-        WINDOWED=rule.window > 0, BLOCK_D=2 * x.shape[4], BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T,
+    q, size = call.q, call.keys.sizes
+    batch, tiles, rows, _, half = x.shape
+    choice = launch.turn_queries(launch.name(q.device), q.itemsize)
+    turn_queries_kernel[cdiv(rows, choice.block_q), tiles if turned else 1, batch](
+        q, q.stride(), *call.tokens.held[2:], call.keys.turns, x, x.stride(), *call.numbers[2:], size.max_position,
+        first_tile, tiles, rows,
+        D=size.head_dim, ROTARY=size.rotary_dim, INTERLEAVED=bool(size.interleaved), TABLE=not turned,
+        WINDOWED=call.rule.window > 0, BLOCK_D=2 * half, BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T,
         num_warps=choice.warps, num_stages=choice.stages,
     )  # fmt: skip
 
 
-def latent_scores(
-    x: Tensor, num_queries: int, ck: Tensor, keys: Keys, tokens: Tokens, rule: Rule, s: Tensor, first_tile: int,
-    tiles: int, parts: int, turned: bool,
-) -> None:  # fmt: skip
-    """Scores of turned queries against tiles first_tile .. first_tile + tiles of every sequence, to s [B, Hq S, T]."""
-    batch, _, all_rows, _, _ = x.shape
-    heads, rows = keys.sizes.num_heads, all_rows // keys.sizes.num_heads
-    rank = launch.columns(keys.sizes.packed, keys.sizes.rank)
+def latent_scores(call: Call, x: Tensor, s: Tensor, span: Span, turned: bool) -> None:
+    """Scores of turned queries against the tiles of `span` of every sequence, to s [B, Hq S, T]."""
+    q, ck, _, keys, _, tokens, rule = call
+    size = keys.sizes
+    rows = x.shape[2] // size.num_heads
     choice = launch.latent_scores(
-        rank, keys.sizes.head_dim, rows, x.itemsize, launch.name(ck.device), turned, keys.packs is not None
-    )
-    r1, r2 = launch.chunks(keys.sizes.rank) if choice.resident else (choice.block_r, 0)
-    turns = keys.offset_turns if turned else keys.turns
-    latent_scores_kernel[cdiv(rows, choice.block_q) * heads, parts, batch](
-        x, x.stride(), ck, ck.stride(), tokens.pages, tokens.pages.stride(0), tokens.lens, tokens.lens.stride(0),
-        tokens.starts, tokens.starts_stride, keys.rows, keys.runs, keys.heads, keys.packs, keys.bias, turns,
-        tokens.positions, tokens.positions_strides, s, s.stride(), rule.scale, rule.softcap, tokens.bound,
-        num_queries, rule.window, keys.sizes.max_position, first_tile, tiles, parts,
-        C=keys.sizes.group_size, M=rows // num_queries, D=keys.sizes.head_dim, P=ck.shape[1], Hkv=heads,
-        ROTARY=keys.sizes.rotary_dim, TABLE=not turned,
+        launch.name(ck.device), x.itemsize, head=size.head_dim, rank=launch.columns(size), rows=rows, turned=turned,
+        packed=bool(size.packed),
+    )  # fmt: skip
+    latent_scores_kernel[cdiv(rows, choice.block_q) * size.num_heads, span.parts, x.shape[0]](
+        x, x.stride(), ck, ck.stride(), *tokens.held, keys.rows, keys.runs, keys.heads, keys.packs, keys.bias,
+        keys.offset_turns if turned else keys.turns, *tokens.placed, s, s.stride(),
+        *call.numbers, size.max_position, *span,
+        C=size.group_size, M=q.shape[2] // size.num_heads, P=ck.shape[1], Hkv=size.num_heads,
         CAUSAL=rule.causal, WINDOWED=rule.window > 0, CAPPED=rule.softcap > 0,
-        R1=r1, R2=r2, ROW=launch.scored(keys.sizes.packed, choice), RESIDENT=choice.resident,
-        BLOCK_D=choice.block_d, BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T,
+        D=size.head_dim, ROTARY=size.rotary_dim, TABLE=not turned, ROW=launch.scored(size, choice),
+        RESIDENT=choice.resident, BLOCK_D=choice.block_d, BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T,
         num_warps=choice.warps, num_stages=choice.stages,
     )  # fmt: skip

@@ -3,15 +3,6 @@
 import triton
 import triton.language as tl
 
-# Numbers that change from call to call: a kernel is not compiled anew for some of their values.
-LENGTHS = (
-    "bound", "window", "first_tile", "tiles", "parts", "splits", "first", "last", "rows", "n", "num_slots", "B",
-    "pages_stride", "lens_stride", "starts_stride", "slots_stride",
-)  # fmt: skip
-
-# Rows of these are taken a few sequences at a time: where such a slice begins may not matter either.
-SLICED = ("lens", "starts", "pages", "part_lse", "lse")
-
 
 @triton.jit
 def reach(lens, lens_stride, starts, starts_stride, i_b, bound, S, window, WINDOWED: tl.constexpr):
@@ -121,15 +112,6 @@ def soft_cap(x, cap):
 
 
 @triton.jit
-def scaled(score, scale, softcap, CAPPED: tl.constexpr):
-    """softcap(scale * score)."""
-    score *= scale
-    if CAPPED:
-        score = soft_cap(score, softcap)
-    return score
-
-
-@triton.jit
 def softmax_step(score, peak, total, AXIS: tl.constexpr):
     """A tile of the online softmax, tokens on AXIS: its weights, and how the sums before it fade.
 
@@ -146,6 +128,15 @@ def softmax_step(score, peak, total, AXIS: tl.constexpr):
 def store_lse(p_lse, peak, total, in_q):
     """log(sum_t exp(score)) of each row; -inf where no token was seen."""
     tl.store(p_lse, tl.where(total != 0, peak + tl.log(total), float("-inf")), mask=in_q)  # a NaN stays one
+
+
+@triton.jit
+def scaled(score, scale, softcap, CAPPED: tl.constexpr):
+    """softcap(scale * score)."""
+    score *= scale
+    if CAPPED:
+        score = soft_cap(score, softcap)
+    return score
 
 
 @triton.jit

@@ -1,29 +1,17 @@
 """Softmax of the scores over one part of the tokens, and the sum of latents under it."""
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrattn.factors.operands import Values
 from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
-from lrattn.kernels.arguments import Rule, Tokens
+from lrattn.kernels.arguments import Call, Span
 from lrattn.kernels.packed import latents_of, load_scale, load_tile, segment
-from lrattn.kernels.tiles import (
-    LENGTHS,
-    SLICED,
-    load_latents,
-    load_run,
-    part_of,
-    reach,
-    slots,
-    softmax_step,
-    store_lse,
-)
+from lrattn.kernels.tiles import load_latents, load_run, part_of, reach, slots, softmax_step, store_lse
 
 
 # fmt: off
-@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=SLICED)
+@launch.kernel
 def latent_values_kernel(
     s, s_strides,            # [B, Hq * S, T]   float32 scores of the chunk; -inf where not seen
     cv, cv_strides,          # [N, P, width]    value rows by page
@@ -105,25 +93,22 @@ def latent_values_kernel(
 # fmt: on
 
 
-def latent_values(
-    s: Tensor, num_queries: int, cv: Tensor, values: Values, tokens: Tokens, rule: Rule, y: Tensor, lse: Tensor,
-    first_tile: int, tiles: int, splits: int,
-) -> None:  # fmt: skip
+def latent_values(call: Call, s: Tensor, y: Tensor, lse: Tensor, span: Span) -> None:
     """Softmax of s [B, Hq S, T] times the latents of each split: y [B, slots, Hq S, Rv], lse [B, slots, Hq S]."""
-    batch, _, all_rows, _ = y.shape
-    size = values.sizes
-    rows = all_rows // size.groups
-    for n in range(max(len(size.packed) // 2, 1)):
-        bits, rank = size.packed[2 * n : 2 * n + 2] or (0, size.rank)
-        choice = launch.latent_values(rank, rows, values.up.itemsize, launch.name(cv.device), bool(bits))
-        tiles_r = cdiv(rank, choice.block_r)
-        latent_values_kernel[tiles_r * cdiv(rows, choice.block_q) * size.groups, splits, batch](
-            s, s.stride(), cv, cv.stride(), tokens.pages, tokens.pages.stride(0), tokens.lens, tokens.lens.stride(0),
-            tokens.starts, tokens.starts_stride, values.runs, values.heads, values.packs, values.up,
-            y, y.stride(), lse, lse.stride(), tokens.bound, num_queries, rule.window, first_tile, tiles, splits,
-            C=size.group_size, M=all_rows // (size.num_heads * num_queries), P=cv.shape[1], Hkv=size.num_heads,
+    q, ck, cv, _, values, tokens, rule = call
+    size, cv = values.sizes, ck if cv is None else cv
+    rows = s.shape[1] // size.groups
+    segments = launch.segments(size)
+    for n in range(len(segments) // 2):
+        bits, rank = segments[2 * n : 2 * n + 2]
+        choice = launch.latent_values(launch.name(cv.device), q.itemsize, rank=rank, rows=rows, packed=bits > 0)
+        block_r = min(choice.block_r, launch.next_power_of_2(rank))
+        tiles_r = cdiv(rank, block_r)
+        latent_values_kernel[tiles_r * cdiv(rows, choice.block_q) * size.groups, span.parts, s.shape[0]](
+            s, s.stride(), cv, cv.stride(), *tokens.held, values.runs, values.heads, values.packs, values.up,
+            y, y.stride(), lse, lse.stride(), *call.numbers[2:], *span,
+            C=size.group_size, M=q.shape[2] // size.num_heads, P=cv.shape[1], Hkv=size.num_heads,
             WINDOWED=rule.window > 0, TILES_R=tiles_r, SEGMENTS=len(size.packed) // 2,
-            TILES=((n, bits, 0, choice.block_r),),
-            BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T, BLOCK_R=choice.block_r,
+            TILES=((n, bits, 0, block_r),), BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T, BLOCK_R=block_r,
             num_warps=choice.warps, num_stages=choice.stages,
         )  # fmt: skip

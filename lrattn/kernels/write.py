@@ -1,6 +1,5 @@
 """New tokens into their pages: latents as they come, or packed."""
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -8,11 +7,11 @@ from lrattn.factors.operands import Keys, Values
 from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
 from lrattn.kernels.pack import pack_latents
-from lrattn.kernels.tiles import LENGTHS, SLICED, load_latents
+from lrattn.kernels.tiles import load_latents
 
 
 # fmt: off
-@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=SLICED)
+@launch.kernel
 def write_latents_kernel(
     zk, zk_stride,           # [n, k width]     key latents
     zv, zv_stride,           # [n, v width]     value latents, or None
@@ -65,6 +64,6 @@ def write_latents(
         write_latents_kernel[cdiv(n, choice.block_n), columns](
             zk, zk.stride(0), zv, 0 if zv is None else zv.stride(0), ck, ck.stride(), cv,
             (0, 0) if cv is None else cv.stride(), slots, slots.stride(0), n, num_pages * page_size, k_width, v_width,
-            P=page_size, BLOCK_N=choice.block_n, BLOCK_R=choice.block_r, num_warps=choice.warps,
-            num_stages=choice.stages,
+            P=page_size, BLOCK_N=choice.block_n, BLOCK_R=choice.block_r,
+            num_warps=choice.warps, num_stages=choice.stages,
         )  # fmt: skip

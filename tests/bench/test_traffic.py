@@ -217,7 +217,7 @@ MUTANTS = [
     Mutant("fused_absorbed.py", "if cv is not None:\n            p_cv = cv", "if True:\n            p_cv = ck",
            "one pass"),
     Mutant("fused_rebuilt.py", LIVE, "live = (t >= begin) & (t < tl.cdiv(t_end, P) * P)", "one pass, rebuilt"),
-    Mutant("pieces.py", "r += SIZES[n]\n    return z", "r += SIZES[n] // 2\n    return z", "one pass"),
+    Mutant("packed.py", "first = r0 + TILES[N][2]", "first = r0 + TILES[N][2] // 2", "one pass"),
     Mutant("write.py", "(slot >= 0) & (slot < num_slots)", "(slot >= -1) & (slot < num_slots)", "write"),
 ]  # fmt: skip
 SEEN = "Arrays are not equal|of no argument|read before it was written"

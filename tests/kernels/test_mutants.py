@@ -74,10 +74,10 @@ MUTANTS = [
     Mutant("scores.py", "k_low * cos - k_high * sin", "k_low * cos + k_high * sin", "groups"),
     Mutant("scores.py", "q_high * cos - q_low * sin", "q_high * cos + q_low * sin", "groups"),
     Mutant("scores.py", "(t0 - origin) // BLOCK_T", "(t0 - t_begin) // BLOCK_T", "long parts"),
-    Mutant("scores.py", "c = place % C * D", "c = 0", "groups"),
+    Mutant("scores.py", "place % C * D", "0", "groups"),
     Mutant("scores.py", "load_run(runs, place // C)", "load_run(runs, 0)", "groups"),
     Mutant("scores.py", "page * ck_strides[0]", "page * ck_strides[1] * P", "pages"),
-    Mutant("scores.py", "range(0, rank, R1)", "range(0, rank - R1, R1)", "streamed"),
+    Mutant("rows.py", "segs[4 * i + 1], ROW[i][3])", "segs[4 * i + 1] - ROW[i][3], ROW[i][3])", "streamed"),
     Mutant("scores.py", "p_x + d0 // 2", "p_x", "wide"),
     Mutant("scores.py", "bias + place * D + d0 + d", "bias + place * D + d", "wide"),
     Mutant("scores.py", "tl.where(in_q, i % S, -1)", "tl.where(in_q, i // S, -1)", "queries"),
@@ -104,9 +104,9 @@ MUTANTS = [
     Mutant("values.py", "load_run(runs, g)", "load_run(runs, 0)", "groups"),
     Mutant("values.py", "page * cv_strides[0]", "page * cv_strides[1] * P", "pages"),
     Mutant("tiles.py", "total * fade + tl.sum(p, AXIS)", "total + tl.sum(p, AXIS)", "one pass"),
-    Mutant("pieces.py", "acc[n] * fade[:, None]", "acc[n]", "one pass"),
-    Mutant("pieces.py", "tl.static_range(1, len(z))", "tl.static_range(1, 1)", "one pass"),
-    Mutant("pieces.py", "(at < rank)", "(at < rank - 16)", "one pass"),
+    Mutant("rows.py", "acc[n] * fade[:, None]", "acc[n]", "one pass"),
+    Mutant("rows.py", "tl.static_range(1, len(z))", "tl.static_range(1, 1)", "one pass"),
+    Mutant("packed.py", "r < segs[4 * N + 1]", "r < segs[4 * N + 1] - 16", "one pass"),
     Mutant("fused_absorbed.py", "load_run(value_runs, g)", "load_run(key_runs, g)", "one pass"),
     Mutant("fused_absorbed.py", "score += shift[None, :]", "score -= shift[None, :]", "one pass"),
     Mutant("fused_absorbed.py", "i_s * y_strides[1]", "0 * y_strides[1]", "one pass"),
@@ -140,8 +140,8 @@ MUTANTS = [
     Mutant("rebuild.py", "k_low * sin + k_high * cos", "k_low * sin - k_high * cos", "rebuild"),
     Mutant("rebuild.py", "head * x_strides[1]", "place * x_strides[1]", "rebuild"),
     Mutant("rebuild.py", "(at < rows)", "(at < rows - 1)", "known rows"),
-    Mutant("rows.py", "transposed(load_pieces(a, 0, rank, in_q, ROW))",
-           "transposed(load_pieces(a, 0, rank - 16, in_q, ROW))", "one pass"),
+    Mutant("rows.py", "load_query_tile(a, segs, in_q, ROW, i),)",
+           "load_query_tile(a, segs, in_q, ROW, i, 16),)", "one pass"),
     Mutant("packed.py", "tl.join(x << 7, x >> 9)", "tl.join(x >> 9, x << 7)", "packed"),
     Mutant("packed.py", "tl.join(x << 7, x >> 9)", "tl.join(x << 7, x >> 8)", "packed"),
     Mutant("packed.py", "tl.join(x << 8, x)", "tl.join(x, x << 8)", "packed"),
@@ -151,11 +151,10 @@ MUTANTS = [
     Mutant("packed.py", "(2**BITS - 1) / 2)", "2**BITS / 2)", "packed"),
     Mutant("packed.py", "byte = segs[4 * N + 3]", "byte = segs[3]", "packed"),
     Mutant("packed.py", "(byte % 4 * 8)", "(byte % 2 * 8)", "packed"),
-    Mutant("packed.py", "if TILES[i][2] == 0:", "if i == 0:", "packed"),
-    Mutant("packed.py", "range(0, segs[4 * i + 1], TILES[i][3])", "range(0, TILES[i][3], TILES[i][3])",
-           "packed, streamed"),
-    Mutant("packed.py", "k = tl.dot(load_tile(cache, segs, live, scale, TILES, i, like, r0)",
-           "k = tl.dot(load_tile(cache, segs, live, scale, TILES, i, like, 0)", "packed, streamed"),
+    Mutant("rows.py", "if ROW[i][2] == 0:", "if i == 0:", "packed"),
+    Mutant("rows.py", "range(0, segs[4 * i + 1], ROW[i][3])", "range(0, ROW[i][3], ROW[i][3])", "packed, streamed"),
+    Mutant("rows.py", "k = tl.dot(load_tile(cache, segs, live, scale, ROW, i, like, r0)",
+           "k = tl.dot(load_tile(cache, segs, live, scale, ROW, i, like, 0)", "packed, streamed"),
     Mutant("packed.py", "return segs[4 * N + 2] + r,", "return r,", "packed"),
     Mutant("packed.py", "packs += g * 4", "packs += 0 * g", "packed"),
     Mutant("values.py", "packs + g * 4 * SEGMENTS", "packs", "packed, streamed"),
@@ -195,7 +194,7 @@ def run(killer):
 
 
 def test_every_file_of_kernels_has_a_mutant():
-    assert set(FIRST) >= {path.name for path in KERNELS.glob("*.py") if "@triton.jit" in path.read_text()}
+    assert set(FIRST) >= {path.name for path in KERNELS.glob("*.py") if "triton.language" in path.read_text()}
 
 
 @pytest.mark.parametrize("mutant", slow_unless(set(FIRST.values()), MUTANTS), ids=str)
