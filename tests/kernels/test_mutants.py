@@ -91,7 +91,7 @@ MUTANTS = [
     Mutant("tiles.py", "held * i // n", "held * (i + 1) // n", "batch"),
     Mutant("tiles.py", "mask=live[:, None] & (r < rank)[None, :]", "mask=live[:, None] & (r >= 0)[None, :]", "padded"),
     Mutant("tiles.py", "mask=(r < rank)[:, None] & (d < D)[None, :]", "mask=(r >= 16)[:, None] & (d < D)[None, :]",
-           "groups"),
+           "absorbed"),
     Mutant("tiles.py", "return 2 * j, 2 * j + 1", "return j, j + ROTARY // 2", "interleaved"),
     Mutant("tiles.py", "(pair < ROTARY)", "(pair < 2 * ROTARY)", "partial"),
     Mutant("tiles.py", "-1.0 / 3", "1.0 / 3", "softcap"),
