@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, groupby, pairwise
 from typing import Any, NamedTuple
 
@@ -36,7 +37,7 @@ class Row:
     parts: tuple[Tensor, ...]
     groups: int
 
-    @property
+    @cached_property
     def blocks(self) -> list[list[float]]:
         """Energies of blocks of 16 latents, part by part."""
         return [part.view(-1, RANK_STEP).sum(1).tolist() for part in self.parts]

@@ -26,7 +26,7 @@ from lrattn.factors.projection import Projection
 from lrattn.factors.record import Factors
 from lrattn.factors.rope import Rope
 from lrattn.models.interface import device_of
-from lrattn.models.layers import attention_layers
+from lrattn.models.layers import AttentionLayer, attention_layers
 from lrattn.models.states import evaluating, frozen
 
 RATE = 5e-3  # of a tensor's root mean square, a step, at most
@@ -97,7 +97,7 @@ def refine(
             )
     judges, lessons = parted(batches)
     check_lengths(model, map(len, (*judges, *lessons)))
-    run = _Run(model, factors, window, SHARES if nested else (1.0,))
+    run = _Run(model, layers, factors, window, SHARES if nested else (1.0,))
     about = [fingerprint(model), steps, *astuple(window), list(run.shares), digest_of(judges, lessons)]
     with evaluating(model), frozen(model):
         if state is not None and Path(state).exists():
@@ -170,9 +170,16 @@ class _Point(NamedTuple):
 class _Run:
     """What all steps have in common."""
 
-    def __init__(self, model: nn.Module, factors: Factors, window: Window, shares: tuple[float, ...]) -> None:
-        self.model, self.factors, self.window, self.shares = model, factors, window, shares
-        self.layers, self.device = attention_layers(model), device_of(model)
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: list[AttentionLayer],
+        factors: Factors,
+        window: Window,
+        shares: tuple[float, ...],
+    ) -> None:
+        self.model, self.layers, self.factors, self.window, self.shares = model, layers, factors, window, shares
+        self.device = device_of(model)
         self.wide = factors.to(dtype=torch.float32)
         self.given = _tensors(self.wide)
         self.sizes = [x.double().square().mean().sqrt().item() for x in self.given.values()]

@@ -9,6 +9,7 @@ import lrattn
 from lrattn.compression.refine import SHARES, _Run, parted
 from lrattn.compression.substitute import Window
 from lrattn.factors.layer import sides_of
+from lrattn.models.layers import attention_layers
 
 
 @pytest.mark.parametrize("method", ["svd", "palu", "svd-llm", "kq-svd", "matryoshka", "matryoshka-pca"])
@@ -72,7 +73,7 @@ def test_every_lesson_meets_every_share(sequences, monkeypatch):
     model, ids = tiny.model("llama"), tiny.tokens(sequences, 6)
     start = started(model, ids, "svd", 0.9)
     _, lessons = parted([ids])
-    run = _Run(model, start, Window(), SHARES)
+    run = _Run(model, attention_layers(model), start, Window(), SHARES)
     at, met = run.begun(lessons[:1]), {tuple(lesson.tolist()): [] for lesson in lessons}
 
     def divergence(ids, expected, tensors, share):

@@ -16,6 +16,7 @@ import lrattn
 from lrattn.compression.substitute import Window
 from lrattn.factors import safefile
 from lrattn.integrations.transformers import latent_attention
+from lrattn.models.layers import attention_layers
 
 refining = sys.modules["lrattn.compression.refine"]  # lrattn.refine is the function
 
@@ -106,7 +107,7 @@ def test_training_lowers_the_divergence_by_attention_on_the_latents(family, meth
     assert end.keep == start.keep and [x.keys.ranks for x in end.layers] == [x.keys.ranks for x in start.layers]
     assert end.method == f"{method}, refined" and end.predicted == ()
     before, after = (divergence(model, factors, ids[::8]) for factors in (start, end))
-    run = refining._Run(model, start, Window(*near), (1.0,))
+    run = refining._Run(model, attention_layers(model), start, Window(*near), (1.0,))
     assert run.begun(list(ids[::8])).least == pytest.approx(before, rel=1e-3)
     assert after < 0.9 * before and (not close or 1e-3 < before < 0.03)
 
