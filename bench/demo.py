@@ -1,9 +1,10 @@
 """The demo: a real model compressed, evaluated on held-out articles, and generating from its latent cache.
 
-python -m bench.demo [--keep 0.5] [--packed 0.125] [--out demo-output] [--plot-only]
+python -m bench.demo [--out demo-output] [--plot-only]
 
-It checks what it shows and exits with 1 if anything is wrong: the bytes held are those that the factors say, perplexity
-is within --bound of the dense model's, and the answer from latents begins as the dense one does.
+It shows the default and its two alternatives, plain latents and the smallest, all of one calibration. It checks what it
+shows and exits with 1 if anything is wrong: the bytes held are those that the factors say, perplexity is within a row's
+bound of the dense model's, and the answer from latents begins as the dense one does.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import json
 import sys
 import textwrap
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,22 +39,44 @@ LENGTH = 1024  # tokens of a window
 QUESTION = "What is a volcano? Answer in two sentences."
 CONTEXTS = range(512, 4097, 512)  # a cache has no free room there: its pages grow by an eighth, at least
 TOKENS = 48  # of the answer, at most
-ALIKE = 12  # of them that a latent cache has to share with the dense one
 COLUMNS = 100
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A row of the table beside the dense one.
+
+    Args:
+        name: of the row.
+        told: arguments of compress, beside the model and the calibration.
+        bound: perplexity over dense, less one, at most.
+        alike: the first tokens of the answer that it has to share with the dense one.
+    """
+
+    name: str
+    told: Mapping[str, Any]
+    bound: float = 0.02
+    alike: int = 12
+
+    def __str__(self) -> str:
+        """The call."""
+        return ", ".join(("compress(model, batches", *(f"{name}={x!r}" for name, x in self.told.items()))) + ")"
+
+
+CHOICES = (
+    Choice("lrattn", {}),
+    Choice("lrattn, 16 bits", {"keep": 0.5, "bits": 16}),
+    Choice("lrattn-rebuilt", {"method": "lrattn-rebuilt", "keep": 0.0625}),
+)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keep", type=float, nargs="*", default=[0.5], help="shares of bytes, spent as latents")
-    parser.add_argument("--packed", type=float, nargs="*", default=[0.125], help="shares of bytes, spent as bits")
     parser.add_argument("--calibrate", type=int, default=8, help=f"windows of {LENGTH} tokens")
     parser.add_argument("--evaluate", type=int, default=6, help=f"windows of {LENGTH} tokens")
-    parser.add_argument("--bound", type=float, default=0.02, help="perplexity over dense, less one, at most")
     parser.add_argument("--out", type=Path, default=Path("demo-output"))
     parser.add_argument("--plot-only", action="store_true", help="of the results in --out")
     args = parser.parse_args()
-    if not args.keep and not args.packed:
-        parser.error("expected a share of bytes in --keep or --packed, got none")
     path = args.out / "demo.json"
     if not args.plot_only:
         report.save(path, measure(args))
@@ -74,17 +99,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     calibration = read_windows(tokenizer, texts.wikipedia("calibration"), LENGTH, args.calibrate)
     recipe = lrattn.methods.METHODS[lrattn.methods.DEFAULT]
     moments = lrattn.calibrate(model, calibration.split(1), gather=recipe.gather, far=recipe.near)
-    rows = [run(model, tokenizer, evaluation, context, None)]
-    for keep, bits in [*((keep, 16) for keep in args.keep), *((keep, "auto") for keep in args.packed)]:
-        factors = lrattn.compress(model, keep=keep, bits=bits, moments=moments)
-        rows.append(run(model, tokenizer, evaluation, context, factors))
+    rows = [run(model, tokenizer, evaluation, context, "dense", None)]
+    for choice in CHOICES:
+        factors = lrattn.compress(model, moments=moments, **choice.told)
+        checked = {"made_by": str(choice), "bound": choice.bound, "alike": choice.alike}
+        rows.append({**run(model, tokenizer, evaluation, context, choice.name, factors), **checked})
     return {
         "model": "SmolLM2-135M-Instruct",
         "dtype": "float32",
         "text": texts.ABOUT,
         "calibration_tokens": moments.tokens,
         "evaluation_windows": list(evaluation.shape),
-        "bound": args.bound,
         "seconds": time.perf_counter() - begin,
         "rows": rows,
     }
@@ -95,12 +120,10 @@ def run(
     tokenizer: PreTrainedTokenizerBase,
     evaluation: torch.Tensor,
     context: torch.Tensor,
+    name: str,
     factors: lrattn.Factors | None,
 ) -> dict[str, Any]:
     """One row of the table: the dense model, or the model on the latents of `factors`."""
-    method, keep, rule = ("dense", 1.0, "") if factors is None else (factors.method, factors.keep, factors.rule)
-    method += ", packed" if factors is not None and any(layer.packed for layer in factors.layers) else ""
-    label = method if factors is None else f"{method} at keep {keep:.3f}"
     prompt = read_prompt(tokenizer, QUESTION, chat=True)
     with attending(model, factors):
         begin, cache = time.perf_counter(), new_cache(factors)
@@ -108,9 +131,8 @@ def run(
         seconds = time.perf_counter() - begin
         ids = answer[0, prompt["input_ids"].shape[1] :]
         return {
-            "method": method,
-            "ranks": rule,
-            "keep": keep,
+            "name": name,
+            "keep": 1.0 if factors is None else factors.keep,
             "half_bytes_per_token": None if factors is None else factors.bytes_per_token,
             "dense_half_bytes_per_token": None if factors is None else factors.dense_bytes_per_token,
             "dense_tokens": 0 if factors is None else sum(factors.near),
@@ -119,9 +141,9 @@ def run(
             "tokens_cached": cache.get_seq_length(),
             "tokens_fed": answer.shape[1] - 1,  # the last one is never fed back
             "tokens_per_second": len(ids) / seconds,
-            "cache_bytes": cache_bytes(model, context, new_cache(factors), label),
+            "cache_bytes": cache_bytes(model, context, new_cache(factors), name),
             "factors_say": {str(n): bytes_said(factors, n) for n in CONTEXTS} if factors is not None else None,
-            "perplexity": perplexity(model, evaluation, label),
+            "perplexity": perplexity(model, evaluation, name),
         }
 
 
@@ -134,10 +156,10 @@ def bytes_said(factors: lrattn.Factors, tokens: int, page: int = 16) -> int:
 
 
 @torch.no_grad()
-def cache_bytes(model: Any, ids: torch.Tensor, cache: Any, label: str) -> dict[str, int]:
+def cache_bytes(model: Any, ids: torch.Tensor, cache: Any, name: str) -> dict[str, int]:
     """Bytes of the tensors a cache really holds while one sequence grows, by context length."""
     found: dict[str, int] = {}
-    for length in tqdm(CONTEXTS, desc=f"filling the cache, {label}", unit="step"):
+    for length in tqdm(CONTEXTS, desc=f"filling the cache, {name}", unit="step"):
         chunk = ids[cache.get_seq_length() : length]
         model(input_ids=chunk[None], **cache_argument(cache), use_cache=True, logits_to_keep=1)
         found[str(length)] = held_bytes(cache)
@@ -148,7 +170,7 @@ def faults(results: dict[str, Any]) -> list[str]:
     """What is wrong with a run, a sentence each."""
     dense, found = results["rows"][0], []
     for row in results["rows"]:
-        name = f"{row['method']} at keep {row['keep']:.3f}"
+        name = row["name"]
         if row["tokens_cached"] != row["tokens_fed"]:
             found.append(f"{name}: {row['tokens_fed']} tokens were fed, the cache holds {row['tokens_cached']}")
         if row is dense:
@@ -158,9 +180,9 @@ def faults(results: dict[str, Any]) -> list[str]:
                 said = row["factors_say"][tokens]
                 found.append(f"{name}: the cache holds {held:,} bytes at {tokens} tokens, its factors say {said:,}")
         worse = row["perplexity"] / dense["perplexity"] - 1
-        if not abs(worse) <= results["bound"]:
-            found.append(f"{name}: perplexity is {worse:+.1%} from dense, beyond {results['bound']:.1%}")
-        if row["ids"][:ALIKE] != dense["ids"][:ALIKE]:
+        if not abs(worse) <= row["bound"]:
+            found.append(f"{name}: perplexity is {worse:+.1%} from dense, beyond {row['bound']:.1%}")
+        if row["ids"][: row["alike"]] != dense["ids"][: row["alike"]]:
             found.append(f"{name}: the answer begins otherwise than the dense one: {row['text'][:60]!r}")
     return found
 
@@ -180,19 +202,19 @@ def table(results: dict[str, Any]) -> str:
     lines.append(line.format("cache", "keep", "perplexity", "bytes a token", "share of dense", "tokens/s"))
     for row in rows:
         held = row["cache_bytes"][longest] / int(longest)
-        cells = (row["method"], f"{row['keep']:.3f}", f"{row['perplexity']:.2f}", f"{held:,.0f}")
+        cells = (row["name"], f"{row['keep']:.3f}", f"{row['perplexity']:.2f}", f"{held:,.0f}")
         lines.append(line.format(*cells, f"{held / dense:.3f}", f"{row['tokens_per_second']:.1f}"))
-    lines += ["", f"asked: {QUESTION}"]
+    lines += ["", *(f"{row['name']}: {row['made_by']}" for row in rows[1:]), "", f"asked: {QUESTION}"]
     for row in rows:
-        answer = f"{row['method']} {row['keep']:.3f}: {' '.join(row['text'].split())}"
+        answer = f"{row['name']}: {' '.join(row['text'].split())}"
         lines += textwrap.wrap(answer, COLUMNS, initial_indent="  ", subsequent_indent="    ")
     lines += ["", *textwrap.wrap(headline(rows), COLUMNS), f"measured in {results['seconds']:.0f} s"]
     return "\n".join(lines)
 
 
 def headline(rows: list[dict[str, Any]]) -> str:
-    """Bytes and perplexity of the row of fewest bytes, in numbers of 16 bits."""
-    row = min(rows[1:], key=lambda row: row["keep"])
+    """Bytes and perplexity of the default, in numbers of 16 bits."""
+    row = rows[1]
     held, dense = row["half_bytes_per_token"], row["dense_half_bytes_per_token"]
     return (
         f"{held:,} bytes a token where a dense 16-bit cache holds {dense:,}: perplexity {row['perplexity']:.2f}, "
@@ -206,8 +228,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
     for row in results["rows"]:
         lengths = [int(n) for n in row["cache_bytes"]]
         mebibytes = [n / 2**20 for n in row["cache_bytes"].values()]
-        label = "dense" if row["method"] == "dense" else f"{row['method']}, keep {row['keep']:.3f}"
-        axis.plot(lengths, mebibytes, marker="o", label=f"{label} (perplexity {row['perplexity']:.2f})")
+        label = f"{row['name']}, keep {row['keep']:.3f} (perplexity {row['perplexity']:.2f})"
+        axis.plot(lengths, mebibytes, marker="o", label=label)
     axis.set(xlabel="context, tokens", ylabel="cache held, MiB", xlim=0, ylim=0)
     axis.set_title(f"{results['model']}, {results['dtype']}: bytes of the cache's tensors", fontsize="medium")
     axis.grid(alpha=0.3)

@@ -28,7 +28,7 @@ from lrattn.models.interface import cache_argument
 
 PATH = report.RESULTS / "memory.json"
 KEEPS = (0.5, 0.3)
-DENSE = "dense"
+METHOD, DENSE = "lrattn-rebuilt", "dense"
 STEP, LONGEST = 512, 8192
 
 
@@ -53,11 +53,11 @@ def factor_files(folder: Path) -> list[Path]:
     """Factors at each kept share, made here: calibration is no part of what is measured. None for the dense cache."""
     model, tokenizer = models.smollm2()
     calibration = read_windows(tokenizer, texts.wikipedia("calibration"), 512, 4)
-    gather = lrattn.methods.METHODS[lrattn.methods.DEFAULT].gather
+    gather = lrattn.methods.METHODS[METHOD].gather
     moments = lrattn.calibrate(model, calibration.split(1), gather=gather)
     paths = [folder / f"{keep}.safetensors" for keep in KEEPS]
     for keep, path in zip(KEEPS, paths, strict=True):
-        lrattn.compress(model, keep=keep, moments=moments).save(path)
+        lrattn.compress(model, None, METHOD, keep, moments=moments, bits=16).save(path)
     return [folder / DENSE, *paths]
 
 
@@ -82,13 +82,13 @@ def table(results: dict[str, Any]) -> str:
     lines = [
         f"{results['model']}, {results['dtype']}, grown in steps of {results['step']} tokens",
         "",
-        f"{'cache':<18} {'tokens':>7} {'held, MiB':>10} {'bytes/token':>12} {'process at its peak, MiB':>25}",
+        f"{'cache':<24} {'tokens':>7} {'held, MiB':>10} {'bytes/token':>12} {'process at its peak, MiB':>25}",
     ]
     for row in results["rows"]:
         for point in row["points"][1::2]:
             held, peak = (point[name] / 2**20 for name in ("held", "peak"))
             each = point["held"] / point["tokens"]
-            lines.append(f"{row['label']:<18} {point['tokens']:>7} {held:>10.1f} {each:>12,.0f} {peak:>25.0f}")
+            lines.append(f"{row['label']:<24} {point['tokens']:>7} {held:>10.1f} {each:>12,.0f} {peak:>25.0f}")
     return "\n".join(lines)
 
 

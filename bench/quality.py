@@ -326,7 +326,8 @@ def digest_of(factors: lrattn.Factors) -> str:
     """sha256 of what attention computes with: equal for the same factors under other names."""
     digest = hashlib.sha256()
     for layer in factors.layers:
-        digest.update(repr((layer.shared, layer.rope is None)).encode())
+        places = (n for n in (layer.chunk, layer.max_position) if n is not None)
+        digest.update(repr((layer.shared, layer.rope is None, *places)).encode())
         for side in (layer.keys, layer.values):
             digest.update(repr((side.ranks, side.head_order)).encode())
             if side.formats:

@@ -31,7 +31,7 @@ SHAPES = {
         "num_key_value_heads": 32, "head_dim": 128, "vocab_size": 32_000, "tie_word_embeddings": False,
     },
 }  # fmt: skip
-WAYS = (("palu", "spectrum"), ("recalkv", "fisher"), ("lrattn", "spectrum"))
+WAYS = (("palu", "spectrum"), ("recalkv", "fisher"), ("lrattn-rebuilt", "spectrum"))
 SETTINGS = ("shape", "layers", "method", "ranks")
 SEQUENCES, LENGTH = 2, 512
 
@@ -68,7 +68,7 @@ def one(shape: str, layers: int, method: str, ranks: str) -> dict[str, Any]:
     begin = time.perf_counter()
     moments = lrattn.calibrate(model, batches, gather=lrattn.methods.METHODS[method].gathered(ranks))
     calibrated = time.perf_counter()
-    factors = lrattn.compress(model, batches, method, 0.5, ranks=ranks, moments=moments)
+    factors = lrattn.compress(model, batches, method, 0.5, ranks=ranks, moments=moments, bits=16)
     end = time.perf_counter()
     return {
         "shape": shape,
@@ -113,12 +113,13 @@ def table(results: dict[str, Any]) -> str:
     lines = [
         f"random Llama models, {results['dtype']}, {results['tokens']} calibration tokens, keep 0.5",
         "",
-        "shape  layers method   ranks     model, GiB  moments, GiB  peak, GiB  calibrate, s/layer  factor, s/layer",
+        "shape  layers method         ranks     model, GiB  moments, GiB  peak, GiB"
+        "  calibrate, s/layer  factor, s/layer",
     ]
     for r in results["rows"]:
         sizes = f"{r['model_bytes'] / gib:>10.2f} {r['moment_bytes'] / gib:>13.2f} {r['peak'] / gib:>10.2f}"
         times = f"{r['calibrate_seconds'] / r['layers']:>19.2f} {r['factor_seconds'] / r['layers']:>16.2f}"
-        lines.append(f"{r['shape']:<6} {r['layers']:>6} {r['method']:<8} {r['ranks']:<9} {sizes} {times}")
+        lines.append(f"{r['shape']:<6} {r['layers']:>6} {r['method']:<14} {r['ranks']:<9} {sizes} {times}")
     lines.append("")
     for e in estimates(results["rows"]):
         peaks = f"{e['peak_float32'] / gib:.0f} GiB in float32, {e['peak_bfloat16'] / gib:.0f} GiB in bfloat16"

@@ -90,7 +90,7 @@ def _parser() -> Parser:
 
     def factors(added: Parser) -> None:
         added.add_argument("--factors", type=Path, help="factors file; without it the model is used as it is")
-        added.add_argument("--keep", type=_share, help="fewer of the factors' latents (default: all)")
+        added.add_argument("--keep", type=_share, help="fewer of the factors' latents, of plain ones (default: all)")
         added.add_argument("--recent", type=int, help="last tokens also held dense (default: as the factors say)")
         added.add_argument("--sinks", type=int, help="first tokens also held dense (default: as the factors say)")
 
@@ -98,14 +98,16 @@ def _parser() -> Parser:
     model(added)
     text(added, 16)
     added.add_argument("--method", default=DEFAULT, choices=METHODS, help=f"default {DEFAULT}")
-    added.add_argument("--keep", type=_share, help="bytes of the latent cache / dense (default 0.5)")
+    added.add_argument("--keep", type=_share, help="bytes of the latent cache / dense (default 0.125; 0.5 at 16 bits)")
     added.add_argument("--bytes-per-token", type=int, metavar="N", help="of the latent cache, instead of --keep")
-    added.add_argument("--bits", type=_bits, default=16, help="of a latent: 16, 8, 4, 2, several (8,4,2) or auto: all")
+    added.add_argument("--bits", type=_bits, help="of a latent: 16, 8, 4, 2, several (8,4) or auto (default of lrattn)")
     added.add_argument("--ranks", choices=RULES, help=f"what shares them out (default: the method's, most {RULES[0]})")
-    added.add_argument("--shared", default="auto", choices=SHARED, help="keys and values in one row (default auto)")
+    added.add_argument("--shared", default="auto", choices=SHARED, help="keys and values in one row (auto: by method)")
+    added.add_argument("--chunk", type=int, help="positions in a chunk, of method lrattn (default 512)")
+    added.add_argument("--positions", type=int, metavar="N", help="make factors of rotated keys for 0 .. N - 1")
     added.add_argument("--far", type=int, nargs=2, metavar=("RECENT", "SINKS"), help=FAR)
     added.add_argument("--refine", type=int, default=0, metavar="STEPS", help="distil the factors (default 0: no)")
-    added.add_argument("--nested", action="store_true", help="distil all prefixes: for any --keep of eval and generate")
+    added.add_argument("--nested", action="store_true", help="distil all prefixes of plain latents, for --keep of eval")
     added.add_argument("--group-size", type=int, default=4, help="kv heads that share a key latent (default 4)")
     added.add_argument("--shards", type=int, default=1, help="tensor-parallel ranks no key group may lie across")
     added.add_argument("--state", type=Path, help=STATE)
@@ -149,8 +151,7 @@ def _share(text: str) -> float:
 
 def _bits(text: str) -> Bits:
     try:
-        chosen: Bits = text if text == "auto" else [int(n) for n in text.split(",")]
-        return ladder_of(chosen)
+        return text if text == "auto" else ladder_of([int(n) for n in text.split(",")])
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected auto, or numbers out of {WIDTHS} like 8,4,2, got {text}") from None
 
@@ -163,8 +164,8 @@ def _compress(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             raise ValueError(f"state: expected another file than --out, got {args.state}")
     model, windows = _read(args.model, args)
     begin = time.perf_counter()
-    names = ("method", "keep", "group_size", "ranks", "refine", "nested", "state", "shards", "bits", "bytes_per_token")
-    choice: dict[str, Any] = {name: getattr(args, name) for name in names}
+    names = "method keep group_size ranks refine nested state shards bits bytes_per_token chunk positions"
+    choice: dict[str, Any] = {name: getattr(args, name) for name in names.split()}
     far = None if args.far is None else tuple(args.far)
     factors = compress(model, windows.split(1), shared=SHARED[args.shared], far=far, **choice)
     factors.save(args.out)

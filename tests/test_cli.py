@@ -34,16 +34,18 @@ PROMPT = "What is a volcano?"
 
 @pytest.fixture(scope="module")
 def tiny_one(tmp_path_factory):
-    """A tiny model in a folder with two texts and factors made from the first; and what the library needs for them."""
+    """A tiny model in a folder with two texts and factors made from the first, packed and plain; and what the library
+    needs for them."""
     folder = tmp_path_factory.mktemp("cli")
     model = str(folder / "model")
     tiny.save(model)
-    calibration, evaluation, factors = (folder / x for x in ("calibration.txt", "evaluation.txt", "f.safetensors"))
+    calibration, evaluation, factors, plain = (folder / x for x in ("calibration.txt", "evaluation.txt", "f", "plain"))
     calibration.write_text((ROOT / "LICENSE").read_text()[:2000])
     evaluation.write_text((ROOT / "LICENSE").read_text()[-2000:])
-    words = ["--text", str(calibration), "--windows", "2", "--length", "128", "--keep", "0.25", "--out", str(factors)]
+    words = ["compress", model, "--text", str(calibration), "--windows", "2", "--length", "128", "--keep", "0.25"]
     with contextlib.redirect_stdout(io.StringIO()):
-        cli.main(["compress", model, *words])
+        cli.main([*words, "--out", str(factors)])
+        cli.main([*words, "--out", str(plain), "--bits", "16"])
     loaded, tokenizer = load_model(model)
 
     def windows(text, count, length):
@@ -51,7 +53,7 @@ def tiny_one(tmp_path_factory):
         return ids[:, : count * length].view(count, length)
 
     return SimpleNamespace(
-        model=model, calibration=calibration, evaluation=evaluation, factors=factors,
+        model=model, calibration=calibration, evaluation=evaluation, factors=factors, plain=plain,
         loaded=loaded, tokenizer=tokenizer, windows=windows,
     )  # fmt: skip
 
@@ -67,10 +69,13 @@ def test_compress_is_the_library_s_compress(tiny_one):
 @pytest.mark.parametrize(
     "words, expected",
     [
-        ("", {"method": lrattn.methods.DEFAULT, "keep": None, "group_size": 4, "shared": None, "far": None}),
+        ("", {"method": lrattn.methods.DEFAULT, "group_size": 4, "far": None}),
+        ("", dict.fromkeys(("keep", "bits", "shared", "chunk", "positions"))),
         ("--method svd --group-size 2 --shards 2", {"method": "svd", "group_size": 2, "shards": 2}),
         ("--keep 0.3 --ranks uniform --shared joint", {"keep": 0.3, "ranks": "uniform", "shared": True}),
         ("--bytes-per-token 700 --bits 8,4", {"bytes_per_token": 700, "keep": None, "bits": (4, 8)}),
+        ("--bits auto --chunk 128 --shared no", {"bits": "auto", "chunk": 128, "shared": False}),
+        ("--method lrattn-rotated --positions 4096", {"method": "lrattn-rotated", "positions": 4096}),
         ("--refine 3 --nested --far 16 2 --state s", {"refine": 3, "nested": True, "far": (16, 2), "state": Path("s")}),
     ],
 )
@@ -97,10 +102,10 @@ def test_options_of_compress_are_those_of_the_library(words, expected, tiny_one,
     ids=["", "keep", "window", "no window"],
 )  # fmt: skip
 def test_eval_is_the_perplexity_of_the_latent_cache(words, keep, near, tiny_one, capsys):
-    factors, windows = lrattn.Factors.load(tiny_one.factors), tiny_one.windows(tiny_one.evaluation, 2, 150)
-    factors = factors if keep is None else lrattn.narrowed(factors, keep)
+    path, windows = tiny_one.plain if keep else tiny_one.factors, tiny_one.windows(tiny_one.evaluation, 2, 150)
+    factors = lrattn.narrowed(lrattn.Factors.load(path), keep) if keep else lrattn.Factors.load(path)
     text = ["--text", tiny_one.evaluation, "--windows", 2, "--length", 150]
-    found = json.loads(run(capsys, "eval", tiny_one.model, *text, "--factors", tiny_one.factors, *words, "--json"))
+    found = json.loads(run(capsys, "eval", tiny_one.model, *text, "--factors", path, *words, "--json"))
     with attending(tiny_one.loaded, factors, *(near or (None, None))):
         expected = perplexity(tiny_one.loaded, windows, progress=False)
     assert found["perplexity"] == pytest.approx(expected, rel=1e-5)
@@ -151,25 +156,50 @@ def test_generate_from_latents_holds_fewer_bytes_and_a_window_so_many_more(tiny_
 
 
 def test_info_reports_the_split(tiny_one, capsys, tmp_path):
-    """Of a row that keys and values share, and of keys and values apart."""
-    found = json.loads(run(capsys, "info", tiny_one.factors, "--json"))
+    """Of a row that keys and values share, and of keys and values apart: packed ones, and of a method without nats."""
+    words = ["--text", tiny_one.calibration, "--windows", 2, "--length", 128, "--keep", 0.25, "--bits", 16]
+    run(capsys, "compress", tiny_one.model, *words, "--method", "lrattn-rebuilt", "--out", tmp_path / "shared")
+    found = json.loads(run(capsys, "info", tmp_path / "shared", "--json"))
     assert found["dense_bytes_per_token"] == 2 * DENSE and 0.4 * DENSE < found["bytes_per_token"] <= 0.5 * DENSE
     assert 2 * sum(sum(x["value_ranks"]) for x in found["layers"]) == found["bytes_per_token"] and found["shared"]
     assert found["predicted_loss"] == pytest.approx(sum(x["predicted_loss"] for x in found["layers"]))
-    table = run(capsys, "info", tiny_one.factors)
+    table = run(capsys, "info", tmp_path / "shared")
     assert f"keep {found['keep']:.3f}: {found['bytes_per_token']:,} of 1,536 bytes" in table
     assert f"predicted loss {found['predicted_loss']:.2g} nats" in table and len(found["layers"]) == 3
     assert "beside them, dense: the last 64 and the first 4 tokens" in table and found["near"] == [64, 4]
+
     lrattn.compress(tiny_one.loaded, method="svd", keep=0.7, progress=False).save(tmp_path / "apart")
-    found = json.loads(run(capsys, "info", tmp_path / "apart", "--json"))
-    keys, values = (sum(sum(x[f"{side}_ranks"]) for x in found["layers"]) for side in ("key", "value"))
-    assert 2 * (keys + values) == found["bytes_per_token"] and found["predicted_loss"] is None
-    assert found["key_share"] == pytest.approx(keys / (keys + values))
-    assert f"keys {found['key_share']:.1%}" in run(capsys, "info", tmp_path / "apart")
+    for path in (tmp_path / "apart", tiny_one.factors):
+        found = json.loads(run(capsys, "info", path, "--json"))
+        sides = lrattn.Factors.load(path).layers
+        keys, values = (sum(getattr(layer, side).latent_bytes for layer in sides) for side in ("keys", "values"))
+        assert keys + values == found["bytes_per_token"] and not found["shared"]
+        assert found["key_share"] == pytest.approx(keys / (keys + values))
+        assert f"keys {found['key_share']:.1%}, values" in run(capsys, "info", path)
+        assert (found["predicted_loss"] is None) == (path != tiny_one.factors)
+
+
+@pytest.mark.parametrize(
+    "words, form, where",
+    [
+        ("", "keys turned to their place in chunks of 512", "any position"),
+        ("--chunk 128", "keys turned to their place in chunks of 128", "any position"),
+        ("--method lrattn-rebuilt", "keys before RoPE", "any position"),
+        ("--method lrattn-rotated", "keys as attention is given them", "for positions 0..99"),
+        ("--method lrattn-rotated --positions 300", "keys as attention is given them", "for positions 0..299"),
+    ],
+)
+def test_info_says_in_which_form_keys_are_and_where_they_hold(words, form, where, tiny_one, capsys, tmp_path):
+    """As compress was told, and as it says itself."""
+    text = ["--text", tiny_one.calibration, "--windows", 1, "--length", 100]
+    made = run(capsys, "compress", tiny_one.model, *text, "--keep", 0.3, *words.split(), "--out", tmp_path / "f")
+    assert f"{form}: {where}\n" in made and f"{form}: {where}\n" in run(capsys, "info", tmp_path / "f")
+    line = run(capsys, "info", tmp_path / "f", tiny_one.factors).splitlines()[1]
+    assert f"  {'rebuilt' if 'RoPE' in form else 'absorbed'}  " in line and where.removeprefix("for positions ") in line
 
 
 def test_info_sets_files_side_by_side(tiny_one, capsys, tmp_path):
-    """Bytes, what keys take time for, and the loss foreseen; for keys that need no rebuild, too."""
+    """Bytes, what keys take time for, and the loss foreseen, of what was made with a window and without."""
     factors = lrattn.compress(
         tiny.model("llama"), [tiny.tokens(4, 40)], "lrattn-channels", 0.3, bits="auto", far=(0, 0), progress=False
     )
@@ -181,7 +211,7 @@ def test_info_sets_files_side_by_side(tiny_one, capsys, tmp_path):
     assert [line.split()[0] for line in (head, first, second)] == ["method", "lrattn", "lrattn-channels"]
     held = found[names[0]]
     assert first.split()[1:3] == [f"{held['bytes_per_token']:,}", f"{held['keep']:.3f}"]
-    assert "rebuilt" in first and "64 + 4" in first
+    assert "absorbed" in first and "64 + 4" in first
     rank = sum(layer.keys.width for layer in factors.layers) / 3
     assert second.split()[3:6] == [f"{16 * factors.keep:.2f}", f"{rank:.0f}", "absorbed"]
     assert f"{sum(factors.predicted):.1e}" in second and names[1] in second
@@ -226,7 +256,10 @@ def test_bad_input_is_one_clear_line(tiny_one, capsys, tmp_path):
         ("model: expected a folder", ["eval", "./no-such-model", "--text", text]),
         ("model: expected a config.json", ["eval", tmp_path / "folder", "--text", text]),
         ("keep: expected at least", [*compress, "--keep", 0.01, "--windows", 1, "--length", 64]),
-        ("keep: expected at least", [*evaluate, "--factors", factors, "--keep", 0.01]),
+        ("keep: expected at least", [*evaluate, "--factors", tiny_one.plain, "--keep", 0.01]),
+        ("expected plain latents to take some of", [*evaluate, "--factors", factors, "--keep", 0.2]),
+        ("chunk: expected a multiple of 64, got 100", [*compress, "--length", 64, "--chunk", 100]),
+        ("positions: expected None with method 'lrattn'", [*compress, "--length", 64, "--positions", 4096]),
         ("expected some text", [*compress, "--text", empty]),
         ("expected UTF-8", [*evaluate, "--text", binary]),
         ("text: expected a file", [*evaluate, "--text", tmp_path / "missing.txt"]),

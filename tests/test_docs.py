@@ -9,10 +9,10 @@ import torch
 from transformers import LlamaConfig
 
 import lrattn
-from bench import architectures, demo, memory, quality, scale
+from bench import architectures, demo, memory, positions, quality, scale
 from bench.compiled import resources, traffic
 from bench.decode import launches
-from bench.evaluation import head_groups, method_check, quality_plan, quality_plot, quality_table
+from bench.evaluation import head_groups, method_check, quality_plot, quality_table
 from bench.support import report
 from lrattn.compression.moments import GATHERED
 
@@ -77,19 +77,25 @@ def test_the_readme_table_is_the_committed_run():
         longest = max(row["cache_bytes"], key=int)
         held, lost = row["cache_bytes"][longest] / int(longest), f"{row['perplexity']:.2f}"
         assert lost in demo.table(results)
-        assert f"| {row['method']} | {row['keep']:.3f} | {lost} | {held:,.0f} |" in README
+        assert f"| {row['name']} | {row['keep']:.3f} | {lost} | {held:,.0f} |" in README
     assert demo.headline(results["rows"]) in WORDS
 
 
 def test_what_the_readme_gains_and_costs_is_measured():
-    """Its first table: losses of the frontier's cells, with the window; a step of a layer on the GPU."""
-    cells, times = report.load(quality.PATH)["cells"], report.load(launches.PATH)
-    wanted = {"model": "smollm2", "method": "lrattn", "sample": "0", "recent": 64, "sinks": 4, "counted": False}
-    dense = quality_table.dense_of(cells, "smollm2")
-    for keep, bits in ((0.5, 16), (0.125, "auto"), (0.0625, "auto")):
-        cell = quality_plan.find(cells, **wanted, keep=keep, bits=bits, shared=True, refine=0)
-        lost = [cell["texts"][name]["nll"] - dense["texts"][name]["nll"] for name in ("wikipedia", "news")]
-        assert re.search(rf"^\| `compress.*keep={keep}\b.*\| {lost[0]:.3f} / {lost[1]:.3f} \|", README, re.M)
+    """Its first table: losses of windows at position 0, with the window; a step of a layer on the GPU."""
+    cells, times = report.load(positions.PATH)["cells"], report.load(launches.PATH)
+    (bound,) = re.findall(r"standard errors of ([\d.]+) or less", WORDS)
+    for call, row in (
+        ("model, batches", "lrattn, 2 bits"),
+        ("model, batches, shared=True", "lrattn shared, 2 bits"),
+        ("model, batches, keep=0.5, bits=16", "lrattn, keep 0.5"),
+        ('model, batches, method="lrattn-rebuilt", keep=0.0625', "lrattn-rebuilt, 1 bit"),
+    ):
+        cell = positions.find(cells, model="smollm2", row=row, kind="0")
+        found = [positions.over_windows(cell, "excess", text) for text in ("wikipedia", "news")]
+        (wiki, news), share = (mean for mean, _ in found), 1 / positions.WAYS[row].more["keep"]
+        assert f"| `compress({call})` | 1/{share:.0f} | {wiki:.3f} / {news:.3f} |" in README
+        assert max(error for _, error in found) <= float(bound)
     steps = {r["layer"]: r["us"]["table"] for r in times["rows"] if r["batch"] == 1 and "table" in r["us"]}  # the last
     half, eighth = steps["Llama-3.1-8B, keep 0.5"], steps["Llama-3.1-8B, 8/4/2 bits"]
     assert f"{half:.0f} µs [measured] at half of the bytes and {eighth:.0f} µs [measured] packed at an eighth" in WORDS

@@ -35,6 +35,7 @@ import lrattn
 from bench.decode.decode_shapes import packing
 from bench.support import report
 from lrattn.factors.operands import Operands
+from lrattn.factors.shapes import round_up
 from lrattn.kernels import absorb, combine, decode, launch, merge, plan, project, rebuild, scores, values, write
 from lrattn.kernels.arguments import Call, Rule, Span, Tokens
 from lrattn.kernels.fused_absorbed import fused_absorbed
@@ -46,6 +47,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 META = torch.device("meta")
 SPAN = Span(0, 2, 2)
 PAGE, BATCH = 16, 2
+CHUNK = 512  # positions of a chunk
 ALL = "bias rule"
 PACKED = (8, 4, 2)  # widths of packed rows
 FORMATS = ((), (8,), (4,), (2,), PACKED, (16, 8, 2))  # of which each kernel is shown at one shape; () is plain
@@ -85,7 +87,7 @@ def code(text: str) -> str:
 
 
 class Problem(NamedTuple):
-    """Shapes of a compilation. options: words of ALL, and "positions"; rule is a softcap, a window and starts."""
+    """Shapes of a compilation. options: words of ALL, "positions", "offsets"; rule: a softcap, a window, starts."""
 
     rank: int = 128
     head: int = 128
@@ -95,6 +97,7 @@ class Problem(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
     options: str = ""
     rope: bool = True
+    chunk: int = 0  # of positions, whose keys are turned to their places in it; 0: none
     shared: bool = False  # one row serves keys and values
     values: int = 0  # the rank of values, where it is not the keys'
     bits: tuple[int, ...] = ()  # widths of packed latents, see decode_shapes.packing; (): plain
@@ -122,6 +125,7 @@ class Problem(NamedTuple):
             values=values,
             rope=lrattn.Rope(1e4, self.head, 256) if self.rope else None,
             shared=self.shared,
+            chunk=self.chunk or None,
         ).to(META)
         return layer.operands
 
@@ -147,7 +151,8 @@ class Problem(NamedTuple):
     def call(self) -> Call:
         starts = empty(BATCH) if self.has("rule") else None
         positions = empty(8, PAGE) if self.has("positions") else None
-        tokens = Tokens(empty(BATCH, 8), empty(BATCH), starts, positions, 8 * PAGE)
+        offsets = empty(BATCH) if self.has("offsets") else None
+        tokens = Tokens(empty(BATCH, 8), empty(BATCH), starts, positions, 8 * PAGE, offsets)
         rule = Rule(1.0, 30.0, True, 64) if self.has("rule") else Rule(1.0, 0.0, True, 0)
         return Call(self.query(), self.cache(), None if self.shared else self.cache(), *self.sides(), tokens, rule)
 
@@ -156,8 +161,10 @@ class Problem(NamedTuple):
         return empty(BATCH, 2, self.rows(), 2, launch.block_d(self.head) // 2, dtype=self.dtype)
 
     def absorbed(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        constant = fp32(BATCH, self.rows()) if self.has("bias") else None
-        return empty(BATCH, self.rows(), self.rank, dtype=self.dtype), constant
+        """Absorbed queries of some chunks, or of one, and the bias' share of their scores."""
+        chunks = 4 if self.chunk else 1
+        constant = fp32(BATCH, chunks, round_up(self.rows(), 16)) if self.has("bias") else None
+        return empty(BATCH, chunks, self.rows(), self.rank, dtype=self.dtype), constant
 
     def scores(self) -> torch.Tensor:
         return fp32(BATCH, self.rows(), 2 * launch.BLOCK_T)
@@ -183,7 +190,7 @@ def turn_queries(p: Problem) -> None:
 
 
 def absorb_queries(p: Problem) -> None:
-    absorb.absorb_queries(p.call())
+    absorb.absorb_queries(p.call(), *p.absorbed(), SPAN)
 
 
 def absorbed_scores(p: Problem) -> None:
@@ -275,19 +282,19 @@ def compilations() -> Iterator[Compilation]:
         for row in rows_for(launch.ABSORBED_SCORES, device):
             rank = 528 if row.rank == launch.ANY else row.rank
             for heads, steps in few if row.queries == 16 else few[:1] + many:
-                for options in ("", ALL):
-                    problem = Problem(rank, 128, heads, steps, 1, dtype_of(row), options, False, bits=bits_of(row))
-                    yield Compilation(absorbed_scores, device, problem, row.itemsize == 2)
+                problem = Problem(rank, 128, heads, steps, 1, dtype_of(row), bits=bits_of(row))
+                for absorbed in absorbed_problems(problem, ALL, row):
+                    yield Compilation(absorbed_scores, device, absorbed, row.itemsize == 2)
         for row in rows_for(launch.LATENT_VALUES, device):
             rank = 528 if row.rank == launch.ANY else row.rank
             for heads, steps in few if row.queries == 16 else few[:1] + many:
                 problem = Problem(rank, 128, heads, steps, 1, dtype_of(row), bits=bits_of(row))
-                yield Compilation(latent_values, device, problem, row.itemsize == 2 and heads * steps == 64)
+                for given in (problem, problem._replace(chunk=CHUNK, options="rule offsets")):
+                    yield Compilation(latent_values, device, given, row.itemsize == 2 and heads * steps == 64)
         for row in rows_for(launch.FUSED_ABSORBED, device):
             for problem in fused_problems(row):
-                for options in ("", most(row)):
-                    whole = problem._replace(options=options, rope=False)
-                    yield Compilation(absorbed_pass, device, whole, row.itemsize == 2)
+                for absorbed in absorbed_problems(problem, most(row), row):
+                    yield Compilation(absorbed_pass, device, absorbed, row.itemsize == 2)
         for row in rows_for(launch.FUSED_REBUILT, device):
             for problem in fused_problems(row):
                 for options in ("", most(row), f"{most(row)} positions")[: 3 if row.table else 2]:
@@ -297,12 +304,15 @@ def compilations() -> Iterator[Compilation]:
                 large = Problem(96, 256, 16, 3, 1, dtype, options)
                 yield Compilation(turn_queries, device, large._replace(options=options.removesuffix(" positions")))
                 yield Compilation(absorb_queries, device, large._replace(rope=False))
+                chunked = large._replace(chunk=CHUNK, options=options.replace("positions", "offsets"))
+                yield Compilation(absorb_queries, device, chunked)
                 yield Compilation(combine_heads, device, large)
                 yield Compilation(project_heads, device, large)
                 for bits in ((), PACKED):
                     yield Compilation(write_latents, device, large._replace(bits=bits))
                     for head in (128, 256):
                         yield Compilation(rebuild_keys, device, large._replace(head=head, bits=bits))
+                        yield Compilation(rebuild_keys, device, chunked._replace(head=head, bits=bits))
                         yield Compilation(rebuild_values, device, large._replace(head=head, bits=bits))
             yield Compilation(merge_splits, device, Problem(96, 256, 16, 3, 1, dtype))
             yield Compilation(combine_latents, device, Problem(96, 256, 16, 3, 1, dtype))
@@ -328,6 +338,13 @@ def fused_problems(row: launch.Row) -> Iterator[Problem]:
         yield Problem(row.rank, head, heads, dtype=dtype_of(row), values=row.values, bits=bits_of(row))
     if row.shared:
         yield Problem(row.values, head, heads, dtype=dtype_of(row), shared=True, bits=bits_of(row))
+
+
+def absorbed_problems(problem: Problem, options: str, row: launch.Row) -> Iterator[Problem]:
+    """Of keys without a rope and, where a row is for them, of keys in chunks: bare and with every option."""
+    for form in (problem._replace(rope=False), problem._replace(chunk=CHUNK))[: 1 + row.chunked]:
+        yield form
+        yield form._replace(options=f"{options} offsets" if form.chunk else options)
 
 
 def rows_for(table: tuple[launch.Row, ...], device: str) -> list[launch.Row]:
@@ -357,6 +374,8 @@ QUICK = [
     Compilation(latent_values, "sm90", Problem(256, 128, group=4)),
     Compilation(absorbed_pass, "sm90", Problem(256, 128, group=4, rope=False), True),
     Compilation(absorbed_pass, "sm90", Problem(256, 128, group=4, rope=False, shared=True), True),
+    Compilation(absorbed_pass, "sm90", Problem(512, 128, group=4, chunk=CHUNK, shared=True, options="offsets"), True),
+    Compilation(absorb_queries, "sm90", Problem(256, 128, group=4, chunk=CHUNK, options="bias offsets")),
     Compilation(rebuilt_pass, "sm90", Problem(128, 128), True),
     Compilation(combine_heads, "sm90", Problem(256, 128)),
     Compilation(project_heads, "sm90", Problem()),
@@ -413,22 +432,25 @@ def compile_for(c: Compilation) -> list[dict[str, Any]]:
 
 def recompiled() -> list[str]:
     """Kernels of a decode step that other lengths, splits or table widths would compile anew."""
-    keys, side = Problem().sides()
-    cache, q = Problem().cache(), empty(BATCH, 1, 2, 128, dtype=torch.bfloat16)
-    with compiling("sm90") as compiled:
-        for pages, bound, splits in ((8, 128, 1), (1, 1, 3), (7, 100, 4), (9, 100, 6), (64, 1024, 16)):
-            tokens = Tokens(empty(BATCH, pages), empty(BATCH), None, None, bound)
-            call = Call(q, cache, cache, keys, side, tokens, Rule(1.0, 0.0, True, 0))
-            decode.decode_attention(call, None, None, "heads", splits, 1 << 28, torch.empty_like(q), fp32(BATCH, 1, 2))
-    binaries = {kernel: {b.hash for k, b in compiled if k == kernel} for kernel, _ in compiled}
-    return [f"{kernel}: {len(found)} compilations" for kernel, found in binaries.items() if len(found) > 1]
+    several = []
+    for problem in (Problem(), Problem(chunk=CHUNK, options="bias offsets")):
+        with compiling("sm90") as compiled:
+            for pages, bound, splits in ((8, 128, 1), (1, 1, 3), (7, 100, 4), (9, 100, 6), (64, 1024, 16)):
+                call = problem.call()
+                call = call._replace(tokens=call.tokens._replace(pages=empty(BATCH, pages), bound=bound))
+                out, lse = torch.empty_like(call.q), fp32(*call.q.shape[:3])
+                decode.decode_attention(call, None, None, "heads", splits, 1 << 28, out, lse)
+        binaries = {kernel: {b.hash for k, b in compiled if k == kernel} for kernel, _ in compiled}
+        several += [f"{kernel}: {len(found)} compilations" for kernel, found in binaries.items() if len(found) > 1]
+    return several
 
 
 def describe(c: Compilation) -> dict[str, Any]:
     p = c.problem
     dtype = str(p.dtype).split(".")[-1]
     names = {"rank": p.rank, "values": p.value_rank(), "one_row": p.shared, "head": p.head, "M": p.heads, "S": p.steps}
-    return {**names, "dtype": dtype, "options": p.options or "none", "bits": " ".join(map(str, p.bits))}
+    told = {"dtype": dtype, "options": p.options or "none", "bits": " ".join(map(str, p.bits)), "chunk": p.chunk}
+    return {**names, **told}
 
 
 def resources(binary: Any) -> dict[str, Any]:

@@ -67,6 +67,7 @@ class Way(NamedTuple):
     value_ranks: tuple[int, ...]
     passes: int = 2
     rope: bool = True
+    chunk: int | None = None
     shared: bool = False
     positions: bool = False
     forced: bool = False
@@ -94,10 +95,16 @@ WAYS = [
     Way(LLAMA_3, "absorbed", 128, (128, 128), 1, rope=False),
     Way(LLAMA_3, "joint row, absorbed", 256, (256, 256), 1, rope=False, shared=True),
     Way(LLAMA_3, "joint row, absorbed", 512, (512, 512), 1, rope=False, shared=True),
+    Way(LLAMA_3, "chunks", 256, (256, 256), 1, chunk=512),
+    Way(LLAMA_3, "chunks", 256, (256, 256), chunk=512, forced=True),
+    Way(LLAMA_3, "joint row, chunks", 512, (512, 512), 1, chunk=512, shared=True),
+    Way(LLAMA_2, "chunks", 256, (256, 256), 1, chunk=512),
     Way(LLAMA_2, "packed, rebuilt", 256, (256, 256), bits=PACKED),
     Way(LLAMA_3, "packed, rebuilt", 256, (256, 256), bits=PACKED),
     Way(LLAMA_3, "packed, joint row", 256, (256, 256), shared=True, bits=PACKED),
     Way(LLAMA_3, "packed, absorbed", 256, (256, 256), 1, rope=False, bits=PACKED),
+    Way(LLAMA_3, "packed, chunks", 256, (256, 256), 1, chunk=512, bits=PACKED),
+    Way(LLAMA_3, "packed, joint, chunks", 256, (256, 256), 1, chunk=512, shared=True, bits=PACKED),
     Way(LLAMA_3, "packed, joint, abs.", 256, (256, 256), 1, rope=False, shared=True, bits=PACKED),
 ]
 
@@ -112,6 +119,7 @@ def layer_of(way: Way) -> lrattn.LayerFactors:
         values=side(way.value_ranks),
         rope=lrattn.Rope(1e4, HEAD_DIM, TOKENS) if way.rope else None,
         shared=way.shared,
+        chunk=way.chunk,
     )
 
 

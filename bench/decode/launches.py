@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -36,25 +37,27 @@ from lrattn.kernels.launch import Launch
 
 PATH = report.RESULTS / "launches_gpu.json"
 TOKENS, FEW = 32768, 256  # timed; compiled and checked
+CHUNK = 512  # positions
 SECONDS = 1.5  # of timing a layer
 PROFILED = 5  # steps
 
 
 class Layer(NamedTuple):
-    """shared: one row a group serves keys and values. rope: keys are rotated, and so rebuilt."""
+    """shared: one row a group serves keys and values. rope: keys are rotated, and so rebuilt, but in chunks."""
 
     shape: Shape
     shared: bool = False
     rope: bool = True
+    chunk: int | None = None
 
     def problem(self, tokens: int, batch: int, bench: Bench) -> Problem:
         x = make(self.shape, tokens, batch, bench.dtype, bench.device, shared=self.shared)
-        return x if self.rope else x.unrotated()
+        return replace(x, layer=replace(x.layer, chunk=self.chunk)) if self.rope else x.unrotated()
 
     @property
     def kernels(self) -> tuple[str, ...]:
         """Whose launches are varied."""
-        if not self.rope:
+        if not self.rope or self.chunk:
             return ("fused_absorbed",)
         return ("fused_rebuilt",) if self.shared else ("latent_scores", "latent_values")
 
@@ -71,6 +74,9 @@ LAYERS = {
         "position-free": Layer(Shape(model, "Palu", 0.5), rope=False),
         "position-free, 8/4/2 bits": Layer(Shape(model, "Palu", 0.5, (8, 4, 2)), rope=False),
         "position-free, 4 bits": Layer(Shape(model, "Palu", 0.5, (4,)), rope=False),
+        "chunks": Layer(Shape(model, "Palu", 0.5), chunk=CHUNK),
+        "chunks, 8/4/2 bits": Layer(Shape(model, "Palu", 0.5, (8, 4, 2)), chunk=CHUNK),
+        "chunks, one row, keep 0.25": Layer(Shape(model, "Palu", 0.25), shared=True, chunk=CHUNK),
         "one row, keep 0.25": Layer(Shape(model, "Palu", 0.25), shared=True),
         "one row, keep 0.125": Layer(Shape(model, "Palu", 0.125), shared=True),
     }.items()

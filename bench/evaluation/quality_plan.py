@@ -19,6 +19,7 @@ LENGTH = 1024  # tokens of a window
 LONG = 4096
 CONTEXTS = (1024, 8192)  # tokens at which the bytes of a dense window are counted, too
 NEAR = (64, 4)  # recent tokens and sinks of the dense window
+SHORT = {"lrattn-rebuilt": "rebuilt"}  # of a method, in tables and plots
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ class Row:
         ranks = f" {self.ranks}" if self.shared is None and self.ranks and self.bits != "auto" else ""
         trained = f" {'nested' if self.nested else 'refined'} {self.refine}" if self.refine else ""
         bits = {16: "", "auto": " auto"}.get(self.bits, f" {self.bits} bits")
-        return f"{self.method}{form}{ranks}{trained}{bits}{' far' if any(self.far) else ''}"
+        method = SHORT.get(self.method, self.method)
+        return f"{method}{form}{ranks}{trained}{bits}{' far' if any(self.far) else ''}"
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class Plan:
         return tuple(sorted({keep for b in self.blocks for keep in b.keeps}, reverse=True))
 
 
-APART, RIDE, JOINT = (Row("lrattn", shared=form) for form in (False, "ride", True))
+APART, RIDE, JOINT = (Row("lrattn-rebuilt", shared=form) for form in (False, "ride", True))
 PALU, RECALKV = Row("palu", "fisher"), Row("recalkv", "fisher")
 TOP = (PALU, RECALKV, APART, RIDE, JOINT)
 REST = (
@@ -171,8 +173,9 @@ DENSE_DATA: dict[str, Any] = {
 FAR_RIDE = replace(RIDE, far=NEAR)
 LOW_RANK, FAR_LOW_RANK = (PALU, RECALKV, RIDE, JOINT), (PALU, RECALKV, FAR_RIDE, FAR_JOINT)
 AUTO, FAR_AUTO = at_bits("auto", JOINT), at_bits("auto", FAR_JOINT)
-UNROTATED = tuple(Row(f"lrattn-{keys}", bits="auto") for keys in ("channels", "rotated"))  # no key is rebuilt
-FAR_UNROTATED = tuple(replace(row, far=NEAR) for row in UNROTATED)
+CHUNKED = tuple(Row("lrattn", shared=form, bits="auto") for form in (False, True))  # no key is rebuilt
+UNROTATED = tuple(Row(f"lrattn-{keys}", bits="auto") for keys in ("channels", "rotated"))  # nor here
+FAR_CHUNKED, FAR_UNROTATED = (tuple(replace(row, far=NEAR) for row in rows) for rows in (CHUNKED, UNROTATED))
 UNIFORM, FAR_UNIFORM = (PALU, RECALKV, JOINT), (PALU, RECALKV, FAR_JOINT)
 FRONTIER = (
     Block(1, AUTO, per_number(2, 1.5), probe=True),
@@ -182,6 +185,7 @@ FRONTIER = (
     Block(1, quantised("kivi-32", 8), **DENSE_DATA),
     Block(1, quantised("rotated", 4, 3, 2), **DENSE_DATA),
     Block(1, FAR_AUTO, per_number(2, 1.5), near=NEAR, probe=True),
+    Block(1, FAR_CHUNKED, per_number(2, 1.5, 1), near=NEAR, probe=True),
     Block(2, quantised("kivi-32", 4, 3, 2), **DENSE_DATA, near=NEAR, probe=True),
     Block(2, quantised("rotated", 4, 3, 2), **DENSE_DATA, near=NEAR),
     Block(2, quantised("quanto", 4, 2), **DENSE_DATA, near=(128, 0), probe=True),

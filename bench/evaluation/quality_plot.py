@@ -69,6 +69,8 @@ FRONTIER: dict[str, dict[str, Any]] = {  # what is drawn of each family
     **{
         f"{name}{bits}": {"color": colour, **style} for name, colour in LOW_RANK.items() for bits, style in BITS.items()
     },
+    "lrattn apart auto": {"color": "goldenrod", "marker": "X", "lw": 2.2},
+    "lrattn joint auto": {"color": "saddlebrown", "marker": "X", "lw": 2.2},
     "lrattn-channels auto": {"color": "tab:cyan", "marker": "v", "lw": 1.5},
     "lrattn-rotated auto": {"color": "teal", "marker": "^", "lw": 1.5},
     "kivi-32": {"color": "tab:red", "marker": "s", "lw": 2},
@@ -201,7 +203,7 @@ def probe(cells: list[Settings]) -> Figure:
     figure, axes = panels(1, len(kinds), 4.4, 3.8, sharey=True)
     for axis, (minus_keep, recent, sinks) in zip(axes, kinds, strict=True):
         shown_here = [(c, row_of(c)) for c in probed if (-c["keep"], c["recent"]) == (minus_keep, recent)]
-        own = [(c, row) for c, row in shown_here if recent == 0 or any(row.far) or row.method != "lrattn"]
+        own = [(c, row) for c, row in shown_here if recent == 0 or any(row.far) or not row.method.startswith("lrattn")]
         for cell, row in own:
             colour, marker = CURVES.get(Row(row.method, row.ranks, row.shared), ("0.6", "x"))
             line = "--" if row.refine else "-"

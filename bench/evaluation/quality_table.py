@@ -191,7 +191,7 @@ def keys(cell: Settings) -> str:
     if cell["quantiser"]:
         return ""
     rank = sum(width for width, _ in cell["widths"]) / len(cell["widths"]) / cell["key_groups"]
-    return f"{rank:.0f} {'a' if METHODS[cell['method']].rotated else 'r'}"
+    return f"{rank:.0f} {'a' if METHODS[cell['method']].absorbed else 'r'}"
 
 
 def probe(cells: list[Settings], name: str, *, packed: bool = False) -> str:

@@ -53,13 +53,21 @@ def allocate_cache(
 
 
 def read_rows(cache: Tensor, pages: Tensor, begin: int, end: int) -> Tensor:
-    """Rows of tokens begin..end of one sequence, [end - begin, width]; pages: [.] int32 page ids from token 0 on."""
+    """Rows of tokens begin..end of one sequence, [end - begin, width]; pages: [.] int32 page ids from token 0 on.
+
+    Of pages that lie one after the other they are a view of the cache.
+    """
     size = cache.shape[1]
-    if size > WHOLE_PAGES:
+    first = begin // size
+    own = pages[first : -(-end // size)]
+    if len(own) and torch.equal(own, own[0] + torch.arange(len(own), dtype=own.dtype, device=own.device)):
+        page = int(own[0])
+        rows = cache[page : page + len(own)].flatten(0, 1)
+    elif size > WHOLE_PAGES:
         t = torch.arange(begin, end, device=cache.device)
         return cache[pages[t // size], t % size]
-    first = begin // size
-    rows = cache.index_select(0, pages[first : -(-end // size)]).flatten(0, 1)
+    else:
+        rows = cache.index_select(0, own).flatten(0, 1)
     return rows[begin - first * size : end - first * size]
 
 

@@ -53,6 +53,7 @@ def check_tables(
     seq_lens: Tensor,
     seq_starts: Tensor | None,
     positions: Tensor | None,
+    offsets: Tensor | None,
 ) -> None:
     dims = {"N": k_cache.shape[0], "P": k_cache.shape[1]}
     kind: dict[str, Any] = {"dtype": torch.int32, "device": k_cache.device}
@@ -62,6 +63,19 @@ def check_tables(
         check("seq_starts", seq_starts, "B", dims, **kind)
     if positions is not None:
         check("positions", positions, "N P", dims, **kind)
+    if offsets is not None:
+        check("offsets", offsets, "B", dims, **kind)
+
+
+def check_places(layer: LayerFactors, positions: Tensor | None, offsets: Tensor | None) -> None:
+    """Raises ValueError for positions of a form that the layer's keys have not."""
+    if layer.chunk is not None and positions is not None:
+        raise ValueError(
+            f"positions: expected None for keys in chunks of {layer.chunk}, whose tokens follow one another (offsets "
+            "say from where on), got a tensor"
+        )
+    if layer.rope is not None and layer.chunk is None and offsets is not None:
+        raise ValueError("offsets: expected None for keys before RoPE, which go by positions, got a tensor")
 
 
 def check_integer(name: str, value: Any, least: int, most: int = LARGEST, *, optional: bool = False) -> None:

@@ -20,12 +20,12 @@ from lrattn.kernels.arguments import Call, Rule, Tokens
 
 SIDES = "Tensor?[] key_tensors, int[] key_numbers, Tensor?[] value_tensors, int[] value_numbers"
 DECODE = f"""Tensor q, Tensor k_cache, Tensor? v_cache, Tensor block_table, Tensor seq_lens, Tensor? seq_starts,
-    Tensor? positions, Tensor? sinks, {SIDES}, Tensor? wo, str project, float softmax_scale, float softcap, bool causal,
-    SymInt max_seq_len, int window_size, int num_splits, int workspace_limit"""
+    Tensor? positions, Tensor? offsets, Tensor? sinks, {SIDES}, Tensor? wo, str project, float softmax_scale,
+    float softcap, bool causal, SymInt max_seq_len, int window_size, int num_splits, int workspace_limit"""
 SCHEMAS = (
     f"write_latents(Tensor zk, Tensor? zv, Tensor(a!) k_cache, Tensor(b!)? v_cache, Tensor slots, {SIDES}) -> ()",
-    f"""rebuild(Tensor k_cache, Tensor? v_cache, Tensor block_table, Tensor seq_lens, Tensor? positions, {SIDES},
-    SymInt num_tokens) -> (Tensor, Tensor)""",
+    f"""rebuild(Tensor k_cache, Tensor? v_cache, Tensor block_table, Tensor seq_lens, Tensor? positions,
+    Tensor? offsets, {SIDES}, SymInt num_tokens) -> (Tensor, Tensor)""",
     f"decode_attention({DECODE}) -> (Tensor, Tensor)",
     f"decode_attention_out({DECODE}, Tensor(a!) out) -> Tensor",
 )
@@ -52,8 +52,9 @@ def _write_latents(
 
 
 def _rebuild(
-    k_cache: Tensor, v_cache: Tensor | None, block_table: Tensor, seq_lens: Tensor, positions: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor]:
+    k_cache: Tensor, v_cache: Tensor | None, block_table: Tensor, seq_lens: Tensor, positions: Tensor | None,
+    offsets: Tensor | None, *rest: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     from lrattn.kernels.rebuild import rebuild_keys, rebuild_values
 
     *sides, num_tokens = rest
@@ -62,7 +63,7 @@ def _rebuild(
     ends = seq_lens.clamp(0, bound).cumsum(0)
     if num_tokens < 0:
         num_tokens = int(ends[-1]) if len(ends) else 0
-    tokens = Tokens(block_table, seq_lens, None, positions, bound)
+    tokens = Tokens(block_table, seq_lens, None, positions, bound, offsets)
     k, v = _heads(num_tokens, keys, values)
     with torch.cuda.device_of(k_cache):
         rebuild_keys(k_cache, keys, tokens, ends, k)
@@ -71,7 +72,7 @@ def _rebuild(
 
 
 def _rebuild_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-    *sides, num_tokens = arguments[5:]
+    *sides, num_tokens = arguments[6:]
     rows = library.get_ctx().new_dynamic_size() if num_tokens < 0 else num_tokens
     return _heads(rows, *Operands.of_lists(*sides))
 
@@ -84,9 +85,9 @@ def _heads(rows: Any, keys: Keys, values: Values) -> tuple[Tensor, Tensor]:
 
 def _call(*arguments: Any) -> tuple[Call, Tensor | None, Tensor | None, str, int, int]:
     """The arguments of an operator as `attend` takes them, but for out."""
-    q, k_cache, v_cache, pages, lens, starts, positions, sinks, *sides = arguments[:12]
-    wo, project, scale, softcap, causal, bound, window, num_splits, workspace_limit = arguments[12:]
-    tokens, rule = Tokens(pages, lens, starts, positions, bound), Rule(scale, softcap, causal, window)
+    q, k_cache, v_cache, pages, lens, starts, positions, offsets, sinks, *sides = arguments[:13]
+    wo, project, scale, softcap, causal, bound, window, num_splits, workspace_limit = arguments[13:]
+    tokens, rule = Tokens(pages, lens, starts, positions, bound, offsets), Rule(scale, softcap, causal, window)
     call = Call(q, k_cache, v_cache, *Operands.of_lists(*sides), tokens, rule)
     return call, sinks, wo, project, num_splits, workspace_limit
 
@@ -135,7 +136,7 @@ def dispatch(
     """As `attend`, through torch.ops."""
     tokens, rule = call.tokens, call.rule
     arguments = (
-        call.q, call.ck, call.cv, tokens.pages, tokens.lens, tokens.starts, tokens.positions, sinks,
+        call.q, call.ck, call.cv, tokens.pages, tokens.lens, tokens.starts, tokens.positions, tokens.offsets, sinks,
         *lists(call.keys, call.values), wo, project, rule.scale, rule.softcap, rule.causal, tokens.bound,
         rule.window, num_splits, workspace_limit,
     )  # fmt: skip

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from lrattn.attention import operators, reference
-from lrattn.attention.checks import accumulator_types, check_caches, check_integer, check_number, check_tables
+from lrattn.attention.checks import (
+    accumulator_types,
+    check_caches,
+    check_integer,
+    check_number,
+    check_places,
+    check_tables,
+)
 from lrattn.factors.formats import ALIGNMENT
 from lrattn.factors.layer import LayerFactors
 from lrattn.factors.operands import lists
@@ -66,13 +73,14 @@ def rebuild(
     seq_lens: Tensor,
     positions: Tensor | None = None,
     *,
+    offsets: Tensor | None = None,
     num_tokens: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Dense keys and values of the cached tokens, as attention is given them, for a dense prefill kernel.
 
     Args:
-        k_cache, v_cache, layer, block_table, seq_lens, positions: as for decode_attention.
+        k_cache, v_cache, layer, block_table, seq_lens, positions, offsets: as for decode_attention.
         num_tokens: sum T where the host knows it, so that a GPU is not waited for. More rows than that are not
             written; rows past the last token hold anything.
 
@@ -81,13 +89,14 @@ def rebuild(
     """
     backend = _backend(backend, layer)
     check_caches(layer, k_cache, v_cache)
-    check_tables(k_cache, block_table, seq_lens, None, positions)
+    check_tables(k_cache, block_table, seq_lens, None, positions, offsets)
+    check_places(layer, positions, offsets)
     check_integer("num_tokens", num_tokens, 0, optional=True)
     if backend == "reference":
-        k, v = reference.rebuild(k_cache, v_cache, layer, block_table, seq_lens, positions)
+        k, v = reference.rebuild(k_cache, v_cache, layer, block_table, seq_lens, positions, offsets)
         return k[:num_tokens], v[:num_tokens]
-    rows = -1 if num_tokens is None else num_tokens
-    return torch.ops.lrattn.rebuild(k_cache, v_cache, block_table, seq_lens, positions, *lists(*layer.operands), rows)
+    tables, rows = (block_table, seq_lens, positions, offsets), -1 if num_tokens is None else num_tokens
+    return torch.ops.lrattn.rebuild(k_cache, v_cache, *tables, *lists(*layer.operands), rows)
 
 
 def decode_attention(
@@ -100,6 +109,7 @@ def decode_attention(
     seq_lens: Tensor,
     softmax_scale: float | None = None,
     positions: Tensor | None = None,
+    offsets: Tensor | None = None,
     seq_starts: Tensor | None = None,
     causal: bool = True,
     max_seq_len: int | None = None,
@@ -123,7 +133,9 @@ def decode_attention(
         block_table: [B, pages] int32; entries past a sequence's length are never followed.
         seq_lens: [B] int32 tokens held; longer ones are clamped to the table and to max_seq_len.
         softmax_scale: multiplies the scores. Default D ** -0.5.
-        positions: [N, P] int32, position of each slot for RoPE. Default: index in the sequence.
+        positions: [N, P] int32, position of each slot for RoPE, of keys before it. Default: index in the sequence.
+        offsets: [B] int32, of keys in chunks: token t of a sequence is at position t - offset. Default 0. Masks and
+            seq_starts go by token all the same. Layers without a rope do without both.
         seq_starts: [B] int32, first token attended to. Default 0. Does not shift positions.
         causal: bottom-right aligned; False lets every query see seq_starts..seq_lens.
         max_seq_len: upper bound of the lengths, for work and workspace. Default: all of the table.
@@ -143,7 +155,7 @@ def decode_attention(
     Raises: ValueError naming the argument, what was expected and what came.
     Source: ReCalKV (arXiv 2505.24357) for the factors; online softmax and the merge by lse as in FlashAttention.
     """
-    tensors = q, k_cache, v_cache, block_table, seq_lens, positions, seq_starts, sinks, out
+    tensors = q, k_cache, v_cache, block_table, seq_lens, positions, offsets, seq_starts, sinks, out
     chosen = _checked(layer, _check_decode, tensors, project, backend)
     check_integer("window_size", window_size, 1, optional=True)
     check_integer("max_seq_len", max_seq_len, 0, optional=True)
@@ -162,7 +174,7 @@ def decode_attention(
     flat = q.dim() == 3
     q4 = q.unsqueeze(1) if flat else q
     to = out if out is None or not flat else out.unsqueeze(1)
-    tokens = Tokens(block_table, seq_lens, seq_starts, positions, bound)
+    tokens = Tokens(block_table, seq_lens, seq_starts, positions, bound, offsets if layer.chunk else None)
     rule = Rule(float(scale), float(softcap), causal, min(window_size or 0, bound + q4.shape[1]))
     call = Call(q4, k_cache, v_cache, *layer.operands, tokens, rule)
     if chosen == "triton":
@@ -283,13 +295,14 @@ def _check_write(
 
 def _check_decode(
     layer: LayerFactors, q: Tensor, k_cache: Tensor, v_cache: Tensor | None, block_table: Tensor, seq_lens: Tensor,
-    positions: Tensor | None, seq_starts: Tensor | None, sinks: Tensor | None, out: Tensor | None, project: str,
-    backend: str | None,
+    positions: Tensor | None, offsets: Tensor | None, seq_starts: Tensor | None, sinks: Tensor | None,
+    out: Tensor | None, project: str, backend: str | None,
 ) -> str:  # fmt: skip
     """Holds the tensors of decode_attention against each other, by metadata alone. Returns the backend."""
     backend = _backend(backend, layer)
     check_caches(layer, k_cache, v_cache)
-    check_tables(k_cache, block_table, seq_lens, seq_starts, positions)
+    check_tables(k_cache, block_table, seq_lens, seq_starts, positions, offsets)
+    check_places(layer, positions, offsets)
     check_tensors(q=q)
     flat = q.dim() == 3
     q4 = q[:, None] if flat else q

@@ -6,6 +6,7 @@ memory beyond the cache is O(block). Sums are float32 (float64 for float64); arg
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -37,15 +38,17 @@ def rebuild(
     block_table: Tensor,
     seq_lens: Tensor,
     positions: Tensor | None,
+    offsets: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Dense keys and values of all sequences, one after the other: [sum T, Hkv, D] each."""
     limit = block_table.shape[1] * k_cache.shape[1]
     parts = []
-    for pages, length in zip(block_table, seq_lens.clamp(0, limit).tolist(), strict=True):
-        _check_positions(layer, length, positions)
+    for b, (pages, length) in enumerate(zip(block_table, seq_lens.clamp(0, limit).tolist(), strict=True)):
+        offset = 0 if offsets is None else int(offsets[b])
+        _check_positions(layer, length - offset, positions)
         _check_pages(k_cache, pages, 0, length)
         zk, zv = _read(layer, k_cache, v_cache, pages, 0, length)
-        at = torch.arange(length, device=k_cache.device)
+        at = torch.arange(length, device=k_cache.device) - offset
         if positions is not None:
             at = _read_positions(positions, pages, 0, length)
         parts.append(layer.rebuild(zk.to(layer.dtype), None if zv is None else zv.to(layer.dtype), at))
@@ -77,16 +80,18 @@ def blocks(layer: LayerFactors, query_heads: int, num_queries: int, page_size: i
     """Queries and tokens per block, so that temporaries stay within `limit` bytes (one query, 16 tokens at least)."""
     size = accumulator(layer.dtype).itemsize
     widest = max(layer.values.ranks)
-    absorbed = max(layer.keys.ranks) if layer.rope is None else 0
-    per_query = query_heads * (3 * widest + 3 * layer.head_dim + absorbed) * size  # results, queries in three forms
-    queries = max(1, min(num_queries, limit // 2 // per_query))
     tile = layer.keys.group_size * layer.head_dim
+    most = TILE_BYTES // (tile * size)
+    absorbed = (most // layer.chunk + 2 if layer.chunk else 1) * (max(layer.keys.ranks) + 2 * layer.head_dim)
+    ready = 3 * layer.head_dim + (absorbed if layer.absorbed else 0)  # queries in three forms, and a chunk's
+    per_query = query_heads * (3 * widest + ready) * size
+    queries = max(1, min(num_queries, limit // 2 // per_query))
     row = (layer.k_width + layer.v_width) * size
     if layer.packed:  # latents, and the codes they are made of
         row += 3 * (layer.row_width + (0 if layer.shared else layer.values.width)) * size
     per_token = 3 * tile * size + 3 * query_heads * queries * size + 2 * row  # keys, scores, rows read and widened
     edges = 2 * page_size * row if page_size <= WHOLE_PAGES else 0  # of the pages that a block begins and ends in
-    tokens = min(TILE_BYTES // (tile * size), max(limit // 2 - edges, 0) // per_token)
+    tokens = min(most, max(limit // 2 - edges, 0) // per_token)
     tokens = max(16, tokens // 16 * 16)
     return Blocks(queries, tokens, queries * per_query + tokens * per_token + edges)
 
@@ -101,12 +106,13 @@ def decode_attention(
     plan = blocks(layer, query_heads, num_queries, call.ck.shape[1], workspace_limit)
     out = empty_result(call, layer.wo, project)
     lse = torch.empty(batch, num_queries, query_heads, dtype=acc, device=q.device)
-    starts = [0] * batch if tokens.starts is None else tokens.starts.tolist()
-    for b, (start, length) in enumerate(zip(starts, tokens.lens.clamp(0, tokens.bound).tolist(), strict=True)):
-        _check_positions(layer, length, tokens.positions)
+    starts, offsets = ([0] * batch if x is None else x.tolist() for x in (tokens.starts, tokens.offsets))
+    lengths = tokens.lens.clamp(0, tokens.bound).tolist()
+    for b, (start, length, offset) in enumerate(zip(starts, lengths, offsets, strict=True)):
+        _check_positions(layer, length - offset, tokens.positions)
         for first in range(0, num_queries, plan.queries):
             some = slice(first, min(first + plan.queries, num_queries))
-            row = _Row(layer, call, tokens.pages[b], range(length - num_queries, length)[some])
+            row = _Row(layer, call, tokens.pages[b], range(length - num_queries, length)[some], offset)
             latent, row_lse = _attend(
                 row, q[b, some].to(acc) * call.rule.scale, *row.sight(start, length), plan.tokens, num_splits
             )
@@ -130,6 +136,7 @@ class _Row(NamedTuple):
     call: Call
     pages: Tensor
     own: range  # the queries' own tokens
+    offset: int  # a token's position is that many less than its place in the sequence
 
     def sight(self, start: int, length: int) -> tuple[int, int]:
         """The tokens start..length that some query sees."""
@@ -137,6 +144,23 @@ class _Row(NamedTuple):
         if rule.window:
             start = max(start, self.own.start - rule.window + 1)
         return max(start, 0), self.own.stop if rule.causal else length
+
+    def blocks(self, begin: int, end: int, step: int) -> Iterator[tuple[int, int]]:
+        """Tokens begin..end, at most `step` at a time; of whole chunks where one fits."""
+        chunk = self.layer.chunk or 1
+        while begin < end:
+            after = begin + step
+            after = min(end, after - (after - self.offset) % chunk if step >= chunk else after)
+            yield begin, after
+            begin = after
+
+    def chunks(self, t0: int, t1: int) -> tuple[range, list[slice]]:
+        """Which chunks tokens t0..t1 are of, and which of these tokens each has; one where there are no chunks."""
+        if not (size := self.layer.chunk):
+            return range(1), [slice(0, t1 - t0)]
+        first, last = (max(t - self.offset, 0) // size for t in (t0, t1 - 1))
+        borders = [0, *(self.offset + n * size - t0 for n in range(first + 1, last + 1)), t1 - t0]
+        return range(first, last + 1), [slice(*pair) for pair in pairwise(borders)]
 
 
 def _attend(row: _Row, q: Tensor, begin: int, end: int, step: int, num_splits: int) -> tuple[Tensor, Tensor]:
@@ -146,27 +170,29 @@ def _attend(row: _Row, q: Tensor, begin: int, end: int, step: int, num_splits: i
     _check_pages(row.call.ck, row.pages, begin, end)
     live, parts = max(end - begin, 0), max(num_splits, 1)
     (first, *others) = pairwise(begin + live * i // parts for i in range(parts + 1))
-    queries = _absorb(row.layer, q)
-    latent, lse = _attend_span(row, queries, *first, step)  # [Hkv, M S, Rv], [Hkv, M S]
+    q = q[..., row.layer.pairs]
+    latent, lse = _attend_span(row, q, *first, step)  # [Hkv, M S, Rv], [Hkv, M S]
     for span in others:
-        part, part_lse = _attend_span(row, queries, *span, step)
+        part, part_lse = _attend_span(row, q, *span, step)
         latent, lse = merge_attention([latent, part], [lse, part_lse])
     latent = latent.unflatten(1, (-1, num_queries)).permute(2, 0, 1, 3).flatten(1, 2)
     return latent, lse.unflatten(1, (-1, num_queries)).permute(2, 0, 1).flatten(1, 2)
 
 
-def _attend_span(row: _Row, queries: list[Tensor], begin: int, end: int, step: int) -> tuple[Tensor, Tensor]:
-    """Softmax over tokens begin..end, block by block with a running maximum."""
-    layer, q = row.layer, queries[0]
+def _attend_span(row: _Row, q: Tensor, begin: int, end: int, step: int) -> tuple[Tensor, Tensor]:
+    """Softmax of queries [Hkv, M S, D], pairs adjacent, over tokens begin..end, block by block with a running
+    maximum."""
+    layer = row.layer
     heads, rows = layer.num_kv_heads, q.shape[1]
     peak = q.new_full((heads, rows), -torch.inf)
     total = q.new_zeros(heads, rows)
     latent = q.new_zeros(heads, rows, max(layer.values.ranks))
-    for t0 in range(begin, end, step):
-        t1 = min(t0 + step, end)
+    for t0, t1 in row.blocks(begin, end, step):
         ck, cv = _read(layer, row.call.ck, row.call.cv, row.pages, t0, t1)
         cv = ck if cv is None else cv
-        s = _scores(row, queries, ck, t0, t1)  # [Hkv, M S, n]
+        s = (_absorbed_scores if layer.absorbed else _rebuilt_scores)(row, q, ck, t0, t1)  # [Hkv, M S, n]
+        if softcap := row.call.rule.softcap:
+            s.div_(softcap).tanh_().mul_(softcap)
         seen = _seen(row, t0, t1)
         if seen is not None:
             s.unflatten(1, (-1, len(seen))).masked_fill_(~seen, -torch.inf)
@@ -185,36 +211,41 @@ def _attend_span(row: _Row, queries: list[Tensor], begin: int, end: int, step: i
     return latent / total.masked_fill(empty, 1.0)[..., None], lse.masked_fill(empty, -torch.inf)
 
 
-def _absorb(layer: LayerFactors, q: Tensor) -> list[Tensor]:
-    """Queries [Hkv, M S, D] made ready: pairs adjacent; without a rope also multiplied into each group's latents."""
-    ready = [q[..., layer.pairs]]
-    if layer.rope is None:
-        for members, columns in zip(layer.keys.groups, layer.keys.columns, strict=True):
-            block = layer.operands.keys.rows[columns].to(q.dtype)
-            up = block.unflatten(1, (len(members), -1)).permute(1, 2, 0)  # [C, D, Rk]
-            ready.append(q[list(members)] @ up)  # [C, M S, Rk]
-    return ready
+def _absorbed_scores(row: _Row, q: Tensor, ck: Tensor, t0: int, t1: int) -> Tensor:
+    """Scaled scores [Hkv, M S, n] of key latents [n, row_width], neither capped nor masked: queries are turned back by
+    the first position of each chunk and multiplied into the latents' space."""
+    layer, (chunks, parts) = row.layer, row.chunks(t0, t1)
+    x = q.flatten(0, 1).expand(len(chunks), -1, -1)  # [chunks, Hkv M S, D]
+    if layer.turns is not None:
+        x = layer.turn_(x.clone(), layer.turns[chunks.start : chunks.stop].conj())
+    x = x.unflatten(1, q.shape[:2]).transpose(0, 1).flatten(1, 2)  # [Hkv, chunks M S, D]
+    s = q.new_empty(*q.shape[:2], t1 - t0)
+    for g, members in enumerate(layer.keys.groups):
+        block = layer.operands.keys.rows[layer.keys.columns[g]].to(q.dtype)
+        up = block.unflatten(1, (len(members), -1)).permute(1, 2, 0)  # [C, D, Rk]
+        a = (x[list(members)] @ up).unflatten(1, (len(chunks), -1)).transpose(0, 1).flatten(1, 2)
+        z = ck[:, layer.key_columns[g]].to(q.dtype)
+        for absorbed, part in zip(a, parts, strict=True):  # [C M S, Rk]
+            s[list(members), :, part] = (absorbed @ z[part].T).unflatten(0, (len(members), -1))
+    if layer.keys.offset is not None:
+        shifts = x @ layer.keys.offset[:, layer.pairs].to(q.dtype)[..., None]  # [Hkv, chunks M S, 1]
+        for shift, part in zip(shifts.unflatten(1, (len(chunks), -1)).unbind(1), parts, strict=True):
+            s[..., part] += shift
+    return s
 
 
-def _scores(row: _Row, queries: list[Tensor], ck: Tensor, t0: int, t1: int) -> Tensor:
-    """Scaled, capped scores [Hkv, M S, n] of key latents [n, row_width]; not masked."""
-    layer, q, softcap = row.layer, queries[0], row.call.rule.softcap
-    turns = layer.turns
+def _rebuilt_scores(row: _Row, q: Tensor, ck: Tensor, t0: int, t1: int) -> Tensor:
+    """As _absorbed_scores, of keys before RoPE."""
+    layer, turns = row.layer, row.layer.turns
     if turns is not None:
         positions = row.call.tokens.positions
         at = None if positions is None else _read_positions(positions, row.pages, t0, t1)
         turns = turns[t0:t1] if at is None else rows_at(turns, at)
     s = q.new_empty(*q.shape[:2], t1 - t0)
     for g, members in enumerate(layer.keys.groups):
-        if layer.rope is None:
-            z = ck[:, layer.key_columns[g]].to(q.dtype)
-            s[list(members)] = (queries[1 + g].flatten(0, 1) @ z.T).unflatten(0, (len(members), -1))
-        else:
-            tile = layer.turn_(layer.raw_keys(ck, g), turns)  # [n, C, D]
-            s[list(members)] = q[list(members)] @ tile.permute(1, 2, 0)
-    if layer.rope is None and layer.keys.offset is not None:
-        s += q @ layer.keys.offset.to(q.dtype)[..., None]
-    return s.div_(softcap).tanh_().mul_(softcap) if softcap else s
+        tile = layer.turn_(layer.raw_keys(ck, g), turns)  # [n, C, D]
+        s[list(members)] = q[list(members)] @ tile.permute(1, 2, 0)
+    return s
 
 
 def _seen(row: _Row, t0: int, t1: int) -> Tensor | None:
@@ -263,8 +294,11 @@ def _project(latent: Tensor, mass: Tensor, layer: LayerFactors, project: str) ->
 
 
 def _check_positions(layer: LayerFactors, length: int, positions: Tensor | None) -> None:
-    if layer.rope is not None and positions is None and length > layer.rope.max_position:
-        raise ValueError(f"seq_lens: expected at most max_position={layer.rope.max_position} of the rope, got {length}")
+    if layer.turns is None or positions is not None:
+        return
+    most = len(layer.turns) * (layer.chunk or 1)
+    if length > most:
+        raise ValueError(f"seq_lens: expected at most max_position={most} of the rope, got {length}")
 
 
 def _check_pages(cache: Tensor, pages: Tensor, begin: int, end: int) -> None:

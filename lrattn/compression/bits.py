@@ -5,6 +5,8 @@ bits, c the quantiser's mean squared error at a variance of 1 (formats.ERRORS; c
 b = 0. Blocks of 16 latents climb the ladder of widths, each time the block whose next width saves most a byte: c is
 convex in b, so that no other choice of the same bytes loses less, to one block. Classical reverse water-filling
 (Cover and Thomas, Elements of Information Theory, 10.3.3) with the quantiser's own curve for the ideal one.
+
+This is for rows whose keys are rebuilt. Those that queries meet are of longer segments: segments.py.
 """
 
 from __future__ import annotations

@@ -187,3 +187,24 @@ def _unseen(batches: Iterable[Batch], seen: int, seen_text: str) -> Iterator[tup
             yield ids[-new:], None if live is None else live[-new:], text
     if passed < seen:
         raise ValueError(f"state: expected batches to begin with the {seen} sequences it has seen, got {passed}")
+
+
+def check_moments(
+    moments: Moments | None,
+    model: nn.Module,
+    layers: list[AttentionLayer],
+    gather: set[str],
+    far: tuple[int, ...] | None,
+) -> None:
+    """Raises ValueError for others than this model's, with all of these; far: None where no gradients are."""
+    if missing := sorted(gather - set(() if moments is None else moments.gathered)):
+        got = "none" if moments is None else f"moments with {list(moments.gathered)}"
+        raise ValueError(f"moments: expected batches, or moments of calibrate(gather={missing}), got {got}")
+    if moments is None:
+        return
+    if far is not None and moments.far != far:
+        raise ValueError(f"moments: expected gradients beyond a window far={far}, got {moments.far}")
+    if moments.layers != len(layers):
+        raise ValueError(f"moments: expected those of {len(layers)} layers, got {moments.layers}")
+    if moments.model not in ("", fingerprint(model)):
+        raise ValueError("moments: expected those of this model, got another model's")

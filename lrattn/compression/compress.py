@@ -8,50 +8,39 @@ from collections.abc import Iterable
 from dataclasses import astuple, replace
 from functools import partial
 from itertools import chain, islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from lrattn.compression.arguments import check_count, check_flag, check_share
-from lrattn.compression.batches import (
-    Batch,
-    check_batches,
-    check_lengths,
-    least_felt,
-    tokens_of,
-    unfelt,
-    unpadded,
-)
+from lrattn.compression.averages import Turns
+from lrattn.compression.batches import Batch, check_batches, check_lengths, least_felt, tokens_of, unfelt, unpadded
 from lrattn.compression.bits import Bits, ladder_of, share_held, spend
-from lrattn.compression.calibrate import calibrate, fingerprint
+from lrattn.compression.calibrate import calibrate, check_moments, fingerprint
 from lrattn.compression.methods import DEFAULT, METHODS, Method, kq_svd
 from lrattn.compression.methods.lorc import log_condition
+from lrattn.compression.methods.rows import Form
 from lrattn.compression.moments import GRADIENTS, Moments
-from lrattn.compression.problem import FORMS, Form, Problem
+from lrattn.compression.problem import Problem
 from lrattn.compression.propagate import propagate
-from lrattn.compression.ranks import (
-    RULES,
-    LayerShape,
-    budget,
-    condition,
-    fisher,
-    group_size_within,
-    spectrum,
-    uniform,
-)
+from lrattn.compression.ranks import RULES, LayerShape, budget, condition, fisher, group_size_within, spectrum, uniform
 from lrattn.compression.refine import digest_of, parted
 from lrattn.compression.refine import refine as distil
+from lrattn.compression.segments import POSITION_FREE, check_least, share_out
 from lrattn.compression.substitute import Window
 from lrattn.factors import safefile
 from lrattn.factors.layer import LayerFactors
 from lrattn.factors.record import Factors
+from lrattn.factors.rope import Rope
+from lrattn.factors.shapes import CHUNK_STEP
 from lrattn.models.layers import AttentionLayer, attention_layers, sample
 from lrattn.models.ropes import ropes_of
 from lrattn.models.weights import check_readable, linear
 
 JOINT_WITHIN = 256  # latents a row may have for keys to be rebuilt from all of it: see docs/decisions.md
-KEEP = 0.5  # where the caller names no bytes
+KEEP, PLAIN = 0.125, 0.5  # where the caller names no bytes, of packed latents and of plain ones
 LEVEL = 0.5  # of the budget of joint rows that is the same for every layer
 
 
@@ -72,7 +61,9 @@ def compress(
     moments: Moments | None = None,
     state: str | os.PathLike[str] | None = None,
     shards: int = 1,
-    bits: Bits = 16,
+    bits: Bits | None = None,
+    chunk: int | None = None,
+    positions: int | None = None,
     bytes_per_token: int | None = None,
     progress: bool = True,
 ) -> Factors:
@@ -83,19 +74,22 @@ def compress(
             ranks "fisher" read weights too, of models whose projections are Linear layers.
         batches: token ids [b, t], or mappings with input_ids and maybe attention_mask, to calibrate on. "svd" and
             "lorc" need none, but for ranks "fisher".
-        method: one of lrattn.methods.METHODS.
-        keep: bytes of the latent cache / bytes of the dense 16-bit cache, in (0, 1]. 1 is full rank: exact. None: 0.5,
-            or what bytes_per_token say.
+        method: one of lrattn.methods.METHODS. "lrattn", the default, stores keys turned to their place in a chunk of
+            positions: queries meet latents at any position. "lrattn-rebuilt" is smaller yet at an equal loss: keys
+            before their rotation, rebuilt whenever they are read.
+        keep: bytes of the latent cache / bytes of the dense 16-bit cache, in (0, 1]. 1 is full rank, and exact at 16
+            bits. None: what bytes_per_token say, or 0.125; 0.5 where `bits` are 16 or cannot be "auto".
         group_size: kv heads per group; the largest divisor of Hkv / shards not above it is used. Some methods give
             each head, or the whole layer, a latent of its own whatever it says.
         ranks: what shares them out: "spectrum", "fisher" (as Palu and ReCalKV do; takes a backward pass), "uniform" or
             "condition" (as LoRC does). None: "condition" for "lorc", "spectrum" for the others.
-        shared: the form of a row, for method "lrattn": False, keys and values apart; "ride", values also use the keys'
-            latent; True, one latent for both, which loses least and takes the longest to rebuild keys from. None: True
-            where a group's row has at most 256 latents, else "ride". Other methods keep them apart.
+        shared: the form of a row, for "lrattn" and "lrattn-rebuilt": False, keys and values apart; True, one latent for
+            both, which loses least at equal bytes, and of which both read all; "ride", of keys that are rebuilt: values
+            also use the keys' latent. None: False for "lrattn"; for "lrattn-rebuilt" True where a group's row has at
+            most 256 latents, else "ride". Other methods keep them apart.
         far: (recent, sinks) of the dense window that the cache will hold: gradients are taken beyond it, see
             `calibrate`, and it is the factors' `near`. (0, 0) for a cache without one. None: that of the gradients in
-            the moments, where some are given and used, else the method's own, (64, 4) for "lrattn".
+            the moments, where some are given and used, else the method's own, (64, 4) for lrattn's.
         refine: steps of distillation that follow, see lrattn.refine, on the same batches. The first of every eight
             sequences, which judges them, is not calibrated on, unless moments are given.
         nested: distil all prefixes of the latents together, for lrattn.narrowed.
@@ -106,9 +100,17 @@ def compress(
             its own. Nothing is deleted. You may delete a .refine file when the factors of its run are saved, and the
             state when no more factors are to be made on this text.
         shards: tensor-parallel ranks that the heads will be divided over; no group of keys lies across them.
-        bits: of a latent: 16, plain numbers; 8, 4 or 2 for all; or, for the methods of lrattn's own, what each block of
-            16 latents may be given, "auto" for all of these. One reverse water-filling then spends the bytes
-            (lrattn/compression/bits.py).
+        bits: of a latent: 16, plain numbers; 8, 4 or 2 for all; or, for lrattn's own methods and ranks "spectrum",
+            several to choose from, or "auto": 8, 4 and 2, and 16 for "lrattn-rebuilt". The bytes then go where they
+            save most, over all layers, keys and values. "lrattn-rebuilt" chooses for every 16 latents
+            (lrattn/compression/bits.py). Where queries meet latents, segments are of multiples of 16, 32 and 64 latents
+            at 8, 4 and 2 bits, of twice as many in rows of 512 or more (lrattn/compression/segments.py). None: "auto"
+            where it can be, for a keep below 0.5 without `nested`; else 16.
+        chunk: positions in a chunk, for "lrattn": a multiple of 64. Shorter ones lose less, and queries are absorbed
+            for each. None: 512. Layers without a rotation have none.
+        positions: for "lrattn-rotated" and other methods of rotated keys: factors are made for positions 0 ..
+            positions - 1, by averages over rotations, which the model's config has to tell. None: as published, from
+            the positions of the calibration; they are wrong beyond its longest sequence.
         bytes_per_token: of the latent cache, scales and padding included: instead of `keep`.
         progress: show bars on stderr.
 
@@ -121,10 +123,9 @@ def compress(
     ranks = recipe.ranks if ranks is None else ranks
     if ranks not in (rules := [rule for rule in RULES if recipe.ruled_by(rule)]):
         raise ValueError(f"ranks: expected one of {rules} with method {method!r}, got {ranks!r}")
-    forms = FORMS if recipe.shares else (False,)
-    if shared is not None and (not isinstance(shared, bool | str) or shared not in forms):  # 1 == True is not a form
-        expected = f"None or one of {FORMS}" if recipe.shares else f"None or False with method {method!r}"
-        raise ValueError(f"shared: expected {expected}, got {shared!r}")
+    if shared is not None and (not isinstance(shared, bool | str) or shared not in recipe.forms):  # 1 is not True
+        expected = " or ".join(map(repr, (None, *recipe.forms)))
+        raise ValueError(f"shared: expected {expected} with method {method!r}, got {shared!r}")
     for name, count, least in (("group_size", group_size, 1), ("shards", shards, 1), ("refine", refine, 0)):
         check_count(name, count, least)
     check_flag("nested", nested)
@@ -136,9 +137,7 @@ def compress(
         far = moments.far if moments is not None and differentiates else recipe.near
     window = Window.of(far)
     far = astuple(window)
-    ladder, in_nats = ladder_of(bits), recipe.in_nats and ranks == "spectrum"
-    if len(ladder) > 1 and not in_nats:
-        raise ValueError(f"bits: expected one number with method {method!r} and ranks {ranks!r}, got {bits!r}")
+    chunk = _chunk(recipe, method, chunk, positions)
     layers = attention_layers(model)
     if bytes_per_token is not None:
         if keep is not None:
@@ -146,32 +145,48 @@ def compress(
         dense = sum(4 * layer.dense for layer in layers)
         check_count("bytes_per_token", bytes_per_token, 1, dense)
         keep = bytes_per_token / dense
-    keep = KEEP if keep is None else keep
+    in_nats = recipe.in_nats and ranks == "spectrum"
+    ladder = None if bits is None else ladder_of(bits)
+    packs = in_nats and not nested if ladder is None else in_nats and ladder != (16,)
+    keep = (KEEP if packs else PLAIN) if keep is None else keep
     check_share(keep)
+    if ladder is None:
+        bits = "auto" if packs and keep < PLAIN else 16
+        ladder = ladder_of(bits)
+    if bits == "auto" and recipe.absorbed:
+        ladder = POSITION_FREE
+    if len(ladder) > 1 and not in_nats:
+        raise ValueError(f"bits: expected one number with method {method!r} and ranks {ranks!r}, got {bits!r}")
     held, by_bits = share_held(keep, ladder), in_nats and ladder != (16,)
     shapes = [replace(_shape(layer, recipe, group_size, shards), bits=ladder[0]) for layer in layers]
-    form = _form(shapes, held) if shared is None and recipe.shares else shared or False
+    form = _form(shapes, held) if shared is None and "ride" in recipe.forms else shared or False
     parts = 2 if by_bits and form == "ride" else 1  # of a row that have bits apart
     shapes = [replace(shape, shared=bool(form), parts=parts) for shape in shapes]
-    try:
-        budget(shapes, keep)  # refused before any work
+    nbytes = int(keep * sum(2 * shape.dense for shape in shapes) + 1e-6)
+    try:  # refused before any work
+        if by_bits and recipe.absorbed:
+            check_least(shapes, keep, nbytes, ladder)
+        else:
+            budget(shapes, keep)
     except ValueError as error:
         if bytes_per_token is None:
             raise
         raise ValueError(f"bytes_per_token: expected more, got {bytes_per_token} ({error})") from error
     _check_finite(layers)
-    ropes = [None] * len(layers) if recipe.rotated else ropes_of(model, layers)
-    if recipe.reads_weights or ranks in ("fisher", "condition"):
-        check_readable(model, layers, ropes_of(model, layers) if recipe.rotated else ropes)
+    reads = recipe.reads_weights or ranks in ("fisher", "condition")
+    asked = reads or not recipe.rotated or positions is not None
+    ropes = ropes_of(model, layers) if asked else [None] * len(layers)
+    if reads:
+        check_readable(model, layers, ropes)
     if recipe.measure is kq_svd.measure:
         for layer in layers:
             linear(layer, "o_proj")
     if refine and batches is None:
         raise ValueError(f"refine: expected 0 without batches, got {refine}")
-    if refine and ladder != (16,):
-        raise ValueError(f"refine: expected 0 with bits={bits!r}: packed latents are not trained, got {refine}")
     if nested and not refine:
         raise ValueError(f"nested: expected False without refine=, got {nested}")
+    if nested and ladder != (16,):
+        raise ValueError(f"nested: expected False with bits={bits!r}: prefixes are of plain latents, got {nested}")
     if isinstance(batches, Moments):
         raise ValueError("batches: expected token batches, got Moments, which are given as moments=")
     calibrates = moments is None and batches is not None and bool(gather)
@@ -181,6 +196,11 @@ def compress(
     judges, texts = parted(given) if refine else ([], [x for batch in given for x in unpadded(*tokens_of(batch))])
     lessons = [ids[None] for ids in texts] if refine else given
     check_lengths(model, map(len, (*judges, *texts)))
+    longest = max(map(len, texts), default=0) if moments is None else moments.longest
+    if positions is not None and not 0 < longest <= positions:
+        enough = f"as many as the calibration's longest sequence, {longest}, or more"
+        told = enough if longest else "None, the moments do not know their longest sequence"
+        raise ValueError(f"positions: expected {told}, got {positions}")
     if calibrates and differentiates and max(map(len, texts), default=0) < least_felt(window, gather):
         raise ValueError(unfelt(window, gather))
     beside = None
@@ -189,7 +209,7 @@ def compress(
             raise ValueError(f"state: expected None where nothing is calibrated or distilled, got {state}")
         safefile.check_target("state", state)
         if refine:
-            choices = method, keep, group_size, ranks, shared, far, shards, ladder, refine, nested
+            choices = method, keep, group_size, ranks, shared, far, shards, ladder, refine, nested, chunk, positions
             known = fingerprint(model), digest_of(judges, texts), "" if moments is None else moments.text
             run = hashlib.sha256(repr((*known, *choices)).encode()).hexdigest()[:8]
             beside = f"{os.fspath(state)}.{run}.refine"
@@ -201,12 +221,14 @@ def compress(
     elif recipe.refit is not None and not any(map(len, texts)):
         raise ValueError(f"batches: method {method!r} runs the compressed model on batches, got no tokens")
     else:
-        _check_moments(moments, model, layers, gather, far if differentiates else None)
+        check_moments(moments, model, layers, gather, far if differentiates else None)
     moments = Moments() if moments is None else moments
 
     shown = partial(tqdm, unit="layer", disable=not progress)
     problems = [
-        Problem(layer, shape, recipe, form, moments, i, rope, shards)
+        Problem(
+            layer, shape, recipe, form, moments, i, shards=shards, **_stored(recipe, rope, chunk, positions, longest)
+        )
         for i, (layer, shape, rope) in enumerate(zip(layers, shapes, ropes, strict=True))
     ]
     chosen = None
@@ -222,7 +244,7 @@ def compress(
         problem.group(sum(per_group) // len(per_group))
     if by_bits:
         rows = [problem.bit_rows(held) for problem in shown(problems, desc="spectra")]
-        spent = iter(spend(list(chain(*rows)), int(keep * sum(2 * shape.dense for shape in shapes) + 1e-6), ladder))
+        spent = iter((share_out if recipe.absorbed else spend)(list(chain(*rows)), nbytes, ladder))
         pairs = zip(shown(problems, desc="factor"), rows, strict=True)
         made = [problem.spent(list(islice(spent, len(own)))) for problem, own in pairs]
     else:
@@ -255,6 +277,40 @@ def compress(
     return distil(model, factors, given, steps=refine, nested=nested, state=beside, progress=progress)
 
 
+def _chunk(recipe: Method, method: str, chunk: int | None, positions: int | None) -> int | None:
+    """Of the method or as given. Raises: ValueError for what the method has not, or is no such number."""
+    if positions is not None:
+        if not recipe.rotated:
+            raise ValueError(f"positions: expected None with method {method!r}, which is for any, got {positions!r}")
+        check_count("positions", positions, 1)
+    if chunk is None:
+        return recipe.chunk
+    if recipe.chunk is None:
+        raise ValueError(f"chunk: expected None with method {method!r}, got {chunk!r}")
+    check_count("chunk", chunk, CHUNK_STEP)
+    if chunk % CHUNK_STEP:
+        raise ValueError(f"chunk: expected a multiple of {CHUNK_STEP}, got {chunk}")
+    return chunk
+
+
+def _stored(
+    recipe: Method, rope: Rope | None, chunk: int | None, positions: int | None, longest: int
+) -> dict[str, Any]:
+    """How the keys of a layer are stored, and what takes them there, as arguments of Problem.
+
+    longest: tokens of the calibration's longest sequence.
+    """
+    if not recipe.rotated:
+        if rope is None or chunk is None:
+            return {"rope": rope}
+        return {"rope": rope, "chunk": chunk, "turns": Turns.in_chunks(rope, chunk)}
+    if positions is None:
+        return {"rope": None, "max_position": longest or None}
+    if rope is None:
+        return {"rope": None}
+    return {"rope": None, "max_position": positions, "turns": Turns(rope, positions - longest + 1)}
+
+
 def _shape(layer: AttentionLayer, recipe: Method, group_size: int, shards: int) -> LayerShape:
     """With keys and values apart."""
     heads = layer.num_kv_heads
@@ -278,24 +334,3 @@ def _check_finite(layers: list[AttentionLayer]) -> None:
         for name, x in layer.module.named_parameters():
             if x.is_floating_point() and not x.is_meta and not bool(x.isfinite().all()):
                 raise ValueError(f"model: expected a finite {layer.name}.{name}, got one that is not")
-
-
-def _check_moments(
-    moments: Moments | None,
-    model: nn.Module,
-    layers: list[AttentionLayer],
-    gather: set[str],
-    far: tuple[int, ...] | None,
-) -> None:
-    """Raises ValueError for others than this model's, with all of these; far: None where no gradients are."""
-    if missing := sorted(gather - set(() if moments is None else moments.gathered)):
-        got = "none" if moments is None else f"moments with {list(moments.gathered)}"
-        raise ValueError(f"moments: expected batches, or moments of calibrate(gather={missing}), got {got}")
-    if moments is None:
-        return
-    if far is not None and moments.far != far:
-        raise ValueError(f"moments: expected gradients beyond a window far={far}, got {moments.far}")
-    if moments.layers != len(layers):
-        raise ValueError(f"moments: expected those of {len(layers)} layers, got {moments.layers}")
-    if moments.model not in ("", fingerprint(model)):
-        raise ValueError("moments: expected those of this model, got another model's")

@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrattn.compression.moments import Moments, about
-
-SIDES = ("keys", "values")
+from lrattn.compression.moments import SIDES, Moments, about
 
 
 def effective_rank(singular: Tensor) -> float:

@@ -38,6 +38,7 @@ GRADIENTS = ("fisher", "metric", "rotated-metric")  # those that take a backward
 BEFORE = ("before", "metric", "fisher")  # those of keys before their rotation, which has to be known
 WEIGHTS = ("fisher", "magnitudes")  # those of x, which only Linear models show
 SYMMETRIC = {part for name, parts in GATHERED.items() if name not in WEIGHTS for part in parts} - {"rotated.queries"}
+SIDES = ("keys", "values")
 UNFELT = 1e-20  # nats: what an error costs that no token felt
 
 
@@ -48,6 +49,7 @@ class Moments:
     Args:
         sums: what `calibrate` was asked to gather, see GATHERED; each one tensor a layer.
         tokens, sequences: how many were summed.
+        longest: tokens of the longest sequence: what is rotated was at positions 0 .. longest - 1. 0: not known.
         far: (recent, sinks) of the window that gradients were taken beyond; (0, 0): of all tokens.
         text: chained sha256 of the token ids. model: sha256 of numbers from every parameter.
     """
@@ -55,6 +57,7 @@ class Moments:
     sums: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
     tokens: int = 0
     sequences: int = 0
+    longest: int = 0
     far: tuple[int, int] = (0, 0)
     text: str = ""
     model: str = ""
@@ -120,7 +123,7 @@ class Moments:
         Raises: OSError if it cannot be written there.
         """
         tensors = {f"{i}.{name}": x for name, xs in self.sums.items() for i, x in enumerate(xs)}
-        names = ("tokens", "sequences", "far", "text", "model")
+        names = ("tokens", "sequences", "longest", "far", "text", "model")
         safefile.write(path, "moments", {name: getattr(self, name) for name in names}, tensors)
 
     @classmethod

@@ -10,11 +10,13 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from lrattn.compression.averages import Turns
 from lrattn.compression.bits import Row, Spent
 from lrattn.compression.clusters import Groups, contiguous, outputs_gram
 from lrattn.compression.methods import Method, rows
+from lrattn.compression.methods.rows import Form
 from lrattn.compression.methods.weighted import deviations, roots
-from lrattn.compression.moments import Moments, about, mean_of
+from lrattn.compression.moments import SIDES, Moments, about, mean_of
 from lrattn.compression.ranks import LayerShape, Ranks
 from lrattn.factors.formats import ERRORS, Format, uniform
 from lrattn.factors.layer import LayerFactors
@@ -24,19 +26,15 @@ from lrattn.factors.shapes import RANK_STEP, pad_rank, round_up
 from lrattn.models.layers import AttentionLayer
 from lrattn.models.weights import bias
 
-SIDES = ("keys", "values")
-# Of a row: False, keys and values apart; "ride", values ride on the key latent; True, one joint latent.
-Form = bool | str
-FORMS: tuple[Form, ...] = (False, "ride", True)
-
 
 @dataclass(eq=False)
 class Problem:
     """A layer, and what a method needs to factor it.
 
     Args:
-        shape: of its budget. form: of its rows. index: of the layer in the moments. rope: that keys are before; None
-            where they are stored as attention is given them.
+        shape: of its budget. form: of its rows. index: of the layer in the moments. rope, chunk, max_position: of the
+            record, which says how keys are stored: see LayerFactors.
+        turns: from keys as they were summed to those that are stored; None: they are the same.
         shards: tensor-parallel ranks that no group of heads may lie across.
     """
 
@@ -47,6 +45,9 @@ class Problem:
     moments: Moments
     index: int
     rope: Rope | None
+    chunk: int | None = None
+    max_position: int | None = None
+    turns: Turns | None = None
     shards: int = 1
 
     def __post_init__(self) -> None:
@@ -69,15 +70,29 @@ class Problem:
 
     def _offset(self, side: str) -> Tensor | None:
         """What is taken from the heads of a side before they are mapped, [n] float64: the bias, where weights are read;
-        the mean, where the method is centred or the model has biases, which it stands for; else nothing."""
+        the mean, where the method centres the side or the model has biases, which it stands for; else nothing."""
         if self.method.reads_weights:
             found = bias(self.layer, side)
             return None if found is None else found.flatten().double().cpu()
         biased = any(name.split(".")[-1] == "bias" for name, _ in self.layer.module.named_parameters())
-        return mean_of(self._seen(side))[self.part[side]] if self.method.centred or biased else None
+        return mean_of(self._seen(side))[self.part[side]] if side in self.method.centred or biased else None
 
     def _seen(self, side: str) -> Tensor:
-        return self.moments.seen(self.index, side, rotated=self.method.rotated)
+        return self._turned(self.moments.seen(self.index, side, rotated=self.method.rotated), side)
+
+    def _measure(self, side: str) -> tuple[Tensor, Tensor | None]:
+        """C and G of the method, of keys as they are stored."""
+        moment, metric = self.method.measure(self.layer, self.moments, self.index, side)
+        if metric is not None and side == "keys" and self.turns is not None:
+            metric = self.turns.metric(metric, self.shape.heads, self.shape.head_dim)
+        return self._turned(moment, side), metric
+
+    def _turned(self, moment: Tensor, side: str) -> Tensor:
+        """A moment of a side or of both, of keys as they are stored; nothing of values alone is turned."""
+        of_both = len(moment) > self.layer.dense + 1
+        if self.turns is None or (side == "values" and not (of_both and self.form)):
+            return moment
+        return self.turns.moment(moment, self.shape.heads, self.shape.head_dim)
 
     def _about(self, moment: Tensor, side: str) -> Tensor:
         """A moment of [x, 1], x of a side or of both, about the offsets; of weights, which is about them, as it is."""
@@ -91,7 +106,7 @@ class Problem:
 
     def _measured(self, side: str) -> tuple[Tensor, Tensor | None]:
         """C [n, n] of a side about its offset, and G."""
-        moment, metric = self.method.measure(self.layer, self.moments, self.index, side)
+        moment, metric = self._measure(side)
         return self._about(moment, side)[self.part[side], self.part[side]], metric
 
     def _inputs(self, side: str) -> Tensor | None:
@@ -181,7 +196,9 @@ class Problem:
         else:
             keys = self._projection("keys", ranks[0], None)
             values = self._projection("values", ranks[1], reached)
-        return LayerFactors(keys, values, self.rope, shared=bool(self.form))
+        return LayerFactors(
+            keys, values, self.rope, shared=bool(self.form), chunk=self.chunk, max_position=self.max_position
+        )
 
     def _weight(self, heads: tuple[int, ...]) -> Tensor:
         """Which of the inputs of a group each of its heads is: the identity, [C, D, C * D] float64."""
@@ -215,7 +232,7 @@ class Problem:
         """
         n, sizes, known = self.layer.dense, self._sizes, []
         for side in SIDES:
-            moment, metric = self.method.measure(self.layer, self.moments, self.index, side)
+            moment, metric = self._measure(side)
             if metric is None or len(moment) != 2 * n + 1:
                 raise ValueError(f"shared: expected a method with a metric for keys and values, got none for {side}")
             known.append((self._about(moment, side), metric, moment[-1, -1]))

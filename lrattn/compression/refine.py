@@ -15,16 +15,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lrattn.attention.cache import pack, unpack
 from lrattn.compression.arguments import check_count, check_flag
 from lrattn.compression.batches import Batch, check_batches, check_lengths, tokens_of, unpadded
 from lrattn.compression.calibrate import fingerprint
 from lrattn.compression.nested import first, shared_out
 from lrattn.compression.substitute import Window, substituted
 from lrattn.factors import safefile
-from lrattn.factors.layer import LayerFactors, sides_of
+from lrattn.factors.layer import LayerFactors
 from lrattn.factors.projection import Projection
 from lrattn.factors.record import Factors
-from lrattn.factors.rope import Rope
+from lrattn.factors.rope import rows_at
 from lrattn.models.interface import device_of
 from lrattn.models.layers import AttentionLayer, attention_layers
 from lrattn.models.states import evaluating, frozen
@@ -59,7 +60,9 @@ def refine(
     """Factors that lose less: Adam on `up` and `down` alone, on the divergence from the original model's predictions.
 
     A step takes one sequence. One sequence in eight is held back: the factors that do best on those are returned, which
-    may be the ones given. Ranks, bytes and all but their `near` window stay as they are.
+    may be the ones given. Ranks, bytes and all but their `near` window stay as they are. `down` reads heads: what it
+    writes stays in their span. Packed latents are rounded as they are stored, and gradients pass as if they were not
+    (straight through, arXiv 1308.3432).
 
     Args:
         model: the one the factors are of; it is not changed.
@@ -69,21 +72,21 @@ def refine(
         recent, sinks: of the dense window that the cache will hold: what is near a query is exact in training, too.
             None: as the factors say (Factors.near).
         nested: a step trains the first quarter, half, three quarters or all of every group's latents, in turns, and the
-            factors are judged by all of these: for `narrowed`, at any keep below their own.
+            factors are judged by all of these: for `narrowed`, at any keep below their own. Of plain latents.
         state: a file written at every judgement, every eight steps, and when Ctrl-C or an error stops the run: of whole
             steps. If it exists, training goes on where it was.
         progress: show a bar on stderr, with the divergence on the held-back sequences in nats a token.
 
     Raises: ValueError for too few sequences or one with more tokens than the model has positions, factors in another
-    dtype or on another device than the model, packed ones, maps of attention inputs, or a state of other factors,
-    steps, window or text; OSError if the state cannot be written.
+    dtype or on another device than the model, packed ones with nested, maps of attention inputs, or a state of other
+    factors, steps, window or text; OSError if the state cannot be written.
     """
     check_count("steps", steps, 1)
     check_flag("nested", nested)
     if any(layer.values.of_inputs for layer in factors.layers):
         raise ValueError("factors: expected maps of heads, got those of a file before version 3: use in_kv_space")
-    if any(layer.packed for layer in factors.layers):
-        raise ValueError("factors: expected plain latents, which can be trained, got packed ones")
+    if nested and any(layer.packed for layer in factors.layers):
+        raise ValueError("nested: expected False with packed latents, of which no prefixes can be taken, got True")
     if state is not None:
         safefile.check_target("state", state)
     window = Window(*factors.near_or(recent, sinks))
@@ -214,12 +217,13 @@ class _Run:
 
     def divergence(self, ids: Tensor, expected: Tensor, tensors: Tensors, share: float) -> Tensor:
         """Kullback-Leibler divergence from the predictions expected, nats a token, with this share of every run."""
-        at = torch.arange(len(ids), device=self.device)[None]
+        at = torch.arange(len(ids), device=self.device)
 
         def replaced(i: int, _: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            layer = self.wide.layers[i]
-            sides = first(*_sides(layer, i, tensors), shared_out(layer, share), shared=layer.shared)
-            return _mapped(sides, layer.rope, k, v, at)
+            layer, sides = self.wide.layers[i], _sides(self.wide.layers[i], i, tensors)
+            if share < 1:
+                sides = first(*sides, shared_out(layer, share), shared=layer.shared)
+            return _mapped(self.factors.layers[i], sides, layer, k, v, at)
 
         with substituted(self.model, self.layers, replaced, self.window):
             got = self.predicted(ids)
@@ -271,7 +275,7 @@ def _tensors(factors: Factors) -> Tensors:
     found: Tensors = {}
     for i, layer in enumerate(factors.layers):
         for name, side in (("keys", layer.keys), ("values", layer.values)):
-            if side.down is None and not layer.shared:
+            if side.down is None and not (layer.shared and name == "keys"):
                 raise ValueError(f"{name}.down: expected [Hkv * D, {side.width}] in layer {i}, got None")
             parts = {"up": side.up, "down": side.down}
             found |= {f"{i}.{name}.{part}": x.detach().clone() for part, x in parts.items() if x is not None}
@@ -288,19 +292,42 @@ def _sides(layer: LayerFactors, i: int, tensors: Tensors) -> tuple[Projection, P
 
 
 def _mapped(
-    sides: tuple[Projection, Projection], rope: Rope | None, k: Tensor, v: Tensor, positions: Tensor
+    held: LayerFactors, sides: tuple[Projection, Projection], layer: LayerFactors, k: Tensor, v: Tensor, at: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """k, v [1, Hkv, T, D] -> what the latents make of them."""
-    heads = [x.transpose(1, 2) for x in (k, v)]  # [1, T, Hkv, D]
-    if rope is not None:
-        heads[0] = rope.turn_back(heads[0], positions)
-    offsets = [0.0 if side.offset is None else side.offset for side in sides]
-    rows = [(x.float() - o).flatten(2) for x, o in zip(heads, offsets, strict=True)]
-    made = []
-    for side, row, o in zip(sides_of(*sides), rows, offsets, strict=True):
-        weight = side.dense()
-        whole = row if len(weight) == row.shape[2] else torch.cat(rows, 2)
-        made.append((whole @ weight).view(heads[0].shape) + o)
-    if rope is not None:
-        made[0] = rope.rotate(made[0], positions)
-    return made[0].transpose(1, 2).to(k.dtype), made[1].transpose(1, 2).to(v.dtype)
+    """k, v [1, Hkv, T, D] at positions [T] -> what latents by these sides make of them.
+
+    layer: in float32. held: as it is stored, which says how latents are rounded.
+    """
+    heads, turns = [x[0].transpose(0, 1) for x in (k, v)], None  # [T, Hkv, D]
+    if layer.rope is not None and layer.turns is not None:
+        turns = rows_at(layer.turns, at, layer.chunk)[:, None]
+        heads[0] = layer.rope.turned(heads[0], turns.reciprocal())
+    rows = [x.float() if side.offset is None else x.float() - side.offset for x, side in zip(heads, sides, strict=True)]
+    (keys, values), inputs = sides, [row.flatten(1) for row in rows]
+    if layer.shared:
+        zk = zv = _written(values, torch.cat(inputs, 1), held.values)
+    else:
+        zk, zv = _written(keys, inputs[0], held.keys), _written(values, inputs[1], held.values)
+    made = [_read(keys, zk, values if layer.shared else keys), _read(values, zv, values)]
+    if layer.rope is not None and turns is not None:
+        made[0] = layer.rope.turned(made[0], turns)
+    return made[0].transpose(0, 1)[None].to(k.dtype), made[1].transpose(0, 1)[None].to(v.dtype)
+
+
+def _written(side: Projection, x: Tensor, held: Projection) -> Tensor:
+    """Latents of x [T, inputs] as a cache of `held` gives them back, with gradients as if it rounded nothing."""
+    assert side.down is not None
+    z = x @ side.down
+    if not held.formats:
+        return z
+    given = unpack(held, pack(held, z.detach().to(held.up.dtype)))
+    return z + (given - z.detach())
+
+
+def _read(side: Projection, z: Tensor, row: Projection) -> Tensor:
+    """Heads [T, Hkv, D] of a side from rows of latents [T, width], laid out as those of `row`."""
+    made = z.new_empty(len(z), side.num_heads, side.head_dim)
+    for g, (heads, columns, rank) in enumerate(zip(side.groups, row.columns, side.ranks, strict=True)):
+        found = z[:, columns.start : columns.start + rank] @ side.block(g)
+        made[:, list(heads)] = found.unflatten(1, (len(heads), -1))
+    return made if side.offset is None else made + side.offset

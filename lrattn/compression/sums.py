@@ -122,9 +122,10 @@ class Sums:
             self._check_finite(f"keys and values of {layer.name}", total)
         if self.differentiates:
             self._differentiate(self._logits(out, ids), ids)
-        tokens = ids.numel() if live is None else int(live.sum())
+        tokens, longest = (ids.numel(), ids.shape[1]) if live is None else (int(live.sum()), int(live.sum(1).max()))
+        longest = max(held.longest, longest) if held.longest or not held.tokens else 0  # 0: of a state that never said
         sums = {name: tuple(xs) for name, xs in self.sums.items()}
-        return replace(held, sums=sums, tokens=held.tokens + tokens)
+        return replace(held, sums=sums, tokens=held.tokens + tokens, longest=longest)
 
     def _logits(self, out: Any, ids: Tensor) -> Tensor:
         """Raises ValueError if the model predicts no tokens."""

@@ -11,22 +11,29 @@ from torch import Tensor
 from lrattn.factors.operands import Keys, Operands, Values
 from lrattn.factors.projection import Projection
 from lrattn.factors.rope import Rope, rows_at
-from lrattn.factors.shapes import accumulator, check, check_tensors, product_dtype
+from lrattn.factors.shapes import CHUNK_STEP, accumulator, check, check_tensors, product_dtype
 
 
 @dataclass(frozen=True, eq=False)
 class LayerFactors:
     """What attention needs of one layer beside the query and the cache.
 
-    Latents are written from keys and values as attention is given them: after the model's norms and rotation. With a
-    rope, keys are turned back before they are stored, and again when they are rebuilt; without one they are stored as
-    they come, and queries meet the latents themselves.
+    Latents are written from keys and values as attention is given them: after the model's norms and rotation. Keys are
+    stored in one of three forms, k_t being a key as it is given, R(t) the rotation to position t:
+
+        rope and chunk N    R(-(t // N) N) k_t: turned to their place in a chunk of N positions. Queries are turned back
+                            by a chunk's first position and meet its latents themselves. For any position.
+        rope alone          R(-t) k_t: before RoPE. They are rebuilt from their latents, and turned again.
+        no rope             k_t, as it comes. Queries meet the latents themselves.
 
     Args:
         keys, values: the two sides. Heads, head dim, dtype and device agree.
-        rope: the model's rotation, which stored keys are without; None: keys are stored as attention is given them.
+        rope: the model's rotation of keys.
         shared: one row per group serves both: values use the whole row, keys its first keys.ranks[g] columns.
         wo: [Hq, D, E] output projection, needed only for project="hidden".
+        chunk: N, a multiple of 64.
+        max_position: of a layer without a rope, the positions that latents of rotated keys stand for: 0 ..
+            max_position - 1. None: any, as of a model that does not rotate, or not known.
 
     Raises: ValueError naming the tensor, what was expected and what came.
     """
@@ -36,18 +43,22 @@ class LayerFactors:
     rope: Rope | None
     shared: bool = False
     wo: Tensor | None = None
+    chunk: int | None = None
+    max_position: int | None = None
     # Derived once.
     pairs: Tensor = field(init=False, repr=False)  # [D], pair order -> model order
-    turns: Tensor | None = field(init=False, repr=False)  # [max_position, rotary_dim / 2] complex
+    turns: Tensor | None = field(init=False, repr=False)  # [positions or chunks, rotary_dim / 2] complex
     operands: Operands = field(init=False, repr=False)
     checked: dict[Any, str] = field(init=False, repr=False, default_factory=dict)  # see attention.ops
 
     def __post_init__(self) -> None:
         self._check()
-        rope, columns = self.rope, self.key_columns
+        rope, columns, turns = self.rope, self.key_columns, None
         pairs = (torch.arange(self.head_dim) if rope is None else rope.pair_order(self.head_dim)).to(self.device)
-        turns = None if rope is None else rope.turns(self.device, self.dtype)
-        operands = Operands.of(self.keys, self.values, rope, self.shared, columns, pairs, turns)
+        if rope is not None:
+            where = self.device, self.dtype
+            turns = rope.turns(*where) if self.chunk is None else rope.chunk_turns(self.chunk, *where)
+        operands = Operands.of(self.keys, self.values, rope, self.shared, columns, pairs, turns, self.chunk)
         vars(self).update(pairs=pairs, turns=turns, operands=operands)
 
     def _check(self) -> None:
@@ -60,12 +71,23 @@ class LayerFactors:
                 check(f"{name}.down", side.down, f"{rows} {side.width}", dims)
         if self.rope is not None and (self.rope.rotary_dim > self.head_dim or self.head_dim % 2):
             raise ValueError(f"rope: expected an even D of at least {self.rope.rotary_dim}, got D={self.head_dim}")
+        self._check_form()
         if self.wo is not None:
             check("wo", self.wo, "Hq D E", dims, **kind)
             if dims["Hq"] % dims["Hkv"]:
                 raise ValueError(f"wo: expected a multiple of Hkv={dims['Hkv']} heads, got {dims['Hq']}")
         if self.shared:
             self._check_shared()
+
+    def _check_form(self) -> None:
+        for name, n, needed in (("chunk", self.chunk, True), ("max_position", self.max_position, False)):
+            if n is None:
+                continue
+            step = CHUNK_STEP if name == "chunk" else 1
+            if not isinstance(n, int) or isinstance(n, bool) or n < step or n % step:
+                raise ValueError(f"{name}: expected None or a positive multiple of {step}, got {n!r}")
+            if (self.rope is not None) != needed:
+                raise ValueError(f"{name}: expected None {'without' if needed else 'with'} a rope, got {n}")
 
     def _check_shared(self) -> None:
         keys, values = self.keys, self.values
@@ -83,11 +105,14 @@ class LayerFactors:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled and copied without what is derived, whose tables are views of each other in other dtypes."""
-        return LayerFactors, (self.keys, self.values, self.rope, self.shared, self.wo)
+        form = self.chunk, self.max_position
+        return LayerFactors, (self.keys, self.values, self.rope, self.shared, self.wo, *form)
 
     def __repr__(self) -> str:
         sides = f"keys={self.keys.latents_told}, values={self.values.latents_told}"
-        form = (", shared" if self.shared else "") + ("" if self.rope is None else ", before RoPE")
+        form = ", shared" if self.shared else ""
+        if self.rope is not None:
+            form += ", before RoPE" if self.chunk is None else f", in chunks of {self.chunk}"
         heads = f"heads={self.num_kv_heads}, head_dim={self.head_dim}"
         return f"LayerFactors({heads}, {sides}{form}, {self.dtype} on {self.device})"
 
@@ -106,6 +131,11 @@ class LayerFactors:
     @property
     def device(self) -> torch.device:
         return self.keys.up.device
+
+    @property
+    def absorbed(self) -> bool:
+        """Whether queries meet the latents of keys: none is rebuilt."""
+        return self.operands.keys.sizes.absorbed
 
     @property
     def row_side(self) -> Projection:
@@ -161,11 +191,12 @@ class LayerFactors:
     def project(self, k: Tensor, v: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Keys and values -> latents (zk [.., sum Rk], zv [.., sum Rv]); (row, None) when shared.
 
-            z = ([k, v] - offset) @ down,   k turned back from its position where the layer has a rope
+            z = ([k, v] - offset) @ down,   k turned back as its layer stores it
 
         Args:
             k, v: [.., Hkv, D] each, as attention is given them: after the model's norms, keys rotated.
-            positions: [..] integers, of a layer with a rope: where the keys were rotated to. Others take none.
+            positions: [..] integers, of a layer with a rope: where the keys were rotated to; in chunks those before 0
+                count as of the first. Others take none.
 
         Products are of the layer's dtype (float32 for float16 on a CPU); what comes before is in float32.
         Raises: ValueError if a write side (`down`) is missing or reads attention inputs, or a tensor does not fit.
@@ -176,7 +207,7 @@ class LayerFactors:
         self._check_like("k", k, (*lead, *heads), ("..", *heads))
         self._check_like("v", v, (*lead, *heads), (*lead, *heads))
         if self.rope is not None and self.turns is not None:  # Rope.turn_back, by the layer's own tables
-            turns = rows_at(self.turns, self._positions(positions, lead).reshape(-1).to(k.device))
+            turns = self._turns_at(positions, lead, k.device)
             k = self.rope.turned(k, turns.reciprocal().view(*lead, 1, turns.shape[-1]), self.pairs)
         elif positions is not None:
             raise ValueError("positions: expected None, the layer has no rope, got a tensor")
@@ -215,6 +246,11 @@ class LayerFactors:
             raise ValueError(f"positions: expected integers of shape {list(lead)}, got {got}")
         return positions
 
+    def _turns_at(self, positions: Tensor | None, lead: torch.Size, device: torch.device) -> Tensor:
+        """Of the keys at these positions, [n, rotary_dim / 2]."""
+        assert self.turns is not None
+        return rows_at(self.turns, self._positions(positions, lead).reshape(-1).to(device), self.chunk)
+
     def raw_keys(self, row: Tensor, g: int) -> Tensor:
         """Keys of group g from rows [n, >= row_width], as they are stored: [n, C, D], pairs adjacent, not rotated.
 
@@ -247,7 +283,7 @@ class LayerFactors:
         value_rows = rows if zv is None else zv.reshape(-1, zv.shape[-1])
         turns = None
         if self.turns is not None:
-            turns = rows_at(self.turns, self._positions(positions, lead).reshape(-1).to(rows.device))
+            turns = self._turns_at(positions, lead, rows.device)
         k, v = (rows.new_empty(len(rows), self.num_kv_heads, self.head_dim) for _ in range(2))
         for g, heads in enumerate(self.keys.groups):
             tile = self.turn_(self.raw_keys(rows, g), turns)
@@ -256,18 +292,6 @@ class LayerFactors:
         for g, (heads, columns) in enumerate(zip(self.values.groups, self.values.columns, strict=True)):
             v[:, list(heads)] = _heads(self.values, self.operands.values, g, value_rows[:, columns]).to(v.dtype)
         return k.view(*lead, *k.shape[1:]), v.view(*lead, *v.shape[1:])
-
-    def fold_output(self) -> Tensor:
-        """Value basis folded into the output projection: [Hq, max Rv, E] = uv[h // M] @ wo[h].
-
-        With it a "latent" result needs one product instead of two. It is smaller than the two only when Rv <= D;
-        the value offset stays outside: it adds (mass on tokens) * offset[h // M] @ wo[h].
-        """
-        if self.wo is None:
-            raise ValueError("wo: expected [Hq, D, E] to fold the value basis into, got None")
-        acc = accumulator(self.dtype)
-        up = self.values.up.repeat_interleave(self.wo.shape[0] // self.num_kv_heads, 0)
-        return (up.to(acc) @ self.wo.to(acc)).to(self.dtype)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LayerFactors:
         return replace(

@@ -25,11 +25,17 @@ class KeySizes(NamedTuple):
     interleaved: int  # 1: pairs are dimensions (2j, 2j + 1)
     exact_turns: int  # 1: float32 results must use every token's own row of turns
     biased: int  # 1: there is a bias
-    max_position: int  # rows of the turns; 0 without
+    max_position: int  # rows of the turns: positions, or chunks; 0 without
     num_heads: int  # Hkv
     groups: int  # G
     group_size: int  # C
+    chunk: int  # tokens of a chunk, whose keys are turned to their place in it; 0: they are not
     packed: tuple[int, ...] = ()  # of the row's segments: bits, and the most latents of a group; () where it is plain
+
+    @property
+    def absorbed(self) -> bool:
+        """Whether queries meet latents: no key is rebuilt."""
+        return not self.rotary_dim or self.chunk > 0
 
 
 class ValueSizes(NamedTuple):
@@ -54,7 +60,7 @@ class Keys(NamedTuple):
     heads: Tensor  # [Hkv] int32, place -> kv head
     bias: Tensor | None  # [Hkv, D] float32
     turns: Tensor | None  # [max_position, rotary_dim] float32, cos and sin of a pair adjacent; None: no rotation
-    offset_turns: Tensor | None  # [MAX_BLOCK, rotary_dim] float32
+    offset_turns: Tensor | None  # [MAX_BLOCK, rotary_dim] float32, of keys that are rebuilt
     sizes: KeySizes
 
 
@@ -78,12 +84,12 @@ class Operands(NamedTuple):
     @classmethod
     def of(
         cls, keys: Projection, values: Projection, rope: Rope | None, shared: bool, columns: tuple[slice, ...],
-        pairs: Tensor, turns: Tensor | None,
+        pairs: Tensor, turns: Tensor | None, chunk: int | None,
     ) -> Operands:  # fmt: skip
         """columns: each key group's latents in a row of the key cache. pairs: [D], pair order -> model order.
-        turns: complex, by position."""
+        turns: complex, by position or chunk."""
         formats = (values if shared else keys).formats
-        tables = turns, None if rope is None else rope.offset_turns(keys.up.device)
+        tables = turns, None if rope is None or chunk else rope.offset_turns(keys.up.device)
         turned = [None if x is None else torch.view_as_real(x).flatten(1) for x in tables]
         rotation = (0, 0, 0) if rope is None else (rope.rotary_dim, int(rope.interleaved), int(rope.fp32_angles))
         key = _basis(keys, columns, formats, pairs)
@@ -91,7 +97,7 @@ class Operands(NamedTuple):
         paired = [set(members) for members in keys.groups] == [set(members) for members in values.groups]
         key_sizes = KeySizes(
             keys.head_dim, max(keys.ranks), *rotation, int(keys.offset is not None), 0 if turns is None else len(turns),
-            *_heads(keys), widest(formats),
+            *_heads(keys), chunk or 0, widest(formats),
         )  # fmt: skip
         value_sizes = ValueSizes(
             max(values.ranks), int(paired), int(shared), values.head_dim, *_heads(values), widest(values.formats)

@@ -100,6 +100,7 @@ class Factors:
         layers = []
         for i, layer in enumerate(self.layers):
             entry: dict[str, Any] = {"shared": layer.shared, "rope": layer.rope and asdict(layer.rope)}
+            entry |= {"chunk": layer.chunk, "max_position": layer.max_position}
             for name in ("keys", "values"):
                 side: Projection = getattr(layer, name)
                 entry[name] = {"ranks": side.ranks, "head_order": side.head_order, "of_inputs": side.of_inputs}
@@ -132,7 +133,7 @@ class Factors:
             )
         layers = []
         for i, entry in enumerate(record["layers"]):
-            sides = {}
+            sides: dict[str, Any] = {}
             for name in ("keys", "values"):
                 kept = dict(entry[name])
                 formats = tuple(map(Format, kept.pop("format", None) or ()))
@@ -146,7 +147,9 @@ class Factors:
                     **kept,
                 )
             rope = entry["rope"] and Rope(**entry["rope"])
-            layers.append(LayerFactors(**sides, rope=rope, shared=entry["shared"], wo=tensors.get(f"{i}.wo")))
+            form: dict[str, Any] = {name: entry.get(name) for name in ("chunk", "max_position")}  # since version 4
+            wo = tensors.get(f"{i}.wo")
+            layers.append(LayerFactors(**sides, rope=rope, shared=entry["shared"], wo=wo, **form))
         given = {name: record[name] for name in ("rule", "predicted", "near") if name in record}
         samples = tuple(tensors[f"{i}.samples"] for i in range(len(layers)) if f"{i}.samples" in tensors)
         return cls(tuple(layers), record["method"], record["model"], **given, samples=samples)

@@ -17,11 +17,12 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from lrattn.factors.shapes import accumulator
+from lrattn.factors.shapes import accumulator, cdiv
 
 KINDS = ("default", "linear", "yarn", "llama3", "longrope")
 MAX_BLOCK = 128  # most tokens that kernels rotate relative to the first of them
-_TABLES: WeakValueDictionary[tuple[Rope, bool, str, torch.dtype], Tensor] = WeakValueDictionary()
+MOST_CHUNKED = 1 << 20  # positions that chunks are counted up to, whatever the model says
+_TABLES: WeakValueDictionary[tuple[Rope, int, int, bool, str, torch.dtype], Tensor] = WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class Rope:
 
         complex64, complex128 for float64. Equal Ropes share one table per device and dtype while any holder lives.
         """
-        return self._table(False, str(device), accumulator(dtype))
+        return self._table(1, self.max_position, True, str(device), accumulator(dtype))
 
     def offset_turns(self, device: torch.device | str = "cpu") -> Tensor:
         """cos + i sin of offsets 0 .. MAX_BLOCK - 1, without the attention factor: [MAX_BLOCK, rotary_dim / 2].
@@ -126,17 +127,26 @@ class Rope:
         complex64, angles in float64: the key of token t is turned by that of its block's first token t0 times that
         of t - t0. Shared as `turns` is.
         """
-        return self._table(True, str(device), torch.float32)
+        return self._table(1, MAX_BLOCK, False, str(device), torch.float32)
 
-    def _table(self, offsets: bool, device: str, dtype: torch.dtype) -> Tensor:
-        found = _TABLES.get(key := (self, offsets, device, dtype))
+    def chunk_turns(self, chunk: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
+        """cos + i sin of the first positions 0, chunk, 2 chunk, .. of chunks, without the attention factor.
+
+        [chunks, rotary_dim / 2], as many as a million positions have, or max_position if that is more; angles in
+        float64. Dtype and sharing as of `turns`.
+        """
+        chunks = cdiv(max(self.max_position, MOST_CHUNKED), chunk)
+        return self._table(chunk, chunks, False, str(device), accumulator(dtype))
+
+    def _table(self, step: int, count: int, whole: bool, device: str, dtype: torch.dtype) -> Tensor:
+        """Of positions 0, step, .., `count` of them; whole: with the attention factor, as the model rounds angles."""
+        found = _TABLES.get(key := (self, step, count, whole, device, dtype))
         if found is None:
             with torch.inference_mode(False):  # the table outlives the caller's mode
                 frequencies, factor = self.frequencies()
-                if offsets:
+                if not whole:
                     frequencies, factor = frequencies.double(), 1.0
-                rows = torch.arange(MAX_BLOCK if offsets else self.max_position, dtype=frequencies.dtype)
-                angles = rows[:, None] * frequencies
+                angles = (torch.arange(count, dtype=frequencies.dtype) * step)[:, None] * frequencies
                 parts = (x.mul_(factor).to(device, dtype) for x in (angles.cos(), angles.sin()))
                 found = _TABLES[key] = torch.complex(*parts)
         return found
@@ -228,13 +238,14 @@ class Rope:
         return 1.0 / (stretch * periods), float(p.get("attention_factor", inferred))
 
 
-def rows_at(turns: Tensor, positions: Tensor) -> Tensor:
-    """Rows `positions` [n] of a table of turns: [n, rotary_dim / 2].
+def rows_at(turns: Tensor, positions: Tensor, chunk: int | None = None) -> Tensor:
+    """Of positions [n] their rows in a table of turns, or those of their chunks: [n, rotary_dim / 2].
 
+    Positions before 0 are in the first chunk.
     Raises: ValueError for a position outside the table (on a CPU; a GPU stops by itself).
     """
     try:
-        return turns.index_select(0, positions.long())
+        return turns.index_select(0, positions.long() if chunk is None else positions.long().clamp_min(0) // chunk)
     except IndexError:
         got = f"{int(positions.min())} .. {int(positions.max())}"
-        raise ValueError(f"positions: expected 0 .. {len(turns) - 1} of the rope, got {got}") from None
+        raise ValueError(f"positions: expected 0 .. {len(turns) * (chunk or 1) - 1} of the rope, got {got}") from None

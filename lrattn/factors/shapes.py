@@ -22,6 +22,7 @@ from torch import Tensor
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 RANK_STEP = 16  # ranks are multiples of this: one tensor-core step, one 32-byte sector of 16-bit latents
+CHUNK_STEP = 64  # chunks are multiples of this: a tile of tokens lies in one
 MAX_SPLITS = 1024  # parts of a sequence's tokens that are attended to apart
 
 

@@ -13,7 +13,10 @@ def summarize(factors: Factors) -> dict[str, Any]:
 
     Bytes are those of a token, plain latents at 16 bits a number, packed ones with their scales. Rows that keys and
     values share count as the values'. key_bits, value_bits: (latents, bits) of the segments of each
-    packed group. key_rank is the mean rank of a key group: what rebuilding keys takes time for.
+    packed group. key_rank is the mean rank of a key group: what queries meet, or what rebuilding keys takes time for.
+    absorbed: whether queries meet the latents; rotated: whether those are of keys as attention is given them, and
+    max_position for how many positions, None where that is not known; chunk: of how many positions keys are turned to
+    their place in.
     Predicted losses are nats a token, to second order; None where the method foresees none.
     """
     keys = sum(layer.keys.latent_bytes for layer in factors.layers if not layer.shared)
@@ -44,7 +47,10 @@ def summarize(factors: Factors) -> dict[str, Any]:
                 "key_bits": [f.segments for f in layer.keys.formats],
                 "value_bits": [f.segments for f in layer.values.formats],
                 "predicted_loss": factors.predicted[i] if factors.predicted else None,
+                "absorbed": layer.absorbed,
                 "rotated": layer.rope is None,
+                "chunk": layer.chunk,
+                "max_position": layer.max_position,
                 "keep": layer.bytes_per_token / (4 * layer.num_kv_heads * layer.head_dim),
             }
             for i, layer in enumerate(factors.layers)
@@ -53,7 +59,7 @@ def summarize(factors: Factors) -> dict[str, Any]:
 
 
 def headline(summary: dict[str, Any]) -> str:
-    """The whole in five lines, or six with a dense window."""
+    """The whole in six lines, or seven with a dense window."""
     count, first = len(summary["layers"]), summary["layers"][0]
     made = summary["method"] + (f", ranks {summary['ranks']}" if summary["ranks"] else "")
     split = f"keys {summary['key_share']:.1%}, values {summary['value_share']:.1%}"
@@ -70,6 +76,7 @@ def headline(summary: dict[str, Any]) -> str:
         split,
         f"{how} {summary['key_rank']:.0f} latents"
         + ("" if loss is None else f"; predicted loss {loss:.2g} nats a token"),
+        f"{_keys(summary)}: {_positions(summary)}",
         *([f"beside them, dense: the last {recent} and the first {sinks} tokens"] if recent or sinks else []),
     ]
     return "\n".join(lines)
@@ -104,6 +111,7 @@ def comparison(summaries: Mapping[str, dict[str, Any]]) -> str:
                 "bits a number": f"{16 * x['keep']:.2f}",
                 "key rank": f"{x['key_rank']:.0f}",
                 "keys": "absorbed" if _absorbed(x) else "rebuilt",
+                "positions": _positions(x).removeprefix("for positions "),
                 "predicted loss": "-" if x["predicted_loss"] is None else f"{x['predicted_loss']:.1e}",
                 "window": " + ".join(map(str, x["near"])) if any(x["near"]) else "-",
                 "file": name,
@@ -124,7 +132,23 @@ def _aligned(rows: Sequence[Mapping[str, str]]) -> str:
 
 def _absorbed(summary: dict[str, Any]) -> bool:
     """Whether no layer rebuilds keys."""
-    return all(x["rotated"] for x in summary["layers"])
+    return all(x["absorbed"] for x in summary["layers"])
+
+
+def _keys(summary: dict[str, Any]) -> str:
+    """How keys are stored, of the layers that turn them."""
+    chunks = {x["chunk"] for x in summary["layers"] if x["chunk"]}
+    if chunks:
+        return f"keys turned to their place in chunks of {' or '.join(map(str, sorted(chunks)))}"
+    return "keys before RoPE" if any(not x["rotated"] for x in summary["layers"]) else "keys as attention is given them"
+
+
+def _positions(summary: dict[str, Any]) -> str:
+    """Where the factors hold."""
+    if any(not x["rotated"] for x in summary["layers"]):
+        return "any position"
+    known = [x["max_position"] for x in summary["layers"] if x["max_position"]]
+    return f"for positions 0..{min(known) - 1:,}" if known else "positions not recorded"
 
 
 def _packed(summary: dict[str, Any]) -> bool:

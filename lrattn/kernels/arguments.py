@@ -17,6 +17,7 @@ class Tokens(NamedTuple):
     starts: Tensor | None  # [B] int32
     positions: Tensor | None  # [N, P] int32
     bound: int  # lengths are clamped to it
+    offsets: Tensor | None = None  # [B] int32: the position of token t is t - offset, where keys go by chunks
 
     @property
     def held(self) -> tuple[Any, ...]:
@@ -25,14 +26,24 @@ class Tokens(NamedTuple):
         return self.pages, self.pages.stride(0), self.lens, self.lens.stride(0), self.starts, starts_stride
 
     @property
+    def lag(self) -> tuple[Any, ...]:
+        """offsets and their stride."""
+        return self.offsets, 0 if self.offsets is None else self.offsets.stride(0)
+
+    @property
+    def placed_apart(self) -> bool:
+        """Whether positions are not the indices in the sequence."""
+        return self.positions is not None or self.offsets is not None
+
+    @property
     def placed(self) -> tuple[Any, ...]:
         """positions and their strides."""
         return self.positions, (0, 0) if self.positions is None else self.positions.stride()
 
     def of(self, some: slice) -> Tokens:
         """The tokens of some of the sequences."""
-        starts = None if self.starts is None else self.starts[some]
-        return self._replace(pages=self.pages[some], lens=self.lens[some], starts=starts)
+        starts, offsets = (None if x is None else x[some] for x in (self.starts, self.offsets))
+        return self._replace(pages=self.pages[some], lens=self.lens[some], starts=starts, offsets=offsets)
 
 
 class Rule(NamedTuple):

@@ -22,23 +22,26 @@ from lrattn.kernels.values import latent_values
 class Workspace(NamedTuple):
     """Temporaries of the sequences taken at a time, B of them."""
 
-    x: Any  # [B, tiles, Hq S, 2, D / 2] queries by tile, in q's dtype; one tile where none are turned back, or None
+    x: Tensor  # [B, tiles, Hq S, 2, D / 2] queries by tile, or [B, chunks, Hq S, Rk] absorbed ones, in q's dtype
+    constant: Any  # [B, chunks, Hq S padded] float32, the key bias' share of absorbed queries' scores, or None
     s: Any  # [B, Hq S, tokens] float32 scores, or None
-    y: Tensor  # [B, slots, Hq S, Rv] float32 partial results, a slot each; one more to merge, two for chunks of tokens
+    y: Tensor  # [B, slots, Hq S, Rv] float32 partial results, a slot each; one more to merge, two for several spans
     lse: Tensor  # [B, slots, Hq S padded] float32
 
     @classmethod
     def allocate(cls, call: Call, size: Cut) -> "Workspace":
         q, keys = call.q, call.keys.sizes
         rows, half = q.shape[1] * q.shape[2], launch.block_d(keys.head_dim) // 2
+        padded = round_up(rows, 16)  # at multiples of 16, whatever the number of splits or chunks: one compilation
         slots = size.splits + (size.splits > plan.COMBINED if size.tiles >= size.total else 2)
-        query_tiles = size.tiles if size.turned else 1
+        x = (size.chunks, rows, keys.rank) if keys.absorbed else (size.tiles if size.turned else 1, rows, 2, half)
+        biased = keys.absorbed and keys.biased
         return cls(
-            q.new_empty(size.batch, query_tiles, rows, 2, half) if keys.rotary_dim else None,
+            q.new_empty(size.batch, *x),
+            q.new_empty(size.batch, size.chunks, padded, dtype=torch.float32) if biased else None,
             None if size.fused else q.new_empty(size.batch, rows, size.tiles * launch.BLOCK_T, dtype=torch.float32),
             q.new_empty(size.batch, slots, rows, call.values.sizes.rank, dtype=torch.float32),
-            # every row of splits at a multiple of 16, whatever the number of splits: one compilation
-            q.new_empty(size.batch, slots, round_up(rows, 16), dtype=torch.float32),
+            q.new_empty(size.batch, slots, padded, dtype=torch.float32),
         )
 
     def of(self, n: int) -> "Workspace":
@@ -56,7 +59,7 @@ def decode_attention(
         return
     size = plan.cut(
         batch, num_queries, query_heads, q.dtype, launch.name(q.device), launch.processors(q.device), call.keys.sizes,
-        call.values.sizes, tokens.positions is not None, tokens.bound, call.rule.window, num_splits, workspace_limit,
+        call.values.sizes, tokens.placed_apart, tokens.bound, call.rule.window, num_splits, workspace_limit,
     )  # fmt: skip
     work, wo = Workspace.allocate(call, size), wo if form == "hidden" else None
     for b in range(0, batch, size.batch):
@@ -75,15 +78,14 @@ def decode_attention(
 def _attend(call: Call, size: Cut, work: Workspace) -> range:
     """Attends to all tokens. Returns the slots of `work` whose partial results are left to be combined.
 
-    Where tokens go in several chunks, their splits are written to slots 1 .. n of n + 2, and what is combined so far
+    Where tokens go in several spans, their splits are written to slots 1 .. n of n + 2, and what is combined so far
     moves between the slots at the two ends, so that what is to be combined is always one run of slots.
     """
     if not size.total:
         return range(0)
-    absorbed = None if call.keys.sizes.rotary_dim else absorb_queries(call)
     y, lse, splits = work.y, work.lse, size.splits
     if size.tiles >= size.total:
-        _attend_tiles(call, size, work, absorbed, y, lse, 0)
+        _attend_tiles(call, size, work, y, lse, 0)
         if splits <= plan.COMBINED:
             return range(splits)
         merge(y, lse, splits, call.values)
@@ -91,7 +93,7 @@ def _attend(call: Call, size: Cut, work: Workspace) -> range:
     rows, heads = y.shape[2], (call.q.shape[2], call.q.shape[1])
     live = range(1, splits + 1)
     for first in range(0, size.total, size.tiles):
-        _attend_tiles(call, size, work, absorbed, y[:, 1:], lse[:, 1:], first)
+        _attend_tiles(call, size, work, y[:, 1:], lse[:, 1:], first)
         if first + size.tiles < size.total:
             after = splits + 1 if live.start == 0 or first == 0 else 0
             so_far, so_far_lse = (x[:, after, :rows].unflatten(1, heads).transpose(1, 2) for x in (y, lse))
@@ -100,22 +102,23 @@ def _attend(call: Call, size: Cut, work: Workspace) -> range:
     return live
 
 
-def _attend_tiles(
-    call: Call, size: Cut, work: Workspace, absorbed: tuple[Tensor, Tensor | None] | None, y: Tensor, lse: Tensor,
-    first: int,
-) -> None:  # fmt: skip
+def _attend_tiles(call: Call, size: Cut, work: Workspace, y: Tensor, lse: Tensor, first: int) -> None:
     """Tiles first .. first + size.tiles of every sequence, to slots 0 .. size.splits of y and lse."""
-    if absorbed is None and (size.turned or not first):
-        turn_queries(call, work.x, first, size.turned)
+    keys, x, constant = call.keys.sizes, work.x, work.constant
     span = Span(first, size.tiles, size.splits)
-    if size.fused and absorbed is not None:
-        fused_absorbed(call, *absorbed, y, lse, span, size.fused)
+    if size.turned or keys.chunk or not first:  # else they are ready
+        if keys.absorbed:
+            absorb_queries(call, x, constant, span)
+        else:
+            turn_queries(call, x, first, size.turned)
+    if size.fused and keys.absorbed:
+        fused_absorbed(call, x, constant, y, lse, span, size.fused)
     elif size.fused:
-        fused_rebuilt(call, work.x, y, lse, span, size.turned, size.fused)
+        fused_rebuilt(call, x, y, lse, span, size.turned, size.fused)
     else:
         scored = Span(first, size.tiles, size.parts)
-        if absorbed is not None:
-            absorbed_scores(call, *absorbed, work.s, scored)
+        if keys.absorbed:
+            absorbed_scores(call, x, constant, work.s, scored)
         else:
-            latent_scores(call, work.x, work.s, scored, size.turned)
+            latent_scores(call, x, work.s, scored, size.turned)
         latent_values(call, work.s, y, lse, span)

@@ -5,37 +5,51 @@ from torch import Tensor
 
 from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
+from lrattn.kernels.absorb import strides
 from lrattn.kernels.arguments import Call, Span
 from lrattn.kernels.packed import segments
 from lrattn.kernels.rows import add_weighted, load_row, load_row_queries, product, row_zeros, store_row, transposed
-from lrattn.kernels.tiles import load_run, part_of, reach, scaled, seen, slots, softmax_step, store_lse
+from lrattn.kernels.tiles import (
+    chunk_of,
+    lag_of,
+    load_run,
+    part_of,
+    reach,
+    scaled,
+    seen,
+    slots,
+    softmax_step,
+    store_lse,
+)
 
 
 # fmt: off
 @launch.kernel
 def fused_absorbed_kernel(
-    a, a_strides,            # [B, Hq * S, Rk]  absorbed queries
-    constant,                # [B, Hq * S]      float32, or None without a key bias
+    a, a_strides,            # [B, chunks, Hq * S, Rk]  absorbed queries, from the chunk of the first tile on
+    constant, const_strides, # [B, chunks, Hq * S]      float32, or None without a key bias
     ck, ck_strides,          # [N, P, width]    key rows by page
     cv, cv_strides,          # [N, P, width]    value rows by page; None: a row serves both
     pages, pages_stride,     # [B, pages]       int32
     lens, lens_stride,       # [B]              int32, tokens held
     starts, starts_stride,   # [B]              int32, first token attended to, or None
+    offsets, offsets_stride, # [B]              int32, token less position, or None
     key_runs, value_runs,    # [G, 3]           int32: column, rank, first row of the basis
     key_packs, value_packs,  # [G, 4 n]         int32: segments of packed rows; None where they are plain
     heads,                   # [Hkv]            int32, place -> kv head
     y, y_strides,            # [B, slots, Hq * S, Rv]  out, float32; rows whose lse is -inf are not written
     lse, lse_strides,        # [B, slots, Hq * S]      out, float32, natural log
     scale, softcap, bound, S, window, first_tile, tiles, splits,
-    C: tl.constexpr, M: tl.constexpr, P: tl.constexpr, Hkv: tl.constexpr,
+    C: tl.constexpr, M: tl.constexpr, P: tl.constexpr, Hkv: tl.constexpr, CHUNK: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
     KEYS: tl.constexpr, VALUES: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr,
 ):
-    """y[b, i, h S + j] = softmax_t(softcap(scale * (ck[b, t, g] . a[b, h S + j] + constant))) @ cv[b, t, g]
+    """y[b, i, h S + j] = softmax_t(softcap(scale * (ck[b, t, g] . a[b, c, h S + j] + constant))) @ cv[b, t, g]
 
-    with t in split i. KEYS and VALUES are the pieces of a rank, or the tiles of packed rows. Without cv they are the
-    same columns of one row, which is loaded once; absorbed queries are zero past the key rank.
+    with t in split i and chunk c. Without CHUNK all tokens are in one; with it a tile's absorbed queries are read with
+    the tile, which lies in one. KEYS and VALUES are the pieces of a rank, or the tiles of packed rows. Without cv they
+    are the same columns of one row, which is loaded once; absorbed queries are zero past the key rank.
 
     Grid: (row blocks * G, splits, B). A program owns BLOCK_Q of the C M S query rows of one group and one split:
     with one row block each latent is read once.
@@ -52,7 +66,8 @@ def fused_absorbed_kernel(
     row = (head * M * S + i % (M * S)).to(tl.int64)
     p_lse = lse + i_b * lse_strides[0] + i_s * lse_strides[1] + row
     begin, end = reach(lens, lens_stride, starts, starts_stride, i_b, bound, S, window, WINDOWED)
-    _, t_begin, t_end = part_of(begin, end, first_tile, tiles, tl.program_id(1), splits, BLOCK_T)
+    lag, shift = lag_of(offsets, offsets_stride, i_b, BLOCK_T)
+    origin, t_begin, t_end = part_of(begin, end, first_tile, tiles, tl.program_id(1), splits, BLOCK_T, shift)
     if t_begin >= t_end:
         tl.store(p_lse, tl.full([BLOCK_Q], float("-inf"), tl.float32), mask=in_q)
         return
@@ -63,9 +78,15 @@ def fused_absorbed_kernel(
     key_segs = segments(key_packs, g, key_column, row_rank, KEYS)
     value_segs = segments(value_packs, g, value_column, value_rank, VALUES)
     query_segs = segments(key_packs, g, key_column, key_rank, KEYS)
-    x = transposed(load_row_queries(a + i_b * a_strides[0] + row * a_strides[1], query_segs, in_q, KEYS))
+    p_a = a + i_b * a_strides[0] + row * a_strides[2]
     if constant is not None:
-        shift = tl.load(constant + i_b * Hkv * M * S + row, mask=in_q, other=0.0)
+        p_constant = constant + i_b * const_strides[0] + row
+    if CHUNK:
+        _, before = chunk_of(origin, lag, CHUNK)
+    else:
+        x = transposed(load_row_queries(p_a, query_segs, in_q, KEYS))
+        if constant is not None:
+            share = tl.load(p_constant, mask=in_q, other=0.0)
     query = tl.where(in_q, i % S, -1)
     peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
@@ -73,12 +94,17 @@ def fused_absorbed_kernel(
     for t0 in range(t_begin, t_end, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
         live = (t >= begin) & (t < t_end)
-        page, offset = slots(pages + i_b * pages_stride, t0, t, live, P, BLOCK_T)
+        page, offset = slots(pages + i_b * pages_stride, t0, t, live, P, BLOCK_T, offsets)
         p_ck = ck + page * ck_strides[0] + offset * ck_strides[1]
+        if CHUNK:
+            c = (tl.maximum(before + t0 - origin, 0) // CHUNK).to(tl.int64)
+            x = transposed(load_row_queries(p_a + c * a_strides[1], query_segs, in_q, KEYS))
+            if constant is not None:
+                share = tl.load(p_constant + c * const_strides[1], mask=in_q, other=0.0)
         z = load_row(p_ck, key_segs, live, KEYS, a)
         score = product(z, x)
         if constant is not None:
-            score += shift[None, :]
+            score += share[None, :]
         score = scaled(score, scale, softcap, CAPPED)
         mask = seen(t, live, query, begin, end, S, window, CAUSAL, WINDOWED)
         score = tl.where(mask, score, float("-inf"))
@@ -100,14 +126,15 @@ def fused_absorbed(
     call: Call, a: Tensor, constant: Tensor | None, y: Tensor, lse: Tensor, span: Span,
     choice: launch.Launch,
 ) -> None:  # fmt: skip
-    """Absorbed queries a [B, Hq S, Rk] over the tiles of each split: y [B, slots, Hq S, Rv], lse [B, slots, Hq S]."""
+    """Absorbed queries a [B, chunks, Hq S, Rk] over the tiles of each split: y [B, slots, Hq S, Rv] and its lse."""
     q, ck, cv, keys, values, tokens, rule = call
     key, value = keys.sizes, values.sizes
-    fused_absorbed_kernel[cdiv(a.shape[1] // key.groups, choice.block_q) * key.groups, span.parts, a.shape[0]](
-        a, a.stride(), constant, ck, ck.stride(), cv, (0, 0) if cv is None else cv.stride(), *tokens.held,
+    fused_absorbed_kernel[cdiv(a.shape[2] // key.groups, choice.block_q) * key.groups, span.parts, a.shape[0]](
+        a, a.stride(), constant, strides(constant),
+        ck, ck.stride(), cv, (0, 0) if cv is None else cv.stride(), *tokens.held, *tokens.lag,
         keys.runs, values.runs, keys.packs, values.packs, keys.heads, y, y.stride(), lse, lse.stride(),
         *call.numbers, *span,
-        C=key.group_size, M=q.shape[2] // key.num_heads, P=ck.shape[1], Hkv=key.num_heads,
+        C=key.group_size, M=q.shape[2] // key.num_heads, P=ck.shape[1], Hkv=key.num_heads, CHUNK=key.chunk,
         CAUSAL=rule.causal, WINDOWED=rule.window > 0, CAPPED=rule.softcap > 0,
         KEYS=launch.tiles(launch.segments(key if cv is not None else value), choice.block_r),
         VALUES=launch.tiles(launch.segments(value), choice.block_r),

@@ -45,17 +45,18 @@ class Row(NamedTuple):
     values: int = ANY  # columns of a value row, where `rank` is the keys'
     biased: bool = True  # also where keys have a bias
     shared: bool = True  # also where one row serves keys and values
+    chunked: bool = True  # also where keys go by chunks
     packed: bool = False  # for packed rows, or for plain ones
 
 
 # Numbers that change from call to call: a kernel is not compiled anew for some of their values.
 LENGTHS = (
     "bound", "window", "first_tile", "tiles", "parts", "splits", "first", "last", "rows", "n", "num_slots", "B",
-    "pages_stride", "lens_stride", "starts_stride", "slots_stride",
+    "pages_stride", "lens_stride", "starts_stride", "offsets_stride", "slots_stride",
 )  # fmt: skip
 
 # Rows of these are taken a few sequences at a time: where such a slice begins may not matter either.
-SLICED = ("lens", "starts", "pages", "part_lse", "lse")
+SLICED = ("lens", "starts", "offsets", "pages", "part_lse", "lse")
 
 kernel = partial(triton.jit, do_not_specialize=LENGTHS, do_not_specialize_on_alignment=SLICED)
 
@@ -87,7 +88,9 @@ LATENT_SCORES = (
     Row(Launch(8, 1, block_r=32, block_d=64), (), itemsize=4, packed=True),
 )
 ABSORBED_SCORES = (
-    Row(Launch(4, 2, resident=True), BIG, rank=256, queries=16),
+    Row(Launch(4, 2, resident=True), ("sm80", "sm90"), rank=256, queries=16),
+    Row(Launch(4, 2, resident=True), ("sm100",), rank=256, queries=16, chunked=False),
+    Row(Launch(8, 2, resident=True), ("sm100",), rank=256, queries=16),
     Row(Launch(4, 3, block_r=128), BIG, queries=16),
     Row(Launch(8, 2, resident=True), BIG, rank=256),
     Row(Launch(8, 3, block_r=128), HOPPER),
@@ -119,8 +122,10 @@ LATENT_VALUES = (
 # rank 0: one row serves both.
 FUSED_ABSORBED = (
     Row(Launch(4, 2, block_r=128), ("sm90",), rank=256, values=256, queries=16),
-    Row(Launch(4, 2, block_r=128), ("sm90",), rank=0, values=384, queries=16),
-    Row(Launch(4, 2, block_r=128), ("sm90",), rank=0, values=512, queries=16, biased=False),
+    Row(Launch(4, 2, block_r=128), ("sm90",), rank=0, values=384, queries=16, chunked=False),
+    Row(Launch(4, 2, block_r=64), ("sm90",), rank=0, values=384, queries=16),
+    Row(Launch(4, 2, block_r=128), ("sm90",), rank=0, values=512, queries=16, biased=False, chunked=False),
+    Row(Launch(8, 2, block_r=128), ("sm90",), rank=0, values=512, queries=16),
     Row(Launch(8, 2, block_r=128), ("sm90",), rank=256, values=512, queries=16, shared=False),
     Row(Launch(8, 2, block_r=128), ("sm90",), rank=256, values=256, queries=32),
     Row(Launch(8, 2, block_r=128), ("sm90",), rank=128, values=128, queries=64),
@@ -145,7 +150,8 @@ FUSED_REBUILT = (
     Row(Launch(8, 1, block_r=64), ("sm90",), head=128, rank=128, values=128, queries=16, biased=False, packed=True),
 )
 ABSORB_QUERIES = (
-    Row(Launch(4, 1, block_q=16, block_r=64), ()),
+    Row(Launch(4, 1, block_q=16, block_r=64), (), chunked=False),
+    Row(Launch(8, 1, block_q=64, block_r=64), ()),  # rows of many chunks
     Row(Launch(4, 1, block_q=16, block_r=32), (), itemsize=4),
 )
 TURN_QUERIES = (Row(Launch(4, 1, block_q=16), (), itemsize=4),)
@@ -172,7 +178,7 @@ REBUILD = (
 
 def find(
     table: tuple[Row, ...], device: str, itemsize: int, *, head: int = 0, rank: int = 0, rows: int = 0,
-    turned: bool = True, values: int = 0, biased: bool = False, packed: bool = False,
+    turned: bool = True, values: int = 0, biased: bool = False, packed: bool = False, chunked: bool = False,
 ) -> Launch | None:  # fmt: skip
     """The first launch of a table whose row fits, or None. Blocks are no larger than it needs.
 
@@ -184,7 +190,8 @@ def find(
             and (not row.devices or device in row.devices)
             and (block_d(head) <= row.head and rank <= row.rank and block_q(rows) <= row.queries)
             and (values <= row.values and row.packed == packed)
-            and ((row.table or turned) and (row.shared or rank) and (row.biased or not biased))
+            and ((row.table or turned) and (row.shared or rank))
+            and ((row.biased or not biased) and (row.chunked or not chunked))
         ):
             found = row.launch._replace(block_q=block_q(rows)) if rows else row.launch
             return found._replace(block_d=min(found.block_d, block_d(head))) if head else found

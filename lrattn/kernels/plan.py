@@ -26,6 +26,7 @@ class Cut(NamedTuple):
     splits: int  # of those tiles: one to a program of the values, or of the one pass
     fused: launch.Launch | None  # of the one pass
     turned: bool  # queries are turned back by tile
+    chunks: int  # that those tiles can be in, for each of which queries are absorbed; 1 without chunks
     nbytes: int  # of temporaries
 
 
@@ -43,9 +44,9 @@ def fused(
         return None
     shape: dict[str, Any] = {
         "rank": 0 if values.shared else launch.columns(keys), "values": launch.columns(values),
-        "biased": bool(keys.biased), "packed": bool(keys.packed or values.packed),
+        "biased": bool(keys.biased), "packed": bool(keys.packed or values.packed), "chunked": bool(keys.chunk),
     }  # fmt: skip
-    if not keys.rotary_dim:
+    if keys.absorbed:
         return launch.fused_absorbed(device, dtype.itemsize, rows=rows // keys.groups, **shape)
     if keys.group_size > 1 and not values.shared:
         return None
@@ -58,7 +59,7 @@ def turns_queries(keys: KeySizes, dtype: torch.dtype, placed: bool) -> bool:
 
     placed: positions are given.
     """
-    return keys.rotary_dim > 0 and not placed and not (keys.exact_turns and dtype == torch.float32)
+    return not keys.absorbed and not placed and not (keys.exact_turns and dtype == torch.float32)
 
 
 @lru_cache(maxsize=4096)
@@ -68,28 +69,32 @@ def cut(
 ) -> Cut:  # fmt: skip
     """The cut of a call with tokens up to `bound`, within `limit` bytes if one tile of one sequence is.
 
-    processors: multiprocessors of the device. placed: positions are given.
+    processors: multiprocessors of the device. placed: positions are given, or offsets, where keys go by chunks.
 
     How the tiles of a sequence are cut into splits depends on the batch only where num_splits is 0.
     """
     rows = query_heads * num_queries
     turned = turns_queries(keys, dtype, placed)
     one_pass = fused(rows, dtype, device, keys, values, turned)
-    value_programs = score_programs = _blocks(rows, keys.num_heads if keys.rotary_dim else keys.groups)
+    value_programs = score_programs = _blocks(rows, keys.groups if keys.absorbed else keys.num_heads)
     if one_pass is None:
         shape = {"rank": values.rank, "rows": rows // values.groups, "packed": bool(values.packed)}
         block_r = launch.latent_values(device, dtype.itemsize, **shape).block_r
         value_programs = cdiv(values.rank, block_r) * _blocks(rows, values.groups)
 
-    total = cdiv(bound, launch.BLOCK_T)
+    begin = 1 - launch.BLOCK_T if keys.chunk and placed else 0  # of the first tile at the earliest
+    total = cdiv(bound - begin, launch.BLOCK_T)
     if window:  # a window may begin and end inside a tile
         total = min(total, cdiv(window + num_queries - 2, launch.BLOCK_T) + 1)
     fill = WAVES * processors
     per_split = (rows * values.rank + round_up(rows, 16)) * 4  # a partial result and its lse
-    padded = launch.block_d(keys.head_dim) * dtype.itemsize
-    query = rows * (padded if keys.rotary_dim else (keys.rank + 1) * 4)  # queries as the scores take them
+    width = keys.rank if keys.absorbed else launch.block_d(keys.head_dim)
+    query = rows * width * dtype.itemsize + (round_up(rows, 16) * 4 if keys.biased and keys.absorbed else 0)
     per_tile = (0 if one_pass is not None else rows * launch.BLOCK_T * 4) + (query if turned else 0)
     fixed = rows * keys.head_dim * dtype.itemsize + (0 if turned else query)  # heads before the output projection
+    if keys.chunk:  # n tiles can be in (n - 2) BLOCK_T / chunk + 2 chunks
+        per_tile += cdiv(query * launch.BLOCK_T, keys.chunk)
+        fixed += query
     room = min((limit - fixed - per_tile) // per_split - 2, limit // (2 * per_split), MAX_SPLITS)
     balanced = min(cdiv(total, PART_TILES), room // max(batch, 1))
     wanted = max(cdiv(fill, max(batch, 1) * value_programs), balanced)
@@ -99,7 +104,8 @@ def cut(
     held = fixed + tiles * per_tile
     at_once = max(1, min(batch, limit // held, LARGEST_AXIS))
     parts = min(tiles, max(cdiv(fill, at_once * score_programs), cdiv(tiles, PART_TILES)))
-    return Cut(at_once, total, tiles, parts, splits, one_pass, turned, at_once * held)
+    chunks = cdiv(tiles - 1, keys.chunk // launch.BLOCK_T) + 1 if keys.chunk else 1
+    return Cut(at_once, total, tiles, parts, splits, one_pass, turned, chunks, at_once * held)
 
 
 def _blocks(rows: int, owners: int) -> int:

@@ -9,7 +9,7 @@ from lrattn.kernels import launch
 from lrattn.kernels.arguments import Tokens
 from lrattn.kernels.packed import segments
 from lrattn.kernels.rows import keys_streamed
-from lrattn.kernels.tiles import load_latents, load_rows, load_run, load_turns, pair_columns, slots
+from lrattn.kernels.tiles import lag_of, load_latents, load_rows, load_run, load_turns, pair_columns, slots
 
 
 # fmt: off
@@ -25,13 +25,16 @@ def rebuild_kernel(
     bias,                    # [Hkv, D]         float32, as the basis; None without
     turns,                   # [max_position, ROTARY]  float32, cos and sin of a pair adjacent; None: no rotation
     positions, pos_strides,  # [N, P]           int32, or None: the index in the sequence
+    offsets, offsets_stride, # [B]              int32, token less position, or None
     x, x_strides,            # [sum T, Hkv, D]  out, model order
     bound, tiles, rows, max_position,
     C: tl.constexpr, D: tl.constexpr, P: tl.constexpr, Hkv: tl.constexpr,
-    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, CHUNK: tl.constexpr,
     ROW: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
 ):
     """x[ends[b] - T_b + t, k] = Rot(t) (cache[b, t, g] @ basis[k] + bias[k])
+
+    In chunks of positions the rotation is that of the chunk's first, and rows of `turns` are of chunks.
 
     Grid: (Hkv * tiles * B). A program owns BLOCK_T tokens of one kv head; a tile of ROW goes along each segment.
     Needs: BLOCK_D a power of two >= 32 and >= D, P a multiple of 16. Sums are float32.
@@ -72,6 +75,9 @@ def rebuild_kernel(
         where = t
         if positions is not None:
             where = tl.load(positions + page * pos_strides[0] + offset * pos_strides[1], mask=live, other=0)
+        if CHUNK:
+            lag, _ = lag_of(offsets, offsets_stride, i_b, BLOCK_T)
+            where = tl.maximum(t.to(tl.int64) - lag, 0) // CHUNK
         cos, sin = load_turns(turns, where, max_position, d, ROTARY)
         turned = (k_low * cos - k_high * sin).to(x.dtype.element_ty)
         tl.store(p_x[:, None] + low[None, :], turned, mask=stored[:, None] & (low < D)[None, :])
@@ -85,13 +91,13 @@ def rebuild_keys(ck: Tensor, keys: Keys, tokens: Tokens, ends: Tensor, x: Tensor
     size = keys.sizes
     _rebuild(
         ck, keys, keys.turns, tokens, ends, x, max_position=size.max_position,
-        ROTARY=size.rotary_dim, INTERLEAVED=bool(size.interleaved),
+        ROTARY=size.rotary_dim, INTERLEAVED=bool(size.interleaved), CHUNK=size.chunk,
     )  # fmt: skip
 
 
 def rebuild_values(cv: Tensor, values: Values, tokens: Tokens, ends: Tensor, x: Tensor) -> None:
     """Values of all tokens to x [sum T, Hkv, D]."""
-    _rebuild(cv, values, None, tokens, ends, x, max_position=0, ROTARY=0, INTERLEAVED=False)
+    _rebuild(cv, values, None, tokens, ends, x, max_position=0, ROTARY=0, INTERLEAVED=False, CHUNK=0)
 
 
 def _rebuild(cache, side, turns, tokens, ends, x, *, max_position, **constants):
@@ -103,7 +109,7 @@ def _rebuild(cache, side, turns, tokens, ends, x, *, max_position, **constants):
         return
     rebuild_kernel[(programs,)](
         cache, cache.stride(), *tokens.held[:4], ends,
-        side.rows, side.runs, side.heads, side.packs, side.bias, turns, *tokens.placed,
+        side.rows, side.runs, side.heads, side.packs, side.bias, turns, *tokens.placed, *tokens.lag,
         x, x.stride(), tokens.bound, tiles, x.shape[0], max_position,
         C=side.sizes.group_size, D=head_dim, P=page_size, Hkv=side.sizes.num_heads, **constants,
         ROW=launch.streamed(launch.segments(side.sizes), choice.block_r), BLOCK_D=launch.block_d(head_dim),

@@ -67,7 +67,7 @@ def latent_scores_kernel(
     bias,                    # [Hkv, D]         float32 by place, pairs adjacent; None without
     turns,                   # [max_position, ROTARY]  float32, cos and sin of a pair adjacent; offsets' if not TABLE
     positions, pos_strides,  # [N, P]           int32, or None: the index in the sequence
-    s, s_strides,            # [B, Hq * S, T]   out, float32, T tokens of the chunk; -inf where not seen
+    s, s_strides,            # [B, Hq * S, T]   out, float32, T tokens of the tiles; -inf where not seen
     scale, softcap, bound, S, window, max_position, first_tile, tiles, parts,
     C: tl.constexpr, M: tl.constexpr, D: tl.constexpr, P: tl.constexpr, Hkv: tl.constexpr,
     ROTARY: tl.constexpr, TABLE: tl.constexpr,

@@ -18,23 +18,43 @@ def reach(lens, lens_stride, starts, starts_stride, i_b, bound, S, window, WINDO
 
 
 @triton.jit
-def part_of(begin, end, first_tile, tiles, i, n, BLOCK_T: tl.constexpr):
+def lag_of(offsets, offsets_stride, i_b, BLOCK_T: tl.constexpr):
+    """How far the positions of sequence i_b lie behind its tokens, and its shift: where tiles that begin at multiples
+    of BLOCK_T in position begin, in -BLOCK_T + 1 .. 0. Both are 0 without offsets."""
+    lag, shift = 0, 0
+    if offsets is not None:
+        lag = tl.load(offsets + i_b * offsets_stride)
+        shift = lag % BLOCK_T  # of the sign of lag
+        shift = tl.where(shift > 0, shift - BLOCK_T, shift)
+    return lag, shift
+
+
+@triton.jit
+def part_of(begin, end, first_tile, tiles, i, n, BLOCK_T: tl.constexpr, shift=0):
     """Tokens [t0, t1) of the i-th of n equal parts of tiles first_tile .. first_tile + tiles; origin: first tile's t.
 
-    Tiles are counted from the one that holds `begin`, and lie on multiples of BLOCK_T in the sequence.
+    Tiles are counted from the one that holds `begin`, and lie on multiples of BLOCK_T from `shift` on.
     """
-    origin = (begin // BLOCK_T + first_tile) * BLOCK_T
+    origin = ((begin - shift) // BLOCK_T + first_tile) * BLOCK_T + shift
     held = tl.minimum(tl.cdiv(tl.maximum(end - origin, 0), BLOCK_T), tiles)
     return origin, origin + held * i // n * BLOCK_T, tl.minimum(origin + held * (i + 1) // n * BLOCK_T, end)
 
 
 @triton.jit
-def slots(pages, t0, t, live, P: tl.constexpr, BLOCK_T: tl.constexpr):
+def chunk_of(t0, lag, CHUNK: tl.constexpr):
+    """Chunk of the position of token t0, and how far behind the chunk's first it lies: negative before position 0."""
+    at = t0.to(tl.int64) - lag
+    chunk = tl.maximum(at, 0) // CHUNK
+    return chunk.to(tl.int32), tl.maximum(at - chunk * CHUNK, -(1 << 31)).to(tl.int32)
+
+
+@triton.jit
+def slots(pages, t0, t, live, P: tl.constexpr, BLOCK_T: tl.constexpr, offsets=None):
     """Page and offset of the tokens t of the tile from t0 on, int64; pages: one sequence's row of the table.
 
     Pages that hold whole tiles are looked up once a tile.
     """
-    if P % BLOCK_T == 0:
+    if P % BLOCK_T == 0 and offsets is None:
         page = tl.load(pages + t0 // P).to(tl.int64)
     else:
         page = tl.load(pages + t // P, mask=live, other=0).to(tl.int64)

@@ -7,17 +7,18 @@ from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Call, Span
 from lrattn.kernels.packed import latents_of, load_scale, load_tile, segment
-from lrattn.kernels.tiles import load_latents, load_run, part_of, reach, slots, softmax_step, store_lse
+from lrattn.kernels.tiles import lag_of, load_latents, load_run, part_of, reach, slots, softmax_step, store_lse
 
 
 # fmt: off
 @launch.kernel
 def latent_values_kernel(
-    s, s_strides,            # [B, Hq * S, T]   float32 scores of the chunk; -inf where not seen
+    s, s_strides,            # [B, Hq * S, T]   float32 scores of the tiles; -inf where not seen
     cv, cv_strides,          # [N, P, width]    value rows by page
     pages, pages_stride,     # [B, pages]       int32
     lens, lens_stride,       # [B]              int32, tokens held
     starts, starts_stride,   # [B]              int32, first token attended to, or None
+    offsets, offsets_stride, # [B]              int32, token less position, or None
     runs, heads,             # [G, 3], [Hkv]    int32: column, rank, first row of uv; place -> kv head
     packs,                   # [G, 4 n]         int32: segments of packed rows; None where they are plain
     uv,                      # value basis: its dtype is that of latents
@@ -48,7 +49,8 @@ def latent_values_kernel(
     row = (head * M * S + i % (M * S)).to(tl.int64)
     p_lse = lse + i_b * lse_strides[0] + i_s.to(tl.int64) * lse_strides[1] + row
     begin, end = reach(lens, lens_stride, starts, starts_stride, i_b, bound, S, window, WINDOWED)
-    origin, t_begin, t_end = part_of(begin, end, first_tile, tiles, i_s, splits, BLOCK_T)
+    _, shift = lag_of(offsets, offsets_stride, i_b, BLOCK_T)
+    origin, t_begin, t_end = part_of(begin, end, first_tile, tiles, i_s, splits, BLOCK_T, shift)
     if t_begin >= t_end:
         if i_r == 0:
             tl.store(p_lse, tl.full([BLOCK_Q], float("-inf"), tl.float32), mask=in_q)
@@ -65,9 +67,9 @@ def latent_values_kernel(
     for t0 in range(t_begin, t_end, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
         live = (t >= begin) & (t < t_end)
-        page, offset = slots(pages + i_b * pages_stride, t0, t, live, P, BLOCK_T)
+        page, offset = slots(pages + i_b * pages_stride, t0, t, live, P, BLOCK_T, offsets)
         score = tl.load(
-            p_s[:, None] + (t - origin)[None, :],
+            p_s[:, None] + tl.multiple_of(t - origin, BLOCK_T)[None, :],
             mask=in_q[:, None] & live[None, :],
             other=float("-inf"),
         )
@@ -105,8 +107,9 @@ def latent_values(call: Call, s: Tensor, y: Tensor, lse: Tensor, span: Span) -> 
         block_r = min(choice.block_r, launch.next_power_of_2(rank))
         tiles_r = cdiv(rank, block_r)
         latent_values_kernel[tiles_r * cdiv(rows, choice.block_q) * size.groups, span.parts, s.shape[0]](
-            s, s.stride(), cv, cv.stride(), *tokens.held, values.runs, values.heads, values.packs, values.up,
-            y, y.stride(), lse, lse.stride(), *call.numbers[2:], *span,
+            s, s.stride(), cv, cv.stride(), *tokens.held, *tokens.lag,
+            values.runs, values.heads, values.packs, values.up, y, y.stride(), lse, lse.stride(),
+            *call.numbers[2:], *span,
             C=size.group_size, M=q.shape[2] // size.num_heads, P=cv.shape[1], Hkv=size.num_heads,
             WINDOWED=rule.window > 0, TILES_R=tiles_r, SEGMENTS=len(size.packed) // 2,
             TILES=((n, bits, 0, block_r),), BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T, BLOCK_R=block_r,

@@ -12,39 +12,45 @@ from lrattn.factors.rope import Rope
 from lrattn.models.layers import AttentionLayer, heads_given
 
 TOKENS = 8
-SHIFT = 8000  # of the positions, at most: far enough that slow pairs show
-ALIKE = 1e-3  # relative error of turned keys
-ROUGHLY = 5e-2  # in 16 bits
+# Of the positions: fast pairs show at the first, slow ones at the last, and none is right at all of them by chance.
+SHIFTS = (1, 300, 8000)  # from 8,192 on some models scale their queries by the position (Llama-4)
+ROUNDINGS = 4  # so many times what values, dtype and float32 angles are off by, a pair may be, relative to its size
+KNOWN = 0.1  # relative change of values from which on hidden states know their positions
+FAINT = 1e-2  # pairs below this share of the mean size are held against it instead of their own
 INSTEAD = "use a method of keys as attention is given them, 'lrattn-rotated'"
 
 
 def ropes_of(model: nn.Module, layers: Sequence[AttentionLayer]) -> list[Rope | None]:
-    """The rotation of each layer's keys; None where positions leave them as they are, or no config speaks of one.
+    """The rotation of each layer's keys; None where keys as they arrive need none: where positions leave them as they
+    are, or hidden states know the positions (learned ones) and no config speaks of a rotation.
 
-    A rotation is right if it takes the keys of a text to those of the same text a few thousand positions on: hidden
-    states of such models know relative positions alone.
+    A rotation is right if it takes, pair by pair, the keys of a text to those of the same text further on, at every
+    shift of SHIFTS within the config's positions. Values tell how far rounding goes: no rotation changes them.
 
     Raises: ValueError naming the first layer whose keys are turned in another way, and what works for it.
     """
     config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    if not any(getattr(config, name, None) for name in ("rope_parameters", "rope_scaling", "rope_theta")):
-        return [None] * len(layers)
-    most = int(config.max_position_embeddings)
-    here = torch.arange(TOKENS)
-    there = here + max(min(SHIFT, most - TOKENS), 0)
-    before, after = (heads_given(model, layers, at) for at in (here, there))
+    speaks = any(getattr(config, name, None) for name in ("rope_parameters", "rope_scaling", "rope_theta"))
+    last = max(int(getattr(config, "max_position_embeddings", None) or TOKENS + 1) - TOKENS, 0)
+    shifts = torch.tensor(sorted({min(shift, last) for shift in SHIFTS}))
+    passes = [heads_given(model, layers, torch.arange(TOKENS) + shift) for shift in (0, *shifts)]
+    noise = torch.zeros(len(shifts))
     found: list[Rope | None] = []
-    for layer, (k, _), (turned, _) in zip(layers, before, after, strict=True):
-        limit = ROUGHLY if layer.dtype.itemsize == 2 else ALIKE
-        candidates = [None, *_candidates(config, layer.head_dim)]
-        errors = [_error(rope, k, turned, here, there) for rope in candidates]
-        best = min(range(len(candidates)), key=lambda i: errors[i])
-        if not errors[best] < limit:
+    for layer, *heads in zip(layers, *passes, strict=True):
+        (k, *shifted), (v, *values) = zip(*heads, strict=True)
+        noise = noise.maximum(torch.stack([(v - x).norm() / v.norm() for x in values]))
+        angles = torch.finfo(torch.float32).eps * (shifts + TOKENS)
+        limits = ROUNDINGS * (noise.clamp_max(KNOWN) + torch.finfo(layer.dtype).eps + angles)
+        candidates = [None, *(_candidates(config, layer.head_dim) if speaks else ())]
+        errors = torch.stack([_errors(rope, k, torch.stack(shifted), shifts) for rope in candidates])
+        excess, best = (errors / limits).amax(1).min(0)
+        knows = not speaks and not bool((noise < KNOWN).all())
+        if not excess < 1 and not knows:
             rounded = any(x.is_floating_point() and x.dtype.itemsize == 2 for x in model.buffers())
             cast = "; a cast has rounded its frequencies, too: load it with dtype=" if rounded else ""
             raise ValueError(
                 f"model: the keys of {layer.name} are turned in a way that its config does not tell (the nearest "
-                f"differs by {errors[best]:.1e}{cast}): {INSTEAD}"
+                f"differs by {errors[best].max():.1e}{cast}): {INSTEAD}"
             )
         found.append(candidates[best])
     return found
@@ -62,6 +68,14 @@ def _candidates(config: Any, head_dim: int) -> Iterator[Rope]:
                 raise ValueError(f"model: {error}; {INSTEAD}") from error
 
 
-def _error(rope: Rope | None, k: Tensor, turned: Tensor, here: Tensor, there: Tensor) -> float:
-    made = k if rope is None else rope.rotate(rope.turn_back(k, here), there)
-    return ((made - turned).norm() / turned.norm()).item()
+def _errors(rope: Rope | None, k: Tensor, shifted: Tensor, shifts: Tensor) -> Tensor:
+    """Of keys [T, H, D] at positions 0 .. T - 1, and [S, T, H, D] at each of S shifts of these: the largest error of a
+    pair (without a rope, of a number) at each, [S], relative to the pair's size over all tokens and heads."""
+    made, order = k.expand_as(shifted), torch.arange(k.shape[-1])[:, None]
+    if rope is not None:
+        f, here = rope.frequencies()[0], torch.arange(len(k))[:, None]
+        angles = (here + shifts[:, None, None]) * f - here * f  # each product rounded to float32, as models do
+        made = rope.turned(made, torch.polar(torch.ones_like(angles), angles)[..., None, :])
+        order = rope.pair_order(k.shape[-1]).view(-1, 2)
+    wrong, sizes = (x[..., order].square().sum((1, 2, 4)).sqrt() for x in (made - shifted, shifted))  # [S, pairs]
+    return (wrong / sizes.clamp_min(FAINT * sizes.mean())).amax(1)

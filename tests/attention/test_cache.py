@@ -6,6 +6,7 @@ from cases import CASES, PACKED, PLAIN, Case, held, latents, make, make_layer
 from packing import plain
 
 import lrattn
+from lrattn.attention.cache import read_rows
 
 
 @pytest.mark.parametrize("kind", [torch.int32, torch.int64])
@@ -95,3 +96,15 @@ def test_bad_input_names_the_tensor_and_leaves_the_cache():
         lrattn.allocate_cache(layer, 2, 24)
     with pytest.raises(ValueError, match="backend: expected"):
         lrattn.write_latents(layer, zk, zv, k_cache, v_cache, torch.arange(3), backend="cuda")
+
+
+@pytest.mark.parametrize("page_size", [16, 128])
+@pytest.mark.parametrize("order", [(2, 3, 4), (2, 4, 3), (4, 3, 2), (2, 4, 5), (7, 7, 7)], ids=str)
+def test_rows_of_pages_that_follow_one_another_are_read_where_they_lie(order, page_size):
+    cache = torch.arange(8 * page_size * 3).view(8, page_size, 3)
+    own = torch.cat([cache[page] for page in order])
+    for begin, end in ((0, 3 * page_size), (7, 2 * page_size + 9), (page_size, page_size)):
+        rows = read_rows(cache, torch.tensor(order, dtype=torch.int32), begin, end)
+        assert torch.equal(rows, own[begin:end])
+        in_place = rows.untyped_storage().data_ptr() == cache.untyped_storage().data_ptr()
+        assert begin == end or in_place == (order == (2, 3, 4))

@@ -14,6 +14,7 @@ import lrattn
 from lrattn.attention import operators
 from lrattn.factors.operands import lists
 
+FORMS = {"rebuilt": {}, "absorbed": {"rope": None}, "chunks": {"chunk": 64, "offset": True, "offsets": (37, -90, 0)}}
 SMALL = {"Hkv": 2, "lens": (20, 3)}
 FULL = Case("full", M=2, S=2, offset=True, sinks=True, positions=True, starts=(3, 0), **SMALL)
 CASES = {
@@ -21,13 +22,14 @@ CASES = {
     "full": FULL,
     "shared": Case("shared", shared=True, key_ranks=(32,), value_ranks=(48,), **SMALL),
     "absorbed": Case("absorbed", rope=None, offset=True, **SMALL),
+    "chunks": Case("chunks", chunk=64, offsets=(-50, 3), offset=True, **SMALL),
     "packed": Case("packed", key_bits=(8, 4), value_bits=(4, 2), **SMALL),
 }
 
 
 def arguments(problem, project="heads"):
     layer, q, k_cache, v_cache, kwargs = problem
-    optional = [kwargs["seq_starts"], kwargs["positions"], kwargs["sinks"]]
+    optional = [kwargs["seq_starts"], kwargs["positions"], kwargs.get("offsets"), kwargs["sinks"]]
     sides = lists(*layer.operands)
     numbers = (project, 0.125, 0.0, True, 48, 0, 0, 1 << 28)
     return (q, k_cache, v_cache, kwargs["block_table"], kwargs["seq_lens"], *optional, *sides, layer.wo, *numbers)
@@ -49,7 +51,7 @@ def test_operators_are_what_they_say(name, device):
     slots = torch.arange(3, device=device)
     library.opcheck(torch.ops.lrattn.write_latents.default, (*written, slots, *keys, *values))
     positions = None if kwargs["positions"] is None else kwargs["positions"].clamp(min=0)
-    tables = (kwargs["block_table"], kwargs["seq_lens"], positions)
+    tables = (kwargs["block_table"], kwargs["seq_lens"], positions, kwargs.get("offsets"))
     for rows in (-1, sum(CASES[name].lens)):
         caches = [None if x is None else x.nan_to_num(0.0) for x in (k_cache, v_cache)]
         library.opcheck(torch.ops.lrattn.rebuild.default, (*caches, *tables, *keys, *values, rows))
@@ -71,7 +73,8 @@ def test_compile_traces_the_whole_call(name, compiler, device):
         call["out"] = torch.empty_like(q)
         second = lrattn.decode_attention(q, k_cache, v_cache, layer, **call)
         tables = (kwargs["block_table"], kwargs["seq_lens"], kwargs["positions"])
-        k, v = lrattn.rebuild(k_cache, v_cache, layer, *tables, num_tokens=sum(case.lens), backend="triton")
+        placed = {"offsets": kwargs.get("offsets"), "num_tokens": sum(case.lens), "backend": "triton"}
+        k, v = lrattn.rebuild(k_cache, v_cache, layer, *tables, **placed)
         return *lrattn.merge_attention(*zip(first, second)), k.nan_to_num(0.0).sum() + v.nan_to_num(0.0).sum()
 
     zk, zv = latents(layer, 2)
@@ -124,7 +127,7 @@ def test_a_call_reads_no_number_from_the_device(name, launches, monkeypatch):
     zk, zv = latents(layer, 3)
     slots = torch.empty(3, dtype=torch.int64, device="meta")
     operators._write_latents(zk, zv, k_cache, v_cache, slots, *lists(*layer.operands))
-    tables = (kwargs["block_table"], kwargs["seq_lens"], kwargs["positions"])
+    tables = (kwargs["block_table"], kwargs["seq_lens"], kwargs["positions"], kwargs.get("offsets"))
     operators._rebuild(k_cache, v_cache, *tables, *lists(*layer.operands), 23)
     names = {n for n, _ in launches}
     assert names >= {"combine_kernel", "project_kernel", "rebuild_kernel"}
@@ -147,27 +150,30 @@ def test_large_calls_fit_a_grid(shape, launches, monkeypatch):
     given[-1] = 4 << 30
     given[-8] = "hidden"
     operators._decode_attention(*given)
-    operators._rebuild(k_cache, v_cache, *tables.values(), None, *lists(*layer.operands), 23)
+    operators._rebuild(k_cache, v_cache, *tables.values(), None, None, *lists(*layer.operands), 23)
     assert launches and all(0 < n < 65536 for _, grid in launches for n in grid[1:])
     assert all(grid[0] < 2**31 for _, grid in launches)
 
 
-def test_the_launches_follow_from_shapes_alone(launches, device):
-    """Other lengths, same launches: what was captured for one step is right for the next."""
-    layer, q, k_cache, v_cache, kwargs = make(Case("lens", lens=(90, 3)), torch.float32)
+@pytest.mark.parametrize("form", FORMS)
+def test_the_launches_follow_from_shapes_alone(form, launches, device):
+    """Other lengths and offsets, same launches: what was captured for one step is right for the next."""
+    layer, q, k_cache, v_cache, kwargs = make(Case("lens", lens=(90, 3, 0), **FORMS[form]), torch.float32)
     runs = []
-    for lens in ((90, 3), (0, 0), (1, 96)):
+    for lens in ((90, 3, 0), (0, 0, 0), (1, 96, 5)):
         launches.clear()
         kwargs["seq_lens"] = torch.tensor(lens, dtype=torch.int32)
+        if kwargs["offsets"] is not None:
+            kwargs["offsets"] = kwargs["seq_lens"] * 7 - 50
         attend((layer, q, k_cache, v_cache, kwargs))
         runs.append(list(launches))
     assert runs[0] and runs[0] == runs[1] == runs[2]
 
 
-@pytest.mark.parametrize("rope", ["default", None], ids=["rebuilt", "absorbed"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("limit", [256 << 20, 100_000])
-def test_workspace_is_what_was_said(rope, limit, device):
-    case = Case("workspace", Hkv=2, M=2, S=2, lens=(600, 10, 20), key_ranks=(32,), rope=rope)
+def test_workspace_is_what_was_said(form, limit, device):
+    case = Case("workspace", Hkv=2, M=2, S=2, lens=(600, 10, 20), key_ranks=(32,), **FORMS[form])
     problem = on(device, *make(case, torch.float32))
     layer, q, _, _, kwargs = problem
     given = list(arguments(problem, "hidden"))

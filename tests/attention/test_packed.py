@@ -23,7 +23,7 @@ FORMS = (False, "ride", True)
 
 def compressed(family="llama", **kwargs):
     model = tiny.model(family)
-    given = {"keep": 0.3, "bits": "auto", "far": (0, 0), "progress": False} | kwargs
+    given = {"method": "lrattn-rebuilt", "keep": 0.3, "bits": "auto", "far": (0, 0), "progress": False} | kwargs
     return model, lrattn.compress(model, [tiny.tokens(4, 40)], **given)
 
 
@@ -56,7 +56,8 @@ def foreseen():
     """The loss that is foreseen of factors of one model, made from the same moments."""
     model = tiny.model("llama")
     moments = lrattn.calibrate(model, [tiny.tokens(4, 40)], gather=["before", "metric"], progress=False)
-    return lambda **given: sum(lrattn.compress(model, moments=moments, progress=False, **given).predicted)
+    fixed = {"method": "lrattn-rebuilt", "moments": moments, "progress": False}
+    return lambda **given: sum(lrattn.compress(model, **fixed, **given).predicted)
 
 
 @pytest.mark.parametrize("shared", FORMS)
@@ -113,7 +114,7 @@ def test_other_methods_take_uniform_bits(method, keep, bits):
     [
         ({"bits": 5}, r"bits: expected 'auto', one of \(16, 8, 4, 2\) or some of them, got 5"),
         ({"bits": "auto", "method": "palu"}, "bits: expected one number with method 'palu' and ranks 'spectrum'"),
-        ({"bits": (4, 2), "ranks": "uniform"}, "bits: expected one number with method 'lrattn' and ranks 'uniform'"),
+        ({"bits": (4, 2), "ranks": "uniform"}, "bits: expected one number with method 'lrattn-rebuilt' and ranks"),
         ({"bytes_per_token": 100, "keep": 0.5}, "bytes_per_token: expected None beside keep=0.5, got 100"),
         ({"bytes_per_token": 0, "keep": None}, "bytes_per_token: expected an integer from 1 to 1536, got 0"),
         ({"bytes_per_token": 9999, "keep": None}, "bytes_per_token: expected an integer from 1 to 1536, got 9999"),

@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 import torch
-from cases import Case, make, make_layer
+from cases import FAR, Case, make, make_layer
 from checks import attend, check, on
 from slowly import slow_unless
 
@@ -33,10 +33,21 @@ ABSORBED = [
     paired("absorbed, everything", rope=None, P=48, **EVERYTHING),
     paired("absorbed, joint row", rope=None, **JOINT),
     paired("absorbed, riding row", rope=None, call={"num_splits": 3, "project": "latent"}, **RIDING),
-    paired("absorbed, chunks", rope=None, lens=(200, 70), call={"workspace_limit": 1, "num_splits": 2}),
+    paired("absorbed, piecemeal", rope=None, lens=(200, 70), call={"workspace_limit": 1, "num_splits": 2}),
     paired("absorbed, not causal", rope=None, S=2, call={"causal": False, "project": "hidden"}),
 ]
-MANY_SPLITS = paired("many splits", S=2, sinks=True, value_ranks=(96, 16), call={"num_splits": 20})
+PLACES = {"lens": (280, 0, 3, 130), "offsets": (37, 0, -1, -700)}
+CHUNKED = [
+    paired("chunks", chunk=64),
+    paired("chunks, everything", chunk=64, offset=True, offsets=(-1, -90, -64, FAR), **EVERYTHING | {"S": 5}),
+    paired("chunks, joint row, whole pages", chunk=128, P=64, offset=True, strided=True, **JOINT, **PLACES),
+    paired("chunks, riding row, partial", chunk=64, rope={"partial_rotary_factor": 0.5, "interleaved": True}, **RIDING,
+           **PLACES, call={"num_splits": 3, "project": "latent"}),
+    paired("chunks, piecemeal", chunk=192, lens=(150, 70, 1), offsets=(60, -170, 0), offset=True,
+           call={"workspace_limit": 1, "num_splits": 2}),
+    paired("chunks, not causal", chunk=64, D=80, S=70, M=1, lens=(150, 71), call={"causal": False}),
+]  # fmt: skip
+MANY_SPLITS = paired("many splits", S=2, sinks=True, value_ranks=(96, 16), call={"num_splits": 9})
 REBUILT = [
     paired("rebuilt, one head a group", strided=True, **ALONE),
     paired("rebuilt, interleaved", D=80, rope={"interleaved": True}, **ALONE),
@@ -46,7 +57,7 @@ REBUILT = [
     paired("rebuilt, joint row", **JOINT),
     paired("rebuilt, joint row, wider head", D=128, strided=True, **JOINT),
     paired("rebuilt, riding row", call={"num_splits": 3, "project": "latent"}, **RIDING),
-    paired("rebuilt, chunks", lens=(200, 70), call={"workspace_limit": 1, "num_splits": 2}, **ALONE),
+    paired("rebuilt, piecemeal", lens=(200, 70), call={"workspace_limit": 1, "num_splits": 2}, **ALONE),
 ]
 HALF_ONLY = [  # what fits 16-bit numbers alone
     paired("absorbed, wide", rope=None, key_ranks=(160, 240), value_ranks=(256, 144)),
@@ -55,6 +66,9 @@ HALF_ONLY = [  # what fits 16-bit numbers alone
     paired("absorbed, 32 rows", rope=None, M=8, S=2, lens=(70, 2)),
     paired("absorbed, 64 rows", rope=None, M=8, S=4, lens=(70, 3)),
     paired("absorbed, two blocks of rows", rope=None, M=8, S=5, lens=(70, 3)),
+    paired("chunks, wide joint row", chunk=64, shared=True, key_ranks=(400, 512), value_ranks=(400, 512),
+           value_order=(2, 0, 3, 1), lens=(150, 3), offset=True, offsets=(-50, 1)),
+    paired("chunks, 64 rows", chunk=64, M=8, S=4, lens=(100, 3)),
     paired("rebuilt, wide joint row", D=128, shared=True, key_ranks=(160, 256), value_ranks=(160, 256),
            value_order=(2, 0, 3, 1), lens=(130, 3)),
     paired("rebuilt, wide", **ALONE | {"key_ranks": (160, 32, 240, 16), "value_ranks": (256, 32, 48, 16)}),
@@ -65,14 +79,17 @@ NOT_FUSED = [
     paired("two heads a group"),
     paired("other groups", rope=None, value_order=(0, 1, 2, 3)),
     paired("finer groups of values", rope=None, value_ranks=(16, 32, 48, 64)),
-]
+    paired("chunks, other groups", chunk=64, value_order=(0, 1, 2, 3), offset=True, P=64, **PLACES),
+    paired("chunks, joint values", chunk=128, key_ranks=(336, 272), value_ranks=(96,), value_order=None, S=20, M=1,
+           lens=(150, 30), offsets=(-100, 60), call={"window_size": 80, "workspace_limit": 1, "num_splits": 2}),
+]  # fmt: skip
 
 
 def taken(case, dtype, device=H100):
     """The launch of the one pass that a case takes, or None."""
     layer = make(replace(case, lens=(1,), starts=None), dtype)[0]
     keys, values = layer.operands
-    turned = keys.turns is not None and not case.positions
+    turned = plan.turns_queries(keys.sizes, dtype, case.positions)
     return plan.fused(case.S * case.M * case.Hkv, dtype, device, keys.sizes, values.sizes, turned)
 
 
@@ -84,7 +101,7 @@ def skip_unless_taken(case, dtype, device):
 
 
 @pytest.mark.every(2)
-@pytest.mark.parametrize("case", ABSORBED + REBUILT, ids=str)
+@pytest.mark.parametrize("case", ABSORBED + REBUILT + CHUNKED, ids=str)
 def test_one_pass(case, kernel_dtype, device):
     skip_unless_taken(case, kernel_dtype, device)
     check(case, kernel_dtype, device)
@@ -97,9 +114,9 @@ def test_one_pass_in_16_bits(case, device):
 
 
 @pytest.mark.every(2)
-@pytest.mark.parametrize("case", [MANY_SPLITS, replace(MANY_SPLITS, rope=None, call={"num_splits": 9})], ids=str)
-def test_many_splits_are_merged_first(case, kernel_dtype, device):
-    check(case, kernel_dtype, device)
+@pytest.mark.parametrize("form", [{"call": {"num_splits": 20}}, {"rope": None}, {"chunk": 64}], ids=str)
+def test_many_splits_are_merged_first(form, kernel_dtype, device):
+    check(replace(MANY_SPLITS, **form), kernel_dtype, device)
 
 
 @pytest.mark.parametrize("case", NOT_FUSED, ids=str)
@@ -108,7 +125,7 @@ def test_what_takes_two(case, device):
     check(case, torch.float16, device)
 
 
-@pytest.mark.parametrize("case", [ABSORBED[0], ABSORBED[3], REBUILT[0], REBUILT[5]], ids=str)
+@pytest.mark.parametrize("case", [ABSORBED[0], ABSORBED[3], REBUILT[0], REBUILT[5], *CHUNKED[1:5]], ids=str)
 def test_two_passes_can_stand_in(case, device):
     with two_passes():
         assert not taken(case, torch.float16)
@@ -118,7 +135,9 @@ def test_two_passes_can_stand_in(case, device):
 
 @pytest.mark.every(2)
 @pytest.mark.parametrize(
-    "case", [ABSORBED[2], ABSORBED[3], REBUILT[4], REBUILT[5], REBUILT[8], MANY_SPLITS, *NOT_FUSED[:3]], ids=str
+    "case",
+    [ABSORBED[2], ABSORBED[3], REBUILT[4], REBUILT[5], REBUILT[8], *CHUNKED[1:5:3], MANY_SPLITS, *NOT_FUSED[:3]],
+    ids=str,
 )
 def test_bits_do_not_depend_on_the_batch(case, device):
     """With a fixed number of splits: alone, in another place, beside longer rows under a wider table; and again.
@@ -127,10 +146,11 @@ def test_bits_do_not_depend_on_the_batch(case, device):
     """
     project = "latent" if device.type == "cpu" else case.call.get("project", "heads")
     call = {"num_splits": 3} | case.call | {"project": project}
-    case = replace(case, lens=(130, 40, 150), starts=case.starts and (70, 0, 1), call=call)
+    offsets = case.offsets and case.offsets[:3]
+    case = replace(case, lens=(130, 40, 150), starts=case.starts and (70, 0, 1), offsets=offsets, call=call)
     layer, q, k_cache, v_cache, kwargs = on(device, *make(case, torch.float16))
     whole = attend((layer, q, k_cache, v_cache, kwargs))
-    per_row = ("block_table", "seq_lens", "seq_starts")
+    per_row = ("block_table", "seq_lens", "seq_starts", "offsets")
     for rows in ([1], [2, 1, 0], *([[0, 1, 2]] * (device.type == "cuda"))):
         some = {n: x[rows] if n in per_row and x is not None else x for n, x in kwargs.items()}
         width = -(-max(case.lens[b] for b in rows) // case.P)
@@ -140,9 +160,11 @@ def test_bits_do_not_depend_on_the_batch(case, device):
 
 
 @pytest.mark.parametrize("limit", slow_unless({1 << 16, 256 << 20}, [1, 1 << 16, 256 << 20]))
-def test_bits_do_not_depend_on_whether_a_table_goes_in_chunks(limit, device):
+@pytest.mark.parametrize("chunk", slow_unless([None], [None, 64]))
+def test_bits_do_not_depend_on_whether_a_table_goes_piecemeal(chunk, limit, device):
     """With sinks too: they join what was merged."""
-    case = paired("chunked or not", S=2, sinks=True, lens=(130, 60), call={"num_splits": 3, "project": "latent"})
+    call = {"num_splits": 3, "project": "latent"}
+    case = paired("piecemeal or not", S=2, sinks=True, lens=(130, 60), chunk=chunk, call=call)
     layer, q, k_cache, v_cache, kwargs = on(device, *make(case, torch.float16))
     wider = torch.nn.functional.pad(kwargs["block_table"], (0, 40), value=2_000_000_000)
     whole = attend((layer, q, k_cache, v_cache, kwargs), workspace_limit=limit)
@@ -151,48 +173,71 @@ def test_bits_do_not_depend_on_whether_a_table_goes_in_chunks(limit, device):
 
 
 @cache
-def operands_of(rope, heads, query_heads, values):
+def operands_of(form, heads, query_heads, values):
     """Of a Llama-3.1-8B layer, or one of other heads."""
-    case = Case("size", Hkv=heads, M=query_heads // heads, D=128, key_ranks=(256, 256), value_ranks=values, rope=rope)
-    return make_layer(case, torch.float16).operands
+    case = Case("size", Hkv=heads, M=query_heads // heads, D=128, key_ranks=(256, 256), value_ranks=values, offset=True)
+    return make_layer(replace(case, **WAYS[form]), torch.float16).operands
 
 
-def size_of(batch, bound, rope, heads=8, query_heads=32, values=(256, 256), **call):
+WAYS = {"two passes": {}, "one pass": {"rope": None}, "chunks": {"chunk": 512}}
+
+
+def size_of(batch, bound, form, heads=8, query_heads=32, values=(256, 256), placed=False, **call):
     """How a call is cut on an H100."""
-    keys, values = operands_of(rope, heads, query_heads, values)
+    keys, values = operands_of(form, heads, query_heads, values)
     wanted = {"num_splits": 0, "limit": 256 << 20, **call}
-    size = plan.cut(batch, 1, query_heads, torch.float16, H100, 132, keys.sizes, values.sizes, False, bound, 0,
+    size = plan.cut(batch, 1, query_heads, torch.float16, H100, 132, keys.sizes, values.sizes, placed, bound, 0,
                     wanted["num_splits"], wanted["limit"])  # fmt: skip
     return size, keys.sizes, values.sizes
 
 
-@pytest.mark.parametrize("rope", ["default", None], ids=["two passes", "one pass"])
+@pytest.mark.parametrize("form", WAYS)
 @pytest.mark.parametrize("bound", [4096, 32_768, 131_072])
-def test_a_single_sequence_fills_the_device_twice(bound, rope):
-    size, keys, values = size_of(1, bound, rope)
-    assert bool(size.fused) == (rope is None)
+def test_a_single_sequence_fills_the_device_twice(bound, form):
+    size, keys, values = size_of(1, bound, form)
+    assert bool(size.fused) == (form != "two passes")
     fill = 2 * 132
     assert size.splits * values.groups >= min(fill, size.total * values.groups)
     assert size.fused or size.parts * keys.num_heads >= min(fill, size.total * keys.num_heads)
     assert max(size.splits, size.parts) <= size.total
 
 
-@pytest.mark.parametrize("rope", ["default", None], ids=["two passes", "one pass"])
-def test_a_large_batch_is_cut_for_balance_within_the_workspace(rope):
-    size, _, _ = size_of(64, 131_072, rope)
+@pytest.mark.parametrize("form", WAYS)
+def test_a_large_batch_is_cut_for_balance_within_the_workspace(form):
+    size, _, _ = size_of(64, 131_072, form)
     assert 1 < size.splits <= size.total and size.nbytes <= 256 << 20
-    assert size_of(256, 1024, rope)[0].splits == 1
-    small, _, _ = size_of(64, 131_072, rope, limit=16 << 20)
+    assert size_of(256, 1024, form)[0].splits == 1
+    small, _, _ = size_of(64, 131_072, form, limit=16 << 20)
     assert small.splits <= size.splits and small.nbytes <= 16 << 20
 
 
-@pytest.mark.parametrize("rope", ["default", None], ids=["two passes", "one pass"])
+@pytest.mark.parametrize("form", WAYS)
 @pytest.mark.parametrize("batch", [1, 3])
-def test_a_plan_keeps_within_any_limit_that_holds_a_tile(batch, rope):
+def test_a_plan_keeps_within_any_limit_that_holds_a_tile(batch, form):
     """Splits may not take the room of the one tile that they are splits of."""
-    least = size_of(batch, 131_072, rope, limit=1)[0].nbytes  # one tile and one split of one sequence
+    least = size_of(batch, 131_072, form, limit=1)[0].nbytes  # one tile and one split of one sequence
     for limit in range(least, 6 * least, max(1, least // 150)):
-        assert size_of(batch, 131_072, rope, limit=limit)[0].nbytes <= limit
+        assert size_of(batch, 131_072, form, limit=limit)[0].nbytes <= limit
+
+
+def chunks_met(first, tiles, chunk):
+    """Chunks that `tiles` tiles from position `first` on are in."""
+    return len({max(first + 64 * i, 0) // chunk for i in range(tiles)})
+
+
+@pytest.mark.parametrize("chunk", [64, 192, 512])
+@pytest.mark.parametrize("limit", [1, 1 << 20, 4 << 20, 256 << 20])
+def test_there_is_room_for_every_chunk_that_tiles_can_be_in(chunk, limit, monkeypatch):
+    """And the workspace counts it."""
+    monkeypatch.setitem(WAYS, chunk, {"chunk": chunk})
+    for bound in (1, 64, 65, 100, 1000, 30_000):
+        for placed in (False, True):
+            size, keys, values = size_of(1, bound, chunk, placed=placed, limit=limit)
+            assert 64 * size.total >= bound + 63 * placed > 64 * (size.total - 1)
+            most = max(chunks_met(first, size.tiles, chunk) for first in range(-64, 2 * chunk, 64))
+            assert size.chunks == most
+            held = 32 * (keys.rank * 2 + 4) * size.chunks + (size.splits + 1) * 32 * (values.rank + 1) * 4
+            assert held <= size.nbytes
 
 
 def test_a_layer_remembers_what_it_checked(monkeypatch):

@@ -45,7 +45,7 @@ def test_plans_measure_each_part_of_a_row_with_and_without_a_window():
         plain = {"recent": 0, "sample": "0", "far": [0, 0], "counted": False}
         assert find(settings, **{n: cell[n] for n in ("method", "ranks", "shared", "keep", "length")}, **plain)
     first = [row_of(c).label for _, c in cells("smollm2", frontier=True) if c["method"] != "dense"][:11]
-    assert first[:2] == ["lrattn joint auto"] * 2 and {"kivi-32 4 bits", "kivi-32 8 bits"} <= set(first)
+    assert first[:2] == ["rebuilt joint auto"] * 2 and {"kivi-32 4 bits", "kivi-32 8 bits"} <= set(first)
 
 
 def test_processes_share_the_cells(monkeypatch, tmp_path):
@@ -81,7 +81,8 @@ class Tokens(quality.Subject):
         return tiny.tokens(6, 40, seed=1).split(1)
 
     def moments(self, sample, row):
-        gather = quality.gathered("smollm2", sample, row)
+        planned = replace(row, far=quality_plan.NEAR) if any(row.far) else row  # whose window is of these lengths
+        gather = quality.gathered("smollm2", sample, planned)
         return lrattn.calibrate(self.model, self.calibration(sample), gather=gather, far=row.far, progress=False)
 
 
@@ -111,6 +112,7 @@ def measured(tmp_path_factory):
         (kivi, 1.0, data | {"recent": 32, "sinks": 2}),
         (quantised("half", 16)[0], 1.0, data),
         *((row, 0.3) for row in quality_plan.UNROTATED),
+        *((replace(row, far=(8, 2)), 0.3, near) for row in quality_plan.CHUNKED),
     ):
         cell = cell_of(row, keep, **dict(*changed))
         held.append(cell | quality.run(subject, cell, held))
@@ -146,7 +148,8 @@ def test_cells_measure_what_their_settings_say(measured):
 
 def test_cells_of_fewer_bits_count_every_byte(measured):
     """A token of the tiny model is 3 layers of 2 * 4 * 32 numbers, 1536 bytes."""
-    auto, palu, kivi, near, half, *unrotated = measured[10:]
+    auto, palu, kivi, near, half, *absorbed = measured[10:]
+    channels, rotated, apart, joint = absorbed
     for cell in measured[10:]:
         assert cell["dense_bytes_per_token"] == 1536
         assert cell["achieved_keep"] == cell["bytes_per_token"] / 1536
@@ -158,10 +161,11 @@ def test_cells_of_fewer_bits_count_every_byte(measured):
     assert kivi["bytes_per_token"] == near["bytes_per_token"] == 768 * 5 / 8 and half["bytes_per_token"] == 1536
     assert kivi["whole_keep"] == 5 / 16 and near["whole_keep"] == pytest.approx(5 / 16 * 6 / 40 + 34 / 40)
     assert sum(map(sum, palu["widths"])) > 0.8 * sum(map(sum, measured[2]["widths"]))  # at half of its bytes
-    assert all(440 < cell["bytes_per_token"] <= 460 and cell["key_groups"] == 2 for cell in unrotated)
-    assert unrotated[0]["predicted"] > unrotated[1]["predicted"] > 0
-    told = ",".join(quality_table.keys(cell) for cell in (palu, kivi, unrotated[0]))
-    assert re.fullmatch(r"\d+ r,,\d+ a", told)
+    assert all(414 < cell["bytes_per_token"] <= 460 and cell["key_groups"] == 2 for cell in absorbed)  # of whole steps
+    assert channels["predicted"] > rotated["predicted"] > 0 and apart["predicted"] > joint["predicted"] > 0
+    assert joint["key_share"] == 1 > apart["key_share"] and joint["rows_shared"]
+    told = ",".join(quality_table.keys(cell) for cell in (palu, kivi, channels, joint))
+    assert re.fullmatch(r"\d+ r,,\d+ a,\d+ a", told)
     assert auto["key_share"] == 1 and palu["factors"] != measured[2]["factors"]
     lost = [cell["texts"]["news"]["losses"] for cell in (measured[0], half, near, kivi)]
     gaps = [max(abs(a - b) for a, b in zip(x, lost[0], strict=True)) for x in lost[1:]]
@@ -174,7 +178,7 @@ def test_keys_read_a_share_of_a_row_s_bytes(tmp_path):
 
     def layer(**changes):
         given = {"moments": subject.moments("0", JOINT), "progress": False, "group_size": 4}
-        return lrattn.compress(subject.model, **given, **changes).layers[1]
+        return lrattn.compress(subject.model, None, JOINT.method, **given, **changes).layers[1]
 
     ride = layer(shared="ride", bits="auto", keep=0.15)
     (form,) = ride.values.formats
@@ -184,7 +188,9 @@ def test_keys_read_a_share_of_a_row_s_bytes(tmp_path):
     assert 0 < len(segments) < len(form.segments)
     assert quality.key_bytes(ride) == sum(r * b // 8 for r, b in segments) + -(-scales // 4) * 4
     plain = replace(ride, values=replace(ride.values, format=None))
-    assert len({quality.digest_of(lrattn.Factors((own,))) for own in (ride, plain)}) == 2
+    chunked, given = (replace(plain, **form) for form in ({"chunk": 64}, {"rope": None}))
+    forms = ride, plain, chunked, replace(plain, chunk=128), given, replace(given, max_position=64)
+    assert len({quality.digest_of(lrattn.Factors((own,))) for own in forms}) == len(forms)
     assert quality.key_bytes(plain) == 2 * plain.keys.width < plain.bytes_per_token
     apart = layer(shared=False, bits=4, keep=0.2)
     assert quality.key_bytes(apart) == apart.keys.latent_bytes == apart.bytes_per_token - apart.values.latent_bytes
@@ -264,8 +270,9 @@ def test_who_wins_is_told_from_cells(low_rank, expected):
 @pytest.fixture(scope="module")
 def full(measured):
     """The cells as of the plan's length and window."""
-    near = dict(zip(("recent", "sinks"), quality_plan.NEAR, strict=True))
-    return [c | {"length": quality_plan.LENGTH} | (near if c["recent"] else {}) for c in measured]
+    near, far = dict(zip(("recent", "sinks"), quality_plan.NEAR, strict=True)), {"far": list(quality_plan.NEAR)}
+    own = (c | {"length": quality_plan.LENGTH} | (near if c["recent"] else {}) for c in measured)
+    return [c | (far if any(c["far"]) else {}) for c in own]
 
 
 def test_the_frontier_renders_from_whatever_cells_there_are(full):

@@ -15,6 +15,7 @@ from lrattn.models.interface import cache_argument
 RUN = json.loads((report.RESULTS / "demo.json").read_text())
 ROW = RUN["rows"][-1]
 HELD = ROW["cache_bytes"]
+BEYOND = f"from dense, beyond {ROW['bound']:.1%}"
 
 
 def test_the_committed_run_is_right_and_fits_a_terminal():
@@ -27,8 +28,8 @@ def test_the_committed_run_is_right_and_fits_a_terminal():
     [
         ({"cache_bytes": HELD | {"4096": HELD["4096"] - 16}}, "bytes at 4096 tokens, its factors say"),
         ({"tokens_cached": 0}, "the cache holds 0"),
-        ({"perplexity": 1.03 * ROW["perplexity"]}, "from dense, beyond 2.0%"),
-        ({"perplexity": float("nan")}, "from dense, beyond 2.0%"),
+        ({"perplexity": (1 + 2 * ROW["bound"]) * RUN["rows"][0]["perplexity"]}, BEYOND),
+        ({"perplexity": float("nan")}, BEYOND),
         ({"ids": [ROW["ids"][0] + 1, *ROW["ids"][1:]]}, "the answer begins otherwise than the dense one"),
     ],
     ids=["bytes", "tokens", "loss", "no loss", "answer"],
@@ -39,15 +40,22 @@ def test_a_wrong_run_is_told_in_one_line_and_by_the_exit_status(change, says, tm
     monkeypatch.setattr("sys.argv", ["demo", "--plot-only", "--out", str(tmp_path)])
     assert demo.main() == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("WRONG: lrattn, packed at keep 0.125: ") and says in line
+    assert line.startswith("WRONG: lrattn-rebuilt: ") and says in line
 
 
-@pytest.mark.parametrize("bits", [16, "auto"])
+def test_its_rows_are_the_dense_cache_the_default_and_two_alternatives():
+    dense, *rows = RUN["rows"]
+    assert dense["name"] == "dense" and [row["name"] for row in rows] == [choice.name for choice in demo.CHOICES]
+    assert [row["made_by"] for row in rows] == [str(choice) for choice in demo.CHOICES]
+    assert rows[0]["made_by"] == "compress(model, batches)"
+
+
+@pytest.mark.parametrize("method, bits", [("lrattn", 16), ("lrattn", "auto"), ("lrattn-rebuilt", "auto")])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_a_cache_holds_the_bytes_that_the_demo_counts(family, bits):
+def test_a_cache_holds_the_bytes_that_the_demo_counts(family, method, bits):
     """Counted from what the factors say alone; beyond the window and within it."""
     model = tiny.model(family)
-    factors = lrattn.compress(model, [tiny.tokens(4, 100)], keep=0.5, bits=bits, far=(16, 2), progress=False)
+    factors = lrattn.compress(model, [tiny.tokens(4, 100)], method, keep=0.5, bits=bits, far=(16, 2), progress=False)
     for length in (10, 64):
         cache = LatentCache(factors)
         with torch.no_grad(), latent_attention(model, factors):

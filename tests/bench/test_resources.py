@@ -23,7 +23,7 @@ def test_a_few_launches_compile_and_fit():
 def test_the_committed_resources_are_of_these_sources_and_of_every_launch_of_the_table():
     assert RESULTS["sources"] == resources.sources_hash(), "the kernels changed: run make resources"
     expected = {(c.device, *resources.describe(c).values()) for c in resources.compilations()}
-    names = ("device", "rank", "values", "one_row", "head", "M", "S", "dtype", "options", "bits")
+    names = ("device", "rank", "values", "one_row", "head", "M", "S", "dtype", "options", "bits", "chunk")
     assert {tuple(row[n] for n in names) for row in RESULTS["rows"]} == expected
     assert {row["device"] for row in RESULTS["rows"]} == set(resources.DEVICES)
 

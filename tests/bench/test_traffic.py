@@ -5,6 +5,7 @@ for the same latent, heads of a group or blocks of 64 query rows, a GPU can serv
 """
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from triton.runtime.errors import InterpreterError
 import lrattn
 from bench.compiled import traffic
 from bench.compiled.counting import SECTOR, counting
+from bench.decode.ways import two_passes
 
 swap = mutants.swap
 
@@ -66,6 +68,12 @@ WAYS = [
     # Absorbed keys: a group is a program.
     way("absorbed, offset, many queries", 3, 3, offset=True, rope=None, **MANY),
     way("absorbed, streamed rank", 1, rope=None, key_ranks=(336,), lens=(70, 0)),
+    # Keys in chunks: the same, wherever tiles begin.
+    way("chunks, two passes", 1, chunk=64, offset=True, P=64, offsets=(37, 0, -100, 0)),
+    way("chunks, packed, piecemeal", 1, chunk=64, lens=(150, 0), offsets=(-30, 0), value_order=PLAIN.key_order,
+        call={"num_splits": 2, "workspace_limit": 1}, **PACKED),
+    way("one pass, chunks, joint row, window, starts", 0, chunk=64, offset=True, lens=(150, 64, 1, 0),
+        starts=(30, 0, 0, 0), offsets=(-90, 700, 64, 0), S=3, call={"window_size": 90}, **JOINT),
     # Shared rows, read for the keys and for the values.
     way("riding row, offset", 2, offset=True, **RIDING),
     way("joint row, wide head", 2 * 2, D=256, lens=(70, 0), **JOINT),  # 128 dimensions at a time
@@ -87,13 +95,14 @@ WAYS = [
     way("window, starts, queries", 2, lens=(150, 64), starts=(120, 0), **ONE, **PARTS),
     way("big pages", 2, P=48),
     way("splits", 2, lens=(200, 64, 0), call={"num_splits": 3, "project": "hidden"}, **ONE),
-    way("chunks, absorbed", 1, rope=None, lens=(150, 0), call={"num_splits": 2, "workspace_limit": 1}, **ONE),
+    way("piecemeal, absorbed", 1, rope=None, lens=(150, 0), call={"num_splits": 2, "workspace_limit": 1}, **ONE),
     way("bounded", 2, call={"max_seq_len": 70}, **ONE),
     way("empty", 2, lens=(0, 0)),
     # Every token is rebuilt once a head, and each row written once.
     way("rebuild, offset, positions", 2, 2, rebuilds=True, offset=True, positions=True),
     way("rebuild, joint values", 2, 4, rebuilds=True, value_ranks=(528,), lens=(70, 0)),
     way("rebuild, riding row", 2, 2, rebuilds=True, lens=(70, 0), **RIDING),
+    way("rebuild, chunks", 2, 2, rebuilds=True, chunk=64, offsets=(37, 0, -100, 0)),
     way("rebuild, no rope", 2, 2, rebuilds=True, rope=None, P=48, **ONE),
 ]  # fmt: skip
 
@@ -129,7 +138,8 @@ def check(way):
     table, positions = kwargs["block_table"], kwargs["positions"]
     with counting() as seen:
         if way.rebuilds:
-            results = lrattn.rebuild(k_cache, v_cache, layer, table, kwargs["seq_lens"], positions, backend="triton")
+            tables = {n: kwargs[n] for n in ("block_table", "seq_lens", "positions", "offsets")}
+            results = lrattn.rebuild(k_cache, v_cache, layer, **tables, backend="triton")
         else:
             results = attend((layer, q, k_cache, v_cache, kwargs))
     slots, entries = np.zeros(k_cache.shape[:2], bool), np.zeros(table.shape, bool)
@@ -163,6 +173,26 @@ def check(way):
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_a_live_latent_is_read_as_often_as_the_way_says_and_a_dead_one_never(way):
     check(way)
+
+
+@pytest.mark.parametrize("two", [False, True])
+def test_absorbed_queries_are_written_once_and_read_once_a_tile(two):
+    """Of the chunks that hold a token in reach."""
+    case = replace(PLAIN, chunk=128, offset=True, value_order=PLAIN.key_order, offsets=(37, 0, -100, 0))
+    problem = make(case, case.dtype)
+    with two_passes() if two else nullcontext(), counting() as seen:
+        attend(problem)
+    tiles = chunks = 0
+    for length, offset in zip(case.lens, case.offsets):
+        positions = [t - offset for t in range(length)]
+        tiles += len({at // 64 for at in positions})
+        chunks += len({max(at, 0) // 128 for at in positions})
+    counts = {(row["kernel"], row["argument"], row["kind"]): row["requested"] for row in seen.rows()}
+    reader = "absorbed_scores_kernel" if two else "fused_absorbed_kernel"
+    for name, size in (("a", case.dtype.itemsize * sum(case.key_ranks) // 2), ("constant", 4)):
+        rows = case.Hkv * case.M * size
+        assert counts["absorb_queries_kernel", name, "writes"] == chunks * rows
+        assert counts[reader, name, "reads"] == tiles * rows
 
 
 def check_write(case):

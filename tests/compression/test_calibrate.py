@@ -409,6 +409,20 @@ def test_padding_is_no_part_of_the_text_that_a_state_has_seen(tmp_path):
     same(whole, calibrated(model, [right, left]), 1e-5)
 
 
+def test_moments_know_their_longest_sequence(tmp_path):
+    """Without its padding, whatever else is added; a state that did not know goes on so."""
+    model, path = tiny.model("llama"), tmp_path / "state"
+    mask = torch.ones(2, 20, dtype=torch.int64)
+    mask[0, :4], mask[1, :9] = 0, 0
+    padded = {"input_ids": tiny.tokens(2, 20), "attention_mask": mask}
+    for batches, longest in (([tiny.tokens(2, 12)], 12), ([tiny.tokens(1, 5), padded, tiny.tokens(2, 7)], 16)):
+        assert calibrated(model, batches).longest == longest
+    calibrated(model, [tiny.tokens(4, 16)[:2]], state=path)
+    assert lrattn.Moments.load(path).longest == 16
+    replace(lrattn.Moments.load(path), longest=0).save(path)
+    assert calibrated(model, [tiny.tokens(4, 16)], state=path).longest == 0
+
+
 def test_a_state_of_attention_inputs_is_refused(tmp_path):
     """As of a version before 3; nothing is run, and the file stays what it was."""
     model, path = tiny.model("llama"), tmp_path / "state"

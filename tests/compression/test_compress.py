@@ -105,15 +105,16 @@ def unchanged(name):
 
 
 def compressed(model, *args, **kwargs):
-    return lrattn.compress(model, *args, **{"far": (0, 0), "progress": False} | kwargs)
+    """Plain latents, where nothing else is asked for."""
+    return lrattn.compress(model, *args, **{"far": (0, 0), "bits": 16, "progress": False} | kwargs)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compress_reads_every_family(family):
     """The mean stands for biases, of models that have some."""
     model, ids = unchanged(family), tiny.tokens(4, 40)
-    factors = compressed(model, [ids], keep=0.3, group_size=4)
-    assert len(factors.layers) == 3 and factors.method == "lrattn" and len(factors.predicted) == 3
+    factors = compressed(model, [ids], "lrattn-rebuilt", 0.3, 4)
+    assert len(factors.layers) == 3 and factors.method == "lrattn-rebuilt" and len(factors.predicted) == 3
     assert 0.3 - 32 / factors.dense_bytes_per_token < factors.keep <= 0.3
     for layer, own, sample, (k, v) in zip(
         factors.layers, attention_layers(model), factors.samples, heads_of(model, ids), strict=True
@@ -151,7 +152,9 @@ def test_compress_does_not_change_the_model_and_repeats_exactly():
         same_factors(first, other)
 
 
-CHOICES = [(name, False) for name in methods.METHODS] + [("lrattn", "ride"), ("lrattn", True)]
+SHARING = [("lrattn", True), ("lrattn-rebuilt", "ride"), ("lrattn-rebuilt", True)]
+OWN = [("lrattn", False), ("lrattn-rebuilt", False), *SHARING]
+CHOICES = [(name, False) for name in methods.METHODS] + SHARING
 
 
 @cache
@@ -210,7 +213,7 @@ def metric_lost(moments, layer, i):
     return total
 
 
-FORMS = cycle([("lrattn", False), ("lrattn", "ride"), ("lrattn", True), ("lrattn-rotated", False), ("palu", False)])
+FORMS = cycle([*OWN, ("lrattn-rotated", False), ("palu", False)])
 LOADED = [("Llama, yarn", "lrattn", True), ("GLM-4", "palu", False), ("gpt-oss", "kv-heads", False)]
 FULL = [(name, *next(FORMS), torch.float32) for name in ARCHITECTURES]
 FULL += [(*own, dtype) for own in LOADED for dtype in (torch.bfloat16, torch.float16)]
@@ -235,7 +238,7 @@ def test_every_architecture_loses_less_than_by_second_moments_and_those_less_tha
     model, ids = unchanged(architecture), architectures.tokens(4, 40)
     moments = lrattn.calibrate(model, [ids], gather=["before", "metric"], progress=False)
     choice = {"keep": 0.5, "ranks": "uniform", "moments": moments}
-    own, palu = compressed(model, **choice, shared=False), compressed(model, method="palu", **choice)
+    own, palu = (compressed(model, method=name, shared=False, **choice) for name in ("lrattn-rebuilt", "palu"))
     random, lost = random_factors(model, 0.5, ropes=[layer.rope for layer in own.layers]), [0.0, 0.0, 0.0]
     for i, layers in enumerate(zip(own.layers, palu.layers, random.layers, strict=True)):
         sides = [replace(getattr(layers[2], x), offset=getattr(layers[0], x).offset) for x in ("keys", "values")]
@@ -250,7 +253,8 @@ def test_what_is_made_of_fewer_inputs_takes_no_more_latents(form, keep):
     """128 keys and 128 values that are maps of 96 inputs: a row of 96 latents says them all, or two of 96 apart."""
     model, ids = unchanged("llama"), tiny.tokens(8, 40)
     enough, fewer = (
-        compressed(model, [ids], keep=share, ranks="uniform", shared=form).layers for share in (keep, keep * 2 / 3)
+        compressed(model, [ids], "lrattn-rebuilt", share, ranks="uniform", shared=form).layers
+        for share in (keep, keep * 2 / 3)
     )
     for layer, less, heads in zip(enough, fewer, heads_of(model, ids), strict=True):
         assert layer.values.ranks == (96,) and max(errors(layer, *heads)) < 2e-3 and max(errors(less, *heads)) > 0.1
@@ -261,7 +265,7 @@ def test_what_is_made_of_fewer_inputs_takes_no_more_latents(form, keep):
 def test_packed_latents_are_of_one_size(form, family):
     """On the text, about what is taken from the heads: a segment has one scale."""
     model, ids = unchanged(family), tiny.tokens(4, 60)
-    factors = compressed(model, [ids], keep=0.06, bits="auto", shared=form)
+    factors = compressed(model, [ids], "lrattn-rebuilt", 0.06, bits="auto", shared=form)
     for layer, heads in zip(factors.layers, heads_of(model, ids), strict=True):
         assert layer.packed
         for z in latents_of(layer, *heads):
@@ -319,10 +323,10 @@ def shuffled_mha():
     return wide, narrow, order
 
 
-@pytest.mark.parametrize("method", ["recalkv-hsr", "recalkv-greedy", "lrattn"])
+@pytest.mark.parametrize("method", ["recalkv-hsr", "recalkv-greedy", "lrattn", "lrattn-rebuilt"])
 def test_copies_of_a_head_share_a_latent_at_no_loss(method):
     """Groups of two, one head's rank each: with copies together nothing is lost; in the model's order half of it is.
-    lrattn clusters under the gradients' metric, keys and values at once."""
+    lrattn clusters under the gradients' metric, rows that both share by keys and values at once."""
     model, narrow, order = shuffled_mha()
     ids = tiny.tokens(4, 40)
     torch.testing.assert_close(model(ids).logits, narrow(ids).logits, rtol=0, atol=1e-4)
@@ -330,15 +334,15 @@ def test_copies_of_a_head_share_a_latent_at_no_loss(method):
     for layer, other, heads in zip(made, apart, heads_of(model, ids), strict=True):
         assert all(len({order[h] // 2 for h in members}) == 1 for members in layer.keys.groups)
         assert max(errors(layer, *heads)) < 2e-3
-        assert len(layer.values.ranks) == (4 if method == "lrattn" else 1) and len(layer.keys.ranks) == 4
+        assert len(layer.values.ranks) == (4 if method.startswith("lrattn") else 1) and len(layer.keys.ranks) == 4
         assert errors(other, *heads)[0] > 0.1
 
 
 SHARDED = [
     *(("recalkv-hsr", n, 0.5, 16) for n in (1, 2, 4, 8, 16)),
     *((name, 2, 0.8, 16) for name, method in methods.METHODS.items() if method.rotated),
-    *((name, 2, 0.5, 16) for name in ("recalkv", "lrattn", "asvd")),
-    *((name, 2, 0.3, "auto") for name in ("lrattn-channels", "lrattn-rotated")),
+    *((name, 2, 0.5, 16) for name in ("recalkv", "lrattn", "lrattn-rebuilt", "asvd")),
+    *((name, 2, 0.3, "auto") for name in ("lrattn", "lrattn-channels", "lrattn-rotated")),
 ]
 
 
@@ -401,9 +405,14 @@ def test_compress_refuses_with_the_reason():
     refuses(told % ("'rotated', 'rotated-metric'", has), None, "lrattn-rotated", moments=before)
     refuses("moments: expected those of 3 layers, got 2", None, "palu", moments=fewer)
     refuses("moments: expected those of this model", None, "palu", moments=other)
-    for batches, method, bits in ((None, "svd", 16), (ids, "lrattn", 8), (ids, "lrattn", "auto")):
-        refuses("refine: expected", batches, method, refine=2, bits=bits)
+    refuses("refine: expected 0 without batches", None, "svd", refine=2)
     refuses("nested: expected False without refine=", ids, nested=True)
+    for method, bits in (("lrattn", "auto"), ("palu", 4)):
+        told = f"nested: expected False with bits={bits!r}: prefixes are of plain latents"
+        refuses(told, ids, method, refine=2, nested=True, bits=bits)
+    refuses("shared: expected None or False or True with method 'lrattn', got 'ride'", ids, shared="ride")
+    refuses("chunk: expected None with method 'lrattn-rebuilt', got 512", ids, "lrattn-rebuilt", chunk=512)
+    refuses("positions: expected None with method 'palu', which is for any", ids, "palu", positions=4096)
     refused("^model: expected a model of transformers, got Linear", compressed, torch.nn.Linear(2, 2), ids)
     assert compressed(model, method="svd").method == "svd"
     with pytest.raises(pytest.fail.Exception, match="a text was read"):
@@ -414,7 +423,9 @@ WRONG = {
     "method": (None, 3, ["svd"]),
     "keep": ("0.5", True, float("nan"), 0, -0.5, 1.5),
     "bytes_per_token": (1.5, "300", True, 0, 10**9, 10),
-    "bits": (None, "8", True, 8.0, [8.0], [], 3, (16, None)),
+    "bits": ("8", True, 8.0, [8.0], [], 3, (16, None)),
+    "chunk": (100, 32, "512", True, 0, 512.0),
+    "positions": (0, 4096),
     "group_size": ("4", True, 0, 4.0, None),
     "shards": ("1", True, 0, 1.0, None),
     "ranks": (3, "best", ["spectrum"]),
@@ -437,9 +448,9 @@ def test_what_is_no_such_choice_is_told_before_any_work(name):
         refused(rf"^{name}: expected [^\n]*, got ", lrattn.compress, model, **given)
 
 
-@pytest.mark.parametrize("shared", [False, "ride", True])
+@pytest.mark.parametrize("method, shared", OWN)
 @pytest.mark.parametrize("bits", [8, "auto"])
-def test_a_budget_too_small_is_refused_before_any_work(shared, bits):
+def test_a_budget_too_small_is_refused_before_any_work(method, shared, bits):
     """Up to a keep whose least row can be made, no text is read; from there on factors are made."""
     model, runs = copy.deepcopy(narrow("qwen3")), []
     model.register_forward_pre_hook(lambda _, __, kwargs: runs.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
@@ -447,7 +458,7 @@ def test_a_budget_too_small_is_refused_before_any_work(shared, bits):
     for keep in (0.01, 0.04, 0.1, 0.2):
         runs.clear()
         try:
-            assert compressed(model, [tiny.tokens(1, 12)], keep=keep, bits=bits, shared=shared).keep <= keep
+            assert compressed(model, [tiny.tokens(1, 12)], method, keep, bits=bits, shared=shared).keep <= keep
             assert max(runs) == 12
         except ValueError as error:
             assert max(runs) <= SHORT and str(error).startswith("keep: expected at least")
@@ -516,15 +527,15 @@ def test_factors_say_which_window_they_are_for(tmp_path):
         refused("near: expected two numbers of tokens", lrattn.Factors, factors.layers, near=wrong)
 
 
-@pytest.mark.parametrize("method, keep", [("lrattn", 0.25), ("lrattn-channels", 0.1), ("lrattn-rotated", 0.1)])
+@pytest.mark.parametrize("method, keep", [("lrattn", 0.25), ("lrattn-rebuilt", 0.25), ("lrattn-channels", 0.1)])
 def test_layers_whose_window_hides_far_tokens_cost_nothing(method, keep):
     """Local layers of 12 tokens see nothing that a dense window of 64 does not hold: the bytes go to the others."""
-    model, ids, bits = unchanged("gemma3"), tiny.tokens(2, 100), 16 if method == "lrattn" else "auto"
+    model, ids, bits = unchanged("gemma3"), tiny.tokens(2, 100), "auto" if method == "lrattn-channels" else 16
     factors = compressed(model, [ids], method, keep, shared=False, bits=bits, far=None)
     felt = [kind == "full_attention" for kind in model.config.layer_types]
     assert bits == 16 or [lost > 1e-12 for lost in factors.predicted] == felt
-    widths = {own: [x.values.width for x, of in zip(factors.layers, felt) if of is own] for own in (False, True)}
-    assert max(widths[False]) < min(widths[True])
+    sizes = {own: [x.bytes_per_token for x, of in zip(factors.layers, felt) if of is own] for own in (False, True)}
+    assert max(sizes[False]) < min(sizes[True])
     with torch.no_grad(), latent_attention(model, factors):
         assert model(ids, use_cache=False).logits.isfinite().all()
 
@@ -535,12 +546,11 @@ def predicted(model, ids, method="lrattn", **choice):
     return compressed(model, method=method, moments=moments, **choice)
 
 
-LITTLE = [("lrattn", False, 0.6), ("lrattn", "ride", 0.33), ("lrattn", True, 0.33)]
+LITTLE = [(method, shared, 0.33 if shared else 0.6) for method, shared in OWN if method == "lrattn-rebuilt"]
+LITTLE += [("lrattn", False, 0.6), ("lrattn", True, 0.6), ("lrattn-rotated", False, 0.6)]
 
 
-@pytest.mark.parametrize(
-    "method, shared, keep", [*LITTLE, ("lrattn-rotated", False, 0.6), ("lrattn-channels", False, 0.7)]
-)
+@pytest.mark.parametrize("method, shared, keep", [*LITTLE, ("lrattn-channels", False, 0.7)])
 def test_the_predicted_loss_is_about_what_it_costs(method, shared, keep):
     """Divergence from the model's own predictions on the calibration text, where little is cut: to a factor of 3."""
     model, ids = unchanged("llama"), tiny.tokens(8, 60)
@@ -551,8 +561,10 @@ def test_the_predicted_loss_is_about_what_it_costs(method, shared, keep):
 
 def test_sharing_a_row_is_foreseen_to_lose_less():
     model, ids = unchanged("llama"), tiny.tokens(8, 60)
-    apart, *shared = (sum(predicted(model, ids, keep=0.16, shared=form).predicted) for form in (False, "ride", True))
-    assert max(shared) < apart
+    for method in ("lrattn", "lrattn-rebuilt"):
+        made = (predicted(model, ids, method, keep=0.16, shared=form) for form in methods.METHODS[method].forms)
+        apart, *shared = (sum(factors.predicted) for factors in made)
+        assert max(shared) < apart
 
 
 def test_the_form_is_joint_where_keys_are_rebuilt_in_time(monkeypatch):
@@ -560,17 +572,17 @@ def test_the_form_is_joint_where_keys_are_rebuilt_in_time(monkeypatch):
     monkeypatch.setattr(package, "JOINT_WITHIN", 64)
     model, ids = unchanged("mha"), [tiny.tokens(2, 20)]  # 8 heads of 32: 512 numbers in one group of 8
     for keep, group_size, joint in ((0.125, 8, True), (0.16, 8, False), (0.16, 4, True)):
-        factors = compressed(model, ids, keep=keep, group_size=group_size, ranks="uniform")
+        factors = compressed(model, ids, "lrattn-rebuilt", keep, group_size, ranks="uniform")
         assert all(layer.shared and (layer.keys.ranks == layer.values.ranks) == joint for layer in factors.layers)
 
 
-@pytest.mark.parametrize("form", [False, "ride", True])
-def test_latents_are_of_the_size_of_keys_and_values(form):
+@pytest.mark.parametrize("method, form", OWN)
+def test_latents_are_of_the_size_of_keys_and_values(method, form):
     """Whatever the scale of the gradients: 16-bit numbers hold them."""
     model, ids = tiny.model("llama"), tiny.tokens(4, 40)
     with torch.no_grad():
         model.lm_head.weight.mul_(1e-4)  # gradients of 1e-8
-    for z in latents_of(predicted(model, ids, keep=0.3, shared=form).layers[1], *heads_of(model, ids)[1]):
+    for z in latents_of(predicted(model, ids, method, keep=0.3, shared=form).layers[1], *heads_of(model, ids)[1]):
         assert z is None or 1e-2 < z.square().mean().sqrt() < 1e2
 
 

@@ -145,7 +145,7 @@ def test_what_is_whitened_is_the_best_map_of_each_group_s_heads(method, family):
     model, recipe = tiny.model(family), methods.METHODS[method]
     for layer, x in zip(compressed(model, method, 0.5, group_size=2).layers, seen(model), strict=True):
         for heads, side in ((x["k" if recipe.rotated else "u"], layer.keys), (x["v"], layer.values)):
-            assert (side.offset is not None) == (recipe.centred or family == "llama3")
+            assert (side.offset is not None) == (bool(recipe.centred) or family == "llama3")
             assert (len(side.groups) == 1) == (recipe.groups == methods.LAYER)
             if side.offset is not None:
                 torch.testing.assert_close(side.offset.double(), heads.mean(0), rtol=0, atol=1e-4)

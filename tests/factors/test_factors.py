@@ -53,12 +53,22 @@ def heads_for(layer, *lead, seed=0):
 
 
 def turned_back(layer, k, positions):
-    """By the oracle: turned the other way, the factor taken out of what was turned."""
+    """By the oracle: turned the other way, the factor taken out of what was turned; or to the place in a chunk."""
     if layer.rope is None:
         return k
+    if layer.chunk is not None:
+        return turned_by(k, -(positions // layer.chunk * layer.chunk), layer.rope)
     n, (_, factor) = layer.rope.rotary_dim, layer.rope.frequencies()
     back = rotate(k.flatten(0, -3), -positions.flatten(), layer.rope).view(k.shape)
     return torch.cat((back[..., :n] / factor**2, back[..., n:]), -1)
+
+
+def turned_by(x, positions, rope):
+    """x [.., Hkv, D] turned on by positions [..], without the attention factor."""
+    plain = replace(rope, fp32_angles=False)
+    n, (_, factor) = rope.rotary_dim, rope.frequencies()
+    turned = rotate(x.double().flatten(0, -3), positions.flatten(), plain).view(x.shape)
+    return torch.cat((turned[..., :n] / factor, turned[..., n:]), -1)
 
 
 def written(layer, k, v, positions):
@@ -97,7 +107,7 @@ def test_the_map_of_a_side_is_down_and_up_of_each_head(name):
             torch.testing.assert_close(made[:, h], side.down[:, column : column + rank] @ side.up[h, :rank])
 
 
-def whole(form, rope=None, order=None, dtype=torch.float64):
+def whole(form, rope=None, order=None, dtype=torch.float64, chunk=None):
     """A layer of two groups that loses nothing; in a ride values have what the key latent leaves of them."""
     g = torch.Generator().manual_seed(0)
     size, n, apart = 2 * DIM, HEADS * DIM, form == "apart"
@@ -132,7 +142,7 @@ def whole(form, rope=None, order=None, dtype=torch.float64):
         lrattn.Projection(value_up, (value_rank,) * 2, torch.cat(value_down, 1), offsets[1], order),
     )
     made = None if rope is None else lrattn.Rope(**{"theta": 1e4, "dim": DIM, "max_position": 4096, **rope})
-    return lrattn.LayerFactors(*sides, made, shared=not apart).to(dtype=dtype)
+    return lrattn.LayerFactors(*sides, made, shared=not apart, chunk=None if made is None else chunk).to(dtype=dtype)
 
 
 @pytest.mark.parametrize(
@@ -140,16 +150,34 @@ def whole(form, rope=None, order=None, dtype=torch.float64):
 )
 @pytest.mark.parametrize("order", [None, (3, 0, 2, 1)])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("rope", ROPES)
-def test_at_full_rank_rounding_is_all_that_is_lost(rope, form, order, dtype, slack):
+@pytest.mark.parametrize(("rope", "chunk"), [*((rope, None) for rope in ROPES), ("partial", 64), ("yarn", 128)])
+def test_at_full_rank_rounding_is_all_that_is_lost(rope, chunk, form, order, dtype, slack):
     """Of what is written, of latents and of what is rebuilt; and of sums, in float32 alone below float64."""
-    layer = whole(form, ROPES[rope], order, dtype)
+    layer = whole(form, ROPES[rope], order, dtype, chunk)
     k, v, positions = heads_for(layer, 25, 2)
     rows = layer.project(k, v, positions)
     assert all(z is None or z.dtype == dtype for z in rows)
     for got, expected in zip(layer.rebuild(*rows, positions), (k, v), strict=True):
         error = (got.double() - expected.double()).norm() / expected.double().norm()
         assert got.dtype == dtype and error < slack * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rope", ["halves", "interleaved", "partial", "yarn"])
+def test_latents_of_chunks_are_the_same_a_chunk_later(rope, form):
+    """A key at place t of any chunk is stored as it would be at position t; what is before position 0 is of the first
+    chunk, and so is read back as it was written."""
+    layer = whole(form, ROPES[rope], dtype=torch.float64, chunk=64)
+    k, v, _ = heads_for(layer, 3, 64)
+    place = torch.arange(64).expand(3, 64)
+    far = place + torch.tensor([[64], [15 * 64], [16_000 * 64]])
+    later = turned_by(k, far - place, layer.rope)
+    assert (layer.project(k, v, place)[0] - layer.project(later, v, far)[0]).abs().max() < 1e-9
+    torch.testing.assert_close(layer.project(k, v, place - 100), layer.project(k, v, 0 * place))
+    rows = layer.project(later, v, far)
+    torch.testing.assert_close(layer.rebuild(*rows, far), (later, v), rtol=0, atol=1e-9)
+    with pytest.raises(ValueError, match=r"positions: expected 0 \.\. 1048575 of the rope, got 64 .. 1048576"):
+        layer.project(k[:1, :2], v[:1, :2], torch.tensor([[64, 1 << 20]]))
 
 
 def on_grid(x):
@@ -276,13 +304,6 @@ def test_a_group_across_shards_is_refused_where_it_writes_and_held_by_all_where_
         layer.shard(0, 3)
 
 
-def test_fold_output_is_two_products_in_one():
-    layer = make_layer(RICH)
-    latent = torch.randn(3, 8, 64, dtype=torch.float64)
-    two = torch.einsum("thr,hrd,hde->te", latent, layer.values.up.repeat_interleave(2, 0), layer.wo)
-    torch.testing.assert_close(torch.einsum("thr,hre->te", latent, layer.fold_output()), two)
-
-
 def test_projection_errors_name_the_tensor():
     up = torch.zeros(4, 32, 8)
     for message, change in {
@@ -310,6 +331,15 @@ def test_layer_errors_name_the_tensor():
     def side(heads=4, rank=32, **kwargs):
         return lrattn.Projection(up=torch.zeros(heads, rank, 8), ranks=(rank,), **kwargs)
 
+    for chunk in (0, -64, 96, 64.0, True, "64"):
+        with pytest.raises(ValueError, match=f"chunk: expected None or a positive multiple of 64, got {chunk!r}"):
+            lrattn.LayerFactors(side(), side(), lrattn.Rope(1e4, 8, 16), chunk=chunk)
+    with pytest.raises(ValueError, match="chunk: expected None without a rope, got 64"):
+        lrattn.LayerFactors(side(), side(), None, chunk=64)
+    with pytest.raises(ValueError, match="max_position: expected None with a rope, got 1024"):
+        lrattn.LayerFactors(side(), side(), lrattn.Rope(1e4, 8, 16), max_position=1024)
+    with pytest.raises(ValueError, match="max_position: expected None or a positive multiple of 1, got 0"):
+        lrattn.LayerFactors(side(), side(), None, max_position=0)
     rope, down = lrattn.Rope(1e4, 8, 16), torch.zeros(32, 32)
     for message, arguments in {
         "values.up: expected shape": {"values": side(2)},
@@ -344,8 +374,9 @@ def test_layers_are_moved_whole_and_can_lie_on_devices_of_their_own():
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
-def test_a_copy_of_a_layer_is_the_layer(copied):
-    layer = make_layer(RICH)
+@pytest.mark.parametrize("chunk", [None, 128])
+def test_a_copy_of_a_layer_is_the_layer(copied, chunk):
+    layer = replace(make_layer(RICH), chunk=chunk)
     k, v, at = heads_for(layer, 3)
     torch.testing.assert_close(copied(layer).project(k, v, at), layer.project(k, v, at), rtol=0, atol=0)
     assert copied(layer).turns is layer.turns  # equal ropes share a table
@@ -353,8 +384,9 @@ def test_a_copy_of_a_layer_is_the_layer(copied):
 
 def factors(dtype=torch.float32, **more):
     packed = {case.name: case for case in PACKED}["joint row"]
-    cases = [RICH, BY_NAME["riding row"], BY_NAME["no rope"], packed]
-    return lrattn.Factors(tuple(make_layer(case, dtype) for case in cases), method="palu", model="a model", **more)
+    layers = [make_layer(case, dtype) for case in (RICH, BY_NAME["riding row"], BY_NAME["no rope"], packed)]
+    layers[1], layers[2] = replace(layers[1], chunk=512), replace(layers[2], max_position=8192)
+    return lrattn.Factors(tuple(layers), method="palu", model="a model", **more)
 
 
 def same(a, b):
@@ -378,7 +410,8 @@ def test_a_record_is_one_readable_line():
             assert re.fullmatch(expected, text), text
     for layer in whole.layers:
         assert all(len(repr(x).splitlines()) == 1 and len(repr(x)) < 160 for x in (layer, layer.keys, layer.values))
-        assert ("shared" in repr(layer), "before RoPE" in repr(layer)) == (layer.shared, layer.rope is not None)
+        assert ("shared" in repr(layer), "before RoPE" in repr(layer)) == (layer.shared, not layer.absorbed)
+        assert ("in chunks of 512" in repr(layer)) == (layer.chunk is not None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -392,7 +425,7 @@ def test_save_and_load_give_the_same_record(dtype, tmp_path):
         assert getattr(loaded, name) == getattr(saved, name)
     assert all(same(a, b) for a, b in zip(loaded.samples, samples, strict=True))
     for a, b in zip(saved.layers, loaded.layers, strict=True):
-        assert (a.rope, a.shared) == (b.rope, b.shared)
+        assert (a.rope, a.shared, a.chunk, a.max_position) == (b.rope, b.shared, b.chunk, b.max_position)
         assert same(a.wo, b.wo)
         for x, y in ((a.keys, b.keys), (a.values, b.values)):
             assert (x.ranks, x.head_order, x.format, x.of_inputs) == (y.ranks, y.head_order, y.format, False)

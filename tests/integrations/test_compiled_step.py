@@ -10,6 +10,7 @@ from passes import exact_ropes, fed
 from slowly import slow_unless
 from torch._dynamo.utils import counters
 from transformers import LlamaConfig
+from uses import KEYS
 
 from lrattn.integrations.transformers import LatentCache
 
@@ -27,9 +28,10 @@ def fresh(request):
     torch._dynamo.reset()
 
 
-def made(near, before_rope):
+def made(near, keys):
     model = tiny.built(LlamaConfig(**SIZES), 0)
-    factors = random_factors(model, 0.5, near, ropes=exact_ropes(model) if before_rope else None)
+    chunk = 64 if keys == "in chunks" else None
+    factors = random_factors(model, 0.5, near, ropes=None if keys == "as given" else exact_ropes(model), chunk=chunk)
     model.set_attn_implementation("lrattn")
     return model, factors
 
@@ -46,14 +48,14 @@ def steps(model, factors, mask=None):
     return found
 
 
-WAYS = list(product(((0, 0), (5, 2)), (False, True), (False, True)))
+WAYS = list(product(((0, 0), (5, 2)), KEYS, (False, True)))
 
 
-@pytest.mark.parametrize("near, before_rope, padded", slow_unless(lambda way: way[0] != (0, 0) and not way[2], WAYS))
-def test_a_step_gives_the_same_and_is_one_graph_without_a_mask(near, before_rope, padded):
+@pytest.mark.parametrize("near, keys, padded", slow_unless(lambda way: way[0] != (0, 0) and not way[2], WAYS))
+def test_a_step_gives_the_same_and_is_one_graph_without_a_mask(near, keys, padded):
     """With one something is read, and positions, which nobody knows to be even there, are held from then on."""
     mask = torch.ones_like(IDS)
     mask[1, :7] = 0
-    want, got = steps(*made(near, before_rope), mask if padded else None)
+    want, got = steps(*made(near, keys), mask if padded else None)
     torch.testing.assert_close(got, want, rtol=0, atol=2e-5)
     assert padded or (not counters["graph_break"] and counters["stats"]["unique_graphs"] <= 4)

@@ -24,6 +24,8 @@ FORMS = {
     "one row": {"shared": True, "ropes": True},
     "packed": {"bits": 4, "ropes": True},
     "packed row": {"bits": 2, "shared": True},
+    "in chunks": {"ropes": True, "chunk": 64},
+    "packed row in chunks": {"bits": 4, "shared": True, "ropes": True, "chunk": 64},
 }
 WINDOWS = [(0, 0), (1, 0), (5, 0), (40, 0), (0, 4), (1, 1), (5, 2), (16, 4), (0, 40)]
 PLANS = [((6, 3, *[1] * 27), 64), ((9, 4, 1, 1, 13, 1, 7), 64), ((6, 9, 1, 2, 18), 4)]  # chunks, DECODE_ROWS
@@ -50,16 +52,16 @@ def scored(model, factors, ids, mask, at=None):
         yield model(ids, **given).logits
 
 
-@pytest.mark.every(6)
+@pytest.mark.every(8)
 @pytest.mark.parametrize("near", WINDOWS, ids=str)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_way_to_go_on_is_the_definition(family, form, near, monkeypatch):
     """By tokens, by a few and, where DECODE_ROWS is small, densely; the second row is all padding at first. Positions
-    are columns, or counted by row as generate does. Without a cache, too."""
+    are columns, or counted by row as generate does, from before the end of a chunk on. Without a cache, too."""
     model, factors = made(family, form, near)
     ids, mask = padded((36, 20), "left")
-    for at in (None, (mask.cumsum(1) - 1).clamp_min(0)):
+    for at in (None, (mask.cumsum(1) - 1).clamp_min(0) + 50):
         want = defined(model, factors, ids, window(36, *near, begins=(0, 16)), mask, at)
         for chunks, rows in PLANS:
             monkeypatch.setattr(integration, "DECODE_ROWS", rows)
@@ -85,7 +87,7 @@ MASKS = {  # of the columns before one, of all of them later, where the second r
 }
 
 
-@pytest.mark.parametrize("form, near", [("as given", (0, 2)), ("before RoPE", (5, 2)), ("before RoPE", (4, 3))])
+@pytest.mark.parametrize("form, near", [("as given", (0, 2)), ("before RoPE", (5, 2)), ("in chunks", (4, 3))])
 @pytest.mark.parametrize("story", MASKS)
 @pytest.mark.parametrize("rows", [64, 4])
 def test_masks_that_say_something_else_later(rows, story, form, near, monkeypatch):
@@ -103,21 +105,36 @@ def test_masks_that_say_something_else_later(rows, story, form, near, monkeypatc
         same(logits, want, later)
 
 
-def test_a_row_begins_anew_where_a_crop_left_it_nothing():
-    model, factors = made("llama3", near=(6, 2))
+@pytest.mark.parametrize("form", ["before RoPE", "in chunks"])
+def test_a_row_begins_anew_where_a_crop_left_it_nothing(form):
+    """Its first columns, and its positions: those of the other row go on."""
+    model, factors = made("llama3", form, (6, 2))
     ids, mask = tiny.tokens(2, 30), torch.ones(2, 30, dtype=torch.int64)
     mask[1, :4] = 0
-    cache = LatentCache(factors)
-    got = [fed(model, ids[:, :6], 6, cache, mask)[:, :3]]
+    cache, at = LatentCache(factors), torch.arange(50, 80)[None] - torch.tensor([[0], [4]])
+    got = [fed(model, ids[:, :6], 6, cache, mask, at)[:, :3]]
     cache.crop(-3)
     mask[1, :14] = 0
-    got.append(fed(model, ids[:, 3:], (11, 3, 1, 12), cache, mask))
-    same(torch.cat(got, 1), defined(model, factors, ids, window(30, 6, 2, begins=(0, 14)), mask), mask)
+    at = at - torch.tensor([[0], [10]])
+    got.append(fed(model, ids[:, 3:], (11, 3, 1, 12), cache, mask, at))
+    same(torch.cat(got, 1), defined(model, factors, ids, window(30, 6, 2, begins=(0, 14)), mask, at), mask)
+
+
+@pytest.mark.parametrize("form", ["as given", "before RoPE", "in chunks"])
+def test_what_a_crop_brings_back_into_the_window_is_as_latents_say(form):
+    model, factors = made("llama3", form, (16, 2))
+    ids, at, cache = tiny.tokens(2, 90), torch.arange(40, 130)[None], LatentCache(factors)
+    fed(model, ids[:, :70], 70, cache, positions=at)
+    cache.crop(-10)
+    exact = window(90, 16, 2)
+    exact[:, 60:, 60 - 16 : 70 - 16] = False
+    want = defined(model, factors, ids, exact, positions=at)[:, 60:]
+    same(fed(model, ids[:, 60:], (1, 9, 20), cache, positions=at), want)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [torch.bool, torch.float64], ids=str)
-@pytest.mark.parametrize("form", ["as given", "before RoPE"])
+@pytest.mark.parametrize("form", ["as given", "before RoPE", "in chunks"])
 def test_masks_of_four_dimensions_with_a_window(form, kind):
     model, factors = made("llama3", form, (4, 3))
     ids, g = tiny.tokens(2, 24), torch.Generator().manual_seed(0)
@@ -135,9 +152,10 @@ def test_masks_of_four_dimensions_with_a_window(form, kind):
         same(logits, want)
 
 
-def test_positions_of_three_kinds_that_are_one():
+@pytest.mark.parametrize("form", ["before RoPE", "in chunks"])
+def test_positions_of_three_kinds_that_are_one(form):
     """As multimodal ropes give them for text."""
-    model, factors = made("llama3", near=(3, 1))
+    model, factors = made("llama3", form, (3, 1))
     ids, given, original = tiny.tokens(2, 20), random_factors(model, 0.4), integration.latent_forward
     want = fed(model, ids, (12, 1, 7), LatentCache(factors))
     differ = []
@@ -182,7 +200,8 @@ class Life:
         draw = self.random.choice
         self.near = draw(WINDOWS)
         self.model, self.factors = made(draw(FAMILIES), draw(list(FORMS)), self.near, seed=seed)
-        self.cache, self.uneven = LatentCache(self.factors), draw((False, True))
+        self.cache, self.uneven, self.start = LatentCache(self.factors), draw((False, True)), draw((0, 60))
+        self.jumps = (0,) if self.factors.layers[0].chunk else (0, 0, 0, 3, 30)
         self.reset()
 
     def reset(self):
@@ -206,10 +225,10 @@ class Life:
         i, j = torch.arange(begin, begin + count)[:, None], torch.arange(200)
         at = i.T.expand(self.batch, -1)
         if self.uneven and begin:
-            jumps = [self.random.choice((0, 0, 0, 3, 30)) for _ in range(self.batch)]
+            jumps = [self.random.choice(self.jumps) for _ in range(self.batch)]
             at = self.at[:, -1:] + 1 + torch.arange(count) + torch.tensor(jumps)[:, None]
         elif self.uneven:
-            at = (torch.arange(count) - torch.tensor(self.pads)[:, None]).clamp_min(0)
+            at = (torch.arange(count) - torch.tensor(self.pads)[:, None]).clamp_min(0) + self.start
         pads = torch.tensor(self.pads)[:, None, None]
         near = j > i - recent
         return ids, at, (near & ~self.lost) | (~near & (j >= pads) & (j < pads + sinks))
@@ -289,14 +308,17 @@ def test_lives(seed):
 # ----------------------------------------------------------------------------------------------- what is held
 
 
-def held_bytes(factors, batch, columns, near, turned=False):
-    """Of a cache whose pages were made at once: pages, window, block table and, where there are some, positions."""
+def held_bytes(factors, batch, columns, near, told=False, padded=False):
+    """Of a cache whose pages were made at once: pages, window and block table; of positions that are not columns, those
+    or offsets; and where rows begin that do with padding."""
     pages = batch * -(-columns // 16)
     layer, layers = factors.layers[0], len(factors.layers)
     window = min(near[0], columns) + near[1]
     dense = 2 * batch * window * layer.num_kv_heads * layer.head_dim * layer.dtype.itemsize
     row = layer.k_width * layer.k_dtype.itemsize + layer.v_width * layer.v_dtype.itemsize
-    return layers * (pages * 16 * row + dense) + pages * 4 * (17 if turned else 1)
+    turned = 0 if layer.rope is None or not told else batch * 4 if layer.chunk else pages * 16 * 4
+    begins = batch * 8 if padded and (near[1] or layer.chunk) else 0
+    return layers * (pages * 16 * row + dense) + pages * 4 + turned + begins
 
 
 @pytest.mark.parametrize("near", [(0, 0), (20, 3), (100, 0)], ids=str)
@@ -316,10 +338,10 @@ def test_bytes_are_those_of_the_tensors_held(form, near):
     assert cache.nbytes == 0 and "batch=0, columns=0" in repr(cache)
     at = (torch.arange(60) + 1)[None]
     fed(model, tiny.tokens(2, 60), 60, cache, positions=at)
-    assert cache.nbytes == held_bytes(factors, 2, 60, near, turned=factors.layers[0].rope is not None)
+    assert cache.nbytes == held_bytes(factors, 2, 60, near, told=True)
     cache.reset()
     fed(model, tiny.tokens(2, 60), 60, cache, without(LATE).repeat(1, 2))
-    assert cache.nbytes == held_bytes(factors, 2, 60, near) + (2 * 8 if near[1] else 0)  # where rows begin
+    assert cache.nbytes == held_bytes(factors, 2, 60, near, padded=True)
 
 
 def test_growing_by_tokens_holds_little_more_than_needed():

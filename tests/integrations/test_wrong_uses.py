@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from architectures import padded, tokens
-from uses import assert_equal, made
+from uses import KEYS, assert_equal, made
 
 from lrattn.integrations.transformers import LatentCache, bind, latent_attention
 from lrattn.models.interface import cache_argument
@@ -130,7 +130,7 @@ def test_a_second_question_on_a_full_cache():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("keys", ["as given", "before RoPE"])
+@pytest.mark.parametrize("keys", KEYS)
 def test_padding_where_attention_is_told_no_positions_warns(keys):
     """And nothing else does: texts without padding, and keys that are not turned back."""
     _, latent, factors = made("Llama-4", keys)
@@ -141,7 +141,7 @@ def test_padding_where_attention_is_told_no_positions_warns(keys):
         ids, mask = padded((12, 5), "left")
         latent(ids, attention_mask=mask, **cache_argument(LatentCache(factors)))
     told = [str(x.message) for x in found if "position_ids: attention of this model is told none" in str(x.message)]
-    assert bool(told) == (keys == "before RoPE") and all("'lrattn-rotated' turn none" in line for line in told)
+    assert bool(told) == (keys != "as given") and all("'lrattn-rotated' turn none" in line for line in told)
 
 
 OF_ANOTHER_KIND = {  # attention without transformers' interface, states beside keys and values

@@ -9,15 +9,16 @@ import lrattn
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
+FORMS = {"rebuilt": {}, "absorbed": {"rope": None}, "chunks": {"chunk": 64, "offsets": (37, -100, 0)}}
 DTYPES = [torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("limit", [256 << 20, 300_000], ids=["whole", "in chunks"])
-@pytest.mark.parametrize("rope", ["default", None], ids=["rebuilt", "absorbed"])
-def test_a_captured_step_is_right_for_the_next(rope, limit, dtype):
-    case = Case("graph", M=4, D=128, key_ranks=(64, 96), value_ranks=(128,), lens=(200, 90, 1), rope=rope,
-                call={"workspace_limit": limit})  # fmt: skip
+@pytest.mark.parametrize("limit", [256 << 20, 300_000], ids=["whole", "piecemeal"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_captured_step_is_right_for_the_next(form, limit, dtype):
+    case = Case("graph", M=4, D=128, key_ranks=(64, 96), value_ranks=(128,), lens=(200, 90, 1),
+                call={"workspace_limit": limit}, **FORMS[form])  # fmt: skip
     layer, q, k_cache, v_cache, kwargs = on(CUDA, *make(case, dtype))
     problem = (layer, q, k_cache, v_cache, kwargs)
     out = torch.empty_like(q)
@@ -28,6 +29,8 @@ def test_a_captured_step_is_right_for_the_next(rope, limit, dtype):
     for lens in ((200, 90, 1), (7, 0, 1), (199, 64, 0)):
         kwargs["seq_lens"].copy_(torch.tensor(lens, dtype=torch.int32))
         q.normal_()
+        if kwargs["offsets"] is not None:
+            kwargs["offsets"].sub_(50)
         graph.replay()
         expected, expected_lse = attend(problem)
         assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
@@ -61,13 +64,14 @@ def test_tensors_on_a_device_that_is_not_current():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", ["heads", "joint values", "absorbed"])
+@pytest.mark.parametrize("shape", ["heads", "joint values", "absorbed", "chunks"])
 def test_a_long_context(shape, dtype):
     """128K tokens against the reference in float32; and the same bits each time."""
     heads = 8
     values = (1024,) if shape == "joint values" else (128, 128)
     case = Case("long", Hkv=heads, M=4, D=128, key_ranks=(128, 160), value_ranks=values, P=64,
-                rope=None if shape == "absorbed" else {"max_position": 131072})  # fmt: skip
+                rope=None if shape == "absorbed" else {"max_position": 131072},
+                chunk=512 if shape == "chunks" else None)  # fmt: skip
     layer = make_layer(case, dtype).to(CUDA)
     g = torch.Generator(CUDA).manual_seed(0)
     k_cache, v_cache = (x.normal_(generator=g) for x in lrattn.allocate_cache(layer, 2048, 64))

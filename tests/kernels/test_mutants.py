@@ -63,7 +63,21 @@ KILLERS = {
         ),
         paired("packed", lens=(100, 3), shared=True, key_bits=(8, 4, 2), **WIDE),
         two("packed, streamed", lens=(20, 3), key_bits=(8, 4, 2), value_bits=(8, 2), **LARGE),
-        two("chunks", lens=(300,), call={"workspace_limit": 1} | CUT),
+        two("piecemeal", lens=(300,), call={"workspace_limit": 1} | CUT),
+        two("chunks", chunk=64, offset=True, M=2, S=2, lens=(250, 70), offsets=(100, -300), call=CUT),
+        paired(
+            "chunks, two passes",
+            chunk=64,
+            offset=True,
+            key_ranks=(32, 48),
+            value_order=None,
+            lens=(250, 70),
+            offsets=(37, -300),
+            P=64,
+            call=CUT,
+        ),
+        two("chunks, whole pages", chunk=64, P=64, lens=(150,), starts=(40,), offsets=(37,)),
+        two("chunks, piecemeal", chunk=64, lens=(200,), offsets=(-30,), call={"workspace_limit": 1, "num_splits": 1}),
         two("write", P=32),
         two("long parts", lens=(300,), key_ranks=(16,), value_ranks=(16,)),
     ]
@@ -97,7 +111,7 @@ MUTANTS = [
     Mutant("tiles.py", "-1.0 / 3", "1.0 / 3", "softcap"),
     Mutant("absorb.py", "load_run(runs, g)", "load_run(runs, 0)", "absorbed"),
     Mutant("absorb.py", "i % (M * S)).to", "i // C).to", "absorbed"),
-    Mutant("absorb.py", "score += shift[None, :]", "score -= shift[None, :]", "absorbed"),
+    Mutant("absorb.py", "score += share[None, :]", "score -= share[None, :]", "absorbed"),
     Mutant("absorb.py", "tl.program_id(1) * BLOCK_R", "0 * BLOCK_R", "long absorbed"),
     Mutant("values.py", "acc * fade[:, None]", "acc", "pages"),
     Mutant("values.py", "range(t_begin, t_end, BLOCK_T)", "range(t_begin, t_end - BLOCK_T, BLOCK_T)", "batch"),
@@ -108,7 +122,7 @@ MUTANTS = [
     Mutant("rows.py", "tl.static_range(1, len(z))", "tl.static_range(1, 1)", "one pass"),
     Mutant("packed.py", "r < segs[4 * N + 1]", "r < segs[4 * N + 1] - 16", "one pass"),
     Mutant("fused_absorbed.py", "load_run(value_runs, g)", "load_run(key_runs, g)", "one pass"),
-    Mutant("fused_absorbed.py", "score += shift[None, :]", "score -= shift[None, :]", "one pass"),
+    Mutant("fused_absorbed.py", "score += share[None, :]", "score -= share[None, :]", "one pass"),
     Mutant("fused_absorbed.py", "i_s * y_strides[1]", "0 * y_strides[1]", "one pass"),
     Mutant("fused_rebuilt.py", "k_low * cos - k_high * sin", "k_low * cos + k_high * sin", "one pass, alone"),
     Mutant("fused_rebuilt.py", "(t0 - origin) // BLOCK_T", "(t0 - t_begin) // BLOCK_T", "one pass, rebuilt"),
@@ -131,7 +145,26 @@ MUTANTS = [
     Mutant("combine.py", "latent += merged(p_y, y_strides[1], j0", "latent += merged(p_y, y_strides[1], j0 - first",
            "many splits"),
     Mutant("combine.py", "(p_y[:, None] + j[None, :] * stride)", "(p_y[:, None] + 0 * j[None, :])", "batch"),
-    Mutant("decode.py", "range(0, splits + 1) if after", "range(1, splits + 1) if after", "chunks"),
+    Mutant("decode.py", "range(0, splits + 1) if after", "range(1, splits + 1) if after", "piecemeal"),
+    Mutant("decode.py", "size.turned or keys.chunk or not first", "size.turned or not first", "chunks, piecemeal"),
+    Mutant("absorb.py", "x_low * cos + x_high * sin", "x_low * cos - x_high * sin", "chunks"),
+    Mutant("absorb.py", "load_turns(turns, first + c,", "load_turns(turns, c,", "chunks"),
+    Mutant("absorb.py", "// CHUNK + 1, 0)", "// CHUNK, 0)", "chunks"),
+    Mutant("absorb.py", "c.to(tl.int64) * a_strides[1]", "0 * a_strides[1]", "chunks"),
+    Mutant("absorb.py", "c.to(tl.int64) * const_strides[1]", "0 * const_strides[1]", "chunks"),
+    Mutant("absorb.py", "p_constant + c * const_strides[1]", "p_constant", "chunks, two passes"),
+    Mutant("absorb.py", "before + t0 - origin", "before + t0 - t_begin", "chunks, two passes"),
+    Mutant("fused_absorbed.py", "p_constant + c * const_strides[1]", "p_constant", "chunks"),
+    Mutant("fused_absorbed.py", "before + t0 - origin", "before + t0 - t_begin", "chunks"),
+    Mutant("fused_absorbed.py", "before + t0 - origin", "t0 - origin", "chunks"),
+    Mutant("tiles.py", "t0.to(tl.int64) - lag", "t0.to(tl.int64) + lag", "chunks"),
+    Mutant("tiles.py", "tl.maximum(at, 0) // CHUNK", "at // CHUNK", "chunks"),
+    Mutant("tiles.py", "tl.where(shift > 0, shift - BLOCK_T, shift)", "0", "chunks"),
+    Mutant("tiles.py", "tl.where(shift > 0, shift - BLOCK_T, shift)", "shift", "chunks"),
+    Mutant("tiles.py", "P % BLOCK_T == 0 and offsets is None", "P % BLOCK_T == 0", "chunks, whole pages"),
+    Mutant("values.py", "splits, BLOCK_T, shift)", "splits, BLOCK_T)", "chunks, two passes"),
+    Mutant("rebuild.py", "t.to(tl.int64) - lag", "t.to(tl.int64) + lag", "rebuild chunks"),
+    Mutant("rebuild.py", "tl.maximum(t.to(tl.int64) - lag, 0)", "tl.abs(t.to(tl.int64) - lag)", "rebuild chunks"),
     Mutant("project.py", "+ k % D)[None, :]", "+ 0 * k)[None, :]", "queries"),
     Mutant("write.py", "slot % P * cv_strides[1]", "slot % 16 * cv_strides[1]", "write"),
     Mutant("write.py", "(slot >= 0) & (slot < num_slots)", "(slot >= 0) & (slot < num_slots - 1)", "write"),
@@ -186,6 +219,8 @@ def run(killer):
         checks.check_broken(CPU)
     elif killer == "rebuild":
         checks.check_rebuild(KILLERS["groups"], torch.float32, CPU)
+    elif killer == "rebuild chunks":
+        checks.check_rebuild(KILLERS["chunks"], torch.float32, CPU)
     elif killer == "known rows":
         checks.check_known_rows("triton", CPU)
     else:

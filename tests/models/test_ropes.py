@@ -1,5 +1,6 @@
 """How keys are turned: found for every architecture, and refused where what a config says is not what is done."""
 
+import math
 from functools import partial
 
 import architectures
@@ -21,7 +22,14 @@ HALF = ("GLM", "GLM-4", "GPT-NeoX")
 UNKNOWN = ("GPT-NeoX", "Llama-4", "GPT-2", "OPT")  # of which no module's output is keys before their rotation
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "long_factor": [2.0] * 8, "short_factor": [1.0] * 8}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
-LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+SCALINGS = {
+    "default": {"rope_type": "default", "rope_theta": 5e5},
+    "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+    "yarn": architectures.YARN,
+    "llama3": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 128},
+    "longrope": LONG | {"short_factor": LONG["long_factor"], "original_max_position_embeddings": 128},
+}  # fmt: skip
 
 
 def found(model):
@@ -73,9 +81,32 @@ def test_frequencies_that_a_cast_has_rounded_are_told():
         found(model.to(torch.bfloat16))
 
 
-def test_a_scaling_of_positions_is_found():
-    ropes = found(architectures.model("Llama", rope_parameters=LINEAR))
-    assert {rope.kind for rope in ropes} == {"linear"}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", SCALINGS)
+def test_a_scaling_of_positions_is_found(kind, dtype):
+    model = architectures.model("Llama", dtype, rope_parameters=SCALINGS[kind], max_position_embeddings=8192)
+    for rope in found(model):
+        assert rope.kind == kind
+        torch.testing.assert_close(rope.frequencies()[0], model.model.rotary_emb.inv_freq, rtol=1e-6, atol=0)
+
+
+def test_rounding_may_grow_with_depth():
+    """Values tell by how much, and those of all layers before: in the last these are bias alone."""
+    model = architectures.model("Qwen2", torch.float16, num_hidden_layers=24)
+    model.model.layers[-1].self_attn.v_proj.bias.data.fill_(1000)
+    assert len(set(found(model))) == 1
+
+
+def test_an_error_is_held_against_a_pair_s_size():
+    """Pair 3 is nothing, and excused; of pair 7 one number becomes nothing, far away, beside the other."""
+    model = architectures.model("Qwen2", torch.bfloat16, max_position_embeddings=8192)
+    there = math.pi / 2 - 8000 * float(model.model.rotary_emb.inv_freq[7])
+    for layer in model.model.layers:
+        for p in layer.self_attn.k_proj.parameters():
+            p.data.unflatten(0, (2, 16))[:, [3, 7, 11, 15]] = 0
+        slow = layer.self_attn.k_proj.bias.data.view(2, 16)[:, 7::8]
+        slow[:] = 50 * torch.tensor([math.cos(there), math.sin(there)])
+    assert len(set(found(model))) == 1
 
 
 CHANGES = {  # cosines and sines that are not what the config says, as of code that comes with a model
@@ -98,12 +129,59 @@ def test_a_rotation_that_the_config_does_not_tell_is_refused(change, dtype):
         r"^model: the keys of model\.layers\.0\.self_attn are turned in a way that its config does not tell \(the "
         rf"nearest differs by \d\.\de[-+]\d\d\): {INSTEAD}$"
     )
-    for run in (lrattn.calibrate, lrattn.compress):
+    for run in (lrattn.calibrate, partial(lrattn.compress, keep=0.5)):
         with pytest.raises(ValueError, match=told):
             run(model, ids, progress=False)
     assert lrattn.calibrate(model, ids, gather=["rotated", "rotated-metric"], progress=False).tokens == 80
-    factors = lrattn.compress(model, ids, "lrattn-rotated", far=(0, 0), progress=False)
+    factors = lrattn.compress(model, ids, "lrattn-rotated", 0.5, far=(0, 0), progress=False)
     assert all(layer.rope is None for layer in factors.layers)
+
+
+FREQUENCIES = {
+    "another theta": lambda f: f**1.02,
+    "the slowest pair alone": lambda f: torch.cat((f[:-1], 1.05 * f[-1:])),
+    "the fastest alone, and right by chance far away": lambda f: torch.cat((f[:1] + 2 * math.pi / 8000, f[1:])),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("change", FREQUENCIES)
+def test_every_pair_turns_as_the_config_says_over_short_and_long_ways(change, dtype):
+    model = architectures.model("Llama", dtype, max_position_embeddings=8192)
+    model.model.rotary_emb.inv_freq = FREQUENCIES[change](model.model.rotary_emb.inv_freq)
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.weight.data.view(2, 16, -1)[:, [7, 15]] *= 0.1  # the slowest: little of the whole
+    with pytest.raises(ValueError, match=r"^model: the keys of model\.layers\.0\.self_attn are turned"):
+        found(model)
+
+
+def test_a_rotation_is_not_taken_from_the_config_of_a_model_with_learned_positions():
+    model = architectures.model("GPT-2")
+    model.config.rope_parameters = SCALINGS["default"]
+    with pytest.raises(ValueError, match=r"^model: the keys of transformer\.h\.0\.attn are turned in a way"):
+        found(model)
+
+
+def silent(name, dtype=torch.float32, **changes):
+    """A model whose config speaks of no rotation."""
+    model = architectures.model(name, dtype, **changes)
+    for said in {"rope_parameters", "rope_scaling", "rope_theta"} & vars(model.config).keys():
+        setattr(model.config, said, None)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name, first", [("Llama", 0), ("GLM", 0), ("SmolLM3", 1)])
+def test_a_rotation_that_no_config_speaks_of_is_refused(name, first, dtype):
+    """Values tell it from learned positions: a rotation leaves them as they are."""
+    model = silent(name, dtype, **({"no_rope_layers": [0, 1, 1]} if first else {}))
+    with pytest.raises(ValueError, match=rf"^model: the keys of model\.layers\.{first}\.self_attn .*{INSTEAD}$"):
+        found(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_that_no_position_moves_have_no_rotation(dtype):
+    assert found(silent("SmolLM3", dtype, no_rope_layers=[0, 0, 0])) == [None] * 3
 
 
 @pytest.mark.parametrize("name, parameters, told", [
@@ -127,17 +205,18 @@ def test_layers_with_heads_of_different_sizes_may_have_rotations_of_their_own():
     assert [layer.head_dim for layer in layers] == [16, 16, 32]
     with pytest.raises(ValueError, match=f"^model: rope: expected a scaling of .*, got 'proportional'; {INSTEAD}$"):
         ropes_of(model, layers)
-    factors = lrattn.compress(model, [architectures.tokens(2, 40)], "lrattn-rotated", far=(0, 0), progress=False)
+    factors = lrattn.compress(model, [architectures.tokens(2, 40)], "lrattn-rotated", 0.5, far=(0, 0), progress=False)
     assert [layer.head_dim for layer in factors.layers] == [16, 16, 32]
 
 
-def test_the_model_is_asked_at_two_places_and_left_alone():
-    model, seen = architectures.model("Llama").train(), []
-    layers = attention_layers(model)
+@pytest.mark.parametrize("name, most, farthest", [
+    ("Llama", 512, 511), ("GPT-2", 512, 511), ("Llama", 32768, 8007), ("SmolLM3", None, 8)
+])  # fmt: skip
+def test_the_model_is_asked_at_four_places_it_has_and_left_alone(name, most, farthest):
+    model, seen = silent(name, no_rope_layers=[0, 0, 0]) if most is None else architectures.model(name), []
+    layers = attention_layers(model.train())
+    vars(model.config)[model.config.attribute_map.get("max_position_embeddings", "max_position_embeddings")] = most
     model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True)
     ropes_of(model, layers)
-    assert (
-        len(seen) == 2 and int(seen[1].max()) == 511 and model.training and model.config._attn_implementation == "sdpa"
-    )
-    ropes_of(architectures.model("GPT-2"), [])
-    assert len(seen) == 2
+    assert len(seen) == (4 if most else 2) and max(int(x.max()) for x in seen) == farthest
+    assert model.training and model.config._attn_implementation == "sdpa"

@@ -31,11 +31,13 @@ class Case:
     lens: tuple[int, ...] = (37,)
     E: int = 24
     rope: Any = "default"
+    chunk: int | None = None
     shared: bool = False
     offset: bool = False  # of keys and of values
     key_order: tuple[int, ...] | None = None
     value_order: tuple[int, ...] | None = None
     positions: bool = False
+    offsets: tuple[int, ...] | None = None
     starts: tuple[int, ...] | None = None
     sinks: bool | str = False  # "partly": the first head's is -inf
     pages: int | None = None  # width of the block table, to which lengths are clamped; None: a page more than needed
@@ -95,6 +97,7 @@ def make_layer(case, dtype=torch.float64, seed=0):
         values=side(case.value_ranks, case.value_order, bits[1], 1.0, 1 + case.shared),
         rope=rope_of(case),
         shared=case.shared,
+        chunk=case.chunk,
         wo=loose(normal(case.Hkv * case.M, case.D, case.E, scale=case.D**-0.5)),
     )
 
@@ -174,6 +177,7 @@ def make(case, dtype=torch.float64, seed=0):
         "block_table": table,
         "seq_lens": torch.tensor(case.lens, dtype=torch.int32),
         "positions": positions,
+        "offsets": None if case.offsets is None else torch.tensor(case.offsets, dtype=torch.int32),
         "seq_starts": None if case.starts is None else torch.tensor(case.starts, dtype=torch.int32),
         "sinks": sinks if case.sinks else None,
         **case.call,
@@ -186,7 +190,7 @@ def strided(q, k_cache, v_cache, kwargs):
     k_cache, v_cache = in_one(k_cache, v_cache)
     wide = q.new_full((*q.shape[:2], 3, *q.shape[2:]), torch.nan)
     wide[:, :, 1] = q
-    cut = {n: torch.stack((x, x), 1)[:, 1] for n in ("block_table", "seq_lens", "seq_starts", "positions")
+    cut = {n: torch.stack((x, x), 1)[:, 1] for n in ("block_table", "seq_lens", "seq_starts", "positions", "offsets")
            if (x := kwargs[n]) is not None}  # fmt: skip
     return wide[:, :, 1], k_cache, v_cache, kwargs | cut
 
@@ -204,6 +208,7 @@ def in_one(k_cache, v_cache):
     return cut[0], cut[1] if v_cache is not None else None
 
 
+FAR = -1_000_000  # an offset: positions of a million
 PLAIN = Case("plain")
 SIDES = {"key_ranks": (32, 16), "value_ranks": (64, 16)}
 RAGGED = Case("ragged", M=2, S=2, lens=(70, 33, 1, 0), offset=True, sinks=True, **SIDES)
@@ -228,6 +233,9 @@ CASES = [
     Case("riding row, head order", shared=True, key_ranks=(32, 16), value_ranks=(48, 64), key_order=(3, 0, 2, 1),
          value_order=(3, 0, 2, 1)),
     Case("shared without rope", shared=True, rope=None, key_ranks=(32,), value_ranks=(64,)),
+    Case("chunks", chunk=64, M=2, S=3, lens=(200, 65, 2), offsets=(37, 700, FAR), offset=True, key_ranks=(32, 16)),
+    Case("chunks, interleaved, joint row", chunk=64, shared=True, key_ranks=(48,), value_ranks=(48,), lens=(140, 33),
+         rope={"partial_rotary_factor": 0.5, "interleaved": True}, call={"window_size": 90, "num_splits": 2}),
     Case("positions", positions=True, M=2, lens=(40, 17)),
     Case("starts", starts=(5, 0, 20), lens=(40, 17, 20), M=2),
     Case("many queries", S=5, M=2, lens=(40, 5, 3, 0)),
@@ -265,6 +273,7 @@ PACKED = [
     Case("five scales", key_bits=(8, 4, 2, 8, 4), shared=True, key_ranks=(48,), value_ranks=(80,), lens=(18,)),
     Case("offset", key_bits=(8, 4), value_bits=(8,), offset=True, key_ranks=(32, 48), M=2, lens=(21, 3)),
     Case("no rope", rope=None, key_bits=(8, 4), value_bits=(4, 2), key_ranks=(32,), M=2, lens=(30, 2), offset=True),
+    Case("chunks", chunk=64, key_bits=(8, 4), value_bits=(4, 2), M=2, lens=(150, 3), offsets=(-90, 1), offset=True),
     Case("no rope, joint", rope=None, key_bits=(16, 4), shared=True, key_ranks=(64,), value_ranks=(64,)),
     Case("everything", M=2, S=3, D=80, key_ranks=(32, 48), value_ranks=(64,), key_order=(2, 1, 3, 0),
          offset=True, positions=True, starts=(3, 0), sinks=True, lens=(50, 21), P=32, key_bits=(4, 2),

@@ -64,11 +64,11 @@ def check_rebuild(case, dtype, device):
     """Every token in reach, so that none is poisoned."""
     call = {n: x for n, x in case.call.items() if n not in ("window_size", "max_seq_len")}
     layer, _, k_cache, v_cache, kwargs = on(device, *make(replace(case, starts=None, call=call), dtype))
-    arguments = (k_cache, v_cache, layer, kwargs["block_table"], kwargs["seq_lens"], kwargs["positions"])
-    got = lrattn.rebuild(*arguments, backend="triton")
-    own = lrattn.rebuild(*arguments, backend="reference")
+    tables = {name: kwargs[name] for name in ("block_table", "seq_lens", "positions", "offsets")}
+    got = lrattn.rebuild(k_cache, v_cache, layer, **tables, backend="triton")
+    own = lrattn.rebuild(k_cache, v_cache, layer, **tables, backend="reference")
     wide, _, *caches, _ = plain(on("cpu", layer, k_cache, k_cache, v_cache, {}))
-    true = lrattn.rebuild(*caches, wide, *on("cpu", *arguments[3:]), backend="reference")
+    true = lrattn.rebuild(*caches, wide, **on("cpu", tables)[0], backend="reference")
     for side in range(2):
         assert_no_worse(got[side].cpu(), own[side].cpu(), true[side])
 

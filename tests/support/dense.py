@@ -21,7 +21,9 @@ def attend(q, k_cache, v_cache, layer, *, block_table, seq_lens, project="heads"
         one = torch.tensor([n], dtype=torch.int32, device=q.device)
         at = call.get("positions")
         at = at if at is None else at.clamp(min=0)
-        k, v = lrattn.rebuild(k_cache, v_cache, layer, used, one, at, backend="reference")
+        offsets = call.get("offsets")
+        placed = {"positions": at, "offsets": None if offsets is None else offsets[b : b + 1]}
+        k, v = lrattn.rebuild(k_cache, v_cache, layer, used, one, **placed, backend="reference")
         t, own = torch.arange(n, device=q.device), torch.arange(n - q.shape[1], n, device=q.device)[:, None]
         seen = t >= (0 if starts is None else int(starts[b]))
         seen = seen & (t <= own) if causal else seen.expand(q.shape[1], -1)

@@ -15,6 +15,7 @@ DECODE = {
     "seq_lens": "B",
     "seq_starts": "B",
     "positions": "N P",
+    "offsets": "B",
     "sinks": "Hq",
 }
 RESULTS = {"heads": "Hq D", "latent": "Hq Rv", "hidden": "E"}

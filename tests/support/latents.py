@@ -11,11 +11,12 @@ from lrattn.models.layers import attention_layers
 STEP = 16
 
 
-def random_factors(model, keep=1.0, near=(0, 0), seed=0, ropes=None, bits=None, shared=False):
+def random_factors(model, keep=1.0, near=(0, 0), seed=0, ropes=None, bits=None, shared=False, chunk=None):
     """Factors of `keep` of the numbers of each token, all of them at keep=1 and exact then; with offsets.
 
-    ropes: a Rope or None for each layer; None: keys are stored as attention is given them. bits: of packed latents.
-    shared: one row for keys and values, of which keys use all but the last 16 latents.
+    ropes: a Rope or None for each layer; None: keys are stored as attention is given them. chunk: of layers with ropes;
+    None: their keys are stored before RoPE. bits: of packed latents. shared: one row for keys and values, of which keys
+    use all but the last 16 latents.
     """
     g = torch.Generator().manual_seed(seed)
     found = attention_layers(model)
@@ -31,7 +32,7 @@ def random_factors(model, keep=1.0, near=(0, 0), seed=0, ropes=None, bits=None, 
             values = _side(whole[layer.dense :], whole, shape, g, bits)
         else:
             keys, values = (_side(m, m, shape, g, bits) for m in (_orthogonal(layer.dense, rank, g) for _ in range(2)))
-        made = LayerFactors(keys, values, rope, shared)
+        made = LayerFactors(keys, values, rope, shared, chunk=rope and chunk)
         layers.append(made.to(layer.device, layer.dtype))
     return Factors(layers, method="random", near=near)
 

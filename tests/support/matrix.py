@@ -4,7 +4,7 @@ Every two kinds of values meet in one of the first QUICK cases.
 """
 
 import torch
-from cases import YARN, Case
+from cases import FAR, YARN, Case
 from pairwise import covering_rows, covering_some
 
 COLUMNS = {
@@ -21,6 +21,7 @@ COLUMNS = {
     "shared": ["no", "joint", "riding"],
     "order": [False, True],
     "rope": ["default", "interleaved", "partial", "partial interleaved", "yarn", "fp32 angles", "none"],
+    "chunk": ["none", "64", "192, offsets"],
     "positions": [False, True],
     "offset": [False, True],
     "causal": [True, False],
@@ -61,6 +62,11 @@ ROPES = {
     "fp32 angles": {"fp32_angles": True},
     "none": None,
 }
+CHUNKS = {  # tokens of a chunk, and offsets
+    "none": (None, None),
+    "64": (64, None),
+    "192, offsets": (192, (-100, FAR + 7, 700, 64, 37)),
+}
 
 
 def allowed(row):
@@ -68,6 +74,8 @@ def allowed(row):
     if heads > 16 or heads * queries > (8 if row["workspace_limit"] == 1 else 32):
         return False
     if row["window"] and not row["causal"]:
+        return False
+    if row["chunk"] != "none" and (row["positions"] or row["rope"] == "none"):
         return False
     if row["key_rank"] == "ragged" and row["groups"] == 1:
         return False
@@ -85,6 +93,7 @@ def case_of(i, row):
         value_ranks = tuple(r + (16 if row["shared"] == "riding" else 0) for r in key_ranks)
     order = tuple((5 * h + 3) % heads for h in range(heads)) if row["order"] and heads % 5 else None
     lens = {"edges": (0, 1, size - 1, size, size + 1), "long": (150, 65), "one": (37,)}[row["lens"]]
+    chunk, offsets = CHUNKS[row["chunk"]]
     call = {"softcap": row["softcap"], "causal": row["causal"], "project": row["project"]}
     call |= {n: row[n] for n in ("num_splits", "max_seq_len", "workspace_limit") if row[n] is not None}
     call |= {"window_size": row["window"]} if row["window"] else {}
@@ -96,6 +105,8 @@ def case_of(i, row):
         value_ranks=value_ranks,
         lens=lens,
         rope=ROPES[row["rope"]],
+        chunk=chunk,
+        offsets=offsets and offsets[: len(lens)],
         shared=row["shared"] != "no",
         key_order=order,
         value_order=order if row["shared"] != "no" or order is None else order[::-1],

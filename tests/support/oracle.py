@@ -34,9 +34,14 @@ def dense_heads(rows, projection, laid_out):
     return torch.stack(heads, 1)
 
 
-def rotate(x, positions, rope, sizes=False):
-    """x [.., n, Hkv, D] rotated to positions [.., n], angles in the rope's own dtype; or bounds of its sizes."""
+def rotate(x, positions, rope, sizes=False, chunk=None):
+    """x [.., n, Hkv, D] rotated to positions [.., n], angles in the rope's own dtype; or bounds of its sizes.
+
+    chunk: to the first position of the chunk they are in, exactly and without the attention factor.
+    """
     frequencies, factor = rope.frequencies()
+    if chunk is not None:
+        positions, frequencies, factor = positions.clamp(min=0) // chunk * chunk, frequencies.double(), 1.0
     angles = positions.to(frequencies.dtype)[..., None, None] * frequencies
     cos, sin = ((f(angles) * factor).double() for f in (torch.cos, torch.sin))
     n = 2 * len(frequencies)
@@ -60,7 +65,7 @@ def positive(layer):
 def dense_keys(layer, rows, positions, sizes=False):
     """Key rows [n, width] -> keys [n, Hkv, D], rotated."""
     k = dense_heads(rows, layer.keys, layer.values if layer.shared else layer.keys)
-    return k if layer.rope is None else rotate(k, positions, layer.rope, sizes)
+    return k if layer.rope is None else rotate(k, positions, layer.rope, sizes, layer.chunk)
 
 
 def dense_values(layer, rows, project="heads"):
@@ -91,6 +96,7 @@ def attend(
     seq_lens,
     softmax_scale=None,
     positions=None,
+    offsets=None,
     seq_starts=None,
     causal=True,
     max_seq_len=None,
@@ -122,7 +128,7 @@ def attend(
         seen, page, offset = seen[:, None, t], block_table[b, t // size].long(), t % size
         k_rows = k_cache[page, offset].double()
         v_rows = k_rows if v_cache is None else v_cache[page, offset].double()
-        at = t if positions is None else positions[page, offset].long()
+        at = t - (0 if offsets is None else int(offsets[b])) if positions is None else positions[page, offset].long()
 
         def scores(x, k):
             return torch.einsum("shd,thd->sht", x, k.repeat_interleave(shared, 1))

@@ -77,7 +77,7 @@ def attention(factors, exact, live):
 
 def through_latents(layer, key, value, at):
     """Keys and values [B, Hkv, T, D] -> latents -> what they stand for, as LayerFactors says; one group a side."""
-    k, v = turned(layer.rope, key, at, -1), value
+    k, v = turned(layer, key, at, -1), value
     k, v = (x if s.offset is None else x - s.offset[:, None] for x, s in ((k, layer.keys), (v, layer.values)))
     rows = [x.transpose(1, 2).flatten(2) for x in (k, v)]
     if layer.shared:
@@ -87,7 +87,7 @@ def through_latents(layer, key, value, at):
         zk, zv = (held(s, x @ s.down) for x, s in zip(rows, (layer.keys, layer.values)))
     k, v = (torch.einsum("btr,hrd->bhtd", z, s.up) for z, s in ((zk, layer.keys), (zv, layer.values)))
     k, v = (x if s.offset is None else x + s.offset[:, None] for x, s in ((k, layer.keys), (v, layer.values)))
-    return turned(layer.rope, k, at, 1), v
+    return turned(layer, k, at, 1), v
 
 
 def held(side, z):
@@ -97,9 +97,10 @@ def held(side, z):
     return own.decode(own.encode(z), z.dtype)
 
 
-def turned(rope, x, at, sign):
-    """x [B, Hkv, T, D] turned to positions at [B, T], or back."""
-    if rope is None:
+def turned(layer, x, at, sign):
+    """x [B, Hkv, T, D] turned to positions at [B, T], or to their chunks' first; or back."""
+    if layer.rope is None:
         return x
-    factor = rope.frequencies()[1] ** (1 - sign)
-    return rotate(x.transpose(1, 2), at * sign, rope).transpose(1, 2) / factor
+    factor = layer.rope.frequencies()[1]
+    at, factor = (at, factor ** (1 - sign)) if layer.chunk is None else (at // layer.chunk * layer.chunk, factor)
+    return rotate(x.transpose(1, 2), at * sign, layer.rope).transpose(1, 2) / factor

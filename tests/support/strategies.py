@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 DIMS = [1, 2, 15, 16, 20, 32, 48, 64, 72, 80, 96, 128, 160, 256]
 RANKS = [16, 32, 48, 64, 80, 96, 112, 128, 160, 272]
 FAR = [-(2**31), 2**31 - 1]
+OFFSETS = [0, 0, 1, 37, 64, -5, -100, -8192, 700, -1_000_000, 2**31 - 1]
 LONGEST = 300  # tokens
 PLAIN = [()]  # widths of latents
 PACKED = [*PLAIN * 3, (8,), (4, 2), (16, 8, 2), (2,)]
@@ -75,6 +76,7 @@ def layers(draw, heads=8, dims=DIMS, ranks=RANKS, most_heads=16):
         value_ranks = ranked(len(key_ranks))
     else:
         value_ranks, value_order = ranked(draw(st.sampled_from(divisors(kv_heads)))), draw(orders)
+    rope = draw(ropes(head_dim))
     return {
         "Hkv": kv_heads,
         "M": draw(st.sampled_from([m for m in (1, 2, 3, 4, 7, 8) if m * kv_heads <= most_heads])),
@@ -85,7 +87,8 @@ def layers(draw, heads=8, dims=DIMS, ranks=RANKS, most_heads=16):
         "key_order": key_order,
         "value_order": value_order,
         "shared": values == "in the row of keys",
-        "rope": draw(ropes(head_dim)),
+        "rope": rope,
+        "chunk": rope and draw(st.sampled_from([None, None, 64, 192])),
         "offset": draw(st.booleans()),
         "size": draw(st.sampled_from([1.0] * 7 + [30.0, 1e-3, 0.0])),
     }
@@ -126,6 +129,9 @@ def cases(draw, *, longest=LONGEST, most_queries=6, most_splits=1024, widths=PAC
         starts = tuple(
             draw(st.sampled_from([0, 1, n // 4, n // 3, n // 3, n // 2, n // 2, n - 1, -3, n + 7, *FAR])) for n in ends
         )
+    offsets = None
+    if layer["chunk"] and draw(st.booleans()):
+        offsets = tuple(draw(st.sampled_from(OFFSETS)) for _ in lens)
     return Case(
         "drawn",
         P=page_size,
@@ -133,7 +139,8 @@ def cases(draw, *, longest=LONGEST, most_queries=6, most_splits=1024, widths=PAC
         lens=lens,
         pages=pages,
         starts=starts,
-        positions=draw(st.booleans()),
+        positions=draw(st.booleans()) and not layer["chunk"],
+        offsets=offsets,
         sinks=draw(st.sampled_from([False, True, "partly"])),
         strided=draw(st.booleans()),
         key_bits=draw(st.sampled_from(widths)),

@@ -21,9 +21,10 @@ RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 UNTOUCHED = "eager"  # sdpa of some releases leaves softcaps and sinks out
 ROUNDING = 2e-5  # relative, of logits in float32
 NEARS = ((0, 0), (6, 3))  # of tokens that are exact, the last and the first: less than the windows of the models
-KEYS = ("as given", "before RoPE")  # what latents are of
+KEYS = ("as given", "before RoPE", "in chunks")  # what latents are of
+CHUNK = 64  # the least there is: texts go on beyond it, by a few tokens and in generation, too
 WITHOUT_ROPE = ("GPT-2", "OPT")
-TEXT, LENGTHS, CHUNKS, NEW = tokens(2, 40), (37, 21, 5), (17, 16, 1, 6), 12
+TEXT, LENGTHS, CHUNKS, NEW = tokens(2, 70), (68, 60, 5), (40, 23, 1, 6), 12
 
 
 EXEMPT = {  # what releases below one do wrongly by themselves, and why
@@ -104,9 +105,9 @@ USES = {
 def table(architecture, near, keys, keep=1.0):
     """Each use: "equal" to the untouched model's, "exempt: reason", or what is wrong; {} where keys have no RoPE."""
     model, turned, wanted = _untouched(architecture)
-    if keys == "before RoPE" and not any(turned):
+    if keys != "as given" and not any(turned):
         return {}
-    factors = random_factors(model, keep, near, ropes=turned if keys == "before RoPE" else None)
+    factors = random_factors(model, keep, near, **form(keys, turned))
     reader, found = Reader(model, factors), {}
     for use, do in USES.items():
         reason = exempt(architecture, use)
@@ -121,6 +122,11 @@ def _untouched(architecture):
     reader = Reader(model)
     wanted = {use: result(do, reader) for use, do in USES.items()}
     return model, ropes(model), wanted
+
+
+def form(keys, turned):
+    """What random_factors is told of it; turned: a model's ropes."""
+    return {} if keys == "as given" else {"ropes": turned, "chunk": CHUNK if keys == "in chunks" else None}
 
 
 def ropes(model):
@@ -153,7 +159,7 @@ def made(architecture="Qwen2", keys="as given", near=(6, 3), keep=1.0, **changes
     """The untouched model, a copy that attends by "lrattn", and factors."""
     untouched = architectures.model(architecture, **changes)
     untouched.set_attn_implementation(UNTOUCHED)
-    factors = random_factors(untouched, keep, near, ropes=ropes(untouched) if keys == "before RoPE" else None)
+    factors = random_factors(untouched, keep, near, **form(keys, keys != "as given" and ropes(untouched)))
     latent = copy.deepcopy(untouched)
     latent.set_attn_implementation("lrattn")
     return untouched, latent, factors

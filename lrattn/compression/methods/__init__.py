@@ -1,6 +1,8 @@
 """Factorisation methods: what is decomposed together, in which metric, and what follows.
 
-Methods are maps of heads: of keys and values as attention is given them, or with keys turned back from their positions.
+Methods are maps of heads: of values, and of keys in one of three forms: before their rotation, as attention is given
+them, or turned to their place in a chunk of positions. Moments of the last are made from those before the rotation
+(lrattn/compression/averages.py), after `measure` and before `decompose`.
 
 measure(layer, moments, i, side) -> C, G
 
@@ -25,7 +27,8 @@ from torch import Tensor
 
 from lrattn.compression.clusters import Cluster, balanced, greedy
 from lrattn.compression.methods import asvd, eigen, gradient, kq_svd, palu, recalkv, rotated, svd, think
-from lrattn.compression.moments import Moments
+from lrattn.compression.methods.rows import FORMS, Form
+from lrattn.compression.moments import SIDES, Moments
 from lrattn.models.layers import AttentionLayer
 
 Measure = Callable[[AttentionLayer, Moments, int, str], tuple[Tensor, Tensor | None]]
@@ -52,9 +55,12 @@ class Method:
         needs_data: whether `measure` needs moments.
         reads_weights: `measure` reads k_proj and v_proj, of models where they are Linear layers.
         in_nats: energies are twice the loss in nats a token: comparable over layers, keys and values, so that bits can
-            be spent on them all, keys and values can share a row where neither is rotated, and the loss is predicted.
-        rotated: keys are compressed as attention is given them, after their rotation.
-        centred: C is taken about the mean of the heads, whether the model has biases or not.
+            be spent on them all, keys and values can share a row, but for `rotated` ones, and the loss is predicted.
+        rotated: keys are compressed as attention is given them, after their rotation: at positions like those of the
+            calibration.
+        chunk: positions in a chunk that keys are turned to their place in, where the caller names none: for any
+            position, with `measure` of keys before their rotation. None: they are not.
+        centred: sides whose C is taken about the mean of the heads, whether the model has biases or not.
         whole_values: values are kept at full rank.
         ranks: the rule that shares them out where the caller names none.
         near: (recent, sinks) of the dense window its cache holds where the caller names none.
@@ -72,15 +78,23 @@ class Method:
     reads_weights: bool = False
     in_nats: bool = False
     rotated: bool = False
-    centred: bool = False
+    chunk: int | None = None
+    centred: tuple[str, ...] = ()
     whole_values: bool = False
     ranks: str = "spectrum"
     near: tuple[int, int] = (0, 0)
 
     @property
-    def shares(self) -> bool:
-        """Whether keys and values can share a row."""
-        return self.in_nats and not self.rotated
+    def forms(self) -> tuple[Form, ...]:
+        """What rows can be. Values ride on key latents where keys are rebuilt; where queries meet them nothing does."""
+        if not self.in_nats or self.rotated:
+            return (False,)
+        return (False, True) if self.chunk else FORMS
+
+    @property
+    def absorbed(self) -> bool:
+        """Whether queries meet the latents, of layers with a rotation."""
+        return self.rotated or self.chunk is not None
 
     def ruled_by(self, ranks: str) -> bool:
         """Whether that rule can share out its ranks: gradients by rotated keys are gathered without Fisher's."""
@@ -95,14 +109,16 @@ HEAD, LAYER = ("head", "head"), ("layer", "layer")
 NEAR = (64, 4)  # of lrattn's own methods
 
 
-# lrattn's metric where no key is rebuilt: latents of rotated keys.
+REBUILT = Method(measure=gradient.measure, cluster=balanced, gather=("before", "metric"), in_nats=True, near=NEAR)
+# The same metric where no key is rebuilt: latents of rotated keys.
 UNREBUILT = Method(
     measure=gradient.measure_rotated, gather=("rotated", "rotated-metric"), in_nats=True, rotated=True, near=NEAR
 )
 RECALKV = Method(groups=("given", "layer"))
 
 METHODS: dict[str, Method] = {
-    "lrattn": Method(measure=gradient.measure, cluster=balanced, gather=("before", "metric"), in_nats=True, near=NEAR),
+    "lrattn": replace(REBUILT, chunk=512, centred=("keys",)),
+    "lrattn-rebuilt": REBUILT,
     "lrattn-rotated": UNREBUILT,
     "lrattn-channels": replace(UNREBUILT, key_decompose=think.decompose),
     "svd": Method(measure=svd.measure, gather=(), needs_data=False, reads_weights=True),
@@ -122,7 +138,7 @@ METHODS: dict[str, Method] = {
     "cskv": Method(groups=LAYER, near=(32, 0)),
     "kv-heads": Method(measure=rotated.measure, groups=LAYER, gather=("rotated",), rotated=True),
     "matryoshka": Method(measure=rotated.measure, groups=HEAD, gather=("rotated",), rotated=True),  # before training
-    "matryoshka-pca": Method(measure=rotated.measure, groups=HEAD, gather=("rotated",), rotated=True, centred=True),
+    "matryoshka-pca": Method(measure=rotated.measure, groups=HEAD, gather=("rotated",), rotated=True, centred=SIDES),
     "think": Method(think.decompose, think.measure, groups=HEAD, gather=("rotated",), rotated=True, whole_values=True),
 }
 DEFAULT = "lrattn"

@@ -28,7 +28,8 @@ from lrattn.models.layers import AttentionLayer
 def measure(
     layer: AttentionLayer, moments: Moments, i: int, side: str, *, rotated: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """C and G of the formula above, from moments with "metric": x_t are keys before RoPE and values, W selects.
+    """C and G of the formula above, from moments with "metric": x_t are keys before RoPE and values, W selects. Those
+    of keys in chunks are averages of them.
 
     rotated: keys are as attention is given them: from "rotated-metric" and "rotated".
     """

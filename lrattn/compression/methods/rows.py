@@ -1,8 +1,8 @@
 """One row for keys and values: both are linear in x, so that one latent can serve both.
 
 Separate latents are a special case of a joint one, whose optimum is never worse at equal bytes. Keys are then rebuilt
-from the whole row. Where that costs too much time, values ride on the key latent: they use it, too, and add columns of
-their own for what it leaves of them.
+from the whole row, or meet queries in all of it. Where keys are rebuilt and that costs too much time, values ride on
+the key latent: they use it, too, and add columns of their own for what it leaves of them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ from torch import Tensor
 
 from lrattn.compression.methods.weighted import factor, low_rank, roots
 from lrattn.factors.shapes import RANK_STEP, pad_rank, round_up
+
+# Of a row: False, keys and values apart; "ride", values ride on the key latent; True, one joint latent.
+Form = bool | str
+FORMS: tuple[Form, ...] = (False, "ride", True)
 
 SPLITS = 24  # key ranks tried for a ride, about
 SEEN = 1e-4  # of the largest pivot: below it are rounding, and columns too small for latents of 16 bits

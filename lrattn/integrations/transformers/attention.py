@@ -100,7 +100,7 @@ def _attend(
 def _sight(what: Said, end: int, layer: LatentLayer, written: Written) -> Sight:
     """A mask's word. First columns that are held dense stay where they were, whatever a later mask hides or shows: what
     was padding when it came stays so."""
-    base = None if layer.columns.base is None else layer.columns.base.to(layer.factors.device)
+    base = layer.columns.base.to(layer.factors.device) if layer.sinks and layer.columns.base is not None else None
     if layer.sinks and base is not what.pads:
         live = base if what.pads is None else what.pads
         base = torch.zeros_like(live) if base is None else base  # type: ignore[arg-type]
@@ -212,7 +212,7 @@ def _bound(factors: Factors, near: tuple[int, int], backend: str | None) -> Atte
             if key.shape[2] != query.shape[2] or i is None:
                 raise _no_cache()
             key.latent_layer = i  # type: ignore[attr-defined]
-            columns = Columns(layer_of(factors, i).rope is not None, near[1])
+            columns = Columns((layer_of(factors, i),), near[1])
             key = LatentKeys.of(key, value, LatentLayer(factors, i, near, columns, backend, held=False))
         return latent_forward(module, query, key, value, attention_mask, **kwargs)
 

@@ -30,7 +30,8 @@ class LatentCache(Cache):  # type: ignore[misc]
         backend: of lrattn.decode_attention.
 
     It grows as tokens come; padding is held as in a DynamicCache. Every column has its latents: what `crop` brings back
-    into the window, which holds it no longer, is taken from them. A pass that fails counts for nothing.
+    into the window, which holds it no longer, is taken from them. A pass that fails counts for nothing. Where keys are
+    in chunks (LayerFactors.chunk) the positions of a row follow one another, padding aside, from any first one on.
     Raises: ValueError for a negative number or an unknown backend.
     """
 
@@ -39,7 +40,7 @@ class LatentCache(Cache):  # type: ignore[misc]
     ) -> None:
         near = near_of(factors, recent, sinks, backend)
         self.factors, (self.recent, self.sinks) = factors, near
-        self.columns = Columns(any(layer.rope is not None for layer in factors.layers), self.sinks)
+        self.columns = Columns(factors.layers, self.sinks)
         layers = [LatentLayer(factors, i, near, self.columns, backend) for i in range(len(factors.layers))]
         super().__init__(layers=layers)
         self.columns.layers = layers

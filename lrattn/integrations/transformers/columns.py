@@ -1,13 +1,15 @@
-"""What the layers of a LatentCache share: rows and their pages, where keys were turned to, where rows begin."""
+"""What the layers of a LatentCache share: rows and their pages, the positions of their columns, where rows begin."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lrattn.factors.layer import LayerFactors
 from lrattn.models.masks import Said
 
 PAGE = 16  # columns
@@ -37,18 +39,23 @@ class Columns:
     """Columns of a batch, padding included. A row owns pages of its own, one after the other.
 
     Args:
-        turned: keys of some layer are turned back from their positions. sinks: of the dense window.
+        forms: the layers that share them. sinks: of the dense window.
 
     count: columns that every layer holds. batch, pages: rows, and pages of each. table: [batch, pages] int32.
-    positions: [batch, room] int32; None: every position so far is its column's index.
-    base: [batch], the first column of each row that was live when it came; None: 0.
+    positions: of keys before RoPE, [batch, room] int32; None: every position so far is its column's index.
+    offsets: of keys in chunks, [batch] int32: column - offset is the position of a live column; None: 0.
+    base: [batch], the first column of each row that was live when it came, `count` or more where none was; None: 0.
+        There a row's first columns begin, and its offset holds. Held where there are some of either.
 
-    While a pass is under way: slots [B, S] int64 of its columns; at [B, S], where their keys were turned to, and last,
-    the largest of these; written, how many layers hold it.
+    While a pass is under way: slots [B, S] int64 of its columns; last, the largest position of the pass; written, how
+    many layers hold it.
     """
 
-    def __init__(self, turned: bool, sinks: int) -> None:
-        self.turned, self.sinks = turned, sinks
+    def __init__(self, forms: Sequence[LayerFactors], sinks: int) -> None:
+        self.chunked = any(form.chunk is not None for form in forms)
+        self.turned = any(form.rope is not None and form.chunk is None for form in forms)
+        self.bounded = any(form.rope is not None or form.max_position is not None for form in forms)
+        self.sinks = sinks
         self.layers: list[Any] = []  # LatentLayers
         self.reset()
 
@@ -56,6 +63,7 @@ class Columns:
         self.count = self.batch = self.pages = 0
         self.table: Tensor | None = None
         self.positions: Tensor | None = None
+        self.offsets: Tensor | None = None
         self.base: Tensor | None = None
         self.firm: int | None = None  # from so many columns on each row's first ones are known
         self.end()
@@ -64,7 +72,6 @@ class Columns:
         """No pass is under way."""
         self.written, self.last, self.begun = 0, 0, False
         self.slots: Tensor | None = None
-        self.at: Tensor | None = None
 
     @property
     def room(self) -> int:
@@ -73,42 +80,54 @@ class Columns:
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [x for x in (self.table, self.positions, self.base) if x is not None]
+        return [x for x in (self.table, self.positions, self.offsets, self.base) if x is not None]
 
     @torch.inference_mode(False)  # what is held outlives the caller's mode
     @torch.no_grad()
     def start(self, batch: int, new: int, device: torch.device, position_ids: Tensor | None, said: Said) -> None:
         """A pass of `new` columns is under way: room for them, their slots and positions, and where rows begin.
 
-        Raises: ValueError for another number of rows than before, or as `positions_at`.
+        Raises: ValueError for another number of rows than before, or as `positions_at` and `_find_offsets`.
         """
         begin, end = self.count, self.count + new
         if begin and batch != self.batch:
             raise ValueError(f"batch: expected {self.batch} rows, as the cache holds, got {batch}")
-        even = position_ids is None or not self.turned
-        if self.turned:
-            whole = said.full is not None  # of which later passes see nothing of earlier chunks, which are no padding
-            if position_ids is None and said.pads is not None and not (whole and (begin or not said.pads.any())):
-                warnings.warn(
-                    "position_ids: attention of this model is told none, and in a padded batch keys may be turned back "
-                    "from other positions than they were turned to; factors of method 'lrattn-rotated' turn none",
-                    stacklevel=2,
-                )
-            self.at = positions_at(position_ids, begin, batch, new, device)
-            if not even and not torch.compiler.is_compiling():  # where nothing is read
-                even = torch.equal(self.at, positions_at(None, begin, batch, new, device))
-                self.last = int(self.at.max())
-            self.last = end - 1 if even else self.last
-        self.positions = self.positions if begin else None
+        if not begin:
+            self.positions = self.offsets = self.base = None
+        told, unread, self.last = position_ids is not None, torch.compiler.is_compiling(), end - 1
+        if position_ids is not None and self.bounded:
+            self.last = 0 if unread else int(position_ids.max())
+        at = positions_at(position_ids, begin, batch, new, device) if self.turned or self.chunked else None
+        if at is not None and not told:
+            self._warn_of_padding(said)
+        if self.sinks or self.chunked:
+            live = _live(said, begin, end)
+            live = None if live is None else live.expand(batch, -1).to(device)
+            self.begun = said.live is None and said.full is None  # every row has by now
+            self._find_base(live, end)
+            if self.chunked and told and at is not None:
+                self._find_offsets(at, live, unread)
+        even = not (self.turned and told)
+        if at is not None and not even and not unread:
+            even = torch.equal(at, positions_at(None, begin, batch, new, device))
         if end > self.room or batch != self.batch:
             self._grow(batch, end, device)
         if self.positions is None and not even:
             self.positions = torch.arange(self.room, dtype=torch.int32, device=device).repeat(batch, 1)
-        if self.positions is not None and self.at is not None:
-            self.positions[:, begin:end] = self.at
+        if self.positions is not None and at is not None:
+            self.positions[:, begin:end] = at
         self.slots = torch.arange(batch, device=device)[:, None] * self.room + torch.arange(begin, end, device=device)
-        if self.sinks:
-            self._find_base(said, end)
+
+    def positions_of(self, layer: LayerFactors, begin: int, end: int) -> Tensor | None:
+        """Positions [batch, n] of columns begin .. end, as a layer's keys are turned from them; None: they are not."""
+        if layer.rope is None:
+            return None
+        if layer.chunk is None and self.positions is not None:
+            return self.positions[:, begin:end].to(layer.device)
+        at = torch.arange(begin, end, device=layer.device)
+        if layer.chunk is not None and self.offsets is not None:
+            at = at - self.offsets[:, None].to(layer.device)
+        return at.expand(self.batch, -1)
 
     def _grow(self, batch: int, columns: int, device: torch.device) -> None:
         """Room for so many columns, an eighth more than there was at least: appending is cheap."""
@@ -120,17 +139,53 @@ class Columns:
             grown[:, :have] = self.positions
             self.positions = grown
 
-    def _find_base(self, said: Said, end: int) -> None:
+    def _find_base(self, live: Tensor | None, end: int) -> None:
         """Where rows begin that had no live column before: what a later mask hides does not change it."""
-        live = said.live if said.full is None else said.full.any(1)
-        self.begun = live is None  # every row has by now
-        own = said.pads
-        if own is not None and live is not None:
-            own = torch.where(live.any(1), own, end)
-        if not self.count:
-            self.base = own
-        elif self.base is not None and own is not None:
-            self.base = torch.where(self.base < self.count, self.base, own)
+        begin: Any = self.count
+        if live is not None:
+            begin = torch.where(live.any(1), begin + live.int().argmax(1), end)
+        if self.base is not None:
+            self.base = torch.where(self.base < self.count, self.base, begin)
+        elif not self.count and live is not None:
+            self.base = begin
+
+    def _find_offsets(self, at: Tensor, live: Tensor | None, unread: bool) -> None:
+        """Offsets of rows that begin in the pass under way; others keep theirs. at: [B, S], its positions.
+
+        Raises: ValueError unless the positions of a row's live columns follow one another.
+        """
+        begin, new = self.count, at.shape[1]
+        own = torch.arange(begin, begin + new, device=at.device) - at
+        offsets = torch.zeros_like(own[:, 0]) if self.offsets is None else self.offsets
+        if self.base is not None:  # whatever it is of a row that has no live column yet, of which nobody sees any
+            first = own.gather(1, (self.base - begin).clamp(0, new - 1)[:, None])[:, 0]
+            offsets = torch.where(self.base < begin, offsets, first)
+        elif not begin:
+            offsets = own[:, 0]
+        if not unread:
+            wrong = own != offsets[:, None]
+            wrong = wrong if live is None else wrong & live
+            if wrong.any():
+                row, i = wrong.nonzero()[0].tolist()
+                expected, got = begin + i - int(offsets[row]), int(at[row, i])
+                raise ValueError(
+                    f"position_ids: expected those of a row to follow one another, {expected} in column {begin + i} of "
+                    f"row {row}, as keys in chunks need, got {got}: use factors of method 'lrattn-rebuilt' (any "
+                    "positions) or 'lrattn-rotated'"
+                )
+        if self.base is not None or not begin:
+            self.offsets = offsets.int() if unread or offsets.any() else None
+
+    def _warn_of_padding(self, said: Said) -> None:
+        """Where attention is told no positions, those of a padded batch are not known."""
+        whole = said.full is not None  # of which later passes see nothing of earlier chunks, which are no padding
+        if said.pads is not None and not (whole and (self.count or not said.pads.any())):
+            warnings.warn(
+                "position_ids: attention of this model is told none, so keys of a padded batch are turned back from "
+                "their columns, and at low rank may lose more than those of one text; factors of method "
+                "'lrattn-rotated' turn none",
+                stacklevel=2,
+            )
 
     def wrote(self, new: int) -> None:
         """One more layer holds the pass under way; with the last one it is over, and its columns count."""
@@ -161,8 +216,16 @@ class Columns:
         assert self.table is not None
         self.batch, rows = len(rows), rows.to(self.table.device)
         self.table = _table(self.batch, self.pages, rows.device)
-        self.positions = None if self.positions is None else self.positions[rows]
-        self.base = None if self.base is None else self.base[rows]
+        held = (None if x is None else x[rows] for x in (self.positions, self.offsets, self.base))
+        self.positions, self.offsets, self.base = held
+
+
+def _live(said: Said, begin: int, end: int) -> Tensor | None:
+    """Which of columns begin .. end are no padding, [B or 1, n] bool; None: all."""
+    live = said.live if said.full is None else said.full.any(1)
+    if live is None and said.pads is not None:
+        live = torch.arange(end, device=said.pads.device) >= said.pads[:, None]
+    return None if live is None else live[:, begin:end]
 
 
 def _table(batch: int, pages: int, device: torch.device) -> Tensor:

@@ -15,6 +15,7 @@ from lrattn.models.layers import sample
 
 # Modules whose weights were held against factors: a comparison is made once.
 _COMPARED: WeakKeyDictionary[nn.Module, WeakSet[LayerFactors]] = WeakKeyDictionary()
+_BEYOND: WeakSet[Factors] = WeakSet()  # those that warned of positions they do not hold for
 
 
 def near_of(factors: Factors, recent: int | None, sinks: int | None, backend: str | None) -> tuple[int, int]:
@@ -63,6 +64,18 @@ def check_fit(factors: Factors, i: int, key: Tensor, value: Tensor, module: nn.M
                 "another model?",
                 stacklevel=2,
             )
+
+
+def warn_beyond(factors: Factors, most: int, last: int) -> None:
+    """Warns, once for these factors, that attention goes on at a position `last` beyond the first `most`."""
+    if not torch.compiler.is_compiling() and factors not in _BEYOND:
+        _BEYOND.add(factors)
+        warnings.warn(
+            f"position_ids: these factors hold for positions 0 .. {most - 1}, and attention goes on at {last}, where "
+            f"it may be wrong: make them by compress(positions={last + 1}) or more, or by method 'lrattn', whose "
+            "factors hold at any position",
+            stacklevel=2,
+        )
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

@@ -13,8 +13,8 @@ from lrattn.attention.cache import allocate_cache, unpack
 from lrattn.attention.dense import Pair
 from lrattn.attention.ops import write_latents
 from lrattn.factors.record import Factors
-from lrattn.integrations.transformers.columns import PAGE, Columns, positions_at
-from lrattn.integrations.transformers.fit import check_fit, layer_of
+from lrattn.integrations.transformers.columns import PAGE, Columns
+from lrattn.integrations.transformers.fit import check_fit, layer_of, warn_beyond
 from lrattn.models.masks import Said
 
 Latents = tuple[Tensor, Tensor | None]  # of them; None: the first row serves both
@@ -31,7 +31,7 @@ MOVES = {"to", "contiguous", "cpu", "cuda"}  # fine where they change nothing: s
 class Written(NamedTuple):
     """A pass's columns in one layer, as attention reads them.
 
-    begin: columns before it. latents: [B, S, width] each. positions: [B, S], where keys were turned to, or None.
+    begin: columns before it. latents: [B, S, width] each. positions: [B, S], as keys were turned from them, or None.
     recent: exact keys and values [B, Hkv, n, D] of the last columns before the pass and of its own; None: recent=0.
     first: of each row's first live columns, [B, Hkv, sinks, D]; None: sinks=0.
     """
@@ -123,11 +123,11 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
         layer, columns, begin, new = self.factors, self.columns, self.columns.count, keys[0].shape[2]
         if not columns.written:
             columns.start(len(keys[0]), new, layer.device, position_ids, said)
-        positions = None
-        if layer.rope is not None and columns.at is not None:
-            if columns.last >= (most := layer.rope.max_position):
-                raise ValueError(f"position_ids: expected at most {most - 1}, as the rope has it, got {columns.last}")
-            positions = columns.at.to(layer.device)
+        if layer.turns is not None and columns.last >= (most := len(layer.turns) * (layer.chunk or 1)):
+            raise ValueError(f"position_ids: expected at most {most - 1}, as the rope has it, got {columns.last}")
+        if layer.max_position is not None and columns.last >= layer.max_position:
+            warn_beyond(self.whole, layer.max_position, columns.last)
+        positions = columns.positions_of(layer, begin, begin + new)
         k, v = (x.transpose(1, 2) for x in keys)
         latents = layer.project(k, v, positions)
         recent, first = self._with_ring(keys), self._with_first(keys)
@@ -181,13 +181,16 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def places(self, columns: int) -> dict[str, Any]:
         """Where its first `columns` columns lie, as the ops on a cache take it."""
-        held, device = self.columns, self.factors.device
+        held, layer, device = self.columns, self.factors, self.factors.device
         assert held.table is not None
-        positions = None if self.factors.rope is None or held.positions is None else held.positions.view(-1, PAGE)
+        by_column = layer.rope is not None and layer.chunk is None
+        positions = held.positions.view(-1, PAGE).to(device) if by_column and held.positions is not None else None
+        offsets = held.offsets.to(device) if layer.chunk is not None and held.offsets is not None else None
         return {
             "block_table": held.table.to(device),
             "seq_lens": torch.full((held.batch,), columns, dtype=torch.int32, device=device),
-            "positions": None if positions is None else positions.to(device),
+            "positions": positions,
+            "offsets": offsets,
         }
 
     @torch.inference_mode(False)
@@ -208,10 +211,7 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
             None if x is None else unpack(side, x.unflatten(0, (held.batch, -1)).flatten(1, 2)[:, begin:end])
             for side, x in zip((layer.row_side, layer.values), self.pages, strict=True)
         )
-        positions = None
-        if layer.rope is not None:
-            own = None if held.positions is None else held.positions[:, begin:end]
-            positions = positions_at(own, begin, held.batch, end - begin, layer.device)
+        positions = held.positions_of(layer, begin, end)
         assert zk is not None
         k, v = layer.rebuild(zk.to(layer.dtype), None if zv is None else zv.to(layer.dtype), positions)
         return k.transpose(1, 2), v.transpose(1, 2)
