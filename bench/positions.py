@@ -7,9 +7,9 @@ python -m bench.positions [--model smollm2 ...] [--row "lrattn, 2 bits" ...] [--
 A cell is a model, a way to make factors and one of five kinds. 0, 4096 and 65536: the same windows of 1,024 tokens,
 read as if the text began at that position; rotary attention knows relative positions alone, so that a dense model
 predicts the same. long: windows of 8,192 tokens, their loss by the stretch of 512 tokens. probe: evaluation/probe.py.
-All factors are calibrated on 24 windows of 1,024 tokens of Wikipedia, from position 0 on, and have a dense window of
-64 + 4 tokens beside them. Every window is read by the dense model, too: excess is the difference of their losses, KL
-the divergence of the predictions from the dense model's, both in nats a token.
+All factors are calibrated on 24 windows of 1,024 tokens of Wikipedia (of Qwen on the first 8), from position 0 on, and
+have a dense window of 64 + 4 tokens beside them. Every window is read by the dense model, too: excess is the difference
+of their losses, KL the divergence of the predictions from the dense model's, both in nats a token.
 
 Cells are kept in the JSON by what they are and measured once. Tables go to stdout and, with the JSON of the repository,
 into docs/quality.md.
@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 import lrattn
 from bench.evaluation import probe
-from bench.evaluation.quality_plan import LENGTH, NEAR, PLANS, SAMPLES
+from bench.evaluation.quality_plan import LENGTH, NEAR, PLANS
 from bench.evaluation.quantised import attending_quantised
 from bench.quality import PAGE
 from bench.support import models, report, texts
@@ -53,6 +53,7 @@ PATH = report.RESULTS / "positions.json"
 MARKED = re.compile(r"(<!-- bench\.positions: ([\w.-]+) -->\n)(.*?)(<!-- end -->)", re.S)
 PLACES = (0, 4096, 65536)
 KINDS = (*map(str, PLACES), "long", "probe")
+CALIBRATED = {"smollm2": 24, "qwen2.5-coder": 8}  # windows
 WINDOWS = {"0": 6, "4096": 3, "65536": 3, "long": 2}  # of each text
 LONG, STRETCH = 8192, 512
 REACH = max(PLACES) + LENGTH  # positions that these cells read
@@ -176,8 +177,7 @@ class Subject:
 
     @cached_property
     def calibration(self) -> Sequence[Tensor]:
-        windows = SAMPLES["0"].windows
-        return read_windows(self.tokenizer, texts.wikipedia("calibration"), LENGTH, windows).split(1)
+        return read_windows(self.tokenizer, texts.wikipedia("calibration"), LENGTH, CALIBRATED[self.name]).split(1)
 
     def factors(self, row: str) -> lrattn.Factors:
         if self.held is None or self.held[0] != row:

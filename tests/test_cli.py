@@ -257,7 +257,10 @@ def test_bad_input_is_one_clear_line(tiny_one, capsys, tmp_path):
         ("model: expected a config.json", ["eval", tmp_path / "folder", "--text", text]),
         ("keep: expected at least", [*compress, "--keep", 0.01, "--windows", 1, "--length", 64]),
         ("keep: expected at least", [*evaluate, "--factors", tiny_one.plain, "--keep", 0.01]),
-        ("expected plain latents to take some of", [*evaluate, "--factors", factors, "--keep", 0.2]),
+        (
+            "expected plain latents to take 0.2 of, got packed ones: make some with bits=16",
+            [*evaluate, "--factors", factors, "--keep", 0.2],
+        ),
         ("chunk: expected a multiple of 64, got 100", [*compress, "--length", 64, "--chunk", 100]),
         ("positions: expected None with method 'lrattn'", [*compress, "--length", 64, "--positions", 4096]),
         ("expected some text", [*compress, "--text", empty]),

@@ -87,9 +87,9 @@ def test_what_the_readme_gains_and_costs_is_measured():
     (bound,) = re.findall(r"standard errors of ([\d.]+) or less", WORDS)
     for call, row in (
         ("model, batches", "lrattn, 2 bits"),
-        ("model, batches, shared=True", "lrattn shared, 2 bits"),
-        ("model, batches, keep=0.5, bits=16", "lrattn, keep 0.5"),
-        ('model, batches, method="lrattn-rebuilt", keep=0.0625', "lrattn-rebuilt, 1 bit"),
+        (".., shared=True", "lrattn shared, 2 bits"),
+        (".., keep=0.5, bits=16", "lrattn, keep 0.5"),
+        ('.., method="lrattn-rebuilt", keep=0.0625', "lrattn-rebuilt, 1 bit"),
     ):
         cell = positions.find(cells, model="smollm2", row=row, kind="0")
         found = [positions.over_windows(cell, "excess", text) for text in ("wikipedia", "news")]

@@ -341,10 +341,11 @@ def fused_problems(row: launch.Row) -> Iterator[Problem]:
 
 
 def absorbed_problems(problem: Problem, options: str, row: launch.Row) -> Iterator[Problem]:
-    """Of keys without a rope and, where a row is for them, of keys in chunks: bare and with every option."""
-    for form in (problem._replace(rope=False), problem._replace(chunk=CHUNK))[: 1 + row.chunked]:
-        yield form
-        yield form._replace(options=f"{options} offsets" if form.chunk else options)
+    """Of keys without a rope and of keys in chunks, as a row is for both or one: bare and with every option."""
+    for form in (problem._replace(rope=False), problem._replace(chunk=CHUNK)):
+        if row.chunked in (None, form.chunk > 0):
+            yield form
+            yield form._replace(options=f"{options} offsets" if form.chunk else options)
 
 
 def rows_for(table: tuple[launch.Row, ...], device: str) -> list[launch.Row]:

@@ -27,8 +27,10 @@ def narrowed(factors: Factors, keep: float) -> Factors:
         keep: bytes of the latent cache / bytes of the dense cache: met from below to a step of 16 latents; all latents
             where it allows more than there are.
 
-    Raises: ValueError for a keep outside (0, 1], or too small for one step of every run.
+    Raises: ValueError for a keep outside (0, 1], or too small for one step of every run, and for packed latents.
     """
+    if any(layer.packed for layer in factors.layers):
+        raise ValueError(f"factors: expected plain latents to take {keep} of, got packed ones: make some with bits=16")
     own = [runs(layer) for layer in factors.layers]
     steps = [length // RANK_STEP for layer in own for length in layer]
     least = sum(n > 0 for n in steps)

@@ -45,7 +45,7 @@ class Row(NamedTuple):
     values: int = ANY  # columns of a value row, where `rank` is the keys'
     biased: bool = True  # also where keys have a bias
     shared: bool = True  # also where one row serves keys and values
-    chunked: bool = True  # also where keys go by chunks
+    chunked: bool | None = None  # for keys in chunks, or for others; None: for both
     packed: bool = False  # for packed rows, or for plain ones
 
 
@@ -90,11 +90,11 @@ LATENT_SCORES = (
 ABSORBED_SCORES = (
     Row(Launch(4, 2, resident=True), ("sm80", "sm90"), rank=256, queries=16),
     Row(Launch(4, 2, resident=True), ("sm100",), rank=256, queries=16, chunked=False),
-    Row(Launch(8, 2, resident=True), ("sm100",), rank=256, queries=16),
+    Row(Launch(8, 2, resident=True), ("sm100",), rank=256, queries=16, chunked=True),
     Row(Launch(4, 3, block_r=128), BIG, queries=16),
     Row(Launch(8, 2, resident=True), BIG, rank=256),
     Row(Launch(8, 3, block_r=128), HOPPER),
-    Row(Launch(8, 2, block_r=64), ("sm80",)),
+    Row(Launch(8, 2, block_r=64), ("sm80",), chunked=False),
     Row(Launch(4, 2, block_r=64), (), queries=16),
     Row(Launch(8, 1, block_r=64), ()),
     Row(Launch(4, 1, block_r=32), (), itemsize=4),
@@ -123,9 +123,9 @@ LATENT_VALUES = (
 FUSED_ABSORBED = (
     Row(Launch(4, 2, block_r=128), ("sm90",), rank=256, values=256, queries=16),
     Row(Launch(4, 2, block_r=128), ("sm90",), rank=0, values=384, queries=16, chunked=False),
-    Row(Launch(4, 2, block_r=64), ("sm90",), rank=0, values=384, queries=16),
+    Row(Launch(4, 2, block_r=64), ("sm90",), rank=0, values=384, queries=16, chunked=True),
     Row(Launch(4, 2, block_r=128), ("sm90",), rank=0, values=512, queries=16, biased=False, chunked=False),
-    Row(Launch(8, 2, block_r=128), ("sm90",), rank=0, values=512, queries=16),
+    Row(Launch(8, 2, block_r=128), ("sm90",), rank=0, values=512, queries=16, chunked=True),
     Row(Launch(8, 2, block_r=128), ("sm90",), rank=256, values=512, queries=16, shared=False),
     Row(Launch(8, 2, block_r=128), ("sm90",), rank=256, values=256, queries=32),
     Row(Launch(8, 2, block_r=128), ("sm90",), rank=128, values=128, queries=64),
@@ -151,7 +151,7 @@ FUSED_REBUILT = (
 )
 ABSORB_QUERIES = (
     Row(Launch(4, 1, block_q=16, block_r=64), (), chunked=False),
-    Row(Launch(8, 1, block_q=64, block_r=64), ()),  # rows of many chunks
+    Row(Launch(8, 1, block_q=64, block_r=64), (), chunked=True),  # rows of many chunks
     Row(Launch(4, 1, block_q=16, block_r=32), (), itemsize=4),
 )
 TURN_QUERIES = (Row(Launch(4, 1, block_q=16), (), itemsize=4),)
@@ -191,7 +191,7 @@ def find(
             and (block_d(head) <= row.head and rank <= row.rank and block_q(rows) <= row.queries)
             and (values <= row.values and row.packed == packed)
             and ((row.table or turned) and (row.shared or rank))
-            and ((row.biased or not biased) and (row.chunked or not chunked))
+            and ((row.biased or not biased) and row.chunked in (None, chunked))
         ):
             found = row.launch._replace(block_q=block_q(rows)) if rows else row.launch
             return found._replace(block_d=min(found.block_d, block_d(head))) if head else found

@@ -210,7 +210,9 @@ def test_a_cache_of_another_format_is_refused_and_untouched():
 
 def test_packed_factors_are_not_narrowed():
     _, factors = compressed()
-    with pytest.raises(ValueError, match="format: expected plain latents to take some of"):
+    with pytest.raises(
+        ValueError, match=r"factors: expected plain latents to take 0\.1 of, got packed ones: make some"
+    ):
         lrattn.narrowed(factors, 0.1)
 
 
