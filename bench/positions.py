@@ -273,21 +273,22 @@ def pasted(page: str, cells: Sequence[Cell]) -> str:
 
 
 def places(cells: Sequence[Cell]) -> str:
-    """Excess and KL of each row, read from each position on."""
-    line = "{:<30} {:>8} {:>16} {:>16} {:>9} {:>9}"
-    lines = [line.format("", "begins at", "wikipedia", "news", "KL wiki", "KL news")]
+    """Excess and KL of each row, read from each position on; at 0 of all windows, and of those read elsewhere, too."""
+    line = "{:<30} {:>9} {:>7} {:>16} {:>16} {:>9} {:>9}"
+    lines, told = [line.format("", "begins at", "windows", "wikipedia", "news", "KL wiki", "KL news")], ""
     for row in WAYS:
-        for kind in map(str, PLACES):
+        for kind, count in [("0", WINDOWS["0"]), *((str(place), WINDOWS[str(PLACES[-1])]) for place in PLACES)]:
             if cell := find(cells, row=row, kind=kind):
-                gaps = ["{:.4f} ±{:.4f}".format(*over_windows(cell, "excess", text)) for text in texts.TEXTS]
-                kls = [f"{over_windows(cell, 'kl', text)[0]:.5f}" for text in texts.TEXTS]
-                lines.append(line.format(row if kind == "0" else "", kind, *gaps, *kls))
-    return "\n".join(lines) if len(lines) > 1 else ""
+                gaps = ["{:.4f} ±{:.4f}".format(*over_windows(cell, "excess", text, count)) for text in texts.TEXTS]
+                kls = [f"{over_windows(cell, 'kl', text, count)[0]:.5f}" for text in texts.TEXTS]
+                lines.append(line.format("" if row == told else row, kind, count, *gaps, *kls))
+                told = row
+    return "\n".join(lines) if told else ""
 
 
-def by_stretch(cell: Cell, name: str = "excess") -> list[float]:
-    """Mean over all windows of both texts."""
-    windows = [w for text in texts.TEXTS for w in cell["texts"][text][name]]
+def by_stretch(cell: Cell, count: int | None = None) -> list[float]:
+    """Mean excess over all windows of both texts, or the first of each."""
+    windows = [w for text in texts.TEXTS for w in cell["texts"][text]["excess"][:count]]
     return [fmean(numbers) for numbers in zip(*windows, strict=True)]
 
 
@@ -318,14 +319,16 @@ def probes(cells: Sequence[Cell]) -> str:
 def plot(cells: Sequence[Cell], path: Path) -> None:
     """Loss against position in long windows, and against where a short text begins."""
     own = [c for c in cells if c["model"] == "smollm2"]
-    rows = [row for row in WAYS if find(own, row=row, kind="long")]
+    rows = [row for row in WAYS if any(find(own, row=row, kind=kind) for kind in ("long", str(PLACES[-1])))]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained", sharey=True)
     for i, row in enumerate(rows):
         style = {"color": f"C{i % 10}", "linestyle": ("-", "--")[i // 10], "marker": "o", "markersize": 3}
-        gaps = by_stretch(find(own, row=row, kind="long") or {})
+        long = find(own, row=row, kind="long")
+        gaps = by_stretch(long) if long else []
         left.plot([(n + 0.5) * STRETCH for n in range(len(gaps))], gaps, label=row, **style)
         known = [(n, c) for n, kind in enumerate(map(str, PLACES)) if (c := find(own, row=row, kind=kind))]
-        right.plot([n for n, _ in known], [fmean(by_stretch(c)) for _, c in known], **style)
+        means = [fmean(by_stretch(c, WINDOWS[str(PLACES[-1])])) for _, c in known]
+        right.plot([n for n, _ in known], means, **style)
     for axis in (left, right):
         axis.set_yscale("symlog", linthresh=0.01)
         axis.grid(alpha=0.3)

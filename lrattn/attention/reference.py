@@ -20,6 +20,7 @@ from lrattn.factors.shapes import accumulator, product_dtype
 from lrattn.kernels.arguments import Call
 
 TILE_BYTES = 1 << 21  # of rebuilt keys per block: fastest of 2^19 .. 2^22 on a two-core EPYC
+MOST_READ = 1 << 13  # tokens per block where no keys are rebuilt
 
 
 def write_latents(
@@ -82,6 +83,8 @@ def blocks(layer: LayerFactors, query_heads: int, num_queries: int, page_size: i
     widest = max(layer.values.ranks)
     tile = layer.keys.group_size * layer.head_dim
     most = TILE_BYTES // (tile * size)
+    if layer.absorbed and not layer.packed:
+        most = max(most, MOST_READ)
     absorbed = (most // layer.chunk + 2 if layer.chunk else 1) * (max(layer.keys.ranks) + 2 * layer.head_dim)
     ready = 3 * layer.head_dim + (absorbed if layer.absorbed else 0)  # queries in three forms, and a chunk's
     per_query = query_heads * (3 * widest + ready) * size
@@ -154,13 +157,16 @@ class _Row(NamedTuple):
             yield begin, after
             begin = after
 
-    def chunks(self, t0: int, t1: int) -> tuple[range, list[slice]]:
-        """Which chunks tokens t0..t1 are of, and which of these tokens each has; one where there are no chunks."""
+    def chunks(self, t0: int, t1: int) -> tuple[range, list[tuple[slice, slice]]]:
+        """Which chunks tokens t0..t1 are of; and runs of these chunks that have as many tokens each, with all those
+        tokens: the first chunk, whole ones, the last. One where there are no chunks."""
         if not (size := self.layer.chunk):
-            return range(1), [slice(0, t1 - t0)]
+            return range(1), [(slice(0, 1), slice(0, t1 - t0))]
         first, last = (max(t - self.offset, 0) // size for t in (t0, t1 - 1))
-        borders = [0, *(self.offset + n * size - t0 for n in range(first + 1, last + 1)), t1 - t0]
-        return range(first, last + 1), [slice(*pair) for pair in pairwise(borders)]
+        count = last - first + 1
+        begins = [0, *(self.offset + n * size - t0 for n in (first + 1, last)), t1 - t0] if count > 1 else [0, t1 - t0]
+        runs = zip(pairwise((0, 1, count - 1, count) if count > 1 else (0, 1)), pairwise(begins), strict=True)
+        return range(first, last + 1), [(slice(*own), slice(*tokens)) for own, tokens in runs if own[0] < own[1]]
 
 
 def _attend(row: _Row, q: Tensor, begin: int, end: int, step: int, num_splits: int) -> tuple[Tensor, Tensor]:
@@ -214,7 +220,7 @@ def _attend_span(row: _Row, q: Tensor, begin: int, end: int, step: int) -> tuple
 def _absorbed_scores(row: _Row, q: Tensor, ck: Tensor, t0: int, t1: int) -> Tensor:
     """Scaled scores [Hkv, M S, n] of key latents [n, row_width], neither capped nor masked: queries are turned back by
     the first position of each chunk and multiplied into the latents' space."""
-    layer, (chunks, parts) = row.layer, row.chunks(t0, t1)
+    layer, (chunks, runs) = row.layer, row.chunks(t0, t1)
     x = q.flatten(0, 1).expand(len(chunks), -1, -1)  # [chunks, Hkv M S, D]
     if layer.turns is not None:
         x = layer.turn_(x.clone(), layer.turns[chunks.start : chunks.stop].conj())
@@ -223,14 +229,18 @@ def _absorbed_scores(row: _Row, q: Tensor, ck: Tensor, t0: int, t1: int) -> Tens
     for g, members in enumerate(layer.keys.groups):
         block = layer.operands.keys.rows[layer.keys.columns[g]].to(q.dtype)
         up = block.unflatten(1, (len(members), -1)).permute(1, 2, 0)  # [C, D, Rk]
-        a = (x[list(members)] @ up).unflatten(1, (len(chunks), -1)).transpose(0, 1).flatten(1, 2)
+        a = (
+            (x[list(members)] @ up).unflatten(1, (len(chunks), -1)).permute(1, 3, 0, 2).flatten(2)
+        )  # [chunks, Rk, C M S]
         z = ck[:, layer.key_columns[g]].to(q.dtype)
-        for absorbed, part in zip(a, parts, strict=True):  # [C M S, Rk]
-            s[list(members), :, part] = (absorbed @ z[part].T).unflatten(0, (len(members), -1))
+        for own, tokens in runs:
+            absorbed = a[own]  # [chunks, Rk, C M S]
+            found = z[tokens].unflatten(0, (len(absorbed), -1)) @ absorbed  # [chunks, n, C M S]
+            s[list(members), :, tokens] = found.flatten(0, 1).T.unflatten(0, (len(members), -1))
     if layer.keys.offset is not None:
-        shifts = x @ layer.keys.offset[:, layer.pairs].to(q.dtype)[..., None]  # [Hkv, chunks M S, 1]
-        for shift, part in zip(shifts.unflatten(1, (len(chunks), -1)).unbind(1), parts, strict=True):
-            s[..., part] += shift
+        shift = (x @ layer.keys.offset[:, layer.pairs].to(q.dtype)[..., None]).unflatten(1, (len(chunks), -1))
+        for own, tokens in runs:
+            s[..., tokens].unflatten(-1, (own.stop - own.start, -1)).add_(shift[:, own].transpose(1, 2))
     return s
 
 
