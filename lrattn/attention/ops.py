@@ -145,7 +145,7 @@ def decode_attention(
         project: "latent" [B, S, Hq, max Rv] | "heads" [B, S, Hq, D] | "hidden" [B, S, E] through layer.wo.
         num_splits: token ranges merged by lse, at most 1024; 0 is planned. A fixed number makes rows independent of
             the batch; its partial results are held whatever the workspace_limit.
-        workspace_limit: bytes of temporaries; beyond it tokens go in chunks.
+        workspace_limit: bytes of temporaries; beyond it tokens go some at a time.
         out: buffer of the result's shape and q's dtype to write to and return.
         return_lse: also return lse [B, S, Hq], natural log, float32 (float64 for float64).
         backend: "triton", "reference", or None: triton for a layer on a GPU that its kernels can do
