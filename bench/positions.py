@@ -39,10 +39,11 @@ from tqdm import tqdm
 
 import lrattn
 from bench.evaluation import probe
-from bench.evaluation.quality_plan import LENGTH, NEAR, PLANS
+from bench.evaluation.quality_plan import LENGTH, NEAR, PLANS, find
 from bench.evaluation.quantised import attending_quantised
-from bench.quality import PAGE
+from bench.quality import PAGE, held_in, updated
 from bench.support import models, report, texts
+from lrattn.compression.moments import GRADIENTS
 from lrattn.factors import safefile
 from lrattn.integrations.transformers.either import attending
 from lrattn.integrations.transformers.load import read_windows
@@ -136,14 +137,6 @@ def main() -> None:
         PAGE.write_text(pasted(PAGE.read_text(), cells))
 
 
-def held_in(path: Path) -> list[Cell]:
-    return report.load(path)["cells"] if path.is_file() else []
-
-
-def find(cells: Sequence[Cell], **wanted: Any) -> Cell | None:
-    return next((c for c in cells if wanted.items() <= c.items()), None)
-
-
 def measure(chosen: Sequence[Cell], path: Path, seconds: float, *, again: bool = False) -> None:
     """Measures the cells that are not in the file, and saves after each."""
     begin, commit, subject = time.monotonic(), report.commit(), None
@@ -159,9 +152,8 @@ def measure(chosen: Sequence[Cell], path: Path, seconds: float, *, again: bool =
         started = time.perf_counter()
         found = subject.cell(own["row"], own["kind"])
         found |= {"seconds": round(time.perf_counter() - started, 1), "commit": commit}
-        with report.alone(path):
-            cells = [c for c in held_in(path) if not own.items() <= c.items()]
-            report.save(path, {"texts": texts.__doc__, "cells": [*cells, own | found]})
+        with updated(path) as held:
+            held[:] = [*(c for c in held if find([c], **own) is None), own | found]
 
 
 class Subject:
@@ -182,10 +174,10 @@ class Subject:
     def factors(self, row: str) -> lrattn.Factors:
         if self.held is None or self.held[0] != row:
             way, self.held = WAYS[row], None
-            gather = sorted(lrattn.methods.METHODS[way.method].gathered(lrattn.methods.METHODS[way.method].ranks))
-            gradients = any("metric" in name for name in gather)
+            recipe = lrattn.methods.METHODS[way.method]
+            gather = sorted(recipe.gathered(recipe.ranks))
             state = self.folder / f"positions-{self.name}-{'+'.join(gather)}.moments"
-            far = NEAR if gradients else (0, 0)
+            far = NEAR if set(gather) & set(GRADIENTS) else (0, 0)
             moments = lrattn.calibrate(self.model, self.calibration, gather=gather, far=far, state=state)
             factors = lrattn.compress(self.model, self.calibration, way.method, moments=moments, **way.more)
             self.held = row, factors

@@ -164,9 +164,10 @@ class _Row(NamedTuple):
             return range(1), [(slice(0, 1), slice(0, t1 - t0))]
         first, last = (max(t - self.offset, 0) // size for t in (t0, t1 - 1))
         count = last - first + 1
-        begins = [0, *(self.offset + n * size - t0 for n in (first + 1, last)), t1 - t0] if count > 1 else [0, t1 - t0]
-        runs = zip(pairwise((0, 1, count - 1, count) if count > 1 else (0, 1)), pairwise(begins), strict=True)
-        return range(first, last + 1), [(slice(*own), slice(*tokens)) for own, tokens in runs if own[0] < own[1]]
+        borders = sorted({0, 1, count - 1, count})
+        at = [0, *(self.offset + (first + n) * size - t0 for n in borders[1:-1]), t1 - t0]
+        runs = zip(pairwise(borders), pairwise(at), strict=True)
+        return range(first, last + 1), [(slice(*own), slice(*tokens)) for own, tokens in runs]
 
 
 def _attend(row: _Row, q: Tensor, begin: int, end: int, step: int, num_splits: int) -> tuple[Tensor, Tensor]:
@@ -229,9 +230,7 @@ def _absorbed_scores(row: _Row, q: Tensor, ck: Tensor, t0: int, t1: int) -> Tens
     for g, members in enumerate(layer.keys.groups):
         block = layer.operands.keys.rows[layer.keys.columns[g]].to(q.dtype)
         up = block.unflatten(1, (len(members), -1)).permute(1, 2, 0)  # [C, D, Rk]
-        a = (
-            (x[list(members)] @ up).unflatten(1, (len(chunks), -1)).permute(1, 3, 0, 2).flatten(2)
-        )  # [chunks, Rk, C M S]
+        a = (x[list(members)] @ up).unflatten(1, (len(chunks), -1)).permute(1, 3, 0, 2).flatten(2)
         z = ck[:, layer.key_columns[g]].to(q.dtype)
         for own, tokens in runs:
             absorbed = a[own]  # [chunks, Rk, C M S]
