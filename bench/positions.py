@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -51,7 +50,6 @@ from lrattn.models.interface import decoder_of
 from lrattn.models.states import evaluating
 
 PATH = report.RESULTS / "positions.json"
-MARKED = re.compile(r"(<!-- bench\.positions: ([\w.-]+) -->\n)(.*?)(<!-- end -->)", re.S)
 PLACES = (0, 4096, 65536)
 KINDS = (*map(str, PLACES), "long", "probe")
 CALIBRATED = {"smollm2": 24, "qwen2.5-coder": 8}  # windows
@@ -261,7 +259,7 @@ def tables(cells: Sequence[Cell]) -> dict[str, str]:
 def pasted(page: str, cells: Sequence[Cell]) -> str:
     """The page with everything between its marks made anew: <!-- bench.positions: NAME --> .. <!-- end -->."""
     made = tables(cells) | {"plot": f"![loss by position](../bench/results/{PATH.stem}.png)"}
-    return MARKED.sub(lambda m: f"{m[1]}\n{made.get(m[2], 'No cells yet.')}\n\n{m[4]}", page)
+    return report.pasted(page, report.marks("bench.positions"), made)
 
 
 def places(cells: Sequence[Cell]) -> str:

@@ -146,6 +146,7 @@ def test_tables_and_plots_of_quality_are_pasted_from_the_committed_cells():
     page = (ROOT / "docs/quality.md").read_text()
     results = report.load(quality.PATH)
     assert quality_table.pasted(page, results) == page
+    assert positions.pasted(page, report.load(positions.PATH)["cells"]) == page
     places = {name for _, name, *_ in quality_table.MARKED.findall(page)}
     assert places >= set(quality_table.sections(results)) | {f"plot-{name}" for name in quality_plot.PLOTS}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -21,12 +20,12 @@ from bench.evaluation.quality_plan import (
     row_of,
     settings_of,
 )
+from bench.support import report
 from lrattn.compression.methods import METHODS
 
-MARKED = re.compile(r"(<!-- bench\.quality: ([\w.-]+) -->\n)(.*?)(<!-- end -->)", re.S)
+MARKED = report.marks("bench.quality")
 TEXTS = ("wikipedia", "news")
 LABEL = 29  # characters of a row's name
-NONE = "No cells yet."
 
 
 def sections(results: dict[str, Any]) -> dict[str, str]:
@@ -56,7 +55,7 @@ def pasted(page: str, results: dict[str, Any]) -> str:
         f"plot-{name}": f"![{quality_plot.PLOTS[name].about}](../bench/results/quality-{name}.png)"
         for name in quality_plot.shown(results)
     }
-    return MARKED.sub(lambda m: f"{m[1]}\n{made.get(m[2], NONE)}\n\n{m[4]}", page)
+    return report.pasted(page, MARKED, made)
 
 
 def dense_of(cells: list[Settings], name: str, length: int = LENGTH) -> Settings | None:

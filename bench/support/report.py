@@ -6,9 +6,10 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 
 import lrattn
 
+NONE = "No cells yet."
 RESULTS = Path(__file__).parents[1] / "results"
 
 
@@ -80,6 +82,16 @@ def alone(path: Path) -> Iterator[None]:
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
         yield
+
+
+def marks(source: str) -> re.Pattern[str]:
+    """Where a page has what a source makes: <!-- SOURCE: NAME --> .. <!-- end -->; NAME is the second group."""
+    return re.compile(rf"(<!-- {re.escape(source)}: ([\w.-]+) -->\n)(.*?)(<!-- end -->)", re.S)
+
+
+def pasted(page: str, marked: re.Pattern[str], made: Mapping[str, str]) -> str:
+    """The page with everything between its marks made anew, by name."""
+    return marked.sub(lambda m: f"{m[1]}\n{made.get(m[2], NONE)}\n\n{m[4]}", page)
 
 
 def load(path: Path) -> dict[str, Any]:
