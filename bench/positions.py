@@ -82,6 +82,8 @@ BOTH = ("smollm2", "qwen2.5-coder")
 WAYS: dict[str, Way] = {
     "lrattn, 2 bits": Way("lrattn", bits(2), models=BOTH),
     "lrattn shared, 2 bits": Way("lrattn", bits(2) | {"shared": True}, models=BOTH),
+    "lrattn, chunks of 256, 2 bits": Way("lrattn", bits(2) | {"chunk": 256}, SHORT),
+    "lrattn, chunks of 128, 2 bits": Way("lrattn", bits(2) | {"chunk": 128}, SHORT),
     "lrattn-rebuilt, 2 bits": Way("lrattn-rebuilt", bits(2), models=BOTH),
     "lrattn-rotated, 2 bits": Way("lrattn-rotated", bits(2)),
     "palu, keep 0.5": Way("palu", {"keep": 0.5}),
@@ -164,6 +166,7 @@ class Subject:
         self.model, self.tokenizer = PLANS[name].load()
         self.model.config.max_position_embeddings = 2 * max(PLACES)  # of tables: no frequency depends on it here
         self.held: tuple[str, lrattn.Factors] | None = None
+        self.dense: dict[tuple[str, int], Tensor] = {}  # by kind and text, and the window: what the head reads, [t, E]
 
     @cached_property
     def calibration(self) -> Sequence[Tensor]:
@@ -204,9 +207,7 @@ class Subject:
             text: read_windows(self.tokenizer, make("evaluation"), length, WINDOWS[kind])
             for text, make in texts.TEXTS.items()
         }
-        found["texts"] = {
-            text: self.compared(row, ids, place, f"{row}, {kind}, {text}") for text, ids in windows.items()
-        }
+        found["texts"] = {text: self.compared(row, ids, place, f"{kind}, {text}") for text, ids in windows.items()}
         return found
 
     @torch.no_grad()
@@ -214,8 +215,10 @@ class Subject:
         """Of each window, by stretches: loss of the dense model, excess and KL."""
         found: Cell = {"dense": [], "excess": [], "kl": []}
         with evaluating(self.model):
-            for ids in tqdm(windows, desc=label, unit="window"):
-                dense = self.states(ids, place)
+            for n, ids in enumerate(tqdm(windows, desc=f"{row}, {label}", unit="window")):
+                if (label, n) not in self.dense:
+                    self.dense[label, n] = self.states(ids, place)
+                dense = self.dense[label, n]
                 with self.reading(row):
                     states = self.states(ids, place)
                 for name, by_stretch in zip(found, self.losses(ids, dense, states), strict=True):
