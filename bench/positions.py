@@ -54,6 +54,7 @@ PLACES = (0, 4096, 65536)
 KINDS = (*map(str, PLACES), "long", "probe")
 CALIBRATED = {"smollm2": 24, "qwen2.5-coder": 8}  # windows
 WINDOWS = {"0": 6, "4096": 3, "65536": 3, "long": 2}  # of each text
+LESSONS = 16  # windows distilled on, two of them to judge by
 LONG, STRETCH = 8192, 512
 REACH = max(PLACES) + LENGTH  # positions that these cells read
 DENSE = "dense"
@@ -64,12 +65,14 @@ Cell = dict[str, Any]
 
 @dataclass(frozen=True)
 class Way:
-    """A way to make factors: a method and arguments of lrattn.compress. "kivi" quantises dense keys and values."""
+    """A way to make factors: a method, arguments of lrattn.compress, and steps of distillation on the windows after
+    those calibrated on. "kivi" quantises dense keys and values."""
 
     method: str
     more: dict[str, Any] = field(default_factory=dict)
     kinds: tuple[str, ...] = KINDS
     models: tuple[str, ...] = ("smollm2",)
+    refine: int = 0
 
 
 def bits(n: float) -> dict[str, Any]:
@@ -95,6 +98,7 @@ WAYS: dict[str, Way] = {
     "lrattn shared, 1.5 bits": Way("lrattn", bits(1.5) | {"shared": True}),
     "lrattn shared, 1 bit": Way("lrattn", bits(1) | {"shared": True}, SHORT),
     "lrattn, 1 bit": Way("lrattn", bits(1), SHORT),
+    "lrattn, 1 bit, refined 16": Way("lrattn", bits(1), SHORT, refine=16),
     "lrattn-rebuilt, 1.5 bits": Way("lrattn-rebuilt", bits(1.5), SHORT),
     "lrattn-rebuilt, 1 bit": Way("lrattn-rebuilt", bits(1), SHORT),
     "lrattn, keep 0.5": Way("lrattn", {"keep": 0.5, "bits": 16}, SHORT),
@@ -168,9 +172,12 @@ class Subject:
         self.held: tuple[str, lrattn.Factors] | None = None
         self.dense: dict[tuple[str, int], Tensor] = {}  # by kind and text, and the window: what the head reads, [t, E]
 
+    def windows(self, count: int) -> tuple[Tensor, ...]:
+        return read_windows(self.tokenizer, texts.wikipedia("calibration"), LENGTH, count).split(1)
+
     @cached_property
     def calibration(self) -> Sequence[Tensor]:
-        return read_windows(self.tokenizer, texts.wikipedia("calibration"), LENGTH, CALIBRATED[self.name]).split(1)
+        return self.windows(CALIBRATED[self.name])
 
     def factors(self, row: str) -> lrattn.Factors:
         if self.held is None or self.held[0] != row:
@@ -181,6 +188,10 @@ class Subject:
             far = NEAR if set(gather) & set(GRADIENTS) else (0, 0)
             moments = lrattn.calibrate(self.model, self.calibration, gather=gather, far=far, state=state)
             factors = lrattn.compress(self.model, self.calibration, way.method, moments=moments, **way.more)
+            if way.refine:
+                lessons = self.windows(len(self.calibration) + LESSONS)[len(self.calibration) :]
+                recent, sinks = NEAR
+                factors = lrattn.refine(self.model, factors, lessons, steps=way.refine, recent=recent, sinks=sinks)
             self.held = row, factors
         return self.held[1]
 
