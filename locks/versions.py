@@ -41,6 +41,7 @@ TESTS = (
     "tests/integrations/test_compiled_step.py",
     "tests/integrations/test_fit.py",
     "tests/integrations/test_model_states.py",
+    "tests/integrations/test_positions.py",
     "tests/integrations/test_uses.py",
     "tests/integrations/test_wrong_uses.py",
     "tests/attention/test_cache.py",

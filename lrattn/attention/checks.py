@@ -48,6 +48,7 @@ def _check_cache(
 
 
 def check_tables(
+    layer: LayerFactors,
     k_cache: Tensor,
     block_table: Tensor,
     seq_lens: Tensor,
@@ -55,6 +56,7 @@ def check_tables(
     positions: Tensor | None,
     offsets: Tensor | None,
 ) -> None:
+    """Positions go with keys before RoPE, offsets with keys in chunks: ValueError for those of another form."""
     dims = {"N": k_cache.shape[0], "P": k_cache.shape[1]}
     kind: dict[str, Any] = {"dtype": torch.int32, "device": k_cache.device}
     check("block_table", block_table, "B pages", dims, contiguous=True, **kind)
@@ -65,10 +67,6 @@ def check_tables(
         check("positions", positions, "N P", dims, **kind)
     if offsets is not None:
         check("offsets", offsets, "B", dims, **kind)
-
-
-def check_places(layer: LayerFactors, positions: Tensor | None, offsets: Tensor | None) -> None:
-    """Raises ValueError for positions of a form that the layer's keys have not."""
     if layer.chunk is not None and positions is not None:
         raise ValueError(
             f"positions: expected None for keys in chunks of {layer.chunk}, whose tokens follow one another (offsets "

@@ -18,7 +18,6 @@ from lrattn.attention.checks import (
     check_caches,
     check_integer,
     check_number,
-    check_places,
     check_tables,
 )
 from lrattn.factors.formats import ALIGNMENT
@@ -89,8 +88,7 @@ def rebuild(
     """
     backend = _backend(backend, layer)
     check_caches(layer, k_cache, v_cache)
-    check_tables(k_cache, block_table, seq_lens, None, positions, offsets)
-    check_places(layer, positions, offsets)
+    check_tables(layer, k_cache, block_table, seq_lens, None, positions, offsets)
     check_integer("num_tokens", num_tokens, 0, optional=True)
     if backend == "reference":
         k, v = reference.rebuild(k_cache, v_cache, layer, block_table, seq_lens, positions, offsets)
@@ -301,8 +299,7 @@ def _check_decode(
     """Holds the tensors of decode_attention against each other, by metadata alone. Returns the backend."""
     backend = _backend(backend, layer)
     check_caches(layer, k_cache, v_cache)
-    check_tables(k_cache, block_table, seq_lens, seq_starts, positions, offsets)
-    check_places(layer, positions, offsets)
+    check_tables(layer, k_cache, block_table, seq_lens, seq_starts, positions, offsets)
     check_tensors(q=q)
     flat = q.dim() == 3
     q4 = q[:, None] if flat else q
