@@ -7,8 +7,8 @@ python -m bench.positions [--model smollm2 ...] [--row "lrattn, 2 bits" ...] [--
 A cell is a model, a way to make factors and one of five kinds. 0, 4096 and 65536: the same windows of 1,024 tokens,
 read as if the text began at that position; rotary attention knows relative positions alone, so that a dense model
 predicts the same. long: windows of 8,192 tokens, their loss by the stretch of 512 tokens. probe: evaluation/probe.py.
-All factors are calibrated on 24 windows of 1,024 tokens of Wikipedia (of Qwen on the first 8), from position 0 on, and
-have a dense window of 64 + 4 tokens beside them. Every window is read by the dense model, too: excess is the difference
+All factors are calibrated on 24 windows of 1,024 tokens of Wikipedia, from position 0 on, and have a dense window of
+64 + 4 tokens beside them. Every window is read by the dense model, too: excess is the difference
 of their losses, KL the divergence of the predictions from the dense model's, both in nats a token.
 
 Cells are kept in the JSON by what they are and measured once. Tables go to stdout and, with the JSON of the repository,
@@ -52,7 +52,7 @@ from lrattn.models.states import evaluating
 PATH = report.RESULTS / "positions.json"
 PLACES = (0, 4096, 65536)
 KINDS = (*map(str, PLACES), "long", "probe")
-CALIBRATED = {"smollm2": 24, "qwen2.5-coder": 8}  # windows
+CALIBRATED = 24  # windows
 WINDOWS = {"0": 6, "4096": 3, "65536": 3, "long": 2}  # of each text
 LESSONS = 16  # windows distilled on, two of them to judge by
 LONG, STRETCH = 8192, 512
@@ -177,7 +177,7 @@ class Subject:
 
     @cached_property
     def calibration(self) -> Sequence[Tensor]:
-        return self.windows(CALIBRATED[self.name])
+        return self.windows(CALIBRATED)
 
     def factors(self, row: str) -> lrattn.Factors:
         if self.held is None or self.held[0] != row:
@@ -189,7 +189,7 @@ class Subject:
             moments = lrattn.calibrate(self.model, self.calibration, gather=gather, far=far, state=state)
             factors = lrattn.compress(self.model, self.calibration, way.method, moments=moments, **way.more)
             if way.refine:
-                lessons = self.windows(len(self.calibration) + LESSONS)[len(self.calibration) :]
+                lessons = self.windows(CALIBRATED + LESSONS)[CALIBRATED:]
                 recent, sinks = NEAR
                 factors = lrattn.refine(self.model, factors, lessons, steps=way.refine, recent=recent, sinks=sinks)
             self.held = row, factors
