@@ -7,9 +7,10 @@ python -m bench.positions [--model smollm2 ...] [--row "lrattn, 2 bits" ...] [--
 A cell is a model, a way to make factors and one of five kinds. 0, 4096 and 65536: the same windows of 1,024 tokens,
 read as if the text began at that position; rotary attention knows relative positions alone, so that a dense model
 predicts the same. long: windows of 8,192 tokens, their loss by the stretch of 512 tokens. probe: evaluation/probe.py.
-All factors are calibrated on 24 windows of 1,024 tokens of Wikipedia, from position 0 on, and have a dense window of
-64 + 4 tokens beside them. Every window is read by the dense model, too: excess is the difference
-of their losses, KL the divergence of the predictions from the dense model's, both in nats a token.
+All factors are calibrated on 24 windows of 1,024 tokens of Wikipedia from position 0 on, or as many tokens in longer
+windows where a row says so, and have a dense window of 64 + 4 tokens beside them. Every window is read by the dense
+model, too: excess is the difference of their losses, KL the divergence of the predictions from the dense model's, both
+in nats a token.
 
 Cells are kept in the JSON by what they are and measured once. Tables go to stdout and, with the JSON of the repository,
 into docs/quality.md.
@@ -23,7 +24,6 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -65,13 +65,14 @@ Cell = dict[str, Any]
 
 @dataclass(frozen=True)
 class Way:
-    """A way to make factors: a method, arguments of lrattn.compress, and steps of distillation on the windows after
-    those calibrated on. "kivi" quantises dense keys and values."""
+    """A way to make factors: a method, arguments of lrattn.compress, tokens a window of calibration, and steps of
+    distillation on the windows after those. "kivi" quantises dense keys and values."""
 
     method: str
     more: dict[str, Any] = field(default_factory=dict)
     kinds: tuple[str, ...] = KINDS
     models: tuple[str, ...] = ("smollm2",)
+    length: int = LENGTH
     refine: int = 0
 
 
@@ -85,6 +86,8 @@ BOTH = ("smollm2", "qwen2.5-coder")
 WAYS: dict[str, Way] = {
     "lrattn, 2 bits": Way("lrattn", bits(2), models=BOTH),
     "lrattn shared, 2 bits": Way("lrattn", bits(2) | {"shared": True}, models=BOTH),
+    "lrattn on 4K windows, 2 bits": Way("lrattn", bits(2), SHORT, length=4096),
+    "lrattn shared on 4K windows, 2 bits": Way("lrattn", bits(2) | {"shared": True}, SHORT, length=4096),
     "lrattn, chunks of 256, 2 bits": Way("lrattn", bits(2) | {"chunk": 256}, SHORT),
     "lrattn, chunks of 128, 2 bits": Way("lrattn", bits(2) | {"chunk": 128}, SHORT),
     "lrattn-rebuilt, 2 bits": Way("lrattn-rebuilt", bits(2), models=BOTH),
@@ -172,26 +175,24 @@ class Subject:
         self.held: tuple[str, lrattn.Factors] | None = None
         self.dense: dict[tuple[str, int], Tensor] = {}  # by kind and text, and the window: what the head reads, [t, E]
 
-    def windows(self, count: int) -> tuple[Tensor, ...]:
-        return read_windows(self.tokenizer, texts.wikipedia("calibration"), LENGTH, count).split(1)
-
-    @cached_property
-    def calibration(self) -> Sequence[Tensor]:
-        return self.windows(CALIBRATED)
+    def lessons(self, length: int, after: int, count: int) -> tuple[Tensor, ...]:
+        """Windows to calibrate or to distil on."""
+        return read_windows(self.tokenizer, texts.wikipedia("calibration"), length, after + count).split(1)[after:]
 
     def factors(self, row: str) -> lrattn.Factors:
         if self.held is None or self.held[0] != row:
             way, self.held = WAYS[row], None
+            calibration = self.lessons(way.length, 0, CALIBRATED * LENGTH // way.length)
             recipe = lrattn.methods.METHODS[way.method]
             gather = sorted(recipe.gathered(recipe.ranks))
-            state = self.folder / f"positions-{self.name}-{'+'.join(gather)}.moments"
+            name = self.name if way.length == LENGTH else f"{self.name}-{way.length}"
+            state = self.folder / f"positions-{name}-{'+'.join(gather)}.moments"
             far = NEAR if set(gather) & set(GRADIENTS) else (0, 0)
-            moments = lrattn.calibrate(self.model, self.calibration, gather=gather, far=far, state=state)
-            factors = lrattn.compress(self.model, self.calibration, way.method, moments=moments, **way.more)
+            moments = lrattn.calibrate(self.model, calibration, gather=gather, far=far, state=state)
+            factors = lrattn.compress(self.model, calibration, way.method, moments=moments, **way.more)
             if way.refine:
-                lessons = self.windows(CALIBRATED + LESSONS)[CALIBRATED:]
-                recent, sinks = NEAR
-                factors = lrattn.refine(self.model, factors, lessons, steps=way.refine, recent=recent, sinks=sinks)
+                batches, (recent, sinks) = self.lessons(LENGTH, CALIBRATED, LESSONS), NEAR
+                factors = lrattn.refine(self.model, factors, batches, steps=way.refine, recent=recent, sinks=sinks)
             self.held = row, factors
         return self.held[1]
 
