@@ -17,6 +17,7 @@ from torch import Tensor
 from lrattn import Factors, __version__, calibrate, compress, in_kv_space, narrowed
 from lrattn.compression import compressibility
 from lrattn.compression.bits import Bits, ladder_of
+from lrattn.compression.compress import recipe_of
 from lrattn.compression.methods import DEFAULT, METHODS
 from lrattn.compression.ranks import RULES
 from lrattn.factors import safefile
@@ -162,6 +163,7 @@ def _compress(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         safefile.check_target("state", args.state)
         if os.path.realpath(args.state) == os.path.realpath(args.out):
             raise ValueError(f"state: expected another file than --out, got {args.state}")
+    recipe_of(args.method, args.ranks, SHARED[args.shared], args.chunk, args.positions)  # before a model is read
     model, windows = _read(args.model, args)
     begin = time.perf_counter()
     names = "method keep group_size ranks refine nested state shards bits bytes_per_token chunk positions"

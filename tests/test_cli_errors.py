@@ -206,6 +206,17 @@ def test_out_and_state_are_two_files_by_any_name(folder, capfd, tmp_path):
     assert "state: expected another file than --out" in line
 
 
+@pytest.mark.parametrize("option, told", [
+    (("--chunk", 100), "chunk: expected a multiple of 64, got 100"),
+    (("--chunk", 64, "--method", "svd"), "chunk: expected None with method 'svd', got 64"),
+    (("--positions", 0, "--method", "kq-svd"), "positions: expected an integer of at least 1, got 0"),
+    (("--shared", "ride"), "shared: expected None or False or True with method 'lrattn', got 'ride'"),
+])  # fmt: skip
+def test_what_a_method_has_not_is_told_before_a_model_is_read(option, told, capfd, tmp_path):
+    words = "compress", tmp_path / "no model", "--text", tmp_path / "no text", "--out", tmp_path / "f"
+    assert f"lrattn: {told}" in refused(capfd, *words, *option)
+
+
 def test_a_length_beyond_the_model_s_positions(folder, capfd, monkeypatch, tmp_path):
     """By the name the user gave, in every command that reads windows; the length itself is fine."""
     monkeypatch.setattr(cli, "compress", lambda *_, **__: pytest.fail("the work began"))

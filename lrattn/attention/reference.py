@@ -46,7 +46,7 @@ def rebuild(
     parts = []
     for b, (pages, length) in enumerate(zip(block_table, seq_lens.clamp(0, limit).tolist(), strict=True)):
         offset = 0 if offsets is None else int(offsets[b])
-        _check_positions(layer, length - offset, positions)
+        _check_positions(layer, length, offset, positions)
         _check_pages(k_cache, pages, 0, length)
         zk, zv = _read(layer, k_cache, v_cache, pages, 0, length)
         at = torch.arange(length, device=k_cache.device) - offset
@@ -112,7 +112,7 @@ def decode_attention(
     starts, offsets = ([0] * batch if x is None else x.tolist() for x in (tokens.starts, tokens.offsets))
     lengths = tokens.lens.clamp(0, tokens.bound).tolist()
     for b, (start, length, offset) in enumerate(zip(starts, lengths, offsets, strict=True)):
-        _check_positions(layer, length - offset, tokens.positions)
+        _check_positions(layer, length, offset, tokens.positions)
         for first in range(0, num_queries, plan.queries):
             some = slice(first, min(first + plan.queries, num_queries))
             row = _Row(layer, call, tokens.pages[b], range(length - num_queries, length)[some], offset)
@@ -302,12 +302,18 @@ def _project(latent: Tensor, mass: Tensor, layer: LayerFactors, project: str) ->
     return heads.flatten(1).to(kind) @ layer.wo.flatten(0, 1).to(kind)
 
 
-def _check_positions(layer: LayerFactors, length: int, positions: Tensor | None) -> None:
-    if layer.turns is None or positions is not None:
+def _check_positions(layer: LayerFactors, length: int, offset: int, positions: Tensor | None) -> None:
+    """Raises ValueError for a token at a position beyond the rope's."""
+    if layer.turns is None or positions is not None or length <= 0:
         return
     most = len(layer.turns) * (layer.chunk or 1)
-    if length > most:
-        raise ValueError(f"seq_lens: expected at most max_position={most} of the rope, got {length}")
+    if length - offset > most:
+        if not offset:
+            raise ValueError(f"seq_lens: expected at most max_position={most} of the rope, got {length}")
+        raise ValueError(
+            f"offsets: expected at least {length - most} of a sequence of {length} tokens, whose positions are below "
+            f"max_position={most} of the rope, got {offset}"
+        )
 
 
 def _check_pages(cache: Tensor, pages: Tensor, begin: int, end: int) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lrattn.compression.batches import Batch, check_batches, tokens_of, unfelt, unpadded
+from lrattn.compression.batches import Batch, check_batches, least_felt, tokens_of, unfelt, unpadded
 from lrattn.compression.moments import GATHERED, GRADIENTS, SYMMETRIC, WEIGHTS, Moments
 from lrattn.compression.substitute import Window, substituted
 from lrattn.compression.sums import Sums
@@ -99,7 +99,12 @@ def calibrate(
     if sums.differentiates and not any(
         bool(x.any()) for name in GRADIENTS for x in held.sums.get(f"{name}.values", ())
     ):
-        raise ValueError(unfelt(window, held.gathered))
+        if held.longest < least_felt(window, held.gathered):
+            raise ValueError(unfelt(window, held.gathered))
+        kind = layers[0].dtype
+        raise ValueError(
+            f"model: expected gradients of attention, got none that {kind} holds: give it in another dtype"
+        )
     if state is not None:
         held.save(state)
     return held

@@ -72,8 +72,9 @@ def compress(
     Args:
         model: of transformers, whose attention goes through its AttentionInterface. "svd", "lorc", "asvd", "kq-svd" and
             ranks "fisher" read weights too, of models whose projections are Linear layers.
-        batches: token ids [b, t], or mappings with input_ids and maybe attention_mask, to calibrate on. "svd" and
-            "lorc" need none, but for ranks "fisher".
+        batches: token ids [b, t], or mappings with input_ids and maybe attention_mask, to calibrate on: of sequences as
+            long as the contexts to be read, more of what is far back is kept. "svd" and "lorc" need none, but for ranks
+            "fisher".
         method: one of lrattn.methods.METHODS. "lrattn", the default, stores keys turned to their place in a chunk of
             positions: queries meet latents at any position. "lrattn-rebuilt" is smaller yet at an equal loss: keys
             before their rotation, rebuilt whenever they are read.
@@ -117,15 +118,7 @@ def compress(
     Returns: Factors in the model's dtype, on its device.
     Raises: ValueError naming the argument, what was expected and what came; OSError if a state cannot be written.
     """
-    if not isinstance(method, str) or method not in METHODS:
-        raise ValueError(f"method: expected one of {sorted(METHODS)}, got {method!r}")
-    recipe = METHODS[method]
-    ranks = recipe.ranks if ranks is None else ranks
-    if ranks not in (rules := [rule for rule in RULES if recipe.ruled_by(rule)]):
-        raise ValueError(f"ranks: expected one of {rules} with method {method!r}, got {ranks!r}")
-    if shared is not None and (not isinstance(shared, bool | str) or shared not in recipe.forms):  # 1 is not True
-        expected = " or ".join(map(repr, (None, *recipe.forms)))
-        raise ValueError(f"shared: expected {expected} with method {method!r}, got {shared!r}")
+    recipe, ranks, chunk = recipe_of(method, ranks, shared, chunk, positions)
     for name, count, least in (("group_size", group_size, 1), ("shards", shards, 1), ("refine", refine, 0)):
         check_count(name, count, least)
     check_flag("nested", nested)
@@ -137,7 +130,6 @@ def compress(
         far = moments.far if moments is not None and differentiates else recipe.near
     window = Window.of(far)
     far = astuple(window)
-    chunk = _chunk(recipe, method, chunk, positions)
     layers = attention_layers(model)
     if bytes_per_token is not None:
         if keep is not None:
@@ -277,20 +269,34 @@ def compress(
     return distil(model, factors, given, steps=refine, nested=nested, state=beside, progress=progress)
 
 
-def _chunk(recipe: Method, method: str, chunk: int | None, positions: int | None) -> int | None:
-    """Of the method or as given. Raises: ValueError for what the method has not, or is no such number."""
+def recipe_of(
+    method: str, ranks: str | None, shared: Form | None, chunk: int | None, positions: int | None
+) -> tuple[Method, str, int | None]:
+    """A method, its ranks and its chunk, or those given.
+
+    Raises: ValueError for what the method has not, or is no such thing.
+    """
+    if not isinstance(method, str) or method not in METHODS:
+        raise ValueError(f"method: expected one of {sorted(METHODS)}, got {method!r}")
+    recipe = METHODS[method]
+    ranks = recipe.ranks if ranks is None else ranks
+    if ranks not in (rules := [rule for rule in RULES if recipe.ruled_by(rule)]):
+        raise ValueError(f"ranks: expected one of {rules} with method {method!r}, got {ranks!r}")
+    if shared is not None and (not isinstance(shared, bool | str) or shared not in recipe.forms):  # 1 is not True
+        expected = " or ".join(map(repr, (None, *recipe.forms)))
+        raise ValueError(f"shared: expected {expected} with method {method!r}, got {shared!r}")
     if positions is not None:
         if not recipe.rotated:
             raise ValueError(f"positions: expected None with method {method!r}, which is for any, got {positions!r}")
         check_count("positions", positions, 1)
     if chunk is None:
-        return recipe.chunk
+        return recipe, ranks, recipe.chunk
     if recipe.chunk is None:
         raise ValueError(f"chunk: expected None with method {method!r}, got {chunk!r}")
     check_count("chunk", chunk, CHUNK_STEP)
     if chunk % CHUNK_STEP:
         raise ValueError(f"chunk: expected a multiple of {CHUNK_STEP}, got {chunk}")
-    return chunk
+    return recipe, ranks, chunk
 
 
 def _stored(

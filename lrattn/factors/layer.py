@@ -11,7 +11,7 @@ from torch import Tensor
 from lrattn.factors.operands import Keys, Operands, Values
 from lrattn.factors.projection import Projection
 from lrattn.factors.rope import Rope, rows_at
-from lrattn.factors.shapes import CHUNK_STEP, accumulator, check, check_tensors, product_dtype
+from lrattn.factors.shapes import CHUNK_STEP, INTEGERS, accumulator, check, check_tensors, product_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +22,8 @@ class LayerFactors:
     stored in one of three forms, k_t being a key as it is given, R(t) the rotation to position t:
 
         rope and chunk N    R(-(t // N) N) k_t: turned to their place in a chunk of N positions. Queries are turned back
-                            by a chunk's first position and meet its latents themselves. For any position.
+                            by a chunk's first position and meet its latents themselves. For positions below
+                            2^20, or the rope's max_position where that is more.
         rope alone          R(-t) k_t: before RoPE. They are rebuilt from their latents, and turned again.
         no rope             k_t, as it comes. Queries meet the latents themselves.
 
@@ -241,7 +242,7 @@ class LayerFactors:
 
     def _positions(self, positions: Tensor | None, lead: torch.Size) -> Tensor:
         """Raises ValueError unless they are integers of this shape."""
-        if not isinstance(positions, Tensor) or positions.shape != lead or positions.is_floating_point():
+        if not isinstance(positions, Tensor) or positions.shape != lead or positions.dtype not in INTEGERS:
             got = f"{list(positions.shape)} {positions.dtype}" if isinstance(positions, Tensor) else positions
             raise ValueError(f"positions: expected integers of shape {list(lead)}, got {got}")
         return positions

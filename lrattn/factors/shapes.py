@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 RANK_STEP = 16  # ranks are multiples of this: one tensor-core step, one 32-byte sector of 16-bit latents
 CHUNK_STEP = 64  # chunks are multiples of this: a tile of tokens lies in one
 MAX_SPLITS = 1024  # parts of a sequence's tokens that are attended to apart

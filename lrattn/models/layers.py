@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,15 +115,34 @@ def _told(model: nn.Module) -> Iterator[list[tuple[nn.Module, Tensor, Tensor, di
 
 
 @torch.no_grad()
-def heads_given(model: nn.Module, layers: Sequence[AttentionLayer], positions: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values [T, Hkv, D] of each layer, as attention is given them, of some tokens at positions [T]: in
-    float32, on the CPU."""
-    ids = tokens_for(model, len(positions))
-    with _told(model) as given:
-        model(input_ids=ids, position_ids=positions[None].to(ids.device), use_cache=False)
-    found = {module: (key[0], value[0]) for module, key, value, _ in given}
-    sides = (found[layer.module] for layer in layers)
-    return [(k.transpose(0, 1).float().cpu(), v.transpose(0, 1).float().cpu()) for k, v in sides]
+def heads_given(
+    model: nn.Module, layers: Sequence[AttentionLayer], positions: Sequence[Tensor]
+) -> list[list[tuple[Tensor, Tensor]]]:
+    """Keys and values [T, Hkv, D] of each layer, as attention is given them, of some tokens: in float32, on the CPU.
+
+    A pass for each of `positions`, [T]. In all of them a layer's hidden states are those of the first, so that nothing
+    but what positions do to keys and values differs.
+    """
+    ids, states = tokens_for(model, len(positions[0])), dict[nn.Module, Tensor]()
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        if args:
+            return (states.setdefault(module, args[0].clone()), *args[1:]), kwargs
+        if "hidden_states" in kwargs:
+            return args, kwargs | {"hidden_states": states.setdefault(module, kwargs["hidden_states"].clone())}
+        return None
+
+    passes = []
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.module.register_forward_pre_hook(keep, with_kwargs=True).remove)
+        for at in positions:
+            with _told(model) as given:
+                model(input_ids=ids, position_ids=at[None].to(ids.device), use_cache=False)
+            found = {module: (key[0], value[0]) for module, key, value, _ in given}
+            sides = (found[layer.module] for layer in layers)
+            passes.append([(k.transpose(0, 1).float().cpu(), v.transpose(0, 1).float().cpu()) for k, v in sides])
+    return passes
 
 
 def sample(module: nn.Module) -> Tensor | None:

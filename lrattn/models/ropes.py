@@ -14,38 +14,35 @@ from lrattn.models.layers import AttentionLayer, heads_given
 TOKENS = 8
 # Of the positions: fast pairs show at the first, slow ones at the last, and none is right at all of them by chance.
 SHIFTS = (1, 300, 8000)  # from 8,192 on some models scale their queries by the position (Llama-4)
-ROUNDINGS = 4  # so many times what values, dtype and float32 angles are off by, a pair may be, relative to its size
-KNOWN = 0.1  # relative change of values from which on hidden states know their positions
+ROUNDINGS = 4  # so many times what dtype and float32 angles are off by, a pair may be, relative to its size
 FAINT = 1e-2  # pairs below this share of the mean size are held against it instead of their own
 INSTEAD = "use a method of keys as attention is given them, 'lrattn-rotated'"
 
 
 def ropes_of(model: nn.Module, layers: Sequence[AttentionLayer]) -> list[Rope | None]:
-    """The rotation of each layer's keys; None where keys as they arrive need none: where positions leave them as they
-    are, or hidden states know the positions (learned ones) and no config speaks of a rotation.
+    """The rotation of each layer's keys; None where positions leave them as they are, or change no more than the hidden
+    states (learned positions).
 
-    A rotation is right if it takes, pair by pair, the keys of a text to those of the same text further on, at every
-    shift of SHIFTS within the config's positions. Values tell how far rounding goes: no rotation changes them.
+    A rotation is right if it takes, pair by pair, the keys of a text to those of the same hidden states further on, at
+    every shift of SHIFTS within the config's positions.
 
     Raises: ValueError naming the first layer whose keys are turned in another way, and what works for it.
     """
     config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
     speaks = any(getattr(config, name, None) for name in ("rope_parameters", "rope_scaling", "rope_theta"))
-    last = max(int(getattr(config, "max_position_embeddings", None) or TOKENS + 1) - TOKENS, 0)
-    shifts = torch.tensor(sorted({min(shift, last) for shift in SHIFTS}))
-    passes = [heads_given(model, layers, torch.arange(TOKENS) + shift) for shift in (0, *shifts)]
-    noise = torch.zeros(len(shifts))
+    most = int(getattr(config, "max_position_embeddings", None) or TOKENS + 1)
+    tokens = min(TOKENS, most - 1)
+    shifts = torch.tensor(sorted({min(shift, most - tokens) for shift in SHIFTS}))
+    angles = torch.finfo(torch.float32).eps * (shifts + tokens)
+    passes = heads_given(model, layers, [torch.arange(tokens) + shift for shift in (0, *shifts)])
     found: list[Rope | None] = []
     for layer, *heads in zip(layers, *passes, strict=True):
-        (k, *shifted), (v, *values) = zip(*heads, strict=True)
-        noise = noise.maximum(torch.stack([(v - x).norm() / v.norm() for x in values]))
-        angles = torch.finfo(torch.float32).eps * (shifts + TOKENS)
-        limits = ROUNDINGS * (noise.clamp_max(KNOWN) + torch.finfo(layer.dtype).eps + angles)
+        k, *shifted = (keys for keys, _ in heads)
+        limits = ROUNDINGS * (torch.finfo(layer.dtype).eps + angles)
         candidates = [None, *(_candidates(config, layer.head_dim) if speaks else ())]
         errors = torch.stack([_errors(rope, k, torch.stack(shifted), shifts) for rope in candidates])
         excess, best = (errors / limits).amax(1).min(0)
-        knows = not speaks and not bool((noise < KNOWN).all())
-        if not excess < 1 and not knows:
+        if not excess < 1:
             rounded = any(x.is_floating_point() and x.dtype.itemsize == 2 for x in model.buffers())
             cast = "; a cast has rounded its frequencies, too: load it with dtype=" if rounded else ""
             raise ValueError(

@@ -64,7 +64,7 @@ def check_readable(model: nn.Module, layers: Sequence[AttentionLayer], ropes: Se
         for layer in layers:
             stack.callback(linear(layer, "k_proj").register_forward_pre_hook(watch).remove)
         at = torch.arange(TOKENS)
-        given = heads_given(model, layers, at)
+        (given,) = heads_given(model, layers, [at])
     for layer, rope, pair in zip(layers, ropes, given, strict=True):
         for side, x in zip(NAMES, pair, strict=True):
             own = linear(layer, NAMES[side])

@@ -121,8 +121,11 @@ def test_positions_of_another_form_are_refused():
     placed = lrattn.decode_attention(q, *caches, as_given, block_table=table, seq_lens=lens, offsets=lens)
     assert torch.equal(plain, placed)  # which know no positions
     far = torch.tensor([3 - (1 << 20) - 1], dtype=torch.int32)
-    with pytest.raises(ValueError, match="seq_lens: expected at most max_position=1048576 of the rope, got 1048577"):
+    told = "offsets: expected at least -1048573 of a sequence of 3 tokens, .* max_position=1048576 .*, got -1048574"
+    with pytest.raises(ValueError, match=told):
         lrattn.decode_attention(q, *caches, chunked, block_table=table, seq_lens=lens, offsets=far)
+    none = torch.zeros_like(lens)  # tokens, whose positions are beyond nothing
+    assert not lrattn.decode_attention(q, *caches, chunked, block_table=table, seq_lens=none, offsets=far).any()
 
 
 def test_memory_stays_within_the_limit_as_contexts_grow():

@@ -589,6 +589,13 @@ def test_sequences_as_long_as_a_window_asks_for_are_felt(far, gather, method, mo
     refused(told, lrattn.compress, model, [tiny.tokens(9, least - 1)], far=far, **method, progress=False)
 
 
+def test_gradients_that_vanish_are_no_matter_of_length():
+    model = tiny.model("llama")
+    model.lm_head.weight.data.zero_()
+    told = "model: expected gradients of attention, got none that torch.float32 holds"
+    refused(told, calibrated, model, [tiny.tokens(1, 20)], ["metric"])
+
+
 def test_a_state_without_gradients_serves_any_window(tmp_path):
     """Methods differ in their window: only gradients depend on it. What is held goes on in its own."""
     model, ids, state = tiny.model("llama"), tiny.tokens(3, 20), tmp_path / "state"

@@ -228,6 +228,8 @@ def test_project_refuses_what_does_not_fit():
         r"positions: expected integers of shape \[5\], got None": (layer, k, v, None),
         r"positions: expected integers of shape \[5\], got \[4\] torch.int64": (layer, k, v, at[1:]),
         r"positions: expected integers of shape \[5\], got \[5\] torch.float64": (layer, k, v, at.double()),
+        r"positions: expected integers of shape \[5\], got \[5\] torch.bool": (layer, k, v, at > 2),
+        r"positions: expected integers of shape \[5\], got \[5\] torch.complex64": (layer, k, v, at * 1j),
         r"positions: expected integers of shape \[5\], got 7": (joint, k, v, 7),
         r"positions: expected 0 \.\. 4095 of the rope, got 4096 \.\. 4096": (layer, k, v, at * 0 + 4096),
         "positions: expected None, the layer has no rope, got a tensor": (free, k, v, at),

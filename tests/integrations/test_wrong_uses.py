@@ -131,17 +131,21 @@ def test_a_second_question_on_a_full_cache():
 
 @torch.no_grad()
 @pytest.mark.parametrize("keys", KEYS)
-def test_padding_where_attention_is_told_no_positions_warns(keys):
-    """And nothing else does: texts without padding, and keys that are not turned back."""
-    _, latent, factors = made("Llama-4", keys)
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
-        latent.generate(IDS, max_new_tokens=10, **cache_argument(LatentCache(factors)))  # beyond a chunk
-        assert not [x for x in found if "position_ids" in str(x.message)]
-        ids, mask = padded((12, 5), "left")
-        latent(ids, attention_mask=mask, **cache_argument(LatentCache(factors)))
-    told = [str(x.message) for x in found if "position_ids: attention of this model is told none" in str(x.message)]
-    assert bool(told) == (keys != "as given") and all("'lrattn-rotated' turn none" in line for line in told)
+@pytest.mark.parametrize("name, untold", [("Llama", False), ("Llama-4", True), ("Qwen2.5-VL", True)])
+def test_attention_that_is_not_told_every_position_warns_once(name, untold, keys):
+    """Where keys are turned back from them: that of Llama-4 is told none, that of Qwen2.5-VL none or one of four."""
+    _, latent, factors = made(name, keys)
+    ids, mask = padded((12, 5), "left")
+    for expected, run in (
+        (untold and keys != "as given", lambda given: latent.generate(IDS, max_new_tokens=10, **given)),  # > a chunk
+        (0, lambda given: latent(ids, attention_mask=mask, **given)),
+    ):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            run(cache_argument(LatentCache(factors)))
+        told = [str(x.message) for x in found if "position_ids" in str(x.message)]
+        assert len(told) == expected
+        assert all(line.endswith("factors of method 'lrattn-rotated' turn none") for line in told)
 
 
 OF_ANOTHER_KIND = {  # attention without transformers' interface, states beside keys and values

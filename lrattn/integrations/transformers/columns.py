@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -98,8 +97,6 @@ class Columns:
         if position_ids is not None and self.bounded:
             self.last = 0 if unread else int(position_ids.max())
         at = positions_at(position_ids, begin, batch, new, device) if self.turned or self.chunked else None
-        if at is not None and not told:
-            self._warn_of_padding(said)
         if self.sinks or self.chunked:
             live = _live(said, begin, end)
             live = None if live is None else live.expand(batch, -1).to(device)
@@ -175,17 +172,6 @@ class Columns:
                 )
         if self.base is not None or not begin:
             self.offsets = offsets.int() if unread or offsets.any() else None
-
-    def _warn_of_padding(self, said: Said) -> None:
-        """Where attention is told no positions, those of a padded batch are not known."""
-        whole = said.full is not None  # of which later passes see nothing of earlier chunks, which are no padding
-        if said.pads is not None and not (whole and (self.count or not said.pads.any())):
-            warnings.warn(
-                "position_ids: attention of this model is told none, so keys of a padded batch are turned back from "
-                "their columns, and at low rank may lose more than those of one text; factors of method "
-                "'lrattn-rotated' turn none",
-                stacklevel=2,
-            )
 
     def wrote(self, new: int) -> None:
         """One more layer holds the pass under way; with the last one it is over, and its columns count."""

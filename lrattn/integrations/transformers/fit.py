@@ -15,7 +15,9 @@ from lrattn.models.layers import sample
 
 # Modules whose weights were held against factors: a comparison is made once.
 _COMPARED: WeakKeyDictionary[nn.Module, WeakSet[LayerFactors]] = WeakKeyDictionary()
-_BEYOND: WeakSet[Factors] = WeakSet()  # those that warned of positions they do not hold for
+# Those that warned of positions they do not hold for, and of positions that attention does not know.
+_BEYOND: WeakSet[Factors] = WeakSet()
+_UNTOLD: WeakSet[Factors] = WeakSet()
 
 
 def near_of(factors: Factors, recent: int | None, sinks: int | None, backend: str | None) -> tuple[int, int]:
@@ -76,6 +78,21 @@ def warn_beyond(factors: Factors, most: int, last: int) -> None:
             "factors hold at any position",
             stacklevel=2,
         )
+
+
+def warn_untold(factors: Factors, module: nn.Module, told: bool) -> None:
+    """Warns, once for these factors, that an attention module is not told the positions that keys are turned to: of
+    models that give it none, and of those that turn keys of images by several."""
+    axes = "mrope_section" in (getattr(getattr(module, "config", None), "rope_parameters", None) or {})
+    if (told and not axes) or torch.compiler.is_compiling() or factors in _UNTOLD:
+        return
+    _UNTOLD.add(factors)
+    warnings.warn(
+        f"position_ids: {type(module).__name__} is not told every position that its keys are turned to: those of "
+        "padded batches, of texts that begin further on and of images may be turned back from others, and at low rank "
+        "lose more; factors of method 'lrattn-rotated' turn none",
+        stacklevel=2,
+    )
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

@@ -14,7 +14,7 @@ from lrattn.attention.dense import Pair
 from lrattn.attention.ops import write_latents
 from lrattn.factors.record import Factors
 from lrattn.integrations.transformers.columns import PAGE, Columns
-from lrattn.integrations.transformers.fit import check_fit, layer_of, warn_beyond
+from lrattn.integrations.transformers.fit import check_fit, layer_of, warn_beyond, warn_untold
 from lrattn.models.masks import Said
 
 Latents = tuple[Tensor, Tensor | None]  # of them; None: the first row serves both
@@ -120,6 +120,8 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
         Raises: ValueError if they do not fit, or positions are beyond the rope; the cache is then as it was.
         """
         check_fit(self.whole, self.index, *keys, module)
+        if self.factors.rope is not None:
+            warn_untold(self.whole, module, position_ids is not None)
         layer, columns, begin, new = self.factors, self.columns, self.columns.count, keys[0].shape[2]
         if not columns.written:
             columns.start(len(keys[0]), new, layer.device, position_ids, said)
