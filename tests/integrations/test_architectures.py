@@ -25,6 +25,7 @@ WHAT_MATTERS = {  # without which part of its config an architecture answers oth
 }
 # Their attention is not given positions, in some releases: padding then counts where keys are turned back.
 NOT_TOLD = ("Llama-4", "Qwen2.5-VL")
+pytestmark = pytest.mark.filterwarnings("ignore:position_ids")  # a warning says so
 
 
 @pytest.mark.every(2)
