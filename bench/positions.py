@@ -7,10 +7,9 @@ python -m bench.positions [--model smollm2 ...] [--row "lrattn, 2 bits" ...] [--
 A cell is a model, a way to make factors and one of five kinds. 0, 4096 and 65536: the same windows of 1,024 tokens,
 read as if the text began at that position; rotary attention knows relative positions alone, so that a dense model
 predicts the same. long: windows of 8,192 tokens, their loss by the stretch of 512 tokens. probe: evaluation/probe.py.
-All factors are calibrated on 24 windows of 1,024 tokens of Wikipedia from position 0 on, or as many tokens in longer
-windows where a row says so, and have a dense window of 64 + 4 tokens beside them. Every window is read by the dense
-model, too: excess is the difference of their losses, KL the divergence of the predictions from the dense model's, both
-in nats a token.
+All factors are calibrated on 24 windows of 1,024 tokens of Wikipedia from position 0 on, or on 6 windows of 4,096 (4K
+text), and have a dense window of 64 + 4 tokens beside them. Every window is read by the dense model, too: excess is the
+difference of their losses, KL the divergence of the predictions from the dense model's, both in nats a token.
 
 Cells are kept in the JSON by what they are and measured once. Tables go to stdout and, with the JSON of the repository,
 into docs/quality.md.
@@ -58,7 +57,6 @@ LESSONS = 16  # windows distilled on, two of them to judge by
 LONG, STRETCH = 8192, 512
 REACH = max(PLACES) + LENGTH  # positions that these cells read
 DENSE = "dense"
-COLUMNS = 100
 
 Cell = dict[str, Any]
 
@@ -86,10 +84,10 @@ BOTH = ("smollm2", "qwen2.5-coder")
 WAYS: dict[str, Way] = {
     "lrattn, 2 bits": Way("lrattn", bits(2), models=BOTH),
     "lrattn shared, 2 bits": Way("lrattn", bits(2) | {"shared": True}, models=BOTH),
-    "lrattn on 4K windows, 2 bits": Way("lrattn", bits(2), SHORT, length=4096),
-    "lrattn shared on 4K windows, 2 bits": Way("lrattn", bits(2) | {"shared": True}, SHORT, length=4096),
-    "lrattn, chunks of 256, 2 bits": Way("lrattn", bits(2) | {"chunk": 256}, SHORT),
-    "lrattn, chunks of 128, 2 bits": Way("lrattn", bits(2) | {"chunk": 128}, SHORT),
+    "lrattn, 2 bits, 4K text": Way("lrattn", bits(2), SHORT, length=4096),
+    "lrattn shared, 2 bits, 4K text": Way("lrattn", bits(2) | {"shared": True}, SHORT, length=4096),
+    "lrattn, 2 bits, chunks of 256": Way("lrattn", bits(2) | {"chunk": 256}, SHORT),
+    "lrattn, 2 bits, chunks of 128": Way("lrattn", bits(2) | {"chunk": 128}, SHORT),
     "lrattn-rebuilt, 2 bits": Way("lrattn-rebuilt", bits(2), models=BOTH),
     "lrattn-rotated, 2 bits": Way("lrattn-rotated", bits(2)),
     "palu, keep 0.5": Way("palu", {"keep": 0.5}),
@@ -322,18 +320,17 @@ def probes(cells: Sequence[Cell]) -> str:
 
 
 def plot(cells: Sequence[Cell], path: Path) -> None:
-    """Loss against position in long windows, and against where a short text begins."""
+    """Loss against position in long windows, and against where a short text begins, of rows measured at every place."""
     own = [c for c in cells if c["model"] == "smollm2"]
-    rows = [row for row in WAYS if any(find(own, row=row, kind=kind) for kind in ("long", str(PLACES[-1])))]
+    rows = [row for row in WAYS if all(find(own, row=row, kind=str(place)) for place in PLACES)]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained", sharey=True)
     for i, row in enumerate(rows):
         style = {"color": f"C{i % 10}", "linestyle": ("-", "--")[i // 10], "marker": "o", "markersize": 3}
         long = find(own, row=row, kind="long")
         gaps = by_stretch(long) if long else []
         left.plot([(n + 0.5) * STRETCH for n in range(len(gaps))], gaps, label=row, **style)
-        known = [(n, c) for n, kind in enumerate(map(str, PLACES)) if (c := find(own, row=row, kind=kind))]
-        means = [fmean(by_stretch(c, WINDOWS[str(PLACES[-1])])) for _, c in known]
-        right.plot([n for n, _ in known], means, **style)
+        known = [find(own, row=row, kind=str(place)) for place in PLACES]
+        right.plot(range(len(PLACES)), [fmean(by_stretch(c, WINDOWS[str(PLACES[-1])])) for c in known if c], **style)
     for axis in (left, right):
         axis.set_yscale("symlog", linthresh=0.01)
         axis.grid(alpha=0.3)
