@@ -80,7 +80,7 @@ def bits(n: float) -> dict[str, Any]:
     return {"keep": n / 16, "bits": "auto"}
 
 
-SHORT = ("0", "probe")
+SHORT, FAR = ("0", "probe"), ("0", "65536", "probe")
 BOTH = ("smollm2", "qwen2.5-coder")
 WAYS: dict[str, Way] = {
     "lrattn, 2 bits": Way("lrattn", bits(2), models=BOTH),
@@ -96,8 +96,8 @@ WAYS: dict[str, Way] = {
     "kq-svd, keep 0.5": Way("kq-svd", {"keep": 0.5}),
     "kv-heads, keep 0.5": Way("kv-heads", {"keep": 0.5}),
     "think, keep 0.7": Way("think", {"keep": 0.7}),
-    "lrattn, 1.5 bits": Way("lrattn", bits(1.5)),
-    "lrattn shared, 1.5 bits": Way("lrattn", bits(1.5) | {"shared": True}),
+    "lrattn, 1.5 bits": Way("lrattn", bits(1.5), FAR),
+    "lrattn shared, 1.5 bits": Way("lrattn", bits(1.5) | {"shared": True}, FAR),
     "lrattn shared, 1 bit": Way("lrattn", bits(1) | {"shared": True}, SHORT),
     "lrattn, 1 bit": Way("lrattn", bits(1), SHORT),
     "lrattn, 1 bit, refined 16": Way("lrattn", bits(1), SHORT, refine=16),
@@ -110,8 +110,8 @@ WAYS: dict[str, Way] = {
     "lrattn-rotated to 65K, 2 bits": Way("lrattn-rotated", bits(2) | {"positions": REACH}, ("0", "65536")),
     "kq-svd to 65K, keep 0.5": Way("kq-svd", {"keep": 0.5, "positions": REACH}, ("0", "65536")),
     "kv-heads to 65K, keep 0.5": Way("kv-heads", {"keep": 0.5, "positions": REACH}, ("0", "65536")),
-    "lrattn-channels, 2 bits": Way("lrattn-channels", bits(2), ("0", "65536", "probe")),
-    "matryoshka, keep 0.5": Way("matryoshka", {"keep": 0.5}, ("0", "65536", "probe")),
+    "lrattn-channels, 2 bits": Way("lrattn-channels", bits(2), FAR),
+    "matryoshka, keep 0.5": Way("matryoshka", {"keep": 0.5}, FAR),
 }
 ROWS = {DENSE: Way(DENSE, kinds=("probe",), models=BOTH), **WAYS}
 
