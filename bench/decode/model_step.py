@@ -92,7 +92,7 @@ def filled(model: Any, cache: LatentCache, dense: DynamicCache) -> LatentCache:
     """The cache with the keys and values of a dense one."""
     for layer, held, own in zip(cache.layers, dense.layers, attention_layers(model), strict=True):
         count = held.keys.shape[2]
-        layer.write((held.keys, held.values), None, said(None, None, 1, count), own.module)
+        layer.write((held.keys, held.values), torch.arange(count)[None], said(None, None, 1, count), own.module)
     return cache
 
 

@@ -230,12 +230,12 @@ def _absorbed_scores(row: _Row, q: Tensor, ck: Tensor, t0: int, t1: int) -> Tens
     for g, members in enumerate(layer.keys.groups):
         block = layer.operands.keys.rows[layer.keys.columns[g]].to(q.dtype)
         up = block.unflatten(1, (len(members), -1)).permute(1, 2, 0)  # [C, D, Rk]
-        a = (x[list(members)] @ up).unflatten(1, (len(chunks), -1)).permute(1, 3, 0, 2).flatten(2)
+        a = (x[list(members)] @ up).unflatten(1, (len(chunks), -1)).transpose(0, 1).flatten(1, 2)
         z = ck[:, layer.key_columns[g]].to(q.dtype)
         for own, tokens in runs:
-            absorbed = a[own]  # [chunks, Rk, C M S]
-            found = z[tokens].unflatten(0, (len(absorbed), -1)) @ absorbed  # [chunks, n, C M S]
-            s[list(members), :, tokens] = found.flatten(0, 1).T.unflatten(0, (len(members), -1))
+            absorbed = a[own]  # [chunks, C M S, Rk]
+            found = absorbed @ z[tokens].unflatten(0, (len(absorbed), -1)).transpose(1, 2)  # [chunks, C M S, n]
+            s[list(members), :, tokens] = found.transpose(0, 1).flatten(1).unflatten(0, (len(members), -1))
     if layer.keys.offset is not None:
         shift = (x @ layer.keys.offset[:, layer.pairs].to(q.dtype)[..., None]).unflatten(1, (len(chunks), -1))
         for own, tokens in runs:
