@@ -13,7 +13,7 @@ from lrattn.compression.substitute import Window
 from lrattn.models.interface import positions_of
 
 Batch = Tensor | Mapping[str, Any]
-INTEGERS = (torch.int64, torch.int32, torch.int16)
+ID_TYPES = (torch.int64, torch.int32, torch.int16)
 
 
 def tokens_of(batch: Batch) -> tuple[Tensor, Tensor | None]:
@@ -23,7 +23,7 @@ def tokens_of(batch: Batch) -> tuple[Tensor, Tensor | None]:
     """
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.shape[1] or ids.dtype not in INTEGERS:
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.shape[1] or ids.dtype not in ID_TYPES:
         raise ValueError(f"batches: expected integer token ids [b, t], got {_told(ids)}")
     if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
         raise ValueError(f"batches: expected an attention_mask {list(ids.shape)}, got {_told(mask)}")

@@ -120,10 +120,10 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
         Raises: ValueError if they do not fit, or positions are beyond the rope; the cache is then as it was.
         """
         check_fit(self.whole, self.index, *keys, module)
-        if self.factors.rope is not None:
-            warn_untold(self.whole, module, position_ids is not None)
         layer, columns, begin, new = self.factors, self.columns, self.columns.count, keys[0].shape[2]
         if not columns.written:
+            if columns.turned or columns.chunked:
+                warn_untold(self.whole, module, position_ids is not None)
             columns.start(len(keys[0]), new, layer.device, position_ids, said)
         if layer.turns is not None and columns.last >= (most := len(layer.turns) * (layer.chunk or 1)):
             raise ValueError(f"position_ids: expected at most {most - 1}, as the rope has it, got {columns.last}")
