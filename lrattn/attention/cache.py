@@ -9,8 +9,13 @@ are free, so key and value caches may be slices of one tensor.
 With `shared` there is one row, the value row, and a key group uses the first Rk_g columns of its run. Latents stand for
 keys and values without their offsets; for keys before RoPE where the layer has one.
 
-Where latents are packed (lrattn/factors/formats.py) a cache is uint8, and each group's latents are a run of bytes. Keys
-and values may differ in this.
+Where latents are packed (lrattn/factors/formats.py) a cache is uint8, and a page holds the runs of all its tokens, then
+their words of scales; its bytes lie together. Keys and values may differ in this.
+
+    page        | runs of token 0 | runs of token 1 | .. | words of token 0 | words of token 1 | ..
+    runs        | group 0 | group 1 | ..        words   | group 0 | group 1 | ..
+
+So codes and scales start at multiples of 16 bytes with no padding between tokens.
 
 Token t of sequence b lies in page block_table[b, t // P] at offset t % P; its slot is page * P + offset.
 """
@@ -52,6 +57,17 @@ def allocate_cache(
     return pages(layer.k_width, layer.k_dtype), None if layer.shared else pages(layer.v_width, layer.v_dtype)
 
 
+def read_latents(side: Projection, cache: Tensor, pages: Tensor, begin: int, end: int) -> Tensor:
+    """Latents of tokens begin..end of one sequence, [end - begin, sum R]; pages: [.] int32 page ids from token 0 on."""
+    return unpack(side, [read_rows(x, pages, begin, end) for x in sections(side, cache)])
+
+
+def write_latents(side: Projection, z: Tensor, cache: Tensor, slots: Tensor) -> None:
+    """Writes latents z [n, sum R] to slots [n]; slots outside the cache are skipped."""
+    for to, rows in zip(sections(side, cache), pack(side, z), strict=True):
+        write_rows(to, rows, slots)
+
+
 def read_rows(cache: Tensor, pages: Tensor, begin: int, end: int) -> Tensor:
     """Rows of tokens begin..end of one sequence, [end - begin, width]; pages: [.] int32 page ids from token 0 on.
 
@@ -81,20 +97,30 @@ def write_rows(cache: Tensor, rows: Tensor, slots: Tensor) -> None:
     cache[slots // page_size, slots % page_size] = rows
 
 
-def pack(side: Projection, z: Tensor) -> Tensor:
-    """Latents [.., sum R] as rows of a cache: the runs of all groups side by side, [.., bytes], or as they are."""
+def sections(side: Projection, cache: Tensor) -> list[Tensor]:
+    """What tokens have in a cache, views of [N, P, width] each: latents as they are, or runs and words."""
     if not side.formats:
-        return z
-    parts = z.split(side.ranks, -1)
-    return torch.cat([f.encode(part) for f, part in zip(side.formats, parts, strict=True)], -1)
+        return [cache]
+    (pages, size, _), widths = cache.shape, [sum(f.run for f in side.formats), sum(f.words for f in side.formats)]
+    parts = cache.view(pages, size * sum(widths)).split([size * width for width in widths], 1)
+    return [x.view(pages, size, width) for x, width in zip(parts, widths, strict=True)]
 
 
-def unpack(side: Projection, rows: Tensor) -> Tensor:
-    """Rows of a cache -> latents [.., sum R]; packed ones in the dtype of sums, plain ones in their own."""
+def pack(side: Projection, z: Tensor) -> list[Tensor]:
+    """Latents [.., sum R] as `sections` have them, [.., width] each."""
     if not side.formats:
-        return rows
-    parts = rows.split([f.nbytes for f in side.formats], -1)
-    return torch.cat([f.decode(part, side.up.dtype) for f, part in zip(side.formats, parts, strict=True)], -1)
+        return [z]
+    packed = [f.encode(part) for f, part in zip(side.formats, z.split(side.ranks, -1), strict=True)]
+    return [torch.cat(parts, -1) for parts in zip(*packed, strict=True)]
+
+
+def unpack(side: Projection, parts: list[Tensor]) -> Tensor:
+    """What `sections` have, [.., width] each -> latents [.., sum R]; packed ones in the dtype of sums."""
+    if not side.formats:
+        return parts[0]
+    runs = parts[0].split([f.run for f in side.formats], -1)
+    words = parts[1].split([f.words for f in side.formats], -1)
+    return torch.cat([f.decode(r, w, side.up.dtype) for f, r, w in zip(side.formats, runs, words, strict=True)], -1)
 
 
 def stored(layer: LayerFactors, zk: Tensor, zv: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -42,9 +42,12 @@ def _check_cache(
         raise ValueError(f"{name}: expected {what}, got {cache.dtype}")
     check(name, cache, f"N P {width}", dims, **kind)
     begin = 0 if torch.compiler.is_compiling() else cache.storage_offset()  # which dynamo does not trace
-    if dtype == torch.uint8 and any(n % ALIGNMENT for n in (begin, *cache.stride()[:2])):
-        got = f"strides {cache.stride()} from {begin} on"
-        raise ValueError(f"{name}: expected rows at multiples of {ALIGNMENT} bytes, got {got}")
+    steps = cache.stride()
+    if dtype == torch.uint8 and (begin % ALIGNMENT or steps[0] % ALIGNMENT or steps[1] != width):
+        raise ValueError(
+            f"{name}: expected pages at multiples of {ALIGNMENT} bytes, whose {width} bytes a token lie together, got "
+            f"strides {steps} from {begin} on"
+        )
 
 
 def check_tables(

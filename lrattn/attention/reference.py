@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lrattn.attention.cache import WHOLE_PAGES, pack, read_rows, unpack, write_rows
+from lrattn.attention import cache
+from lrattn.attention.cache import WHOLE_PAGES, read_latents, read_rows
 from lrattn.factors.layer import LayerFactors
 from lrattn.factors.rope import rows_at
 from lrattn.factors.shapes import accumulator, product_dtype
@@ -27,9 +28,9 @@ def write_latents(
     layer: LayerFactors, zk: Tensor, zv: Tensor | None, k_cache: Tensor, v_cache: Tensor | None, slots: Tensor
 ) -> None:
     """zk [n, row_width], zv [n, sum Rv] -> rows `slots` [n] of the caches."""
-    write_rows(k_cache, pack(layer.row_side, zk), slots)
+    cache.write_latents(layer.row_side, zk, k_cache, slots)
     if zv is not None and v_cache is not None:
-        write_rows(v_cache, pack(layer.values, zv), slots)
+        cache.write_latents(layer.values, zv, v_cache, slots)
 
 
 def rebuild(
@@ -61,8 +62,8 @@ def _read(
     layer: LayerFactors, k_cache: Tensor, v_cache: Tensor | None, pages: Tensor, begin: int, end: int
 ) -> tuple[Tensor, Tensor | None]:
     """Latents of tokens begin..end of one sequence: [n, row_width], and [n, sum Rv] unless the row serves both."""
-    zk = unpack(layer.row_side, read_rows(k_cache, pages, begin, end))
-    return zk, None if v_cache is None else unpack(layer.values, read_rows(v_cache, pages, begin, end))
+    zk = read_latents(layer.row_side, k_cache, pages, begin, end)
+    return zk, None if v_cache is None else read_latents(layer.values, v_cache, pages, begin, end)
 
 
 def _read_positions(positions: Tensor, pages: Tensor, begin: int, end: int) -> Tensor:

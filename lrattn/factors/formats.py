@@ -1,19 +1,24 @@
 """Packed latents: the bits of each, and the bytes of a row.
 
-A format gives the latents of a group, in their order, to segments of one width each: 16, 8, 4 or 2 bits. One token's
-latents of one group are then a run of bytes,
+A format gives the latents of a group, in their order, to segments of one width each: 16, 8, 4 or 2 bits. A segment of r
+latents at b bits is n = r b / 16 halfwords, little-endian, in planes:
 
-    | segment | segment | .. | a byte of scale for each segment below 16 bits | zeros up to a multiple of 4 |
+    bits b i .. b (i + 1) of halfword h are latent i n + h,   i in 0 .. 16 / b,   h in 0 .. n
 
-and a segment of r latents at b bits is r b / 8 bytes: each holds the next 8 / b latents, the first in its lowest bits.
+so that what one `and` takes of a row's halfwords are neighbouring latents. One token's latents of one group are a run:
+its segments, each with zeros up to a multiple of 16 bytes. Apart from the runs are words of scales, four bytes each: a
+byte for each of up to three segments below 16 bits, then zeros.
 
-    latent = (code - (2^b - 1) / 2) * scale,   code in 0 .. 2^b - 1,   scale = (1 + f / 8) 2^(e - 16),   byte = 8 e + f
+    latent = (code - (2^b - 1) / 2) * scale,   code in 0 .. 2^b - 1
 
-A byte of scale is a small float, exact in every dtype. The quantiser is uniform and symmetric, with no code for zero.
-Each token has scales of its own. At 8 and 4 bits a segment's scale is the least that cuts nothing: cut outliers cost
-more than anything else there. At 2 bits it is the one next to the root mean square of its latents, the best step for a
-Gaussian (docs/decisions.md). Latents that are not finite come back as NaN, all of the segment: byte 255. Segments of 16
-bits are numbers of the layer's dtype (float16 in wider layers), and have no scale.
+A scale is 2^-8 times the float16 that has its byte at the top, under the sign: five bits of exponent and three of
+fraction, 2^-22 to 240, exact in every dtype. Each token has scales of its own. The quantiser is uniform and symmetric,
+with no code for zero. At 8 and 4 bits a segment's scale is the least that cuts nothing: cut outliers cost more than
+anything else there. At 2 bits it is the one next to the root mean square of its latents, the best step for a Gaussian
+(docs/decisions.md). Latents that are not finite come back as NaN, all of the segment: byte 255. Segments of 16 bits are
+numbers in float16, and have no scale.
+
+Where runs and words lie in a cache: lrattn/attention/cache.py.
 """
 
 from __future__ import annotations
@@ -25,16 +30,21 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from lrattn.factors.shapes import RANK_STEP, accumulator, round_up
+from lrattn.factors.shapes import RANK_STEP, accumulator, cdiv, round_up
 
+LAYOUT = 2  # of rows: what is said above; a cache written by another one is not read
 WIDTHS = (16, 8, 4, 2)  # bits
 BROKEN = 255  # the scale of a segment that is not finite
+SMALLEST, LARGEST = 8, 247  # bytes of scale: normal float16 numbers
 FRACTION = 20  # bits of a float32 below those that a scale has
-LEAST = (127 - 16) << 23  # the smallest scale, 2^-16, as a float32's bits
+LEAST = (127 - 23) << 23  # what byte 0 would be as a float32's bits
+SCALE_UNIT = 2.0**-8  # of a scale's float16
 MEAN_BITS = 2  # up to so many bits the scale is the root mean square
 # Mean squared error over the variance of Gaussian latents, 64 to a segment; 0 bits are a latent left out.
 ERRORS = {0: 1.0, 2: 0.12, 4: 0.01, 8: 4e-5, 16: 4e-8}
-ALIGNMENT = 4  # bytes: a run is loaded in words of 32 bits
+ALIGNMENT = 16  # bytes: a run is loaded 16 at a time
+WORD = 4  # bytes of scales
+SCALES = 3  # in a word
 
 
 @dataclass(frozen=True)
@@ -43,13 +53,17 @@ class Format:
 
     Args:
         segments: (rank, bits) of each, in the order of the latents; ranks are multiples of 16, bits 16, 8, 4 or 2.
+        layout: of rows, LAYOUT.
 
     Raises: ValueError for anything else.
     """
 
     segments: tuple[tuple[int, int], ...]
+    layout: int = LAYOUT
 
     def __post_init__(self) -> None:
+        if self.layout != LAYOUT:
+            raise ValueError(f"layout: expected {LAYOUT}, the one that rows are written in, got {self.layout!r}")
         try:
             segments = tuple((rank, bits) for rank, bits in self.segments)
         except (TypeError, ValueError):
@@ -69,60 +83,69 @@ class Format:
         return sum(rank for rank, _ in self.segments)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of a token's run, scales and padding included."""
-        return self.scales + round_up(sum(bits < 16 for _, bits in self.segments), ALIGNMENT)
+    def run(self) -> int:
+        """Bytes of a token's codes, padding included."""
+        return sum(_padded(rank, bits) for rank, bits in self.segments)
 
     @property
-    def scales(self) -> int:
-        """Where the bytes of scale begin in a run: behind the codes."""
-        return sum(rank * bits // 8 for rank, bits in self.segments)
+    def words(self) -> int:
+        """Bytes of its words of scales."""
+        return WORD * cdiv(sum(bits < 16 for _, bits in self.segments), SCALES)
 
-    def encode(self, z: Tensor) -> Tensor:
-        """Latents [.., rank] -> runs [.., nbytes] uint8."""
-        runs = z.new_zeros(*z.shape[:-1], self.nbytes, dtype=torch.uint8)
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a token: codes, scales and padding."""
+        return self.run + self.words
+
+    def encode(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents [.., rank] -> runs [.., run] and words [.., words], uint8."""
+        runs, words = (z.new_zeros(*z.shape[:-1], n, dtype=torch.uint8) for n in (self.run, self.words))
         for bits, latents, codes, scale_at in self._places():
             part = z[..., latents]
             if bits == 16:
-                runs[..., codes] = part.to(half(z.dtype)).contiguous().view(torch.uint8)
+                runs[..., codes] = part.to(torch.float16).contiguous().view(torch.uint8)
             else:
                 wide = part.to(accumulator(z.dtype))
                 scale = scale_bytes(wide, bits)
                 runs[..., codes] = _joined(_codes(wide, scale_of(scale, wide.dtype), bits), bits)
-                runs[..., scale_at] = scale[..., 0]
-        return runs
+                words[..., scale_at] = scale[..., 0]
+        return runs, words
 
-    def decode(self, runs: Tensor, dtype: torch.dtype) -> Tensor:
-        """Runs [.., nbytes] of a layer of `dtype` -> latents [.., rank], exact, in the dtype of its sums."""
+    def decode(self, runs: Tensor, words: Tensor, dtype: torch.dtype) -> Tensor:
+        """Runs [.., run] and words [.., words] -> latents [.., rank], exact, in the dtype of sums of `dtype`."""
         acc, parts = accumulator(dtype), []
         for bits, _, place, scale_at in self._places():
             held = runs[..., place]
             if bits == 16:
-                parts.append(held.contiguous().view(half(dtype)).to(acc))
+                parts.append(held.view(torch.float16).to(acc))
             else:
-                shifts = torch.arange(0, 8, bits, device=runs.device, dtype=torch.uint8)
-                codes = (held[..., None] >> shifts) & (2**bits - 1)
-                scale = scale_of(runs[..., scale_at, None], acc)
+                shifts = torch.arange(0, 16, bits, device=runs.device, dtype=torch.int16)[:, None]
+                codes = (held.view(torch.int16)[..., None, :] >> shifts) & (2**bits - 1)
+                scale = scale_of(words[..., scale_at, None], acc)
                 parts.append((codes.flatten(-2).to(acc) - (2**bits - 1) / 2) * scale)
         return torch.cat(parts, -1)
 
     def _places(self) -> Iterator[tuple[int, slice, slice, int]]:
-        """Of each segment: its bits, its latents, the bytes of its codes and the one of its scale."""
-        latent, at, scale_at = 0, 0, self.scales
+        """Of each segment: its bits, its latents, the bytes of its codes in a run and the one of its scale in words."""
+        latent, at, scale = 0, 0, 0
         for rank, bits in self.segments:
-            end = at + rank * bits // 8
-            yield bits, slice(latent, latent + rank), slice(at, end), scale_at
-            latent, at, scale_at = latent + rank, end, scale_at + (bits < 16)
+            yield bits, slice(latent, latent + rank), slice(at, at + rank * bits // 8), scale_place(scale)
+            latent, at, scale = latent + rank, at + _padded(rank, bits), scale + (bits < 16)
+
+
+def scale_place(n: int) -> int:
+    """Byte of the n-th scale among a group's words."""
+    return n // SCALES * WORD + n % SCALES
 
 
 def table(formats: tuple[Format, ...]) -> list[list[int]]:
-    """Where each group's segments lie in a row: its first byte, its latents, the first of them and its byte of scale;
-    the four of one segment after those of another."""
+    """Where each group's segments lie in a row's runs: its first byte, its latents and the first of them; the three of
+    one segment after those of another."""
     rows, begin = [], 0
     for own in formats:
-        places = ((begin + codes.start, r.stop - r.start, r.start, begin + at) for _, r, codes, at in own._places())
+        places = ((begin + codes.start, r.stop - r.start, r.start) for _, r, codes, _ in own._places())
         rows.append(list(chain(*places)))
-        begin += own.nbytes
+        begin += own.run
     return rows
 
 
@@ -137,15 +160,9 @@ def uniform(rank: int, bits: int) -> Format:
     return Format(((rank, bits),))
 
 
-def half(dtype: torch.dtype) -> torch.dtype:
-    """The 16-bit numbers in packed rows of a layer."""
-    return dtype if dtype in (torch.bfloat16, torch.float16) else torch.float16
-
-
 def scale_of(held: Tensor, dtype: torch.dtype) -> Tensor:
     """The scales that bytes stand for; NaN for BROKEN."""
-    bits = (held.int() << FRACTION) + LEAST
-    return bits.view(torch.float32).to(dtype).masked_fill(held == BROKEN, torch.nan)
+    return (held.to(torch.int16) << 7).view(torch.float16).to(dtype) * SCALE_UNIT
 
 
 def scale_bytes(z: Tensor, bits: int) -> Tensor:
@@ -155,7 +172,7 @@ def scale_bytes(z: Tensor, bits: int) -> Tensor:
     else:
         size, up = z.abs().amax(-1, keepdim=True) / 2 ** (bits - 1), (1 << FRACTION) - 1
     held = (size.float().contiguous().view(torch.int32) + up - LEAST) >> FRACTION
-    return held.clamp(0, BROKEN - 1).where(z.isfinite().all(-1, keepdim=True), BROKEN).to(torch.uint8)
+    return held.clamp(SMALLEST, LARGEST).where(z.isfinite().all(-1, keepdim=True), BROKEN).to(torch.uint8)
 
 
 def _codes(z: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -166,8 +183,14 @@ def _codes(z: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 def _joined(codes: Tensor, bits: int) -> Tensor:
     """Codes [.., r] -> bytes [.., r bits / 8]."""
-    parts = codes.to(torch.uint8).unflatten(-1, (-1, 8 // bits))
-    return sum((parts[..., i] << (i * bits) for i in range(1, 8 // bits)), parts[..., 0])
+    planes = codes.to(torch.int32).unflatten(-1, (16 // bits, -1))
+    halfwords = sum((planes[..., i, :] << (i * bits) for i in range(1, 16 // bits)), planes[..., 0, :])
+    return halfwords.to(torch.int16).view(torch.uint8)
+
+
+def _padded(rank: int, bits: int) -> int:
+    """Bytes of a segment in a run."""
+    return round_up(rank * bits // 8, ALIGNMENT)
 
 
 def _counts(n: object) -> bool:

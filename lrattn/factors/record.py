@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lrattn.factors import safefile
-from lrattn.factors.formats import Format
+from lrattn.factors.formats import LAYOUT, Format
 from lrattn.factors.layer import LayerFactors
 from lrattn.factors.projection import Projection
 from lrattn.factors.rope import Rope
@@ -105,7 +105,7 @@ class Factors:
                 side: Projection = getattr(layer, name)
                 entry[name] = {"ranks": side.ranks, "head_order": side.head_order, "of_inputs": side.of_inputs}
                 if side.formats:
-                    entry[name]["format"] = [f.segments for f in side.formats]
+                    entry[name] |= {"format": [f.segments for f in side.formats], "layout": side.formats[0].layout}
                 parts = {"up": side.up, "down": side.down, "offset": side.offset}
                 tensors |= {f"{i}.{name}.{part}": x for part, x in parts.items() if x is not None}
             if layer.wo is not None:
@@ -136,7 +136,8 @@ class Factors:
             sides: dict[str, Any] = {}
             for name in ("keys", "values"):
                 kept = dict(entry[name])
-                formats = tuple(map(Format, kept.pop("format", None) or ()))
+                layout = kept.pop("layout", LAYOUT)  # a file holds no codes: those before version 5 read as any
+                formats = tuple(Format(segments, layout) for segments in kept.pop("format", None) or ())
                 if version < 3:  # latents of attention inputs, but for those of rotated keys
                     kept["of_inputs"] = not (name == "keys" and entry.get("rotated", False))
                 sides[name] = Projection(

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
-from lrattn.attention.cache import allocate_cache, unpack
+from lrattn.attention.cache import allocate_cache, sections, unpack
 from lrattn.attention.dense import Pair
 from lrattn.attention.ops import write_latents
+from lrattn.factors.projection import Projection
 from lrattn.factors.record import Factors
 from lrattn.integrations.transformers.columns import PAGE, Columns
 from lrattn.integrations.transformers.fit import check_fit, layer_of, warn_beyond, warn_untold
@@ -209,13 +210,16 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
     def _rebuilt(self, begin: int, end: int) -> Pair:
         """Keys and values of some columns from their latents, [B, Hkv, n, D] each."""
         layer, held = self.factors, self.columns
-        zk, zv = (
-            None if x is None else unpack(side, x.unflatten(0, (held.batch, -1)).flatten(1, 2)[:, begin:end])
-            for side, x in zip((layer.row_side, layer.values), self.pages, strict=True)
-        )
+
+        def latents(side: Projection, pages: Tensor) -> Tensor:
+            rows = [x.unflatten(0, (held.batch, -1)).flatten(1, 2)[:, begin:end] for x in sections(side, pages)]
+            return unpack(side, rows).to(layer.dtype)
+
+        zk, zv = latents(layer.row_side, self.pages[0]), None
+        if self.pages[1] is not None:
+            zv = latents(layer.values, self.pages[1])
         positions = held.positions_of(layer, begin, end)
-        assert zk is not None
-        k, v = layer.rebuild(zk.to(layer.dtype), None if zv is None else zv.to(layer.dtype), positions)
+        k, v = layer.rebuild(zk, zv, positions)
         return k.transpose(1, 2), v.transpose(1, 2)
 
     @torch.inference_mode(False)
