@@ -30,6 +30,8 @@ class KeySizes(NamedTuple):
     groups: int  # G
     group_size: int  # C
     chunk: int  # tokens of a chunk, whose keys are turned to their place in it; 0: they are not
+    runs: int = 0  # bytes of a packed row's runs, of all groups
+    even: int = 1  # 1: all groups have the same segments
     packed: tuple[int, ...] = ()  # of the row's segments: bits, and the most latents of a group; () where it is plain
 
     @property
@@ -48,7 +50,9 @@ class ValueSizes(NamedTuple):
     num_heads: int  # Hkv
     groups: int  # G
     group_size: int  # C
-    packed: tuple[int, ...] = ()  # as for keys
+    runs: int = 0  # as for keys, as those below
+    even: int = 1
+    packed: tuple[int, ...] = ()
 
 
 class Keys(NamedTuple):
@@ -56,8 +60,9 @@ class Keys(NamedTuple):
 
     rows: Tensor  # [sum Rk, C * D]
     runs: Tensor  # [G, 3] int32: first column in a cache row, rank, first row of `rows`
-    packs: Tensor | None  # [G, 4 n] int32: n segments of packed rows, as formats.table has them
+    packs: Tensor | None  # [G, 3 n] int32: n segments of packed rows, as formats.table has them
     heads: Tensor  # [Hkv] int32, place -> kv head
+    norms: Tensor  # [Hkv] float32: of the longest row of each head's basis
     bias: Tensor | None  # [Hkv, D] float32
     turns: Tensor | None  # [max_position, rotary_dim] float32, cos and sin of a pair adjacent; None: no rotation
     offset_turns: Tensor | None  # [MAX_BLOCK, rotary_dim] float32, of keys that are rebuilt
@@ -69,7 +74,7 @@ class Values(NamedTuple):
 
     rows: Tensor  # [sum Rv, C * D], by place
     runs: Tensor  # [G, 3] int32, as for keys
-    packs: Tensor | None  # [G, 4 n] int32
+    packs: Tensor | None  # [G, 3 n] int32
     heads: Tensor  # [Hkv] int32, place -> kv head
     places: Tensor  # [Hkv] int32, kv head -> place
     bias: Tensor | None  # [Hkv, D] float32, by place
@@ -97,14 +102,15 @@ class Operands(NamedTuple):
         paired = [set(members) for members in keys.groups] == [set(members) for members in values.groups]
         key_sizes = KeySizes(
             keys.head_dim, max(keys.ranks), *rotation, int(keys.offset is not None), 0 if turns is None else len(turns),
-            *_heads(keys), chunk or 0, widest(formats),
+            *_heads(keys), chunk or 0, *_packed(formats),
         )  # fmt: skip
         value_sizes = ValueSizes(
-            max(values.ranks), int(paired), int(shared), values.head_dim, *_heads(values), widest(values.formats)
+            max(values.ranks), int(paired), int(shared), values.head_dim, *_heads(values), *_packed(values.formats)
         )
         places = value["heads"].argsort().int()
+        norms = keys.up.float().norm(dim=2).amax(1)[key["heads"].long()]
         return cls(
-            Keys(**key, turns=turned[0], offset_turns=turned[1], sizes=key_sizes),
+            Keys(**key, norms=norms, turns=turned[0], offset_turns=turned[1], sizes=key_sizes),
             Values(**value, places=places, up=values.up, sizes=value_sizes),
         )
 
@@ -126,6 +132,11 @@ def lists(*sides: Keys | Values) -> list[Any]:
 def _sizes(kind: type[KeySizes] | type[ValueSizes], numbers: Any) -> Any:
     fixed = len(kind._fields) - 1
     return kind._make((*numbers[:fixed], tuple(numbers[fixed:])))
+
+
+def _packed(formats: tuple[Format, ...]) -> tuple[int, int, tuple[int, ...]]:
+    """runs, even and packed of sizes."""
+    return sum(f.run for f in formats), int(len(set(formats)) < 2), widest(formats)
 
 
 def _heads(side: Projection) -> tuple[int, int, int]:

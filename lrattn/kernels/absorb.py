@@ -2,28 +2,18 @@
 call, or once for each chunk of positions, by whose first one they are turned back.
 """
 
+import triton
 import triton.language as tl
 from torch import Tensor
 
 from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Call, Span
-from lrattn.kernels.packed import load_tile, segments
-from lrattn.kernels.rows import load_row, load_row_queries, product, scores_streamed, transposed
-from lrattn.kernels.tiles import (
-    chunk_of,
-    lag_of,
-    load_latents,
-    load_rows,
-    load_run,
-    load_turns,
-    pair_columns,
-    part_of,
-    reach,
-    scaled,
-    seen,
-    slots,
-)
+from lrattn.kernels.packed import BITS, COLUMN, FIRST, SEGMENT, SEGMENTS, SIZE
+from lrattn.kernels.pieces import PLANES, pieces
+from lrattn.kernels.tiles import chunk_of, lag_of, load_rows, load_run, load_turns, pair_columns, part_of, reach
+
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 # fmt: off
@@ -54,147 +44,160 @@ def absorb_queries_kernel(
     Needs: BLOCK_D a power of two >= 32 and >= D. Sums are float32.
     Reference: lrattn.attention.reference._absorbed_scores. Derivation: docs/kernels.md#absorbed-scores.
     """
-    place = tl.program_id(0) % Hkv
     i_b = tl.program_id(2).to(tl.int64)
+    first, chunks = chunks_of(
+        lens, lens_stride, starts, starts_stride, offsets, offsets_stride, i_b, bound, S, window, first_tile, tiles,
+        CHUNK, WINDOWED, BLOCK_T,
+    )
     n = tl.program_id(0) // Hkv * BLOCK_Q + tl.arange(0, BLOCK_Q)  # row of the kv head: c (M S) + m S + s
-    d = tl.arange(0, BLOCK_D)
-    i, rows = n, M * S
+    if tl.program_id(0) // Hkv * BLOCK_Q >= chunks * M * S:
+        return
+    place, d = tl.program_id(0) % Hkv, tl.arange(0, BLOCK_D)
+    head = tl.load(heads + place)
+    c, row, x = turned_back(
+        q + i_b * q_strides[0], q_strides, turns, max_chunk, first, n, chunks, head, S,
+        M, D, CHUNK, ROTARY, INTERLEAVED, BLOCK_D,
+    )
+    in_q = c < chunks
+    _, rank, r0 = load_run(runs, place // C)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    if bias is not None:
+        if tl.program_id(1) == 0:
+            share = tl.sum(x * tl.load(bias + place * D + d, mask=d < D, other=0.0)[None, :], 1)
+            tl.store(constant + i_b * const_strides[0] + c * const_strides[1] + row, share, mask=in_q)
+    u = load_rows(uk, C * D, r0, rank, place % C * D, d, D, r).to(q.dtype.element_ty)
+    got = tl.dot(x.to(q.dtype.element_ty), tl.trans(u), input_precision="ieee")
+    p_a = a + i_b * a_strides[0] + c * a_strides[1] + row * a_strides[2]
+    tl.store(p_a[:, None] + r[None, :], got.to(a.dtype.element_ty), mask=in_q[:, None] & (r < rank)[None, :])
+
+
+@launch.kernel
+def absorb_planes_kernel(
+    q, q_strides,            # [B, S, Hq, D]    query, model order
+    lens, lens_stride,       # [B]              int32, tokens held
+    starts, starts_stride,   # [B]              int32, first token attended to, or None
+    offsets, offsets_stride, # [B]              int32, token less position, or None
+    turns,                   # [max_chunk, ROTARY]  float32, cos and sin of a pair adjacent, of chunks' first positions
+    uk,                      # [sum Rk, C * D]  key basis; pairs adjacent with CHUNK
+    norms,                   # [Hkv]            float32, by place: of the longest row of a head's basis
+    runs, heads,             # [G, 3], [Hkv]    int32: column, rank, first row of uk; place -> kv head
+    packs,                   # [G, 3 n]         int32: segments
+    bias,                    # [Hkv, D]         float32, by place, as uk; None without
+    a, a_strides,            # [B, chunks, Hq * S, columns]  out, float16; chunks of tokens only
+    terms, terms_strides,    # [B, chunks, n, Hq * S]        out, float32: see below
+    scale, bound, S, window, max_chunk, first_tile, tiles,
+    KEYS: tl.constexpr,
+    C: tl.constexpr, M: tl.constexpr, D: tl.constexpr, Hkv: tl.constexpr,
+    CHUNK: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, WINDOWED: tl.constexpr, MAGIC: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
+):
+    """Absorbed queries for rows in planes, by piece n and plane m of it, in units of a row's factor, a power of two:
+
+    a[.., plane] = log2(e) scale (x @ uk[k]^T)[latents of the plane] / (unit factor),   unit = 2^position of the plane
+    terms[.., n] = sum_m middle a[.., plane]   and after all pieces: factor; log2(e) scale x . bias[k]
+
+    x as in absorb_queries_kernel. `factor` brings the largest of a row below 2^15: |x| max_r |uk[k, r]| is no smaller,
+    and known to each program alone. It takes in what codes, as float16, and scales lack: 2^24 (1 with MAGIC) and 2^-8.
+
+    Grid: (row blocks * Hkv, pieces, B). A program owns BLOCK_Q rows of one kv head, of all chunks, and one piece of the
+    row, BLOCK_R columns at a time; columns past a segment's end, or the key rank, are zero.
+    Needs: BLOCK_D a power of two >= 32 and >= D. Sums are float32.
+    Reference: lrattn.attention.reference._absorbed_scores. Derivation: docs/kernels.md#packed.
+    """
+    i_b = tl.program_id(2).to(tl.int64)
+    first, chunks = chunks_of(
+        lens, lens_stride, starts, starts_stride, offsets, offsets_stride, i_b, bound, S, window, first_tile, tiles,
+        CHUNK, WINDOWED, BLOCK_T,
+    )
+    n = tl.program_id(0) // Hkv * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    if tl.program_id(0) // Hkv * BLOCK_Q >= chunks * M * S:
+        return
+    place, d = tl.program_id(0) % Hkv, tl.arange(0, BLOCK_D)
+    head = tl.load(heads + place)
+    c, row, x = turned_back(
+        q + i_b * q_strides[0], q_strides, turns, max_chunk, first, n, chunks, head, S,
+        M, D, CHUNK, ROTARY, INTERLEAVED, BLOCK_D,
+    )
+    in_q = c < chunks
+    _, rank, r0 = load_run(runs, place // C)
+    largest = tl.sqrt(tl.sum(x * x, 1)) * tl.load(norms + place) * tl.abs(scale) * LOG2_E
+    exponent = ((largest.to(tl.int32, bitcast=True) >> 23) & 255) - 127  # of what is not finite 128
+    exponent = tl.minimum(tl.maximum(exponent, -100), 100)
+    up = tl.exp2((14 - exponent).to(tl.float32)) * (scale * LOG2_E)
+    p_terms = terms + i_b * terms_strides[0] + c * terms_strides[1] + row
+    if tl.program_id(1) == 0:
+        factor = tl.exp2((exponent + (2 - 24 * MAGIC)).to(tl.float32))
+        tl.store(p_terms + len(KEYS) * terms_strides[2], factor, mask=in_q)
+        if bias is not None:
+            share = tl.sum(x * tl.load(bias + place * D + d, mask=d < D, other=0.0)[None, :], 1) * (scale * LOG2_E)
+            tl.store(p_terms + (len(KEYS) + 1) * terms_strides[2], share, mask=in_q)
+    x = x.to(q.dtype.element_ty)
+    segment, bits, begin, size, column = 0, 16, 0, 1, 0
+    for k in tl.static_range(len(KEYS)):
+        if tl.program_id(1) == k:
+            segment, bits, begin = KEYS[k][SEGMENT], KEYS[k][BITS], KEYS[k][FIRST]
+            size, column = KEYS[k][SIZE], KEYS[k][COLUMN]
+    packs += place // C * 3 * KEYS[0][SEGMENTS]
+    halfwords, latent = tl.load(packs + 3 * segment + 1) * bits // 16, tl.load(packs + 3 * segment + 2)
+    p_a = a + i_b * a_strides[0] + c * a_strides[1] + row * a_strides[2] + column
+    middles = tl.zeros([BLOCK_Q], tl.float32)
+    for j0 in range(0, size * (16 // bits), BLOCK_R):
+        j = j0 + tl.arange(0, BLOCK_R)
+        m, h = j // size, begin + j % size
+        r = latent + m * halfwords + h
+        inside = j < size * (16 // bits)
+        there = inside & (h < halfwords) & (r < rank)
+        u = tl.load(uk + (r0 + r)[:, None] * (C * D) + (place % C * D + d)[None, :],
+                    mask=there[:, None] & (d < D)[None, :], other=0.0, eviction_policy="evict_last")
+        moved = tl.where(bits >= 8, 0, tl.where(bits == 4, m % 2 * 4, m * 2 % 10))
+        weight = tl.exp2(-moved.to(tl.float32))
+        got = tl.dot(x, tl.trans(u.to(x.dtype)), input_precision="ieee") * up[:, None] * weight[None, :]
+        got = got.to(tl.float16)
+        tl.store(p_a[:, None] + j[None, :], got, mask=in_q[:, None] & inside[None, :])
+        middles += tl.sum(got.to(tl.float32) * (1.0 / weight)[None, :], 1)
+    middle = tl.where(bits == 16, 0.0, ((1 << bits) - 1) * 0.5)
+    middles *= middle * tl.where(MAGIC, 1.0, 2.0**-24)
+    tl.store(p_terms + tl.program_id(1) * terms_strides[2], middles, mask=in_q)
+
+
+@triton.jit
+def chunks_of(
+    lens, lens_stride, starts, starts_stride, offsets, offsets_stride, i_b, bound, S, window, first_tile, tiles,
+    CHUNK: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_T: tl.constexpr,
+):
+    """The first chunk of the tiles of sequence i_b, and how many they are in; 0, 1 without CHUNK."""
+    first, chunks = 0, 1
     if CHUNK:
         lag, shift = lag_of(offsets, offsets_stride, i_b, BLOCK_T)
         begin, end = reach(lens, lens_stride, starts, starts_stride, i_b, bound, S, window, WINDOWED)
         origin, _, t_end = part_of(begin, end, first_tile, tiles, 0, 1, BLOCK_T, shift)
         first, before = chunk_of(origin, lag, CHUNK)
-        rows *= tl.where(t_end > origin, tl.maximum(before + t_end - 1 - origin, 0) // CHUNK + 1, 0)
-        if tl.program_id(0) // Hkv * BLOCK_Q >= rows:
-            return
-        i = n % (M * S)
-    in_q = n < rows
-    head = tl.load(heads + place)
-    _, rank, r0 = load_run(runs, place // C)
-    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    s, h = (i % S).to(tl.int64), (head * M + i // S).to(tl.int64)
-    p_q = q + i_b * q_strides[0] + s * q_strides[1] + h * q_strides[2]
-    row = (head * M * S + i).to(tl.int64)
-    p_a = a + i_b * a_strides[0] + row * a_strides[2]
+        chunks = tl.where(t_end > origin, tl.maximum(before + t_end - 1 - origin, 0) // CHUNK + 1, 0)
+    return first, chunks
+
+
+@triton.jit
+def turned_back(
+    q, q_strides, turns, max_chunk, first, n, chunks, head, S,
+    M: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Of rows n = c (M S) + m S + s of a kv head: c, the row h S + s of all heads, and the query turned back by the
+    first position of chunk first + c, [len(n), BLOCK_D]; rows from `chunks` on are zero."""
+    i = n % (M * S)
+    c, s, h = (n // (M * S)).to(tl.int64), (i % S).to(tl.int64), (head * M + i // S).to(tl.int64)
+    in_q, d = (c < chunks)[:, None], tl.arange(0, BLOCK_D)
+    p_q = q + s * q_strides[1] + h * q_strides[2]
     if CHUNK:
-        c = n // (M * S)
-        p_a += c.to(tl.int64) * a_strides[1]
         low, high = pair_columns(tl.arange(0, BLOCK_D // 2), ROTARY, INTERLEAVED)
-        x_low = tl.load(p_q[:, None] + low[None, :], mask=in_q[:, None] & (low < D)[None, :], other=0.0)
-        x_high = tl.load(p_q[:, None] + high[None, :], mask=in_q[:, None] & (high < D)[None, :], other=0.0)
+        x_low = tl.load(p_q[:, None] + low[None, :], mask=in_q & (low < D)[None, :], other=0.0)
+        x_high = tl.load(p_q[:, None] + high[None, :], mask=in_q & (high < D)[None, :], other=0.0)
         cos, sin = load_turns(turns, first + c, max_chunk, d, ROTARY)
         x = tl.join(x_low * cos + x_high * sin, x_high * cos - x_low * sin)
-        x = tl.reshape(x, [BLOCK_Q, BLOCK_D])
+        x = tl.reshape(x, [x_low.shape[0], BLOCK_D])
     else:
-        x = tl.load(p_q[:, None] + d[None, :], mask=in_q[:, None] & (d < D)[None, :], other=0.0)
-    if bias is not None:
-        if tl.program_id(1) == 0:
-            share = tl.sum(x * tl.load(bias + place * D + d, mask=d < D, other=0.0)[None, :], 1)
-            p_constant = constant + i_b * const_strides[0] + row
-            if CHUNK:
-                p_constant += c.to(tl.int64) * const_strides[1]
-            tl.store(p_constant, share, mask=in_q)
-    u = load_rows(uk, C * D, r0, rank, place % C * D, d, D, r).to(q.dtype.element_ty)
-    got = tl.dot(x.to(q.dtype.element_ty), tl.trans(u), input_precision="ieee")
-    tl.store(p_a[:, None] + r[None, :], got.to(a.dtype.element_ty), mask=in_q[:, None] & (r < rank)[None, :])
-
-
-@launch.kernel
-def absorbed_scores_kernel(
-    a, a_strides,            # [B, chunks, Hq * S, Rk]  absorbed queries, from the chunk of the first tile on
-    constant, const_strides, # [B, chunks, Hq * S]      float32, or None without a key bias
-    ck, ck_strides,          # [N, P, width]    key rows by page
-    pages, pages_stride,     # [B, pages]       int32
-    lens, lens_stride,       # [B]              int32, tokens held
-    starts, starts_stride,   # [B]              int32, first token attended to, or None
-    offsets, offsets_stride, # [B]              int32, token less position, or None
-    runs, heads,             # [G, 3], [Hkv]    int32: column, rank, first row of uk; place -> kv head
-    packs,                   # [G, 4 n]         int32: segments of packed rows; None where they are plain
-    s, s_strides,            # [B, Hq * S, T]   out, float32, T tokens of the tiles; -inf where not seen
-    scale, softcap, bound, S, window, first_tile, tiles, parts,
-    C: tl.constexpr, M: tl.constexpr, P: tl.constexpr, Hkv: tl.constexpr, CHUNK: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
-    ROW: tl.constexpr, RESIDENT: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr,
-):
-    """s[b, h S + i, t] = softcap(scale * (ck[b, t, g] . a[b, c, h S + i] + constant[b, c, h S + i])),   t in chunk c
-
-    Without CHUNK all tokens are in one. With it a tile's absorbed queries are read with the tile, which lies in one.
-
-    Grid: (row blocks * G, parts, B). A program owns BLOCK_Q of the C M S query rows of one group and one of `parts`
-    equal parts of the sequence's tiles: with one row block each latent is read once.
-    RESIDENT: ROW is all tiles of a row, and the queries are read once, with CHUNK once a tile; else a tile of ROW goes
-    along each segment.
-    Needs: P a multiple of 16. Sums are float32.
-    Reference: lrattn.attention.reference._absorbed_scores. Derivation: docs/kernels.md#absorbed-scores.
-    """
-    G: tl.constexpr = Hkv // C
-    g = tl.program_id(0) % G
-    i_b = tl.program_id(2).to(tl.int64)
-    begin, end = reach(lens, lens_stride, starts, starts_stride, i_b, bound, S, window, WINDOWED)
-    lag, shift = lag_of(offsets, offsets_stride, i_b, BLOCK_T)
-    origin, t_begin, t_end = part_of(begin, end, first_tile, tiles, tl.program_id(1), parts, BLOCK_T, shift)
-    if t_begin >= t_end:
-        return
-
-    column, rank, _ = load_run(runs, g)
-    i = tl.program_id(0) // G * BLOCK_Q + tl.arange(0, BLOCK_Q)  # row of the group: c (M S) + m S + s
-    in_q = i < C * M * S
-    head = tl.load(heads + g * C + i // (M * S), mask=in_q, other=0)
-    row = (head * M * S + i % (M * S)).to(tl.int64)
-    if packs is None:
-        r1 = tl.arange(0, ROW[0][3])
-    p_a = a + i_b * a_strides[0] + row * a_strides[2]
-    segs = segments(packs, g, column, rank, ROW)
-    if constant is not None:
-        p_constant = constant + i_b * const_strides[0] + row
-    if CHUNK:
-        _, before = chunk_of(origin, lag, CHUNK)
-    else:
-        if RESIDENT:
-            x = load_row_queries(p_a, segs, in_q, ROW)
-            if packs is not None:
-                x = transposed(x)
-        if constant is not None:
-            share = tl.load(p_constant, mask=in_q, other=0.0)
-    query = tl.where(in_q, i % S, -1)
-    p_s = s + i_b * s_strides[0] + row * s_strides[1]
-
-    for t0 in range(t_begin, t_end, BLOCK_T):
-        t = t0 + tl.arange(0, BLOCK_T)
-        live = (t >= begin) & (t < t_end)
-        page, offset = slots(pages + i_b * pages_stride, t0, t, live, P, BLOCK_T, offsets)
-        p_ck = ck + page * ck_strides[0] + offset * ck_strides[1]
-        p_x = p_a
-        if CHUNK:
-            c = (tl.maximum(before + t0 - origin, 0) // CHUNK).to(tl.int64)
-            p_x += c * a_strides[1]
-            if RESIDENT:
-                x = load_row_queries(p_x, segs, in_q, ROW)
-                if packs is not None:
-                    x = transposed(x)
-            if constant is not None:
-                share = tl.load(p_constant + c * const_strides[1], mask=in_q, other=0.0)
-        if RESIDENT and packs is not None:
-            score = product(load_row(p_ck, segs, live, ROW, a), x)
-        elif RESIDENT:
-            score = tl.dot(load_tile(p_ck, segs, live, None, ROW, 0, a), tl.trans(x[0]), input_precision="ieee")
-            for n in tl.static_range(1, len(ROW)):
-                z = load_tile(p_ck, segs, live, None, ROW, n, a)
-                score = tl.dot(z, tl.trans(x[n]), score, input_precision="ieee")
-        elif packs is not None:
-            score = scores_streamed(p_ck, segs, live, p_x, in_q, ROW)
-        else:  # as scores_streamed but for the order of the loads, which registers depend on
-            score = tl.zeros([BLOCK_T, BLOCK_Q], tl.float32)
-            for r in range(0, rank, ROW[0][3]):
-                z = load_latents(p_ck, column, rank, live, r + r1)
-                score = tl.dot(z, tl.trans(load_latents(p_x, 0, rank, in_q, r + r1)), score, input_precision="ieee")
-        if constant is not None:
-            score += share[None, :]
-        score = scaled(score, scale, softcap, CAPPED)
-        mask = seen(t, live, query, begin, end, S, window, CAUSAL, WINDOWED)
-        score = tl.where(mask, score, float("-inf"))
-        tl.store(p_s[None, :] + tl.multiple_of(t - origin, BLOCK_T)[:, None], score, mask=in_q[None, :])
+        x = tl.load(p_q[:, None] + d[None, :], mask=in_q & (d < D)[None, :], other=0.0).to(tl.float32)
+    return c, h * S + s, x
 # fmt: on
 
 
@@ -207,7 +210,8 @@ def absorb_queries(call: Call, a: Tensor, constant: Tensor | None, span: Span) -
     choice = launch.absorb_queries(launch.name(q.device), q.itemsize, chunked=bool(size.chunk))
     absorb_queries_kernel[cdiv(rows, choice.block_q) * size.num_heads, cdiv(size.rank, choice.block_r), batch](
         q, q.stride(), *tokens.held[2:], *tokens.lag, keys.turns, keys.rows, keys.runs, keys.heads, keys.bias,
-        a, a.stride(), constant, strides(constant), *call.numbers[2:], size.max_position, span.first_tile, span.tiles,
+        a, a.stride(), constant, constant_strides(constant), *call.numbers[2:], size.max_position,
+        span.first_tile, span.tiles,
         C=size.group_size, M=q.shape[2] // size.num_heads, D=size.head_dim, Hkv=size.num_heads,
         CHUNK=size.chunk, ROTARY=size.rotary_dim, INTERLEAVED=bool(size.interleaved), WINDOWED=rule.window > 0,
         BLOCK_D=launch.block_d(size.head_dim), BLOCK_Q=choice.block_q, BLOCK_R=choice.block_r, BLOCK_T=launch.BLOCK_T,
@@ -215,24 +219,24 @@ def absorb_queries(call: Call, a: Tensor, constant: Tensor | None, span: Span) -
     )  # fmt: skip
 
 
-def absorbed_scores(call: Call, a: Tensor, constant: Tensor | None, s: Tensor, span: Span) -> None:
-    """Scores of absorbed queries against the tiles of `span` of each sequence, to s [B, Hq S, T]."""
-    q, ck, _, keys, _, tokens, rule = call
-    size = keys.sizes
-    rows = a.shape[2] // size.groups
-    choice = launch.absorbed_scores(
-        launch.name(a.device), a.itemsize, rank=launch.columns(size), rows=rows, packed=bool(size.packed),
-        chunked=bool(size.chunk),
-    )  # fmt: skip
-    absorbed_scores_kernel[cdiv(rows, choice.block_q) * size.groups, span.parts, a.shape[0]](
-        a, a.stride(), constant, strides(constant), ck, ck.stride(), *tokens.held, *tokens.lag,
-        keys.runs, keys.heads, keys.packs, s, s.stride(), *call.numbers, *span,
-        C=size.group_size, M=q.shape[2] // size.num_heads, P=ck.shape[1], Hkv=size.num_heads, CHUNK=size.chunk,
-        CAUSAL=rule.causal, WINDOWED=rule.window > 0, CAPPED=rule.softcap > 0, ROW=launch.scored(size, choice),
-        RESIDENT=choice.resident, BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T,
-        num_warps=choice.warps, num_stages=choice.stages,
+def absorb_planes(call: Call, a: Tensor, terms: Tensor, span: Span, choice: launch.Launch) -> None:
+    """As absorb_queries, for rows in planes: a [B, chunks, Hq S, columns] float16, terms [B, chunks, n, Hq S].
+
+    choice: of attend_packed."""
+    q, keys, tokens, rule = call.q, call.keys, call.tokens, call.rule
+    size, (batch, chunks, rows, _), row = keys.sizes, a.shape, pieces(keys.sizes, PLANES)
+    rows, own = chunks * rows // size.num_heads, launch.absorb_queries(launch.name(q.device), q.itemsize, chunked=True)
+    block_q = min(own.block_q, launch.block_q(rows))
+    absorb_planes_kernel[cdiv(rows, block_q) * size.num_heads, len(row), batch](
+        q, q.stride(), *tokens.held[2:], *tokens.lag, keys.turns, keys.rows, keys.norms, keys.runs, keys.heads,
+        keys.packs, keys.bias, a, a.stride(), terms, terms.stride(), rule.scale, *call.numbers[2:], size.max_position,
+        span.first_tile, span.tiles,
+        KEYS=row, C=size.group_size, M=q.shape[2] // size.num_heads, D=size.head_dim, Hkv=size.num_heads,
+        CHUNK=size.chunk, ROTARY=size.rotary_dim, INTERLEAVED=bool(size.interleaved), WINDOWED=rule.window > 0,
+        MAGIC=choice.magic, BLOCK_D=launch.block_d(size.head_dim), BLOCK_Q=block_q, BLOCK_R=own.block_r,
+        BLOCK_T=choice.block_t, num_warps=own.warps, num_stages=own.stages,
     )  # fmt: skip
 
 
-def strides(constant: Tensor | None) -> tuple[int, ...]:
+def constant_strides(constant: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if constant is None else constant.stride()

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from lrattn.factors.shapes import round_up
 from lrattn.kernels import launch, plan
-from lrattn.kernels.absorb import absorb_queries, absorbed_scores
+from lrattn.kernels.absorb import absorb_planes, absorb_queries
+from lrattn.kernels.absorbed_scores import absorbed_scores
 from lrattn.kernels.arguments import Call, Span
+from lrattn.kernels.attend_packed import attend_packed
 from lrattn.kernels.combine import combine
 from lrattn.kernels.fused_absorbed import fused_absorbed
 from lrattn.kernels.fused_rebuilt import fused_rebuilt
@@ -22,8 +24,10 @@ from lrattn.kernels.values import latent_values
 class Workspace(NamedTuple):
     """Temporaries of the sequences taken at a time, B of them."""
 
-    x: Tensor  # [B, tiles, Hq S, 2, D / 2] queries by tile, or [B, chunks, Hq S, Rk] absorbed ones, in q's dtype
-    constant: Any  # [B, chunks, Hq S padded] float32, the key bias' share of absorbed queries' scores, or None
+    x: Tensor  # [B, tiles, Hq S, 2, D / 2] queries by tile, or absorbed ones [B, chunks, Hq S, Rk], in q's dtype; or
+    # [B, chunks, Hq S, columns] float16 for rows in planes
+    terms: Any  # float32, what absorbed queries add to scores: [B, chunks, Hq S padded] of a key bias, or None; or
+    # [B, chunks, n, Hq S padded] for rows in planes
     s: Any  # [B, Hq S, tokens] float32 scores, or None
     y: Tensor  # [B, slots, Hq S, Rv] float32 partial results, a slot each; one more to merge, two for several spans
     lse: Tensor  # [B, slots, Hq S padded] float32
@@ -34,12 +38,17 @@ class Workspace(NamedTuple):
         rows, half = q.shape[1] * q.shape[2], launch.block_d(keys.head_dim) // 2
         padded = round_up(rows, 16)  # at multiples of 16, whatever the number of splits or chunks: one compilation
         slots = size.splits + (size.splits > plan.COMBINED if size.tiles >= size.total else 2)
-        x = (size.chunks, rows, keys.rank) if keys.absorbed else (size.tiles if size.turned else 1, rows, 2, half)
-        biased = keys.absorbed and keys.biased
+        dtype, lead = q.dtype if size.planes.keys is None else torch.float16, (size.batch, size.chunks)
+        width, count = plan.absorbed(keys, size.planes) if keys.absorbed else (0, 0)
+        x = (size.chunks, rows, width) if keys.absorbed else (size.tiles if size.turned else 1, rows, 2, half)
+        terms = None
+        if count:
+            shape = (*lead, padded) if size.planes.keys is None else (*lead, count, padded)
+            terms = q.new_empty(shape, dtype=torch.float32)
         return cls(
-            q.new_empty(size.batch, *x),
-            q.new_empty(size.batch, size.chunks, padded, dtype=torch.float32) if biased else None,
-            None if size.fused else q.new_empty(size.batch, rows, size.tiles * launch.BLOCK_T, dtype=torch.float32),
+            q.new_empty(size.batch, *x, dtype=dtype),
+            terms,
+            None if size.fused else q.new_empty(size.batch, rows, size.tiles * size.block_t, dtype=torch.float32),
             q.new_empty(size.batch, slots, rows, call.values.sizes.rank, dtype=torch.float32),
             q.new_empty(size.batch, slots, padded, dtype=torch.float32),
         )
@@ -104,21 +113,30 @@ def _attend(call: Call, size: Cut, work: Workspace) -> range:
 
 def _attend_tiles(call: Call, size: Cut, work: Workspace, y: Tensor, lse: Tensor, first: int) -> None:
     """Tiles first .. first + size.tiles of every sequence, to slots 0 .. size.splits of y and lse."""
-    keys, x, constant = call.keys.sizes, work.x, work.constant
+    keys, x, terms, codes = call.keys.sizes, work.x, work.terms, size.planes
     span = Span(first, size.tiles, size.splits)
     if size.turned or keys.chunk or not first:  # else they are ready
-        if keys.absorbed:
-            absorb_queries(call, x, constant, span)
+        if codes.keys is not None:
+            absorb_planes(call, x, terms, span, codes.keys)
+        elif keys.absorbed:
+            absorb_queries(call, x, terms, span)
         else:
             turn_queries(call, x, first, size.turned)
-    if size.fused and keys.absorbed:
-        fused_absorbed(call, x, constant, y, lse, span, size.fused)
+    if size.fused and codes.keys is not None:
+        attend_packed(call, x, terms, None, y, lse, span, codes.keys)
+    elif size.fused and keys.absorbed:
+        fused_absorbed(call, x, terms, y, lse, span, size.fused)
     elif size.fused:
         fused_rebuilt(call, x, y, lse, span, size.turned, size.fused)
     else:
         scored = Span(first, size.tiles, size.parts)
-        if keys.absorbed:
-            absorbed_scores(call, x, constant, work.s, scored)
+        if codes.keys is not None:
+            attend_packed(call, x, terms, work.s, None, None, scored, codes.keys)
+        elif keys.absorbed:
+            absorbed_scores(call, x, terms, work.s, scored)
         else:
             latent_scores(call, x, work.s, scored, size.turned)
-        latent_values(call, work.s, y, lse, span)
+        if codes.values is not None:
+            attend_packed(call, None, None, work.s, y, lse, span, codes.values)
+        else:
+            latent_values(call, work.s, y, lse, span)

@@ -5,9 +5,10 @@ from torch import Tensor
 
 from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
-from lrattn.kernels.absorb import strides
+from lrattn.kernels.absorb import constant_strides
 from lrattn.kernels.arguments import Call, Span
-from lrattn.kernels.packed import segments
+from lrattn.kernels.packed import located, segments
+from lrattn.kernels.pieces import pieces
 from lrattn.kernels.rows import add_weighted, load_row, load_row_queries, product, row_zeros, store_row, transposed
 from lrattn.kernels.tiles import (
     chunk_of,
@@ -35,7 +36,6 @@ def fused_absorbed_kernel(
     starts, starts_stride,   # [B]              int32, first token attended to, or None
     offsets, offsets_stride, # [B]              int32, token less position, or None
     key_runs, value_runs,    # [G, 3]           int32: column, rank, first row of the basis
-    key_packs, value_packs,  # [G, 4 n]         int32: segments of packed rows; None where they are plain
     heads,                   # [Hkv]            int32, place -> kv head
     y, y_strides,            # [B, slots, Hq * S, Rv]  out, float32; rows whose lse is -inf are not written
     lse, lse_strides,        # [B, slots, Hq * S]      out, float32, natural log
@@ -75,9 +75,9 @@ def fused_absorbed_kernel(
     key_column, key_rank, _ = load_run(key_runs, g)
     value_column, value_rank, _ = load_run(value_runs, g)
     row_rank = key_rank if cv is not None else value_rank  # all of a shared row: its values begin as the keys do
-    key_segs = segments(key_packs, g, key_column, row_rank, KEYS)
-    value_segs = segments(value_packs, g, value_column, value_rank, VALUES)
-    query_segs = segments(key_packs, g, key_column, key_rank, KEYS)
+    key_segs = segments(None, g, key_column, row_rank, KEYS)
+    value_segs = segments(None, g, value_column, value_rank, VALUES)
+    query_segs = segments(None, g, key_column, key_rank, KEYS)
     p_a = a + i_b * a_strides[0] + row * a_strides[2]
     if constant is not None:
         p_constant = constant + i_b * const_strides[0] + row
@@ -95,7 +95,7 @@ def fused_absorbed_kernel(
         t = t0 + tl.arange(0, BLOCK_T)
         live = (t >= begin) & (t < t_end)
         page, offset = slots(pages + i_b * pages_stride, t0, t, live, P, BLOCK_T, offsets)
-        p_ck = ck + page * ck_strides[0] + offset * ck_strides[1]
+        p_ck = located(ck, ck_strides, page, offset, None, g, G, P)
         if CHUNK:
             c = (tl.maximum(before + t0 - origin, 0) // CHUNK).to(tl.int64)
             x = transposed(load_row_queries(p_a + c * a_strides[1], query_segs, in_q, KEYS))
@@ -111,7 +111,7 @@ def fused_absorbed_kernel(
         p, fade, peak, total = softmax_step(score, peak, total, 0)
         p = tl.trans(p).to(a.dtype.element_ty)
         if cv is not None:
-            p_cv = cv + page * cv_strides[0] + offset * cv_strides[1]
+            p_cv = located(cv, cv_strides, page, offset, None, g, G, P)
             z = load_row(p_cv, value_segs, live, VALUES, a)
         acc = add_weighted(acc, fade, p, z)
 
@@ -130,13 +130,13 @@ def fused_absorbed(
     q, ck, cv, keys, values, tokens, rule = call
     key, value = keys.sizes, values.sizes
     fused_absorbed_kernel[cdiv(a.shape[2] // key.groups, choice.block_q) * key.groups, span.parts, a.shape[0]](
-        a, a.stride(), constant, strides(constant),
+        a, a.stride(), constant, constant_strides(constant),
         ck, ck.stride(), cv, (0, 0) if cv is None else cv.stride(), *tokens.held, *tokens.lag,
-        keys.runs, values.runs, keys.packs, values.packs, keys.heads, y, y.stride(), lse, lse.stride(),
+        keys.runs, values.runs, keys.heads, y, y.stride(), lse, lse.stride(),
         *call.numbers, *span,
         C=key.group_size, M=q.shape[2] // key.num_heads, P=ck.shape[1], Hkv=key.num_heads, CHUNK=key.chunk,
         CAUSAL=rule.causal, WINDOWED=rule.window > 0, CAPPED=rule.softcap > 0,
-        KEYS=launch.tiles(launch.segments(key if cv is not None else value), choice.block_r),
-        VALUES=launch.tiles(launch.segments(value), choice.block_r),
+        KEYS=pieces(key if cv is not None else value, choice.block_r),
+        VALUES=pieces(value, choice.block_r),
         BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T, num_warps=choice.warps, num_stages=choice.stages,
     )  # fmt: skip

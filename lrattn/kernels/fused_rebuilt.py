@@ -6,7 +6,8 @@ from torch import Tensor
 from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Call, Span
-from lrattn.kernels.packed import segments
+from lrattn.kernels.packed import located, segments
+from lrattn.kernels.pieces import pieces, strides
 from lrattn.kernels.rows import add_weighted, load_row, load_row_basis, product, row_zeros, store_row
 from lrattn.kernels.tiles import load_run, load_turns, part_of, reach, scaled, seen, slots, softmax_step, store_lse
 
@@ -22,7 +23,7 @@ def fused_rebuilt_kernel(
     starts, starts_stride,   # [B]              int32, first token attended to, or None
     uk,                      # [sum Rk, C * D]  key basis, pairs adjacent
     key_runs, value_runs,    # [G, 3]           int32: column, rank, first row of the basis
-    key_packs, value_packs,  # [G, 4 n]         int32: segments of packed rows; None where they are plain
+    key_packs, value_packs,  # [G, 3 n]         int32: segments of packed rows; None where they are plain
     heads,                   # [Hkv]            int32, place -> kv head
     bias,                    # [Hkv, D]         float32 by place, pairs adjacent; None without
     turns,                   # [max_position, ROTARY]  float32, cos and sin of a pair adjacent; offsets' if not TABLE
@@ -40,7 +41,7 @@ def fused_rebuilt_kernel(
 
     with t in split i, k = h // M. As in the scores, queries come turned back by each tile's first token and keys are
     turned by the offset only; with TABLE every token's own row is read instead. KEYS and VALUES are the pieces of a
-    rank, or the tiles of packed rows. Without cv they are the same columns of one row, which is loaded once; the basis
+    rank, or the planes of packed rows. Without cv they are the same columns of one row, which is loaded once; the basis
     is zero past the key rank.
 
     Grid: (row blocks * Hkv, splits, B). A program owns BLOCK_Q of the M S query rows of one kv head and one split; the
@@ -83,7 +84,7 @@ def fused_rebuilt_kernel(
         t = t0 + tl.arange(0, BLOCK_T)
         live = (t >= begin) & (t < t_end)
         page, offset = slots(pages + i_b * pages_stride, t0, t, live, P, BLOCK_T)
-        p_ck = ck + page * ck_strides[0] + offset * ck_strides[1]
+        p_ck = located(ck, ck_strides, page, offset, key_packs, place // C, Hkv // C, P)
         z = load_row(p_ck, key_segs, live, KEYS, x)
         k = product(z, u)
         if bias is not None:
@@ -109,7 +110,7 @@ def fused_rebuilt_kernel(
         p, fade, peak, total = softmax_step(score, peak, total, 0)
         p = tl.trans(p).to(x.dtype.element_ty)
         if cv is not None:
-            p_cv = cv + page * cv_strides[0] + offset * cv_strides[1]
+            p_cv = located(cv, cv_strides, page, offset, value_packs, place // C, Hkv // C, P)
             z = load_row(p_cv, value_segs, live, VALUES, x)
         acc = add_weighted(acc, fade, p, z)
 
@@ -127,15 +128,15 @@ def fused_rebuilt(
     q, ck, cv, keys, values, tokens, rule = call
     key, value = keys.sizes, values.sizes
     fused_rebuilt_kernel[cdiv(x.shape[2] // key.num_heads, choice.block_q) * key.num_heads, span.parts, x.shape[0]](
-        x, x.stride(), ck, ck.stride(), cv, (0, 0) if cv is None else cv.stride(), *tokens.held,
+        x, x.stride(), ck, strides(ck, keys), cv, (0, 0, 0) if cv is None else strides(cv, values), *tokens.held,
         keys.rows, keys.runs, values.runs, keys.packs, values.packs, keys.heads, keys.bias,
         keys.offset_turns if turned else keys.turns, *tokens.placed, y, y.stride(), lse, lse.stride(),
         *call.numbers, key.max_position, *span,
         C=key.group_size, M=q.shape[2] // key.num_heads, P=ck.shape[1], Hkv=key.num_heads,
         CAUSAL=rule.causal, WINDOWED=rule.window > 0, CAPPED=rule.softcap > 0,
         D=key.head_dim, ROTARY=key.rotary_dim, TABLE=not turned,
-        KEYS=launch.tiles(launch.segments(key if cv is not None else value), choice.block_r),
-        VALUES=launch.tiles(launch.segments(value), choice.block_r),
+        KEYS=pieces(key if cv is not None else value, choice.block_r),
+        VALUES=pieces(value, choice.block_r),
         BLOCK_D=launch.block_d(key.head_dim), BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T,
         num_warps=choice.warps, num_stages=choice.stages,
     )  # fmt: skip

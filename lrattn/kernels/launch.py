@@ -10,12 +10,10 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from lrattn.factors.operands import KeySizes, ValueSizes
+from lrattn.factors.operands import KeySizes
+from lrattn.kernels.pieces import ANY, Pieces, next_power_of_2, pieces, streamed
 
-Tiles = tuple[tuple[int, ...], ...]  # TILES of kernels/packed.py
-next_power_of_2 = cache(triton.next_power_of_2)
 BLOCK_T = 64  # tokens of a tile: 64 rows make one wgmma of 4 warps
-ANY = 1 << 30
 
 
 class Launch(NamedTuple):
@@ -28,7 +26,9 @@ class Launch(NamedTuple):
     block_d: int = 0  # dimensions of a head
     block_n: int = 0  # tokens to write or to rebuild
     block_s: int = 0  # splits to merge
+    block_t: int = BLOCK_T  # tokens of a tile
     resident: bool = False  # a program reads its basis, or its absorbed queries, once
+    magic: bool = False  # codes become normal float16 numbers: for tensor cores that take no subnormal ones
 
 
 class Row(NamedTuple):
@@ -133,8 +133,12 @@ FUSED_ABSORBED = (
     Row(Launch(8, 1, block_r=128), ("sm80", "sm100"), rank=256, values=256, queries=32),
     Row(Launch(4, 1, block_r=128), ("gfx9",), rank=256, values=256, queries=16),
     Row(Launch(4, 1, block_r=128), (), rank=128, values=128, itemsize=4, least_itemsize=4),
-    Row(Launch(4, 1, block_r=64), ("sm90",), rank=256, values=256, queries=16, packed=True),
-    Row(Launch(8, 1, block_r=64), ("sm90",), rank=0, values=384, queries=16, biased=False, packed=True),
+)
+# Packed rows by plane, 16 query rows a program.
+MOST_COLUMNS = 256  # of values in one pass: sums for 16 rows are half of a thread's registers
+ATTEND_PACKED = (
+    Row(Launch(4, 2, block_t=128), BIG),
+    Row(Launch(4, 2, block_t=64), BIG),
 )
 FUSED_REBUILT = (
     Row(Launch(4, 1, block_r=128), ("sm90",), head=64, rank=256, values=256, queries=16),
@@ -218,6 +222,21 @@ fused_absorbed, fused_rebuilt = (cache(partial(find, table)) for table in (FUSED
 
 
 @cache
+def attend_packed(device: str, itemsize: int, tile: int) -> Launch | None:
+    """The launch for rows in planes whose tiles divide so many tokens, or None: such rows are then unpacked."""
+    for launch, devices, *_ in ATTEND_PACKED:
+        if itemsize == 2 and device in devices and not tile % launch.block_t:
+            return launch
+    return None
+
+
+@cache
+def assembles(device: torch.device) -> bool:
+    """Whether kernels may hold NVIDIA's assembly there."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
+@cache
 def block_d(head_dim: int) -> int:
     """A head dim padded to what a product takes."""
     return max(32, next_power_of_2(head_dim))
@@ -229,50 +248,9 @@ def block_q(rows: int) -> int:
     return min(64, max(16, next_power_of_2(rows)))
 
 
-@cache
-def pieces(rank: int, widest: int) -> tuple[int, ...]:
-    """A rank in powers of two of at most `widest`, the largest first; together they are at least the rank."""
-    whole, rest = (widest,) * (rank // widest), rank % widest
-    if not rest:
-        return whole
-    first = 1 << (rest.bit_length() - 1)
-    return *whole, first, *(() if rest == first else (max(16, next_power_of_2(rest - first)),))
-
-
-@cache
-def tiles(segments: tuple[int, ...], widest: int) -> Tiles:
-    """All of a row: of bits and latents of each segment, in tiles of at most `widest`."""
-    found = list[tuple[int, ...]]()
-    for n in range(0, len(segments), 2):
-        first = 0
-        for size in pieces(segments[n + 1], widest):
-            found.append((n // 2, segments[n], first, size))
-            first += size
-    return tuple(found)
-
-
-@cache
-def streamed(segments: tuple[int, ...], size: int) -> Tiles:
-    """One tile for each segment of a row, to go along it."""
-    return tuple((n // 2, segments[n], 0, size) for n in range(0, len(segments), 2))
-
-
-def scored(side: KeySizes, choice: Launch) -> Tiles:
+def scored(side: KeySizes, choice: Launch) -> Pieces:
     """A row as the scores of a launch take it."""
-    if not choice.resident:
-        return streamed(segments(side), choice.block_r)
-    return tiles(segments(side), 128 if side.packed else ANY)
-
-
-def segments(side: KeySizes | ValueSizes) -> tuple[int, ...]:
-    """Bits and latents of each segment of a row; a plain one is one segment of 0 bits."""
-    return side.packed or (0, side.rank)
-
-
-@cache
-def columns(side: KeySizes | ValueSizes) -> int:
-    """Columns of all tiles of a packed row, or the rank of a plain one: what a launch is chosen by."""
-    return sum(tile[3] for tile in tiles(side.packed, 128)) if side.packed else side.rank
+    return pieces(side, 128 if side.packed else ANY) if choice.resident else streamed(side, choice.block_r)
 
 
 @cache

@@ -1,13 +1,15 @@
 """New tokens into packed rows: each segment's scale, then its codes."""
 
+import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrattn.factors.formats import ALIGNMENT, MEAN_BITS
+from lrattn.factors.formats import ALIGNMENT, LARGEST, MEAN_BITS, SCALES, SMALLEST, WORD
 from lrattn.factors.operands import Keys, Values
 from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
-from lrattn.kernels.packed import BROKEN, SCALE_FRACTION, SCALE_LEAST, half_pointer, segment
+from lrattn.kernels.packed import BROKEN, SCALE_FRACTION, SCALE_LEAST, segment
+from lrattn.kernels.pieces import words
 from lrattn.kernels.tiles import load_run
 
 NEAREST, UPWARDS = tl.constexpr(1 << 19), tl.constexpr((1 << 20) - 1)  # added before a scale's fraction is cut
@@ -20,15 +22,16 @@ def pack_latents_kernel(
     cache, cache_strides,    # [N, P, bytes]    out, uint8
     slots, slots_stride,     # [n]              int32 or int64, page * P + offset; others than 0 .. N P are skipped
     runs,                    # [G, 3]           int32: first column in z
-    packs,                   # [G, 4 n]         int32: segments
+    packs,                   # [G, 3 n]         int32: segments
     n, num_slots,
-    P: tl.constexpr, BITS: tl.constexpr, LAST: tl.constexpr, PADDING: tl.constexpr, MEAN_BITS: tl.constexpr,
+    P: tl.constexpr, ROW: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr, MEAN_BITS: tl.constexpr,
+    SMALLEST: tl.constexpr, LARGEST: tl.constexpr, ALIGNMENT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
     """scale = least that cuts nothing, or next to the root mean square up to MEAN_BITS bits
     code[r] = clamp(floor(z[r] / scale) + 2^(b - 1), 0, 2^b - 1)
 
-    BITS: of each segment. LAST: the last that has a scale, behind which are PADDING zeros.
+    ROW: bytes of all runs of a token. WORDS: bytes of its words of scales, of a group. BITS: of each segment.
 
     Grid: (token blocks, G). A program writes the runs of BLOCK_N tokens of one group; it reads their latents twice.
     Needs: nothing of the sizes. The division is IEEE, so that codes are those of the reference.
@@ -39,18 +42,23 @@ def pack_latents_kernel(
     slot = tl.load(slots + i * slots_stride, mask=i < n, other=-1).to(tl.int64)
     live = (slot >= 0) & (slot < num_slots)
     column, _, _ = load_run(runs, g)
-    packs += g * 4 * len(BITS)
+    packs += g * 3 * len(BITS)
     p_z = z + i * z_stride + column
-    p_row = cache + slot // P * cache_strides[0] + slot % P * cache_strides[1]
+    p_page = cache + slot // P * cache_strides[0]
+    p_row = p_page + slot % P * ROW
+    p_words = p_page + P * ROW + (slot % P * tl.num_programs(1) + g) * WORDS
     at = tl.arange(0, BLOCK_R)
+    for byte in tl.static_range(WORDS):
+        if not holds(BITS, byte):
+            tl.store(p_words + byte, tl.zeros([BLOCK_N], tl.uint8), mask=live)
     for s in tl.static_range(len(BITS)):
-        start, rank, latent, scale_at = segment(packs, s, 1 << 30)
+        start, halfwords, latent, rank = segment(packs, s, 1 << 30, BITS[s])
         if BITS[s] == 16:
-            p_half = half_pointer(p_row + start, z)
+            p_half = (p_row + start).to(tl.pointer_type(tl.float16))
             for r0 in range(0, rank, BLOCK_R):
                 mask = live[:, None] & (r0 + at < rank)[None, :]
                 x = tl.load(p_z[:, None] + (latent + r0 + at)[None, :], mask=mask, other=0.0)
-                tl.store(p_half[:, None] + (r0 + at)[None, :], x.to(p_half.dtype.element_ty), mask=mask)
+                tl.store(p_half[:, None] + (r0 + at)[None, :], x.to(tl.float16), mask=mask)
         else:
             size, bad = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.int32)
             for r0 in range(0, rank, BLOCK_R):
@@ -66,25 +74,37 @@ def pack_latents_kernel(
             else:
                 held = (size / 2 ** (BITS[s] - 1)).to(tl.int32, bitcast=True) + UPWARDS
             held = (held - SCALE_LEAST) >> SCALE_FRACTION
-            held = tl.minimum(tl.maximum(held, 0), BROKEN - 1)
+            held = tl.minimum(tl.maximum(held, SMALLEST), LARGEST)
             scale = ((held << SCALE_FRACTION) + SCALE_LEAST).to(tl.float32, bitcast=True)
             held = tl.where(bad > 0, BROKEN, held)
-            p_scale = p_row + scale_at
-            tl.store(p_scale, held.to(tl.uint8), mask=live)
-            if s == LAST:
-                for zero in tl.static_range(PADDING):
-                    tl.store(p_scale + 1 + zero, tl.zeros([BLOCK_N], tl.uint8), mask=live)
-            for j0 in range(0, rank * BITS[s] // 8, BLOCK_R):
+            tl.store(p_words + scale_byte(BITS, s), held.to(tl.uint8), mask=live)
+            padded = tl.cdiv(2 * halfwords, ALIGNMENT) * ALIGNMENT
+            for j0 in range(0, padded, BLOCK_R):
                 j = j0 + at
-                mask = live[:, None] & (j < rank * BITS[s] // 8)[None, :]
+                mask = live[:, None] & (j < 2 * halfwords)[None, :]
                 byte = tl.zeros([BLOCK_N, BLOCK_R], tl.int32)
                 for k in tl.static_range(8 // BITS[s]):
-                    r = latent + 8 // BITS[s] * j + k
+                    r = latent + (j % 2 * (8 // BITS[s]) + k) * halfwords + j // 2
                     x = tl.load(p_z[:, None] + r[None, :], mask=mask, other=0.0).to(tl.float32)
                     q = tl.floor(tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))) + 2 ** (BITS[s] - 1)
                     q = tl.where(q == q, tl.minimum(tl.maximum(q, 0.0), 2.0 ** BITS[s] - 1), 2.0 ** (BITS[s] - 1))
                     byte |= q.to(tl.int32) << (k * BITS[s])
-                tl.store(p_row[:, None] + (start + j)[None, :], byte.to(tl.uint8), mask=mask)
+                byte = tl.where((j < 2 * halfwords)[None, :], byte, 0)
+                inside = live[:, None] & (j < padded)[None, :]
+                tl.store(p_row[:, None] + (start + j)[None, :], byte.to(tl.uint8), mask=inside)
+
+
+@triton.constexpr_function
+def scale_byte(bits, n):
+    """Where among a group's words the scale of segment n is."""
+    scale = sum(b < 16 for b in bits[:n])
+    return scale // SCALES * WORD + scale % SCALES
+
+
+@triton.constexpr_function
+def holds(bits, byte):
+    """Whether a byte of the words is a scale."""
+    return any(b < 16 and scale_byte(bits, n) == byte for n, b in enumerate(bits))
 # fmt: on
 
 
@@ -92,11 +112,10 @@ def pack_latents(z: Tensor, cache: Tensor, slots: Tensor, side: Keys | Values) -
     """Latents z [n, sum R] to rows `slots` [n] of the cache that `side` reads."""
     num_pages, page_size, _ = cache.shape
     bits = side.sizes.packed[::2]
-    scaled = [n for n, b in enumerate(bits) if b < 16]
     choice = launch.write_latents(launch.name(cache.device), z.itemsize)
     pack_latents_kernel[cdiv(z.shape[0], choice.block_n), side.sizes.groups](
         z, z.stride(0), cache, cache.stride(), slots, slots.stride(0), side.runs, side.packs, z.shape[0],
-        num_pages * page_size, P=page_size, BITS=bits, LAST=scaled[-1] if scaled else -1,
-        PADDING=-len(scaled) % ALIGNMENT, MEAN_BITS=MEAN_BITS,
+        num_pages * page_size, P=page_size, ROW=side.sizes.runs, WORDS=words(side.sizes) // side.sizes.groups,
+        BITS=bits, MEAN_BITS=MEAN_BITS, SMALLEST=SMALLEST, LARGEST=LARGEST, ALIGNMENT=ALIGNMENT,
         BLOCK_N=choice.block_n, BLOCK_R=choice.block_r, num_warps=choice.warps, num_stages=choice.stages,
     )  # fmt: skip

@@ -8,12 +8,20 @@ import torch
 from lrattn.factors.operands import KeySizes, ValueSizes
 from lrattn.factors.shapes import MAX_SPLITS, cdiv, round_up
 from lrattn.kernels import launch
+from lrattn.kernels.pieces import PLANES, columns, pieces
 
 WAVES = 2  # programs a multiprocessor should get at least
 PART_TILES = 32  # most tiles of one program where the workspace allows, so that ragged batches balance
 COMBINED = 8  # most splits that are combined as they are: more are merged first, by programs of their own
 LARGEST_AXIS = 65535  # of a CUDA grid, but for the first
 MOST_TILES = 32767  # at a time: times a number of parts they stay below 2^31
+
+
+class Planes(NamedTuple):
+    """How packed rows are attended to whose codes are operands of products; None where latents are."""
+
+    keys: launch.Launch | None
+    values: launch.Launch | None
 
 
 class Cut(NamedTuple):
@@ -24,10 +32,22 @@ class Cut(NamedTuple):
     tiles: int  # tiles at a time
     parts: int  # of those tiles: one to a program of the scores
     splits: int  # of those tiles: one to a program of the values, or of the one pass
+    block_t: int  # tokens of a tile
     fused: launch.Launch | None  # of the one pass
+    planes: Planes  # of packed rows
     turned: bool  # queries are turned back by tile
     chunks: int  # that those tiles can be in, for each of which queries are absorbed; 1 without chunks
     nbytes: int  # of temporaries
+
+
+@lru_cache(maxsize=256)
+def planes(dtype: torch.dtype, device: str, keys: KeySizes, values: ValueSizes) -> Planes:
+    """The sides whose codes are operands: of 16-bit layers, on devices that have a launch. Tiles lie in one chunk, and
+    are as the other side's."""
+    own, other = bool(keys.packed and keys.absorbed), bool(values.packed)
+    tile = keys.chunk if own and other else launch.BLOCK_T
+    found = launch.attend_packed(device, dtype.itemsize, tile) if own or other else None
+    return Planes(found if own else None, found if other else None)
 
 
 def fused(
@@ -42,11 +62,16 @@ def fused(
     """
     if not values.paired:
         return None
+    codes = planes(dtype, device, keys, values)
+    if codes.keys is not None and codes.values is not None:
+        return codes.keys if columns(values) <= launch.MOST_COLUMNS else None
     shape: dict[str, Any] = {
-        "rank": 0 if values.shared else launch.columns(keys), "values": launch.columns(values),
+        "rank": 0 if values.shared else columns(keys), "values": columns(values),
         "biased": bool(keys.biased), "packed": bool(keys.packed or values.packed), "chunked": bool(keys.chunk),
     }  # fmt: skip
     if keys.absorbed:
+        if shape["packed"]:
+            return None
         return launch.fused_absorbed(device, dtype.itemsize, rows=rows // keys.groups, **shape)
     if keys.group_size > 1 and not values.shared:
         return None
@@ -76,24 +101,32 @@ def cut(
     rows = query_heads * num_queries
     turned = turns_queries(keys, dtype, placed)
     one_pass = fused(rows, dtype, device, keys, values, turned)
+    codes = planes(dtype, device, keys, values)
+    block_t = launch.BLOCK_T if codes.keys is None or codes.values is None else codes.keys.block_t
     value_programs = score_programs = _blocks(rows, keys.groups if keys.absorbed else keys.num_heads)
-    if one_pass is None:
+    if codes.keys is not None:
+        value_programs = score_programs = cdiv(rows // keys.groups, 16) * keys.groups
+    if one_pass is None and codes.values is not None:
+        value_programs = cdiv(rows // values.groups, 16) * values.groups
+    elif one_pass is None:
         shape = {"rank": values.rank, "rows": rows // values.groups, "packed": bool(values.packed)}
         block_r = launch.latent_values(device, dtype.itemsize, **shape).block_r
         value_programs = cdiv(values.rank, block_r) * _blocks(rows, values.groups)
 
-    begin = 1 - launch.BLOCK_T if keys.chunk and placed else 0  # of the first tile at the earliest
-    total = cdiv(bound - begin, launch.BLOCK_T)
+    begin = 1 - block_t if keys.chunk and placed else 0  # of the first tile at the earliest
+    total = cdiv(bound - begin, block_t)
     if window:  # a window may begin and end inside a tile
-        total = min(total, cdiv(window + num_queries - 2, launch.BLOCK_T) + 1)
+        total = min(total, cdiv(window + num_queries - 2, block_t) + 1)
     fill = WAVES * processors
     per_split = (rows * values.rank + round_up(rows, 16)) * 4  # a partial result and its lse
-    width = keys.rank if keys.absorbed else launch.block_d(keys.head_dim)
-    query = rows * width * dtype.itemsize + (round_up(rows, 16) * 4 if keys.biased and keys.absorbed else 0)
-    per_tile = (0 if one_pass is not None else rows * launch.BLOCK_T * 4) + (query if turned else 0)
+    width, terms = launch.block_d(keys.head_dim), 0
+    if keys.absorbed:
+        width, terms = absorbed(keys, codes)
+    query = rows * width * dtype.itemsize + round_up(rows, 16) * 4 * terms
+    per_tile = (0 if one_pass is not None else rows * block_t * 4) + (query if turned else 0)
     fixed = rows * keys.head_dim * dtype.itemsize + (0 if turned else query)  # heads before the output projection
     if keys.chunk:  # n tiles can be in (n - 2) BLOCK_T / chunk + 2 chunks
-        per_tile += cdiv(query * launch.BLOCK_T, keys.chunk)
+        per_tile += cdiv(query * block_t, keys.chunk)
         fixed += query
     room = min((limit - fixed - per_tile) // per_split - 2, limit // (2 * per_split), MAX_SPLITS)
     balanced = min(cdiv(total, PART_TILES), room // max(batch, 1))
@@ -104,8 +137,15 @@ def cut(
     held = fixed + tiles * per_tile
     at_once = max(1, min(batch, limit // held, LARGEST_AXIS))
     parts = min(tiles, max(cdiv(fill, at_once * score_programs), cdiv(tiles, PART_TILES)))
-    chunks = cdiv(tiles - 1, keys.chunk // launch.BLOCK_T) + 1 if keys.chunk else 1
-    return Cut(at_once, total, tiles, parts, splits, one_pass, turned, chunks, at_once * held)
+    chunks = cdiv(tiles - 1, keys.chunk // block_t) + 1 if keys.chunk else 1
+    return Cut(at_once, total, tiles, parts, splits, block_t, one_pass, codes, turned, chunks, at_once * held)
+
+
+def absorbed(keys: KeySizes, codes: Planes) -> tuple[int, int]:
+    """Of an absorbed query: its columns, and the float32 numbers that go with it."""
+    if codes.keys is None:
+        return keys.rank, int(keys.biased)
+    return columns(keys), len(pieces(keys, PLANES)) + 1 + keys.biased
 
 
 def _blocks(rows: int, owners: int) -> int:

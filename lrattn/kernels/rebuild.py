@@ -7,7 +7,8 @@ from lrattn.factors.operands import Keys, Values
 from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Tokens
-from lrattn.kernels.packed import segments
+from lrattn.kernels.packed import SIZE, located, segments
+from lrattn.kernels.pieces import streamed, strides
 from lrattn.kernels.rows import keys_streamed
 from lrattn.kernels.tiles import lag_of, load_latents, load_rows, load_run, load_turns, pair_columns, slots
 
@@ -21,7 +22,7 @@ def rebuild_kernel(
     ends,                    # [B]              int64, rows of x up to and with each sequence
     basis,                   # [sum R, C * D]   for keys with pairs adjacent
     runs, heads,             # [G, 3], [Hkv]    int32: column, rank, first row of basis; place -> kv head
-    packs,                   # [G, 4 n]         int32: segments of packed rows; None where they are plain
+    packs,                   # [G, 3 n]         int32: segments of packed rows; None where they are plain
     bias,                    # [Hkv, D]         float32, as the basis; None without
     turns,                   # [max_position, ROTARY]  float32, cos and sin of a pair adjacent; None: no rotation
     positions, pos_strides,  # [N, P]           int32, or None: the index in the sequence
@@ -36,7 +37,7 @@ def rebuild_kernel(
 
     In chunks of positions the rotation is that of the chunk's first, and rows of `turns` are of chunks.
 
-    Grid: (Hkv * tiles * B). A program owns BLOCK_T tokens of one kv head; a tile of ROW goes along each segment.
+    Grid: (Hkv * tiles * B). A program owns BLOCK_T tokens of one kv head; a piece of ROW goes along each segment.
     Needs: BLOCK_D a power of two >= 32 and >= D, P a multiple of 16. Sums are float32.
     Reference: lrattn.attention.reference.rebuild. Derivation: docs/kernels.md#rebuild.
     """
@@ -52,15 +53,15 @@ def rebuild_kernel(
     head = tl.load(heads + place)
     d = tl.arange(0, BLOCK_D)
     page, offset = slots(pages + i_b * pages_stride, t0, t, live, P, BLOCK_T)
-    p_cache = cache + page * cache_strides[0] + offset * cache_strides[1]
+    p_cache = located(cache, cache_strides, page, offset, packs, place // C, Hkv // C, P)
     segs = segments(packs, place // C, column, rank, ROW)
     if packs is not None:
         k = keys_streamed(p_cache, segs, live, basis, C * D, r0, place % C * D, d, D, ROW, x)
     else:  # as keys_streamed but for the order of the loads, which registers depend on
         k = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-        for r in range(0, rank, ROW[0][3]):
-            z = load_latents(p_cache, column, rank, live, r + tl.arange(0, ROW[0][3]))
-            u = load_rows(basis, C * D, r0, rank, place % C * D, d, D, r + tl.arange(0, ROW[0][3])).to(z.dtype)
+        for r in range(0, rank, ROW[0][SIZE]):
+            z = load_latents(p_cache[0], column, rank, live, r + tl.arange(0, ROW[0][SIZE]))
+            u = load_rows(basis, C * D, r0, rank, place % C * D, d, D, r + tl.arange(0, ROW[0][SIZE])).to(z.dtype)
             k = tl.dot(z, u, k, input_precision="ieee")
     if bias is not None:
         k += tl.load(bias + place * D + d, mask=d < D, other=0.0)[None, :]
@@ -108,10 +109,10 @@ def _rebuild(cache, side, turns, tokens, ends, x, *, max_position, **constants):
     if not programs or not x.shape[0]:
         return
     rebuild_kernel[(programs,)](
-        cache, cache.stride(), *tokens.held[:4], ends,
+        cache, strides(cache, side), *tokens.held[:4], ends,
         side.rows, side.runs, side.heads, side.packs, side.bias, turns, *tokens.placed, *tokens.lag,
         x, x.stride(), tokens.bound, tiles, x.shape[0], max_position,
         C=side.sizes.group_size, D=head_dim, P=page_size, Hkv=side.sizes.num_heads, **constants,
-        ROW=launch.streamed(launch.segments(side.sizes), choice.block_r), BLOCK_D=launch.block_d(head_dim),
+        ROW=streamed(side.sizes, choice.block_r), BLOCK_D=launch.block_d(head_dim),
         BLOCK_T=choice.block_n, num_warps=choice.warps, num_stages=choice.stages,
     )  # fmt: skip

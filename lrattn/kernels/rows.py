@@ -1,23 +1,37 @@
-"""A group's latents in a row, plain or packed, as a tuple of tiles (kernels/packed.py): [.., size] each.
+"""A group's latents in a row, plain or packed, as the operands of its pieces (kernels/packed.py): [.., size] each.
 
-ROW has them: a rank of 160 is tiles of 128 and 32. None is wider than 128, so that only one at a time has to be in
-registers. What goes along a row instead, `streamed`, takes one tile for each segment.
+ROW has the pieces: a rank of 160 is pieces of 128 and 32. None is wider than 128, so that only one at a time has to be
+in registers. What goes along a row instead, `streamed`, takes one piece for each segment.
 """
 
 import triton
 import triton.language as tl
 
-from lrattn.kernels.packed import latents_of, load_basis_tile, load_query_tile, load_scale, load_tile
+from lrattn.kernels.packed import (
+    BITS,
+    OPENS,
+    SCALE,
+    SIZE,
+    latents_of,
+    load_basis_piece,
+    load_piece,
+    load_query_piece,
+    load_scale,
+    operands,
+    unpacked,
+)
 
 
 @triton.jit
-def load_row(cache, segs, live, ROW: tl.constexpr, like):
-    """Latents of the rows `cache` points at: [BLOCK_T, size] each."""
-    z = ()
+def load_row(located, segs, live, ROW: tl.constexpr, like):
+    """Latents of the rows located: [BLOCK_T, size] each."""
+    z, scale = (), None
     for i in tl.static_range(len(ROW)):
-        if ROW[i][2] == 0:
-            scale = load_scale(cache, segs, live, ROW, i)
-        z = z + (load_tile(cache, segs, live, scale, ROW, i, like),)
+        if ROW[i][OPENS] and ROW[i][BITS] % 16 != 0:
+            scale = load_scale(located[1], live, ROW[i][SCALE])
+        x = load_piece(located[0], segs, live, ROW, i)
+        for m in tl.static_range(operands(ROW[i][BITS])):
+            z = z + (unpacked(x, scale, ROW[i][BITS], m, like),)
     return z
 
 
@@ -26,7 +40,8 @@ def load_row_basis(rows, width, row, segs, c, d, D, ROW: tl.constexpr, like):
     """The basis of the latents, rows from `row` on, columns c + d (d < D): [size, len(d)] each, in like's dtype."""
     u = ()
     for i in tl.static_range(len(ROW)):
-        u = u + (load_basis_tile(rows, width, row, segs, c, d, D, ROW, i, like),)
+        for m in tl.static_range(operands(ROW[i][BITS])):
+            u = u + (load_basis_piece(rows, width, row, segs, c, d, D, ROW, i, m, like),)
     return u
 
 
@@ -35,7 +50,8 @@ def load_row_queries(a, segs, in_q, ROW: tl.constexpr):
     """Absorbed queries [BLOCK_Q, Rk] that `a` points at: [BLOCK_Q, size] each."""
     x = ()
     for i in tl.static_range(len(ROW)):
-        x = x + (load_query_tile(a, segs, in_q, ROW, i),)
+        for m in tl.static_range(operands(ROW[i][BITS])):
+            x = x + (load_query_piece(a, segs, in_q, ROW, i, m),)
     return x
 
 
@@ -58,26 +74,32 @@ def product(z, u):
 
 
 @triton.jit
-def keys_streamed(cache, segs, live, rows, width, row, c, d, D, ROW: tl.constexpr, like):
-    """latents @ basis of the rows `cache` points at, a tile at a time: [BLOCK_T, len(d)] float32."""
-    k = tl.zeros([live.shape[0], d.shape[0]], tl.float32)
+def keys_streamed(located, segs, live, rows, width, row, c, d, D, ROW: tl.constexpr, like):
+    """latents @ basis of the rows located, a piece at a time: [BLOCK_T, len(d)] float32."""
+    k, scale = tl.zeros([live.shape[0], d.shape[0]], tl.float32), None
     for i in tl.static_range(len(ROW)):
-        scale = load_scale(cache, segs, live, ROW, i)
-        for r0 in range(0, segs[4 * i + 1], ROW[i][3]):
-            u = load_basis_tile(rows, width, row, segs, c, d, D, ROW, i, like, r0)
-            k = tl.dot(load_tile(cache, segs, live, scale, ROW, i, like, r0), u, k, input_precision="ieee")
+        if ROW[i][BITS] % 16 != 0:
+            scale = load_scale(located[1], live, ROW[i][SCALE])
+        for first in range(0, segs[4 * i + 1], ROW[i][SIZE]):
+            x = load_piece(located[0], segs, live, ROW, i, first)
+            for m in tl.static_range(operands(ROW[i][BITS])):
+                u = load_basis_piece(rows, width, row, segs, c, d, D, ROW, i, m, like, first)
+                k = tl.dot(unpacked(x, scale, ROW[i][BITS], m, like), u, k, input_precision="ieee")
     return k
 
 
 @triton.jit
-def scores_streamed(cache, segs, live, a, in_q, ROW: tl.constexpr):
+def scores_streamed(located, segs, live, a, in_q, ROW: tl.constexpr):
     """latents @ absorbed queries [BLOCK_Q, Rk] that `a` points at, as keys_streamed: [BLOCK_T, BLOCK_Q] float32."""
-    score = tl.zeros([live.shape[0], in_q.shape[0]], tl.float32)
+    score, scale = tl.zeros([live.shape[0], in_q.shape[0]], tl.float32), None
     for i in tl.static_range(len(ROW)):
-        scale = load_scale(cache, segs, live, ROW, i)
-        for r0 in range(0, segs[4 * i + 1], ROW[i][3]):
-            q = tl.trans(load_query_tile(a, segs, in_q, ROW, i, r0))
-            score = tl.dot(load_tile(cache, segs, live, scale, ROW, i, a, r0), q, score, input_precision="ieee")
+        if ROW[i][BITS] % 16 != 0:
+            scale = load_scale(located[1], live, ROW[i][SCALE])
+        for first in range(0, segs[4 * i + 1], ROW[i][SIZE]):
+            x = load_piece(located[0], segs, live, ROW, i, first)
+            for m in tl.static_range(operands(ROW[i][BITS])):
+                q = tl.trans(load_query_piece(a, segs, in_q, ROW, i, m, first))
+                score = tl.dot(unpacked(x, scale, ROW[i][BITS], m, a), q, score, input_precision="ieee")
     return score
 
 
@@ -86,7 +108,8 @@ def row_zeros(M: tl.constexpr, ROW: tl.constexpr):
     """Sums to begin with: [M, size] each, float32."""
     acc = ()
     for i in tl.static_range(len(ROW)):
-        acc = acc + (_zeros(M, ROW[i][3]),)
+        for _ in tl.static_range(operands(ROW[i][BITS])):
+            acc = acc + (_zeros(M, ROW[i][SIZE]),)
     return acc
 
 
@@ -105,8 +128,16 @@ def add_weighted(acc, fade, p, z):
 
 
 @triton.jit
-def store_row(y, acc, weight, segs, live, ROW: tl.constexpr):
+def store_row(y, acc, weight, segs, live, ROW: tl.constexpr, first=0):
     """acc * weight to the latents of the live rows `y` points at."""
     for i in tl.static_range(len(ROW)):
-        r, some = latents_of(segs, ROW, i)
-        tl.store(y[:, None] + r[None, :], acc[i] * weight[:, None], mask=live[:, None] & some[None, :])
+        for m in tl.static_range(operands(ROW[i][BITS])):
+            r, some = latents_of(segs, ROW, i, m, first)
+            at: tl.constexpr = column_of(ROW, i) + m
+            tl.store(y[:, None] + r[None, :], acc[at] * weight[:, None], mask=live[:, None] & some[None, :])
+
+
+@triton.constexpr_function
+def column_of(row, i):
+    """The first operand of piece i."""
+    return sum(1 if piece[1] == 0 else 16 // piece[1] for piece in row[:i])

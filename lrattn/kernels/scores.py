@@ -6,7 +6,8 @@ from torch import Tensor
 from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Call, Span
-from lrattn.kernels.packed import load_tile, segments
+from lrattn.kernels.packed import load_piece, located, segments
+from lrattn.kernels.pieces import columns, strides
 from lrattn.kernels.rows import keys_streamed, load_row, load_row_basis, product
 from lrattn.kernels.tiles import load_run, load_turns, pair_columns, part_of, reach, scaled, seen, slots
 
@@ -63,7 +64,7 @@ def latent_scores_kernel(
     starts, starts_stride,   # [B]              int32, first token attended to, or None
     uk,                      # [sum Rk, C * D]  key basis, pairs adjacent
     runs, heads,             # [G, 3], [Hkv]    int32: column, rank, first row of uk; place -> kv head
-    packs,                   # [G, 4 n]         int32: segments of packed rows; None where they are plain
+    packs,                   # [G, 3 n]         int32: segments of packed rows; None where they are plain
     bias,                    # [Hkv, D]         float32 by place, pairs adjacent; None without
     turns,                   # [max_position, ROTARY]  float32, cos and sin of a pair adjacent; offsets' if not TABLE
     positions, pos_strides,  # [N, P]           int32, or None: the index in the sequence
@@ -82,7 +83,7 @@ def latent_scores_kernel(
 
     Grid: (row blocks * Hkv, parts, B). A program owns BLOCK_Q of the M S query rows of one kv head and one of
     `parts` equal parts of the sequence's tiles; the heads of a group run side by side and meet its latents in L2.
-    RESIDENT: ROW is all tiles of a row, a head is BLOCK_D wide, and the basis is read once. Else a tile of ROW goes
+    RESIDENT: ROW is all pieces of a row, a head is BLOCK_D wide, and the basis is read once. Else a piece of ROW goes
     along each segment, BLOCK_D of the head at a time, and both are read again.
     Needs: BLOCK_D a power of two >= 32, P a multiple of 16. Sums are float32.
     Reference: lrattn.attention.reference._scores. Derivation: docs/kernels.md#scores.
@@ -112,7 +113,7 @@ def latent_scores_kernel(
         t = t0 + tl.arange(0, BLOCK_T)
         live = (t >= begin) & (t < t_end)
         page, offset = slots(pages + i_b * pages_stride, t0, t, live, P, BLOCK_T)
-        p_ck = ck + page * ck_strides[0] + offset * ck_strides[1]
+        p_ck = located(ck, ck_strides, page, offset, packs, place // C, Hkv // C, P)
         p_x = x + i_b * x_strides[0] + row[:, None] * x_strides[2] + j[None, :]
         if TABLE:
             at = t
@@ -126,9 +127,9 @@ def latent_scores_kernel(
             if RESIDENT and packs is not None:
                 k = product(load_row(p_ck, segs, live, ROW, x), u)
             elif RESIDENT:
-                k = tl.dot(load_tile(p_ck, segs, live, None, ROW, 0, x), u[0], input_precision="ieee")
+                k = tl.dot(load_piece(p_ck[0], segs, live, ROW, 0), u[0], input_precision="ieee")
                 for n in tl.static_range(1, len(ROW)):
-                    k = tl.dot(load_tile(p_ck, segs, live, None, ROW, n, x), u[n], k, input_precision="ieee")
+                    k = tl.dot(load_piece(p_ck[0], segs, live, ROW, n), u[n], k, input_precision="ieee")
             else:
                 k = keys_streamed(p_ck, segs, live, uk, C * D, r0, c, d0 + d, D, ROW, x)
             if bias is not None:
@@ -171,11 +172,11 @@ def latent_scores(call: Call, x: Tensor, s: Tensor, span: Span, turned: bool) ->
     size = keys.sizes
     rows = x.shape[2] // size.num_heads
     choice = launch.latent_scores(
-        launch.name(ck.device), x.itemsize, head=size.head_dim, rank=launch.columns(size), rows=rows, turned=turned,
+        launch.name(ck.device), x.itemsize, head=size.head_dim, rank=columns(size), rows=rows, turned=turned,
         packed=bool(size.packed),
     )  # fmt: skip
     latent_scores_kernel[cdiv(rows, choice.block_q) * size.num_heads, span.parts, x.shape[0]](
-        x, x.stride(), ck, ck.stride(), *tokens.held, keys.rows, keys.runs, keys.heads, keys.packs, keys.bias,
+        x, x.stride(), ck, strides(ck, keys), *tokens.held, keys.rows, keys.runs, keys.heads, keys.packs, keys.bias,
         keys.offset_turns if turned else keys.turns, *tokens.placed, s, s.stride(),
         *call.numbers, size.max_position, *span,
         C=size.group_size, M=q.shape[2] // size.num_heads, P=ck.shape[1], Hkv=size.num_heads,

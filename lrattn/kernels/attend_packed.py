@@ -1,0 +1,293 @@
+"""Attention over packed rows whose latents queries meet: in one pass, or scores and values in a pass each."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lrattn.factors.shapes import cdiv
+from lrattn.kernels import launch
+from lrattn.kernels.arguments import Call, Span
+from lrattn.kernels.packed import (
+    BITS,
+    CLOSES,
+    COLUMN,
+    FIRST,
+    HELD,
+    LATENT,
+    OPENS,
+    SCALE,
+    SEGMENT,
+    SEGMENTS,
+    SIZE,
+    START,
+)
+from lrattn.kernels.pieces import PLANES, Pieces, pieces, words
+from lrattn.kernels.planes import middle, planes, scale_of, unit, weighed
+from lrattn.kernels.tiles import chunk_of, lag_of, part_of, reach, soft_cap
+
+LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+NOTHING = tl.constexpr(-1e30)  # a peak below all scores
+SCALE_UNIT = tl.constexpr(2.0**-8)  # of scales
+PLAIN = tl.constexpr(2.0**-16)  # of 16-bit latents beside scaled codes, see absorb
+
+
+# fmt: off
+@launch.kernel
+def attend_packed_kernel(
+    a, a_strides,            # [B, chunks, Hq * S, columns]  float16, absorbed queries by plane, see absorb
+    terms, terms_strides,    # [B, chunks, n, Hq * S]  float32: middles of KEYS' pieces, the factor, the bias' share
+    ck, ck_page,             # [N, P, bytes]    uint8, key rows by page, and bytes from page to page
+    cv, cv_page,             # [N, P, bytes]    value rows; ck where a row serves both
+    pages, pages_stride,     # [B, pages]       int32
+    lens, lens_stride,       # [B]              int32, tokens held
+    starts, starts_stride,   # [B]              int32, first token attended to, or None
+    offsets, offsets_stride, # [B]              int32, token less position, or None
+    key_packs, value_packs,  # [G, 3 n]         int32: segments, where they differ by group; else None
+    heads,                   # [Hkv]            int32, place -> kv head
+    s, s_strides,            # [B, Hq * S, T]   float32 scores: read without KEYS, written without VALUES
+    y, y_strides,            # [B, slots, Hq * S, Rv]  out, float32; rows whose lse is -inf are not written
+    lse, lse_strides,        # [B, slots, Hq * S]      out, float32, natural log
+    softcap, bound, S, window, first_tile, tiles, splits,
+    KEYS: tl.constexpr, KEY_RUN: tl.constexpr, KEY_ROW: tl.constexpr, KEY_WORDS: tl.constexpr,
+    VALUES: tl.constexpr, VALUE_RUN: tl.constexpr, VALUE_ROW: tl.constexpr, VALUE_WORDS: tl.constexpr,
+    C: tl.constexpr, M: tl.constexpr, P: tl.constexpr, Hkv: tl.constexpr, CHUNK: tl.constexpr, BIASED: tl.constexpr,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
+    MAGIC: tl.constexpr, ASM: tl.constexpr, W: tl.constexpr, T: tl.constexpr,
+):
+    G: tl.constexpr = Hkv // C
+    BLOCK_T: tl.constexpr = W * T
+    g = tl.program_id(0) % G
+    i_s = tl.program_id(1).to(tl.int64)
+    i_b = tl.program_id(2).to(tl.int64)
+    i = tl.program_id(0) // G * 16 + tl.arange(0, 16)  # row of the group: c (M S) + m S + s
+    in_q = i < C * M * S
+    i = tl.where(in_q, i, 0)
+    head = tl.load(heads + g * C + i // (M * S))
+    row = (head * M * S + i % (M * S)).to(tl.int64)
+    begin, end = reach(lens, lens_stride, starts, starts_stride, i_b, bound, S, window, WINDOWED)
+    lag, shift = lag_of(offsets, offsets_stride, i_b, BLOCK_T)
+    origin, t_begin, t_end = part_of(begin, end, first_tile, tiles, tl.program_id(1), splits, BLOCK_T, shift)
+    if lse is not None:
+        p_lse = lse + i_b * lse_strides[0] + i_s * lse_strides[1] + row
+    if t_begin >= t_end or t_end <= begin:
+        if len(VALUES) > 0:
+            tl.store(p_lse, tl.full([16], float("-inf"), tl.float32), mask=in_q)
+        return
+
+    _, before = chunk_of(origin, lag, CHUNK)
+    if s is not None:
+        p_s = s + i_b * s_strides[0] + row * s_strides[1]
+    seen_to = end - S + i % S  # last token that a query sees
+    n_terms: tl.constexpr = len(KEYS)
+    if len(KEYS) > 0:
+        a += i_b * a_strides[0]
+        p_terms = terms + i_b * terms_strides[0] + row
+        first = (tl.maximum(before + t_begin - origin, 0) // CHUNK).to(tl.int64)
+        factor = tl.load(p_terms + first * terms_strides[1] + n_terms * terms_strides[2])
+    key_segs, value_segs = _segments(key_packs, KEYS, g), _segments(value_packs, VALUES, g)
+    acc = ()
+    for n in tl.static_range(len(VALUES)):
+        mine = ()
+        if VALUES[n][OPENS] and VALUES[n][BITS] < 16:
+            mine = mine + (_zeros(W, 8),)  # sum of p * scale, for the codes' middle
+        for _ in tl.static_range(16 // VALUES[n][BITS]):
+            mine = mine + (_zeros(W, VALUES[n][SIZE]),)
+        acc = acc + (mine,)
+    total = _zeros(W, 8)
+    peak = tl.full([W, 16], NOTHING, tl.float32)
+    one = tl.full([W, T, 8], 1.0, tl.float16)
+    own = tl.arange(0, W)[:, None] * T + tl.arange(0, T)[None, :]
+    pages += i_b * pages_stride
+    first_page, last_page = begin // P, (t_end - 1) // P
+
+    for t0 in range(t_begin, t_end, BLOCK_T):
+        t = t0 + own
+        live = t < t_end
+        if MASKED or starts is not None or offsets is not None:
+            live &= t >= begin
+        at = t
+        if offsets is not None:
+            at = tl.maximum(t, 0)
+        k = tl.minimum(at // P, last_page)
+        if WINDOWED or starts is not None:
+            k = tl.maximum(k, first_page)
+        page = tl.load(pages + k).to(tl.int64)
+        place = own % P
+        if BLOCK_T % P != 0 or offsets is not None:
+            place = at % P
+        if len(KEYS) > 0:
+            c = (tl.maximum(before + t0 - origin, 0) // CHUNK).to(tl.int64)
+            p_page = ck + page * ck_page
+            kw = _words(p_page + P * KEY_ROW + place * KEY_WORDS, g, KEY_WORDS // G)
+            p_row = p_page + g * KEY_RUN + place * KEY_ROW
+            p_a = a + c * a_strides[1] + row * a_strides[2]
+            p_mid = p_terms + c * terms_strides[1]
+            score = tl.zeros([W, 16, T], tl.float32)
+            for n in tl.static_range(len(KEYS)):
+                z = planes(_halfwords(p_row, key_segs, KEYS, n), KEYS[n][BITS], MAGIC, ASM)
+                if KEYS[n][OPENS]:
+                    part = tl.zeros([W, 16, T], tl.float32)
+                for m in tl.static_range(16 // KEYS[n][BITS]):
+                    column = KEYS[n][COLUMN] + m * KEYS[n][SIZE] + tl.arange(0, KEYS[n][SIZE])
+                    x = tl.load(p_a[:, None] + column[None, :])
+                    x = tl.broadcast_to(x[None], [W, 16, KEYS[n][SIZE]])
+                    part = tl.dot(x, tl.permute(z[m], (0, 2, 1)), part)
+                if KEYS[n][BITS] == 16:
+                    if KEYS[n][CLOSES]:
+                        score += part * PLAIN
+                else:
+                    part -= tl.load(p_mid + n * terms_strides[2])[None, :, None]
+                    if KEYS[n][CLOSES]:
+                        scale = scale_of(kw[KEYS[n][SCALE] // 3], KEYS[n][SCALE] % 3, ASM)
+                        score += part * scale.to(tl.float32)[:, None, :]
+            share = tl.zeros([16], tl.float32)
+            if BIASED:
+                share = tl.load(p_mid + (n_terms + 1) * terms_strides[2])
+            if CAPPED or len(VALUES) == 0:
+                score = (score * factor[None, :, None] + share[None, :, None]) * LN_2
+                if CAPPED:
+                    score = soft_cap(score, softcap)
+        else:
+            column = tl.multiple_of(t0 - origin, BLOCK_T) + own
+            score = tl.load(p_s[None, :, None] + column[:, None, :], mask=live[:, None, :], other=float("-inf"))
+        mask = live[:, None, :]
+        if CAUSAL and MASKED:
+            mask &= t[:, None, :] <= seen_to[None, :, None]
+        if WINDOWED:
+            mask &= t[:, None, :] > (seen_to - window)[None, :, None]
+        score = tl.where(mask, score, float("-inf"))
+        if len(VALUES) == 0:
+            column = tl.multiple_of(t0 - origin, BLOCK_T) + own
+            tl.store(p_s[None, :, None] + column[:, None, :], score, mask=in_q[None, :, None])
+        else:
+            p_page = cv + page * cv_page
+            vw = _words(p_page + P * VALUE_ROW + place * VALUE_WORDS, g, VALUE_WORDS // G)
+            p_row = p_page + g * VALUE_RUN + place * VALUE_ROW
+            if CAPPED or len(KEYS) == 0:
+                above = tl.maximum(peak, tl.max(score, 2) * LOG2_E)
+                p = tl.exp2(score * LOG2_E - above[:, :, None])
+            else:
+                above = tl.maximum(peak, tl.max(score, 2) * factor[None, :] + share[None, :])
+                p = tl.exp2(score * factor[None, :, None] - (above - share[None, :])[:, :, None])
+            fade = tl.exp2(peak - above)[:, :, None]
+            peak = above
+            p = p.to(tl.float16)
+            new = ()
+            for n in tl.static_range(len(VALUES)):
+                z = planes(_halfwords(p_row, value_segs, VALUES, n), VALUES[n][BITS], MAGIC, ASM)
+                mine = ()
+                if VALUES[n][BITS] == 16:  # what is not live may be no number
+                    ps, z = p, (tl.where(live[:, :, None], z[0], 0.0),)
+                elif VALUES[n][OPENS]:
+                    word = tl.where(live, vw[VALUES[n][SCALE] // 3], 0)
+                    ps = weighed(p, scale_of(word, VALUES[n][SCALE] % 3, ASM)[:, None, :], ASM)
+                    mine = mine + (tl.dot(ps, one, acc[n][0] * fade),)
+                for m in tl.static_range(16 // VALUES[n][BITS]):
+                    mine = mine + (tl.dot(ps, z[m], acc[n][len(mine)] * fade),)
+                new = new + (mine,)
+            acc = new
+            total = tl.dot(p, one, total * fade)
+
+    if len(VALUES) > 0:
+        top = tl.max(peak, 0)
+        share = tl.exp2(peak - top[None])
+        whole = tl.sum(tl.max(total, 2) * share, 0)
+        some = whole != 0  # a NaN stays one
+        tl.store(p_lse, tl.where(some, (tl.log2(whole) + top) * LN_2, float("-inf")), mask=in_q)
+        share *= (1.0 / tl.where(some, whole, 1.0))[None, :]
+        p_y = y + i_b * y_strides[0] + i_s * y_strides[1] + row * y_strides[2]
+        for n in tl.static_range(len(VALUES)):
+            held, latent = VALUES[n][HELD], VALUES[n][LATENT]
+            if value_packs is not None:
+                held, latent = value_segs[3 * n + 1], value_segs[3 * n + 2]
+            h = VALUES[n][FIRST] + tl.arange(0, VALUES[n][SIZE])
+            if VALUES[n][OPENS] and VALUES[n][BITS] < 16:
+                less = tl.max(acc[n][0], 2) * share * (middle(VALUES[n][BITS]) * SCALE_UNIT)
+            for m in tl.static_range(16 // VALUES[n][BITS]):
+                if VALUES[n][BITS] == 16:
+                    x = tl.sum(acc[n][m] * share[:, :, None], 0)
+                else:
+                    weight = share * (SCALE_UNIT / unit(VALUES[n][BITS], m, MAGIC))
+                    x = tl.sum(acc[n][m + VALUES[n][OPENS]] * weight[:, :, None] - less[:, :, None], 0)
+                mask = (in_q & some)[:, None] & (h < held)[None, :]
+                tl.store(p_y[:, None] + (latent + m * held + h)[None, :], x, mask=mask)
+
+
+@triton.jit
+def _zeros(W: tl.constexpr, N: tl.constexpr):
+    return tl.zeros([W, 16, N], tl.float32)
+
+
+@triton.jit
+def _words(p, g, BYTES: tl.constexpr):
+    """Words of scales of group g, which has so many bytes of those that `p` points at: int32 each."""
+    w = ()
+    for n in tl.static_range(BYTES // 4):
+        w = w + (tl.load((p + g * BYTES + 4 * n).to(tl.pointer_type(tl.int32))),)
+    return w
+
+
+@triton.jit
+def _segments(packs, PIECES: tl.constexpr, g):
+    """Of each piece's segment in group g, where groups differ: its first byte, its halfwords and its first latent."""
+    segs = ()
+    if packs is not None:
+        packs += g * 3 * PIECES[0][SEGMENTS]
+        for n in tl.static_range(len(PIECES)):
+            p = packs + 3 * PIECES[n][SEGMENT]
+            segs = segs + (tl.multiple_of(tl.load(p), 16), tl.load(p + 1) * PIECES[n][BITS] // 16, tl.load(p + 2))
+    return segs
+
+
+@triton.jit
+def _halfwords(rows, segs, PIECES: tl.constexpr, N: tl.constexpr):
+    """Halfwords of a piece of rows: [W, T, size] int16. Past a segment's end there is some other one, or zeros."""
+    h = (PIECES[N][FIRST] + tl.arange(0, PIECES[N][SIZE]))[None, None, :]
+    if len(segs) == 0:
+        x = tl.load((rows + PIECES[N][START]).to(tl.pointer_type(tl.int16))[:, :, None] + h)
+    else:
+        p = (rows + segs[3 * N]).to(tl.pointer_type(tl.int16))
+        x = tl.load(p[:, :, None] + h, mask=h < segs[3 * N + 1], other=0)
+    return x
+# fmt: on
+
+
+def attend_packed(
+    call: Call, a: Tensor | None, terms: Tensor | None, s: Tensor | None, y: Tensor | None, lse: Tensor | None,
+    span: Span, choice: launch.Launch,
+) -> None:  # fmt: skip
+    """Absorbed queries by plane `a` over the tiles of each split: y [B, slots, Hq S, Rv] and its lse; without y scores,
+    to s [B, Hq S, T]. Without `a` scores come from there."""
+    q, ck, cv, keys, values, tokens, rule = call
+    key, value, cv = keys.sizes, values.sizes, ck if cv is None else cv
+    side = value if a is None else key
+    rows, none = q.shape[1] * q.shape[2] // side.groups, (0, 0, 0, 0)
+    scored = () if a is None else pieces(key, PLANES)
+    for part in [()] if y is None else parts(pieces(value, PLANES), launch.MOST_COLUMNS):
+        attend_packed_kernel[cdiv(rows, 16) * side.groups, span.parts, q.shape[0]](
+            a, none if a is None else a.stride(), terms, none if terms is None else terms.stride(),
+            ck, ck.stride(0), cv, cv.stride(0), *tokens.held, *tokens.lag,
+            None if key.even else keys.packs, None if value.even else values.packs,
+            (keys if y is None else values).heads,
+            s, none[1:] if s is None else s.stride(), y, none if y is None else y.stride(),
+            lse, none[1:] if lse is None else lse.stride(), rule.softcap, *call.numbers[2:], *span,
+            KEYS=scored, KEY_RUN=key.runs // key.groups if key.even else 0, KEY_ROW=key.runs, KEY_WORDS=words(key),
+            VALUES=part, VALUE_RUN=value.runs // value.groups if value.even else 0, VALUE_ROW=value.runs,
+            VALUE_WORDS=words(value),
+            C=side.group_size, M=q.shape[2] // side.num_heads, P=ck.shape[1], Hkv=side.num_heads,
+            CHUNK=key.chunk or 1 << 30, BIASED=bool(key.biased),
+            MASKED=(rule.causal and q.shape[1] > 1) or rule.window > 0, CAUSAL=rule.causal, WINDOWED=rule.window > 0,
+            CAPPED=rule.softcap > 0, MAGIC=choice.magic, ASM=launch.assembles(ck.device),
+            W=choice.warps, T=choice.block_t // choice.warps, num_warps=choice.warps, num_stages=choice.stages,
+        )  # fmt: skip
+
+
+def parts(row: Pieces, most: int) -> list[Pieces]:
+    """A row in runs of pieces that have at most so many columns of operands; of whole segments where one fits."""
+    found: list[list[tuple[int, ...]]] = [[]]
+    for piece in row:
+        wide = sum(size * (16 // bits) for _, bits, _, size, *_ in (*found[-1], piece))
+        if found[-1] and wide > most:
+            found.append([])
+        found[-1].append(piece)
+    return [tuple((*p[:9], int(i == 0 or p[0] != own[i - 1][0]), *p[10:]) for i, p in enumerate(own)) for own in found]

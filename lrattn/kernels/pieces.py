@@ -1,0 +1,76 @@
+"""Rows as kernels load them: in pieces of so many latents, or of so many halfwords of a packed segment."""
+
+from functools import cache
+from itertools import accumulate
+
+import triton
+from torch import Tensor
+
+from lrattn.factors.formats import ALIGNMENT, SCALES, WORD
+from lrattn.factors.operands import Keys, KeySizes, Values, ValueSizes
+from lrattn.factors.shapes import cdiv, round_up
+
+Pieces = tuple[tuple[int, ...], ...]  # of a row, what kernels/packed.py names
+next_power_of_2 = cache(triton.next_power_of_2)
+ANY = 1 << 30
+PLANES = 64  # halfwords of a piece whose planes are operands
+
+
+@cache
+def segments(side: KeySizes | ValueSizes) -> tuple[tuple[int, int], ...]:
+    """Bits and latents of each segment of a row, the most of any group; a plain row is one of 0 bits. Those that no key
+    of a shared row reads are left out."""
+    found = tuple(zip(side.packed[::2], side.packed[1::2], strict=True)) or ((0, side.rank),)
+    if not side.even:
+        return found
+    begins = accumulate((rank for _, rank in found), initial=0)
+    return tuple(own for own, begin in zip(found, begins, strict=False) if begin < side.rank)
+
+
+@cache
+def powers(n: int, widest: int) -> tuple[int, ...]:
+    """n in powers of two of at most `widest`, the largest first; together they are at least n."""
+    whole, rest = (widest,) * (n // widest), n % widest
+    if not rest:
+        return whole
+    first = 1 << (rest.bit_length() - 1)
+    return *whole, max(first, 16), *(() if rest <= max(first, 16) else (max(16, next_power_of_2(rest - first)),))
+
+
+@cache
+def pieces(side: KeySizes | ValueSizes, widest: int) -> Pieces:
+    """All of a row, in pieces of at most `widest` columns."""
+    found, column, start, latent, scale, count = list[tuple[int, ...]](), 0, 0, 0, 0, max(len(side.packed) // 2, 1)
+    for n, (bits, rank) in enumerate(segments(side)):
+        held, first = rank * bits // 16 if bits else rank, 0
+        sizes = powers(held, widest)
+        for i, size in enumerate(sizes):
+            ends = int(i == 0), int(i == len(sizes) - 1)
+            found.append((n, bits, first, size, column, scale, start, latent, held, *ends, count))
+            first, column = first + size, column + size * (16 // bits if bits else 1)
+        start, latent, scale = start + round_up(2 * held, ALIGNMENT), latent + rank, scale + (0 < bits < 16)
+    return tuple(found)
+
+
+@cache
+def streamed(side: KeySizes | ValueSizes, size: int) -> Pieces:
+    """One piece of each segment of a row, to go along it."""
+    return tuple((*p[:3], size, *p[4:]) for p in pieces(side, ANY) if p[2] == 0)
+
+
+@cache
+def columns(side: KeySizes | ValueSizes) -> int:
+    """Columns of all operands of a packed row, or the rank of a plain one: what a launch is chosen by."""
+    return sum(p[3] * (16 // p[1]) for p in pieces(side, PLANES)) if side.packed else side.rank
+
+
+@cache
+def words(side: KeySizes | ValueSizes) -> int:
+    """Bytes of a token's words of scales, of all groups."""
+    return side.groups * WORD * cdiv(sum(bits < 16 for bits in side.packed[::2]), SCALES)
+
+
+def strides(cache: Tensor, side: Keys | Values) -> tuple[int, ...]:
+    """Of a cache: from page to page, row to row and, in packed pages, from words to words behind all their rows."""
+    sizes = side.sizes
+    return (cache.stride(0), sizes.runs, words(sizes)) if sizes.packed else cache.stride()
