@@ -59,43 +59,36 @@ def attend_packed_kernel(
     g = tl.program_id(0) % G
     i_s = tl.program_id(1).to(tl.int64)
     i_b = tl.program_id(2).to(tl.int64)
-    i = tl.program_id(0) // G * 16 + tl.arange(0, 16)  # row of the group: c (M S) + m S + s
-    in_q = i < C * M * S
-    i = tl.where(in_q, i, 0)
-    head = tl.load(heads + g * C + i // (M * S))
-    row = (head * M * S + i % (M * S)).to(tl.int64)
+    in_q, row = _queries(heads, g, S, C, M, G, tl.uint32)
     begin, end = reach(lens, lens_stride, starts, starts_stride, i_b, bound, S, window, WINDOWED)
     lag, shift = lag_of(offsets, offsets_stride, i_b, BLOCK_T)
     origin, t_begin, t_end = part_of(begin, end, first_tile, tiles, tl.program_id(1), splits, BLOCK_T, shift)
-    if lse is not None:
-        p_lse = lse + i_b * lse_strides[0] + i_s * lse_strides[1] + row
     if t_begin >= t_end or t_end <= begin:
         if len(VALUES) > 0:
+            p_lse = lse + i_b * lse_strides[0] + i_s * lse_strides[1] + row
             tl.store(p_lse, tl.full([16], float("-inf"), tl.float32), mask=in_q)
         return
 
     _, before = chunk_of(origin, lag, CHUNK)
     if s is not None:
-        p_s = s + i_b * s_strides[0] + row * s_strides[1]
-    seen_to = end - S + i % S  # last token that a query sees
+        p_s = s + i_b * s_strides[0] + row.to(tl.int64) * s_strides[1]
+    seen_to = end - S + row % S  # last token that a query sees
     n_terms: tl.constexpr = len(KEYS)
     if len(KEYS) > 0:
         a += i_b * a_strides[0]
-        p_terms = terms + i_b * terms_strides[0] + row
+        terms += i_b * terms_strides[0]
         first = (tl.maximum(before + t_begin - origin, 0) // CHUNK).to(tl.int64)
-        factor = tl.load(p_terms + first * terms_strides[1] + n_terms * terms_strides[2])
+        factor = tl.load(terms + first * terms_strides[1] + n_terms * terms_strides[2] + row)
     key_segs, value_segs = _segments(key_packs, KEYS, g), _segments(value_packs, VALUES, g)
     acc = ()
     for n in tl.static_range(len(VALUES)):
         mine = ()
-        if VALUES[n][OPENS] and VALUES[n][BITS] < 16:
-            mine = mine + (_zeros(W, 8),)  # sum of p * scale, for the codes' middle
         for _ in tl.static_range(16 // VALUES[n][BITS]):
             mine = mine + (_zeros(W, VALUES[n][SIZE]),)
         acc = acc + (mine,)
-    total = _zeros(W, 8)
+    sums = _zeros(W, 8)  # columns: of p, and of p * scale of each segment, for its codes' middle
     peak = tl.full([W, 16], NOTHING, tl.float32)
-    one = tl.full([W, T, 8], 1.0, tl.float16)
+    eight = tl.broadcast_to(tl.arange(0, 8)[None, None, :], [W, T, 8])
     own = tl.arange(0, W)[:, None] * T + tl.arange(0, T)[None, :]
     pages += i_b * pages_stride
     first_page, last_page = begin // P, (t_end - 1) // P
@@ -121,7 +114,7 @@ def attend_packed_kernel(
             kw = _words(p_page + P * KEY_ROW + place * KEY_WORDS, g, KEY_WORDS // G)
             p_row = p_page + g * KEY_RUN + place * KEY_ROW
             p_a = a + c * a_strides[1] + row * a_strides[2]
-            p_mid = p_terms + c * terms_strides[1]
+            p_terms = terms + c * terms_strides[1] + row
             score = tl.zeros([W, 16, T], tl.float32)
             for n in tl.static_range(len(KEYS)):
                 z = planes(_halfwords(p_row, key_segs, KEYS, n), KEYS[n][BITS], MAGIC, ASM)
@@ -136,13 +129,13 @@ def attend_packed_kernel(
                     if KEYS[n][CLOSES]:
                         score += part * PLAIN
                 else:
-                    part -= tl.load(p_mid + n * terms_strides[2])[None, :, None]
+                    part -= tl.load(p_terms + n * terms_strides[2])[None, :, None]
                     if KEYS[n][CLOSES]:
                         scale = scale_of(kw[KEYS[n][SCALE] // 3], KEYS[n][SCALE] % 3, ASM)
                         score += part * scale.to(tl.float32)[:, None, :]
             share = tl.zeros([16], tl.float32)
             if BIASED:
-                share = tl.load(p_mid + (n_terms + 1) * terms_strides[2])
+                share = tl.load(p_terms + (n_terms + 1) * terms_strides[2])
             if CAPPED or len(VALUES) == 0:
                 score = (score * factor[None, :, None] + share[None, :, None]) * LN_2
                 if CAPPED:
@@ -172,7 +165,7 @@ def attend_packed_kernel(
             fade = tl.exp2(peak - above)[:, :, None]
             peak = above
             p = p.to(tl.float16)
-            new = ()
+            sums, new = tl.dot(p, (eight == 0).to(tl.float16), sums * fade), ()
             for n in tl.static_range(len(VALUES)):
                 z = planes(_halfwords(p_row, value_segs, VALUES, n), VALUES[n][BITS], MAGIC, ASM)
                 mine = ()
@@ -181,41 +174,60 @@ def attend_packed_kernel(
                 elif VALUES[n][OPENS]:
                     word = tl.where(live, vw[VALUES[n][SCALE] // 3], 0)
                     ps = weighed(p, scale_of(word, VALUES[n][SCALE] % 3, ASM)[:, None, :], ASM)
-                    mine = mine + (tl.dot(ps, one, acc[n][0] * fade),)
+                    sums = tl.dot(ps, (eight == 1 + VALUES[n][SCALE]).to(tl.float16), sums)
                 for m in tl.static_range(16 // VALUES[n][BITS]):
-                    mine = mine + (tl.dot(ps, z[m], acc[n][len(mine)] * fade),)
+                    mine = mine + (tl.dot(ps, z[m], acc[n][m] * fade),)
                 new = new + (mine,)
             acc = new
-            total = tl.dot(p, one, total * fade)
 
     if len(VALUES) > 0:
         top = tl.max(peak, 0)
         share = tl.exp2(peak - top[None])
-        whole = tl.sum(tl.max(total, 2) * share, 0)
+        whole = tl.sum(_column(sums, 0) * share, 0)
         some = whole != 0  # a NaN stays one
+        in_q, row = _queries(heads, g, S, C, M, G, tl.int32)
+        p_lse = lse + i_b * lse_strides[0] + i_s * lse_strides[1] + row
         tl.store(p_lse, tl.where(some, (tl.log2(whole) + top) * LN_2, float("-inf")), mask=in_q)
         share *= (1.0 / tl.where(some, whole, 1.0))[None, :]
-        p_y = y + i_b * y_strides[0] + i_s * y_strides[1] + row * y_strides[2]
+        p_y = y + i_b * y_strides[0] + i_s * y_strides[1] + row.to(tl.int64) * y_strides[2]
         for n in tl.static_range(len(VALUES)):
             held, latent = VALUES[n][HELD], VALUES[n][LATENT]
             if value_packs is not None:
                 held, latent = value_segs[3 * n + 1], value_segs[3 * n + 2]
             h = VALUES[n][FIRST] + tl.arange(0, VALUES[n][SIZE])
             if VALUES[n][OPENS] and VALUES[n][BITS] < 16:
-                less = tl.max(acc[n][0], 2) * share * (middle(VALUES[n][BITS]) * SCALE_UNIT)
+                less = _column(sums, 1 + VALUES[n][SCALE]) * share * (middle(VALUES[n][BITS]) * SCALE_UNIT)
             for m in tl.static_range(16 // VALUES[n][BITS]):
                 if VALUES[n][BITS] == 16:
                     x = tl.sum(acc[n][m] * share[:, :, None], 0)
                 else:
                     weight = share * (SCALE_UNIT / unit(VALUES[n][BITS], m, MAGIC))
-                    x = tl.sum(acc[n][m + VALUES[n][OPENS]] * weight[:, :, None] - less[:, :, None], 0)
+                    x = tl.sum(acc[n][m] * weight[:, :, None] - less[:, :, None], 0)
                 mask = (in_q & some)[:, None] & (h < held)[None, :]
                 tl.store(p_y[:, None] + (latent + m * held + h)[None, :], x, mask=mask)
 
 
 @triton.jit
+def _queries(heads, g, S, C: tl.constexpr, M: tl.constexpr, G: tl.constexpr, KIND: tl.constexpr):
+    """The program's rows c (M S) + m S + s of group g: which there are, and the row h S + s of all heads of each.
+
+    In another KIND of numbers they are found anew, after the loop, and not held through it in registers that it needs.
+    """
+    i = tl.program_id(0) // G * 16 + tl.arange(0, 16)
+    in_q = i < C * M * S
+    i, each = tl.where(in_q, i, 0).to(KIND), tl.cast(M * S, KIND)
+    return in_q, tl.load(heads + g * C + (i // each).to(tl.int32)) * (M * S) + (i % each).to(tl.int32)
+
+
+@triton.jit
 def _zeros(W: tl.constexpr, N: tl.constexpr):
     return tl.zeros([W, 16, N], tl.float32)
+
+
+@triton.jit
+def _column(sums, N: tl.constexpr):
+    """Column N of sums [W, 16, 8]."""
+    return tl.sum(tl.where(tl.arange(0, 8)[None, None, :] == N, sums, 0.0), 2)
 
 
 @triton.jit

@@ -123,7 +123,7 @@ def load_turns(turns, at, rows, d, ROTARY: tl.constexpr):
 @triton.jit
 def soft_cap(x, cap):
     """cap * tanh(x / cap), exact to rounding for small x too."""
-    y = x / cap
+    y = x * (1.0 / cap)
     z = y * y
     e = tl.exp(-2.0 * tl.abs(y))
     large = tl.where(y < 0, -1.0, 1.0) * (1.0 - e) / (1.0 + e)
