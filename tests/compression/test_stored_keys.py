@@ -16,7 +16,7 @@ from lrattn.compression import methods
 from lrattn.compression.averages import Turns
 from lrattn.compression.methods.weighted import damped
 from lrattn.compression.moments import about, mean_of
-from lrattn.compression.segments import STEPS
+from lrattn.factors.formats import STEPS
 from lrattn.factors.layer import sides_of
 from lrattn.factors.summary import comparison, headline, summarize, table
 from lrattn.models.layers import attention_layers
