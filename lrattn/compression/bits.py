@@ -71,7 +71,7 @@ def share_held(keep: float, ladder: Sequence[int]) -> float:
 
 @cache
 def formats_of(rank: int, ladder: tuple[int, ...]) -> tuple[Format, ...]:
-    """What a part of this full rank, a multiple of 16, can be: the fewest bytes of codes first.
+    """What a part of this full rank, a multiple of 16, can be: the fewest bytes of codes first, then of scales.
 
     Segments are of whole steps. Where the full rank is not, the last one may also be all that is left of the part.
     """
@@ -156,16 +156,17 @@ def _choices(row: Row, ladder: tuple[int, ...]) -> list[Spent]:
 
 
 def _worthwhile(energies: Tensor, ladder: tuple[int, ...]) -> list[tuple[Format, float]]:
-    """Of a part, the formats that lose less than any with no more codes and no more scales, and what they lose."""
+    """Of a part, the formats that lose less than all with fewer bytes of codes, or as many and fewer scales, and what
+    they lose: words of scales never differ by what a step of codes takes."""
     beyond = [*energies.flip(0).cumsum(0).flip(0).tolist(), 0.0]  # of the latents from each on
-    found, least = [], [inf] * (len(WIDTHS) + 1)  # by scales
+    found, least = [], inf
     for made in formats_of(len(energies), ladder):
         at, lost = 0, 0.0
         for rank, bits in made.segments:
             lost += (beyond[at] - beyond[at + rank]) * ERRORS[bits]
             at += rank
         lost = (lost + beyond[at]) / 2
-        if lost < least[made.scales]:
-            least[made.scales :] = [min(lost, other) for other in least[made.scales :]]
+        if lost < least:
             found.append((made, lost))
+            least = lost
     return found

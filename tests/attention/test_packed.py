@@ -224,7 +224,7 @@ def test_a_cache_of_another_format_is_refused_and_untouched():
     caches = [x.fill_(7) for x in lrattn.allocate_cache(plain_layer, 2, 16)]
     packed = [x.fill_(7) for x in lrattn.allocate_cache(layer, 2, 16)]
     cut = torch.empty(2, 16, layer.k_width + 16, dtype=torch.uint8)[..., 16:]
-    odd = torch.empty(2, 16 * layer.k_width + 8, dtype=torch.uint8)[:, 8:].unflatten(1, (16, -1))
+    odd = torch.empty(2, 16 * layer.k_width + 8, dtype=torch.uint8)[:, :-8].unflatten(1, (16, -1))
     late = torch.empty(2 * 16 * layer.k_width + 8, dtype=torch.uint8)[8:].view(2, 16, -1)
     apart = rf"k_cache: expected pages at multiples of 16 bytes, whose {layer.k_width} bytes a token lie together, got "
     for message, (own, *given) in {
@@ -233,7 +233,7 @@ def test_a_cache_of_another_format_is_refused_and_untouched():
         r"k_cache: expected the layer's dtype torch\.float32, got torch\.uint8": (plain_layer, *packed),
         rf"k_cache: expected shape \[N, P, {narrower.k_width}\], got \[2, 16, 36\]": (narrower, *packed),
         apart + r"strides \(832, 52, 1\) from 16 on": (layer, cut, packed[1]),
-        apart + r"strides \(584, 36, 1\) from 8 on": (layer, odd, packed[1]),
+        apart + r"strides \(584, 36, 1\) from 0 on": (layer, odd, packed[1]),
         apart + r"strides \(576, 36, 1\) from 8 on": (layer, late, packed[1]),
     }.items():
         with pytest.raises(ValueError, match=message):
@@ -279,7 +279,7 @@ def test_decoding_from_a_packed_cache_is_scoring(family, shared):
     with torch.no_grad(), latent_attention(model, factors):
         got = [model(part, **cache_argument(cache)).logits for part in ids.split((20, 1, 1, 12, 6), 1)]
     error = torch.cat(got, 1) - expected  # where a sum is rounded another way, a code may be the next one
-    assert error.abs().max() < 0.03 and error.square().mean().sqrt() < 2e-3
+    assert error.abs().max() < 0.05 and error.square().mean().sqrt() < 2e-3
     unpacked = [
         replace(x, keys=replace(x.keys, format=None), values=replace(x.values, format=None)) for x in factors.layers
     ]

@@ -116,6 +116,18 @@ def test_no_other_segments_lose_less(nbytes, groups, ladder, sizes):
         assert spent.lost == pytest.approx(lost_by(row, parts_of(row, spent, ladder)))
 
 
+@pytest.mark.parametrize("decays", [(0.02, 0.02), (0.1, 0.01), (0.005, 0.15)])
+def test_no_other_segments_of_two_parts_lose_less_to_a_word(decays):
+    """Four scales take a word more than three."""
+    row = Row(tuple(falling(n, n, decay) for n, decay in zip((96, 128), decays)), 1)
+    known = [
+        (joined(parts).nbytes, lost_by(row, parts)) for parts in product(*(formats_of(len(x), AUTO) for x in row.parts))
+    ]
+    for nbytes in range(36, 240, 4):
+        (spent,) = share_out([row], nbytes, AUTO)
+        assert spent.format.nbytes <= nbytes and spent.lost == pytest.approx(min(x for n, x in known if n <= nbytes))
+
+
 @pytest.mark.parametrize("sizes", [(192, 192, 64, 128), (1024, 512), ((128, 128), (96, 160)), ((512, 640), 64)])
 def test_more_bytes_lose_less_and_none_are_left(sizes):
     """To the least step of any row: 16 bytes, twice that in wide parts, and two words of scales."""
@@ -182,18 +194,22 @@ def test_too_few_bytes_are_refused():
 
 @pytest.mark.parametrize("ladder", [*LADDERS, (8, 16)])
 @pytest.mark.parametrize(
-    "shape",
+    "shape, steps",
     [
-        LayerShape(4, 32, 4, 4),
-        LayerShape(8, 128, 4, 4, shared=True),
-        LayerShape(8, 128, 4, 4, shared=True, parts=2),
-        LayerShape(1, 72, 1, 1, shared=True, parts=2),
+        (LayerShape(4, 32, 4, 4), 2),
+        (LayerShape(8, 128, 4, 4, shared=True), 2 * 2),
+        (LayerShape(8, 128, 4, 4, shared=True, parts=2), 2 * 2 * 2),
+        (LayerShape(2, 128, 2, 2, shared=True, parts=2), 2),
+        (LayerShape(1, 72, 1, 1, shared=True, parts=2), 2),
     ],
 )
-def test_what_is_too_little_is_told_before_any_work(shape, ladder):
-    """The share it names is enough, for parts of a row that are as long as can be, too; a byte less is refused."""
+def test_what_is_too_little_is_told_before_any_work(shape, steps, ladder):
+    """The share it names is enough, for parts of a row that are as long as can be, too; a byte less is refused.
+
+    steps: of 16 bytes, one a part, two where a part has 512 latents or more."""
     dense = 2 * shape.dense
     least = least_bytes(shape.rows, ladder)
+    assert least == 16 * steps + 4 * sum(groups for _, groups in shape.rows)
     with pytest.raises(ValueError, match=rf"keep: expected at least {least / dense:.3f}, a step of latents a row, got"):
         check_least([shape], 0.01, least - 1, ladder)
     check_least([shape], 0.01, least, ladder)
