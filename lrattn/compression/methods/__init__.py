@@ -91,6 +91,11 @@ class Method:
             return (False,)
         return (False, True) if self.chunk else FORMS
 
+    @property
+    def absorbed(self) -> bool:
+        """Whether queries meet the latents, of layers with a rotation."""
+        return self.rotated or self.chunk is not None
+
     def ruled_by(self, ranks: str) -> bool:
         """Whether that rule can share out its ranks: gradients by rotated keys are gathered without Fisher's."""
         return ranks != "fisher" or "rotated-metric" not in self.gather
