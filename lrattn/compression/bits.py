@@ -122,12 +122,15 @@ def share_out(rows: Sequence[Row], nbytes: int, ladder: tuple[int, ...]) -> list
     sizes = [[spent.format.nbytes * row.groups for spent in own] for own, row in zip(choices, rows, strict=True)]
     unit = gcd(*(WORD * row.groups for row in rows))
     room = min(nbytes, sum(own[-1] for own in sizes)) // unit
-    best, taken = torch.zeros(max(room, 0) + 1, dtype=torch.float64), list[Tensor]()
+    best, taken = torch.zeros(max(room, 0) + 1, dtype=torch.float64), list[Tensor]()  # with at most so many units
     for own, size in zip(choices, sizes, strict=True):
-        lost = torch.full((len(own), len(best)), inf, dtype=torch.float64)  # with at most so many bytes
-        for row, spent, begin in zip(lost, own, size, strict=True):
-            row[begin // unit :] = best[: max(len(best) - begin // unit, 0)] + spent.lost
-        best, chosen = lost.min(0)
+        lost, chosen = torch.full_like(best, inf), torch.zeros(len(best), dtype=torch.int32)
+        for i, (spent, begin) in enumerate(zip(own, size, strict=True)):
+            enough = slice(begin // unit, None)
+            after = best[: max(len(best) - begin // unit, 0)] + spent.lost
+            better = after < lost[enough]
+            lost[enough], chosen[enough] = after.where(better, lost[enough]), chosen[enough].masked_fill(better, i)
+        best = lost
         taken.append(chosen)
     if best[-1] == inf:
         least = least_bytes([([len(part) for part in row.parts], row.groups) for row in rows], ladder)
