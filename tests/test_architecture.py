@@ -31,8 +31,8 @@ ORDER = {
     "fused_rebuilt merge combine project decode",
     "attention": "dense cache reference operators checks ops",
     "models": "masks states interface layers ropes weights",
-    "compression": "arguments moments substitute batches sums calibrate clusters bits ranks segments methods averages "
-    "problem propagate nested refine older compress compressibility",
+    "compression": "arguments moments substitute batches sums calibrate clusters ranks bits methods averages problem "
+    " propagate nested refine older compress compressibility",
     "integrations": "transformers",
 }
 DUMPING_GROUNDS = {"utils", "helpers", "common", "misc", "base", "tools", "core"}

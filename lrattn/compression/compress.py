@@ -17,7 +17,7 @@ from tqdm import tqdm
 from lrattn.compression.arguments import check_count, check_flag, check_share
 from lrattn.compression.averages import Turns
 from lrattn.compression.batches import Batch, check_batches, check_lengths, least_felt, tokens_of, unfelt, unpadded
-from lrattn.compression.bits import Bits, ladder_of, share_held, spend
+from lrattn.compression.bits import Bits, check_least, ladder_of, share_held, share_out
 from lrattn.compression.calibrate import calibrate, check_moments, fingerprint
 from lrattn.compression.methods import DEFAULT, METHODS, Method, kq_svd
 from lrattn.compression.methods.lorc import log_condition
@@ -28,7 +28,6 @@ from lrattn.compression.propagate import propagate
 from lrattn.compression.ranks import RULES, LayerShape, budget, condition, fisher, group_size_within, spectrum, uniform
 from lrattn.compression.refine import digest_of, parted
 from lrattn.compression.refine import refine as distil
-from lrattn.compression.segments import POSITION_FREE, check_least, share_out
 from lrattn.compression.substitute import Window
 from lrattn.factors import safefile
 from lrattn.factors.layer import LayerFactors
@@ -102,11 +101,10 @@ def compress(
             state when no more factors are to be made on this text.
         shards: tensor-parallel ranks that the heads will be divided over; no group of keys lies across them.
         bits: of a latent: 16, plain numbers; 8, 4 or 2 for all; or, for lrattn's own methods and ranks "spectrum",
-            several to choose from, or "auto": 8, 4 and 2, and 16 for "lrattn-rebuilt". The bytes then go where they
-            save most, over all layers, keys and values. "lrattn-rebuilt" chooses for every 16 latents
-            (lrattn/compression/bits.py). Where queries meet latents, segments are of multiples of 16, 32 and 64 latents
-            at 8, 4 and 2 bits, of twice as many in rows of 512 or more (lrattn/compression/segments.py). None: "auto"
-            where it can be, for a keep below 0.5 without `nested`; else 16.
+            several to choose from, or "auto": 8, 4 and 2. The bytes then go where they save most, over all layers, keys
+            and values, in segments of multiples of 16, 32 and 64 latents at 8, 4 and 2 bits, of twice as many in rows
+            of 512 or more (lrattn/compression/bits.py). None: "auto" where it can be, for a keep below 0.5 without
+            `nested`; else 16.
         chunk: positions in a chunk, for "lrattn": a multiple of 64. Shorter ones lose less, and queries are absorbed
             for each. None: 512. Layers without a rotation have none.
         positions: for "lrattn-rotated" and other methods of rotated keys: factors are made for positions 0 ..
@@ -145,8 +143,6 @@ def compress(
     if ladder is None:
         bits = "auto" if packs and keep < PLAIN else 16
         ladder = ladder_of(bits)
-    if bits == "auto" and recipe.absorbed:
-        ladder = POSITION_FREE
     if len(ladder) > 1 and not in_nats:
         raise ValueError(f"bits: expected one number with method {method!r} and ranks {ranks!r}, got {bits!r}")
     held, by_bits = share_held(keep, ladder), in_nats and ladder != (16,)
@@ -156,7 +152,7 @@ def compress(
     shapes = [replace(shape, shared=bool(form), parts=parts) for shape in shapes]
     nbytes = int(keep * sum(2 * shape.dense for shape in shapes) + 1e-6)
     try:  # refused before any work
-        if by_bits and recipe.absorbed:
+        if by_bits:
             check_least(shapes, keep, nbytes, ladder)
         else:
             budget(shapes, keep)
@@ -236,7 +232,7 @@ def compress(
         problem.group(sum(per_group) // len(per_group))
     if by_bits:
         rows = [problem.bit_rows(held) for problem in shown(problems, desc="spectra")]
-        spent = iter((share_out if recipe.absorbed else spend)(list(chain(*rows)), nbytes, ladder))
+        spent = iter(share_out(list(chain(*rows)), nbytes, ladder))
         pairs = zip(shown(problems, desc="factor"), rows, strict=True)
         made = [problem.spent(list(islice(spent, len(own)))) for problem, own in pairs]
     else:

@@ -294,7 +294,10 @@ class Problem:
         to be of one size where they are packed."""
         placed = down.new_zeros(self.layer.dense * (2 if self.form else 1), down.shape[1])
         placed[at] = down
-        size = down.new_ones(down.shape[1]) if inputs is None else deviations(placed, inputs)
+        if inputs is None:
+            return placed, down.new_ones(down.shape[1])
+        scale = self._sizes.repeat_interleave(self.layer.dense) if self.form else placed.new_ones(len(placed))
+        size = deviations(placed * scale[:, None], inputs / scale / scale[:, None])  # a side's share of the damping
         return placed / size, size
 
     def _record(self, side: str, ups: list[Tensor], ranks: tuple[int, ...], down: Tensor | None) -> Projection:

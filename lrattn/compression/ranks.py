@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from lrattn.compression.arguments import check_count, check_share
-from lrattn.factors.formats import ALIGNMENT
-from lrattn.factors.shapes import RANK_STEP, round_up
+from lrattn.factors.formats import STEPS, WORD
+from lrattn.factors.shapes import RANK_STEP, cdiv, round_up
 
 Ranks = tuple[tuple[int, ...], tuple[int, ...]]  # of the key groups, of the value groups
 RULES = ("spectrum", "fisher", "uniform", "condition")
@@ -28,7 +28,7 @@ class LayerShape:
     shared: bool = False
     whole_values: bool = False  # only keys are compressed
     bits: int = 16  # of a latent, the fewest there may be
-    parts: int = 1  # of a group's row, each with a step and a scale of its own at least
+    parts: int = 1  # of a group's row, which have bits apart
 
     @property
     def groups(self) -> tuple[int, int]:
@@ -44,21 +44,37 @@ class LayerShape:
         return key, value
 
     @property
+    def rows(self) -> list[tuple[tuple[int, ...], int]]:
+        """Of the rows of keys and of values, or of those that both share: the most latents of each part, and groups."""
+        sides = zip(self.full_ranks, self.groups, strict=True)
+        return [((round_up(cdiv(rank, self.parts), RANK_STEP),) * self.parts, n) for rank, n in sides if n]
+
+    @property
+    def step(self) -> int:
+        """Latents in a step of ranks: 16, or as many as fill the 16 bytes that packed ones are padded to."""
+        return STEPS[self.bits]
+
+    @property
+    def step_bytes(self) -> int:
+        """What a step takes, also one that a full rank ends within."""
+        return self.step * self.bits // 8
+
+    @property
     def caps(self) -> list[int]:
-        """Steps of 16 latents at which each group is full, keys before values."""
-        (keys, values), (of_keys, of_values) = self.groups, self.full_ranks
-        return [of_keys // RANK_STEP] * keys + [of_values // RANK_STEP] * values
+        """Steps at which each group is full, keys before values."""
+        sides = zip(self.full_ranks, self.groups, strict=True)
+        return [cdiv(rank, self.step) for rank, n in sides for _ in range(n)]
 
     @property
     def leasts(self) -> list[int]:
-        """Steps that each group has at least: one for each part of its row, or all of them."""
+        """Steps that each group has at least: one, or all of them."""
         keys, values = self.groups
-        return [self.parts] * keys + (self.caps[keys:] if self.whole_values else [self.parts] * values)
+        return [1] * keys + (self.caps[keys:] if self.whole_values else [1] * values)
 
     @property
     def overhead(self) -> int:
         """Bytes of a token that are not latents: scales, where latents are packed."""
-        return 0 if self.bits == 16 else ALIGNMENT * self.parts * sum(self.groups)
+        return 0 if self.bits == 16 else WORD * sum(self.groups)
 
     @property
     def dense(self) -> int:
@@ -105,7 +121,7 @@ def spectrum(
     in_nats: bool = False,
     level: float = 0.0,
 ) -> list[Ranks]:
-    """Water-filling: every step of 16 latents goes where it saves most.
+    """Water-filling: every step of latents goes where it saves most.
 
     Args:
         energies: per layer, of the key groups and of the value groups (none and the rows, where rows are shared), each
@@ -114,13 +130,14 @@ def spectrum(
         level: share of every layer's budget that is the same for all layers; within a layer water-filling decides.
     """
     gains: list[list[float]] = []  # of each group's steps
+    latents = shapes[0].step
     for pair in energies:
         for side in pair:
             whole = 1.0 if in_nats else max(sum(e.sum().item() for e in side), 1e-300)
-            gains += [[step.sum().item() / whole for step in e.split(RANK_STEP)] for e in side]
+            gains += [[step.sum().item() / whole for step in e.split(latents)] for e in side]
     leasts, caps, total = _bounds(shapes, keep)
     if [len(g) for g in gains] != caps:
-        raise ValueError(f"energies: expected {caps} steps of {RANK_STEP}, got {[len(g) for g in gains]}")
+        raise ValueError(f"energies: expected {caps} steps of {latents}, got {[len(g) for g in gains]}")
     steps = _filled(gains, leasts, total)
     if level:
         rate = (sum(steps) - sum(leasts)) / max(sum(caps) - sum(leasts), 1)
@@ -175,10 +192,10 @@ def _filled(gains: Sequence[Sequence[float]], leasts: Sequence[int], total: int)
 
 
 def budget(shapes: Sequence[LayerShape], keep: float) -> int:
-    """Steps of 16 latents, of the same bits in all layers, that all groups may hold together.
+    """Steps of latents, of the same bits in all layers, that all groups may hold together.
 
-    Latents of all layers, scales included, take at most keep * (numbers of a dense cache), and less than one step below
-    it unless every group is full. keep = 1 means full rank.
+    Latents of all layers, scales and padding included, take at most keep * (bytes of a dense cache), and less than one
+    step below it unless every group is full. keep = 1 means full rank.
 
     Raises: ValueError if keep is outside (0, 1] or too small to give every group one step, or all of values that a
     method leaves whole.
@@ -187,20 +204,19 @@ def budget(shapes: Sequence[LayerShape], keep: float) -> int:
     full = sum(sum(s.caps) for s in shapes)
     if keep == 1:
         return full
-    what = f"{'one step' if shapes[0].parts == 1 else f'{shapes[0].parts} steps'} of 16 a group"
+    what = f"one step of {shapes[0].step} a group"
     what = f"all of the values, {what}" if any(s.whole_values for s in shapes) else what
     overhead, dense = sum(s.overhead for s in shapes), 2 * sum(s.dense for s in shapes)
     least = sum(sum(s.leasts) for s in shapes)
-    return min(affordable(keep, dense, overhead, least, what, shapes[0].bits), full)
+    return min(affordable(keep, dense, overhead, least, what, shapes[0].step_bytes), full)
 
 
-def affordable(keep: float, dense: int, overhead: int, least: int, what: str, bits: int = 16) -> int:
-    """Steps of 16 latents of these bits within keep * dense bytes a token, beside so many bytes of overhead.
+def affordable(keep: float, dense: int, overhead: int, least: int, what: str, step: int = 2 * RANK_STEP) -> int:
+    """Steps of so many bytes within keep * dense bytes a token, beside so many bytes of overhead.
 
     Raises: ValueError if keep is outside (0, 1] or allows fewer than `least` steps: `what` says what those are.
     """
     check_share(keep)
-    step = RANK_STEP * bits // 8
     steps = int(keep * dense - overhead + 1e-6) // step
     if steps < least:
         need = (step * least + overhead) / dense
@@ -251,5 +267,11 @@ def _by_layer(shapes: Sequence[LayerShape], of_groups: Sequence[Any]) -> list[li
 
 
 def _ranks(shapes: Sequence[LayerShape], steps: Sequence[int]) -> list[Ranks]:
-    ranks = [tuple(RANK_STEP * n for n in own) for own in _by_layer(shapes, steps)]
-    return [(own[: shape.groups[0]], own[shape.groups[0] :]) for shape, own in zip(shapes, ranks, strict=True)]
+    found = []
+    for shape, own in zip(shapes, _by_layer(shapes, steps), strict=True):
+        sides = own[: shape.groups[0]], own[shape.groups[0] :]
+        keys, values = (
+            tuple(min(shape.step * n, full) for n in side) for side, full in zip(sides, shape.full_ranks, strict=True)
+        )
+        found.append((keys, values))
+    return found

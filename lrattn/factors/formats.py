@@ -45,6 +45,7 @@ ERRORS = {0: 1.0, 2: 0.12, 4: 0.01, 8: 4e-5, 16: 4e-8}
 ALIGNMENT = 16  # bytes: a run is loaded 16 at a time
 WORD = 4  # bytes of scales
 SCALES = 3  # in a word
+STEPS = {bits: max(8 * ALIGNMENT // bits, RANK_STEP) for bits in WIDTHS}  # latents that fill those bytes
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,14 @@ class Format:
         return sum(_padded(rank, bits) for rank, bits in self.segments)
 
     @property
+    def scales(self) -> int:
+        """Segments that have one."""
+        return sum(bits < 16 for _, bits in self.segments)
+
+    @property
     def words(self) -> int:
         """Bytes of its words of scales."""
-        return WORD * cdiv(sum(bits < 16 for _, bits in self.segments), SCALES)
+        return words_of(self.scales)
 
     @property
     def nbytes(self) -> int:
@@ -131,6 +137,11 @@ class Format:
         for rank, bits in self.segments:
             yield bits, slice(latent, latent + rank), slice(at, at + rank * bits // 8), scale_place(scale)
             latent, at, scale = latent + rank, at + _padded(rank, bits), scale + (bits < 16)
+
+
+def words_of(scales: int) -> int:
+    """Bytes of the words that hold so many scales of a group."""
+    return WORD * cdiv(scales, SCALES)
 
 
 def scale_place(n: int) -> int:

@@ -12,18 +12,19 @@ from packing import plain, poison, read_cache
 
 import lrattn
 from lrattn.__main__ import main
-from lrattn.attention.cache import stored, unpack
+from lrattn.attention.cache import stored
 from lrattn.factors.formats import uniform
 from lrattn.integrations.transformers import LatentCache, latent_attention
 from lrattn.models.interface import cache_argument
 
 FAMILIES = tuple(tiny.CONFIGS)
 FORMS = (False, "ride", True)
+KEEP = {"mqa": 0.45}  # a row of 32 latents has 16 bytes or 32
 
 
 def compressed(family="llama", **kwargs):
-    model = tiny.model(family)
-    given = {"method": "lrattn-rebuilt", "keep": 0.3, "bits": "auto", "far": (0, 0), "progress": False} | kwargs
+    model, keep = tiny.model(family), KEEP.get(family, 0.3)
+    given = {"method": "lrattn-rebuilt", "keep": keep, "bits": "auto", "far": (0, 0), "progress": False} | kwargs
     return model, lrattn.compress(model, [tiny.tokens(4, 40)], **given)
 
 
@@ -39,13 +40,14 @@ def test_the_budget_is_met_from_below(family, shared):
     caches = [x for layer in factors.layers for x in there(*lrattn.allocate_cache(layer, 1, 16))]
     assert sum(x.nbytes for x in caches) == 16 * factors.bytes_per_token  # scales and padding included
     assert all(x.dtype == torch.uint8 for x in caches)
-    step = 2 * max(layer.keys.num_heads for layer in factors.layers) * 16  # of a block in every group, and scales
-    assert 0.3 * factors.dense_bytes_per_token - step < factors.bytes_per_token <= 0.3 * factors.dense_bytes_per_token
+    step = 20 * max(len(layer.values.ranks) for layer in factors.layers)  # in every group of a row, and a word
+    most = KEEP.get(family, 0.3) * factors.dense_bytes_per_token
+    assert most - step < factors.bytes_per_token <= most
     assert len(set(formats_of(factors))) > 1
     assert len(factors.predicted) == len(factors.layers) and all(x > 0 for x in factors.predicted)
 
 
-@pytest.mark.parametrize("nbytes", [150, 231, 400])
+@pytest.mark.parametrize("nbytes", [160, 231, 400])
 def test_bytes_a_token_instead_of_a_share(nbytes):
     _, factors = compressed(keep=None, bytes_per_token=nbytes)
     assert nbytes - 16 < factors.bytes_per_token <= nbytes
@@ -62,8 +64,9 @@ def foreseen():
 
 @pytest.mark.parametrize("shared", FORMS)
 def test_more_bytes_foresee_less_loss(shared, foreseen):
+    """Until all latents have 8 bits."""
     lost = [foreseen(keep=keep, bits="auto", shared=shared) for keep in (0.1, 0.2, 0.4, 0.7, 1.0)]
-    assert lost == sorted(lost, reverse=True) and lost[-1] < 1e-3 * lost[0]
+    assert lost == sorted(lost, reverse=True) and lost[-1] == lost[-2] < 0.02 * lost[0]
 
 
 def test_bits_lose_less_than_ranks_at_the_same_bytes(foreseen):
@@ -103,7 +106,7 @@ def test_other_methods_take_uniform_bits(method, keep, bits):
     model, factors = compressed(method=method, bits=bits, keep=keep)
     assert {b for f in formats_of(factors) for _, b in f.segments} == {bits}
     full = all(side.width >= 128 for layer in factors.layers for side in (layer.keys, layer.values))
-    least = keep * factors.dense_bytes_per_token - 2 * bits
+    least = keep * factors.dense_bytes_per_token - 16
     assert (full or least < factors.bytes_per_token) and factors.bytes_per_token <= keep * factors.dense_bytes_per_token
     with torch.no_grad(), latent_attention(model, factors):
         assert model(tiny.tokens(1, 30)).logits.isfinite().all()
@@ -137,18 +140,43 @@ def test_a_cache_holds_what_the_page_layout_says(case):
     zk, zv = latents(layer, 20)
     for cache in there(*caches):
         cache.fill_(poison(cache.dtype))
-    lrattn.write_latents(layer, zk, zv, *caches, torch.arange(20))
+    slots = torch.arange(20).flip(0) + 5
+    lrattn.write_latents(layer, zk, zv, *caches, slots)
     assert sum(x[0, 0].nbytes for x in there(*caches)) >= layer.bytes_per_token
-    k_cache, v_cache = caches
-    back = unpack(layer.row_side, k_cache.flatten(0, 1)[:20])
-    if layer.row_side.formats:
-        read = read_cache(k_cache, layer.row_side.formats, torch.float32).flatten(0, 1)
-        torch.testing.assert_close(back.double(), read[:20], rtol=1e-6, atol=1e-9)
-        assert read[20:].isnan().all()
-    k, v = stored(layer, zk, zv)
-    assert torch.equal(k, back.float())
-    if v_cache is not None:
-        assert torch.equal(v, unpack(layer.values, v_cache.flatten(0, 1)[:20]).float())
+    for cache, side, expected in zip(caches, (layer.row_side, layer.values), stored(layer, zk, zv)):
+        if cache is None:
+            continue
+        read = (read_cache(cache, side.formats) if side.formats else cache.double()).flatten(0, 1)
+        torch.testing.assert_close(read[slots], expected.double(), rtol=1e-6, atol=1e-9)
+        assert read[:5].isnan().all() and read[25:].isnan().all()
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_a_page_by_hand(bits):
+    """The runs of all tokens, then their words: of two groups of 16 and 48 latents, padded, in pages of 16 tokens."""
+    layer = make_layer(Case("two", key_ranks=(16, 48), key_bits=(bits,)), torch.float32)
+    first, second = 16, -(-48 * bits // 128) * 16
+    cache = torch.full((2, 16, first + second + 8), 7, dtype=torch.uint8)
+    zk, zv = latents(layer, 2)
+    zk[1] = torch.nan
+    lrattn.write_latents(layer, zk, zv, cache, lrattn.allocate_cache(layer, 2, 16)[1], torch.tensor([19, 21]))
+    assert (cache[0] == 7).all()
+    page = cache[1].flatten()
+    runs, words = page[: 16 * (first + second)].view(16, -1), page[16 * (first + second) :].view(16, 2, 4)
+    others = [t for t in range(16) if t not in (3, 5)]
+    assert (runs[others] == 7).all() and (words[others] == 7).all()
+    assert (words[5] == torch.tensor([255, 0, 0, 0])).all()  # of nothing finite
+    assert (words[3, :, 1:] == 0).all() and ((words[3, :, 0] >= 8) & (words[3, :, 0] < 255)).all()
+    for begin, latent, rank in ((0, 0, 16), (first, 16, 48)):
+        scale = int(words[3, latent // 16, 0])
+        step = (1 + scale % 8 / 8) * 2.0 ** (scale // 8 - 23)
+        halfwords = runs[3, begin : begin + rank * bits // 8].view(torch.int16).int() & 0xFFFF
+        for i in range(rank):
+            plane, h = divmod(i, len(halfwords))
+            code = (int(halfwords[h]) >> (plane * bits)) & (2**bits - 1)
+            cut = zk[0, latent + i].clamp(-step * 2 ** (bits - 1), step * 2 ** (bits - 1)).item()
+            assert abs((code - (2**bits - 1) / 2) * step - cut) <= step / 2 * 1.0001
+        assert (runs[3, begin + rank * bits // 8 : begin + -(-rank * bits // 128) * 16] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -191,17 +219,22 @@ def test_formats_that_do_not_fit_are_refused():
 def test_a_cache_of_another_format_is_refused_and_untouched():
     plain_layer = make_layer(Case("plain"), torch.float32)
     layer = make_layer(Case("packed", key_bits=(8,), value_bits=(4,)), torch.float32)
-    wider = make_layer(Case("wider", key_bits=(4, 2), value_bits=(4,)), torch.float32)
+    narrower = make_layer(Case("narrower", key_bits=(4,), value_bits=(4,)), torch.float32)
     zk, zv, slots = torch.randn(3, 32), torch.randn(3, 48), torch.arange(3)
     caches = [x.fill_(7) for x in lrattn.allocate_cache(plain_layer, 2, 16)]
     packed = [x.fill_(7) for x in lrattn.allocate_cache(layer, 2, 16)]
-    odd = torch.empty(2, 16, layer.k_width + 3, dtype=torch.uint8)[..., 3:]
+    cut = torch.empty(2, 16, layer.k_width + 16, dtype=torch.uint8)[..., 16:]
+    odd = torch.empty(2, 16 * layer.k_width + 8, dtype=torch.uint8)[:, :-8].unflatten(1, (16, -1))
+    late = torch.empty(2 * 16 * layer.k_width + 8, dtype=torch.uint8)[8:].view(2, 16, -1)
+    apart = rf"k_cache: expected pages at multiples of 16 bytes, whose {layer.k_width} bytes a token lie together, got "
     for message, (own, *given) in {
         r"k_cache: expected uint8 for the layer's packed latents, got torch\.float32": (layer, *caches),
         r"v_cache: expected uint8 for the layer's packed latents, got torch\.float32": (layer, packed[0], caches[1]),
         r"k_cache: expected the layer's dtype torch\.float32, got torch\.uint8": (plain_layer, *packed),
-        rf"k_cache: expected shape \[N, P, {wider.k_width}\], got \[2, 16, 36\]": (wider, *packed),
-        "k_cache: expected rows at multiples of 4 bytes, got strides": (layer, odd, packed[1]),
+        rf"k_cache: expected shape \[N, P, {narrower.k_width}\], got \[2, 16, 36\]": (narrower, *packed),
+        apart + r"strides \(832, 52, 1\) from 16 on": (layer, cut, packed[1]),
+        apart + r"strides \(584, 36, 1\) from 0 on": (layer, odd, packed[1]),
+        apart + r"strides \(576, 36, 1\) from 8 on": (layer, late, packed[1]),
     }.items():
         with pytest.raises(ValueError, match=message):
             lrattn.write_latents(own, zk, zv, *given, slots)
@@ -246,7 +279,7 @@ def test_decoding_from_a_packed_cache_is_scoring(family, shared):
     with torch.no_grad(), latent_attention(model, factors):
         got = [model(part, **cache_argument(cache)).logits for part in ids.split((20, 1, 1, 12, 6), 1)]
     error = torch.cat(got, 1) - expected  # where a sum is rounded another way, a code may be the next one
-    assert error.abs().max() < 0.03 and error.square().mean().sqrt() < 2e-3
+    assert error.abs().max() < 0.05 and error.square().mean().sqrt() < 2e-3
     unpacked = [
         replace(x, keys=replace(x.keys, format=None), values=replace(x.values, format=None)) for x in factors.layers
     ]

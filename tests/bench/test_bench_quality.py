@@ -184,9 +184,8 @@ def test_keys_read_a_share_of_a_row_s_bytes(tmp_path):
     (form,) = ride.values.formats
     ends = list(accumulate(rank for rank, _ in form.segments))
     segments = form.segments[: 1 + ends.index(ride.keys.width)]
-    scales = sum(bits < 16 for _, bits in segments)
     assert 0 < len(segments) < len(form.segments)
-    assert quality.key_bytes(ride) == sum(r * b // 8 for r, b in segments) + -(-scales // 4) * 4
+    assert quality.key_bytes(ride) == sum(-(-r * b // 128) * 16 for r, b in segments) + 4
     plain = replace(ride, values=replace(ride.values, format=None))
     chunked, given = (replace(plain, **form) for form in ({"chunk": 64}, {"rope": None}))
     forms = ride, plain, chunked, replace(plain, chunk=128), given, replace(given, max_position=64)

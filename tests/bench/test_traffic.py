@@ -7,11 +7,11 @@ for the same latent, heads of a group or blocks of 64 query rows, a GPU can serv
 import json
 from contextlib import nullcontext
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import mutants
 import numpy as np
+import packing
 import pytest
 import torch
 from cases import Case, make, make_layer, reach
@@ -113,22 +113,39 @@ def interpreted(request):
         pytest.skip("accesses are counted in the interpreter")
 
 
-def reads_of(cache, side, ranks, times):
-    """How often each column of a live row is read where of each group the first `ranks` latents are, `times` times. Of
-    packed rows, bytes of their codes. NaN: a scale or in a word with one, and may be read more often."""
-    reads, begin = np.zeros(cache.shape[2]), 0
-    for own, left in zip(side.formats or map(a_column_each, side.ranks), ranks):
-        at = begin
-        for held, bits in own.segments:
-            reads[at : at + max(min(held, left), 0) * bits // 8] = times
-            at, left = at + held * bits // 8, left - held
-        reads[begin + own.scales : begin + own.nbytes] = np.nan
-        begin += own.nbytes
-    return reads
+def reads_of(side, ranks, times):
+    """How often each column of a live row is read where of each group the first `ranks` latents are, `times` times; or
+    each byte of its run and of its words, where it is packed. NaN: it may be read or not, as padding, words of scales
+    and a segment that ends beyond them."""
+    if not side.formats:
+        return [np.concatenate([times * (np.arange(n) < rank) for n, rank in zip(side.ranks, ranks)]).astype(float)]
+    runs = []
+    for own, rank in zip(side.formats, ranks):
+        runs.append(np.full(packing.sizes(own)[0], np.nan))
+        first = 0
+        for held, bits, at, _ in packing.places(own):
+            read = times if first + held <= rank else np.nan if first < rank else 0
+            runs[-1][at : at + held * bits // 8] = read
+            first += held
+    return [np.concatenate(runs), np.full(sum(packing.sizes(own)[1] for own in side.formats), np.nan)]
 
 
-def a_column_each(rank):
-    return SimpleNamespace(segments=((rank, 8),), scales=rank, nbytes=rank)
+def parts_of(counts, side):
+    """Of what is counted of a cache [N, P, width]: its rows, or the runs and words of packed ones, [N, P, ..] each."""
+    if not side.formats:
+        return [counts]
+    pages, size, _ = counts.shape
+    runs = size * sum(packing.sizes(own)[0] for own in side.formats)
+    return [x.reshape(pages, size, -1) for x in np.split(counts.reshape(pages, -1), [runs], 1)]
+
+
+def scales_of(side):
+    """Which bytes of a token's words are scales."""
+    held = []
+    for own in side.formats:
+        held.append(np.zeros(packing.sizes(own)[1], bool))
+        held[-1][[at for *_, at in packing.places(own) if at is not None]] = True
+    return np.concatenate(held)
 
 
 def check(way):
@@ -148,21 +165,26 @@ def check(way):
         slots[table[b].numpy()[t // case.P], t % case.P] = True
         entries[b, t // case.P] = True
 
-    keys = reads_of(k_cache, layer.row_side, layer.keys.ranks, way.keys)
-    values = reads_of(k_cache if layer.shared else v_cache, layer.values, layer.values.ranks, way.values)
-    caches = [(k_cache, keys + values)] if layer.shared else [(k_cache, keys), (v_cache, values)]
-    for cache, reads in caches:
-        got, scale = seen.reads(cache), np.isnan(reads)
-        np.testing.assert_array_equal(got[..., ~scale], slots[..., None] * reads[~scale])
-        np.testing.assert_array_equal(got[..., scale] > 0, slots[..., None] & scale[scale])
+    keys = reads_of(layer.row_side, layer.keys.ranks, way.keys)
+    values = reads_of(layer.values, layer.values.ranks, way.values)
+    both = [a + b for a, b in zip(keys, values)] if layer.shared else []
+    sides = [(k_cache, layer.values, both)] if both else [(k_cache, layer.keys, keys), (v_cache, layer.values, values)]
+    for cache, side, reads in sides:
+        parts = parts_of(seen.reads(cache), side)
+        for got, times in zip(parts, reads, strict=True):
+            known = ~np.isnan(times)
+            np.testing.assert_array_equal(got[..., known], slots[..., None] * times[known])
+            np.testing.assert_array_equal(got[~slots], 0)
+        if side.formats:
+            assert (parts[1][slots][:, scales_of(side)] > 0).all(), "every scale is read"
     np.testing.assert_array_equal(seen.reads(table) > 0, entries)
     if positions is not None:
         np.testing.assert_array_equal(seen.reads(positions) > 0, slots)
     assert not seen.early(), "read before it was written"
 
-    for cache, _ in caches:  # latents fill the sectors they are read from
+    for cache, *_ in sides:  # latents fill the sectors they are read from
         least = int(slots.sum()) * cache.shape[2] * cache.itemsize
-        ends = 2 * SECTOR * len(case.lens) * layer.packed  # a packed row may begin inside a sector
+        ends = 4 * SECTOR * int(slots.any(1).sum()) * layer.packed  # runs and words of a page may end inside a sector
         assert SECTOR * seen.sectors(cache) <= 1.02 * least + ends
     for x in results:
         assert (seen.writes(x) == 1).all(), "every number of a result is written once"

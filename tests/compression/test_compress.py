@@ -265,11 +265,39 @@ def test_what_is_made_of_fewer_inputs_takes_no_more_latents(form, keep):
 def test_packed_latents_are_of_one_size(form, family):
     """On the text, about what is taken from the heads: a segment has one scale."""
     model, ids = unchanged(family), tiny.tokens(4, 60)
-    factors = compressed(model, [ids], "lrattn-rebuilt", 0.06, bits="auto", shared=form)
+    factors = compressed(model, [ids], "lrattn-rebuilt", 0.08, bits="auto", shared=form)
     for layer, heads in zip(factors.layers, heads_of(model, ids), strict=True):
         assert layer.packed
         for z in latents_of(layer, *heads):
             assert z is None or (z.flatten(0, 1).double().square().mean(0).sqrt() - 1).abs().max() < 1e-2
+
+
+SIZED = [
+    *(("lrattn", shared, "auto", 0.15) for shared in (False, True)),
+    *(("lrattn-rebuilt", shared, "auto", 0.15) for shared in (False, "ride", True)),
+    ("lrattn-rotated", False, "auto", 0.15),
+    *((method, False, 4, 0.2) for method in ("palu", "recalkv", "svd", "asvd")),
+    *((method, False, 4, 0.32) for method in ("kq-svd", "matryoshka-pca")),
+]
+
+
+@pytest.mark.parametrize("side", ["keys", "values"])
+@pytest.mark.parametrize("method, shared, bits, keep", SIZED)
+def test_packed_latents_are_as_good_of_keys_and_values_of_any_size(method, shared, bits, keep, side):
+    """Scales reach from 2^-22 to 240; what is larger or smaller by 1e4 is brought there by the factors."""
+    ids, lost = tiny.tokens(4, 60), []
+    made, read = {"keys": ("k_proj", "q_proj"), "values": ("v_proj", "o_proj")}[side]
+    for size in (1.0, 1e4, 1e-4):
+        model = tiny.model("qwen2")
+        with torch.no_grad():
+            for name, x in model.named_parameters():
+                x *= size if made in name else 1 / size if read in name else 1.0
+            expected = model(ids).logits
+        factors = compressed(model, [ids], method, keep, bits=bits, shared=shared)
+        assert all(layer.packed for layer in factors.layers)
+        with torch.no_grad(), latent_attention(model, factors):
+            lost.append((model(ids).logits - expected).square().mean().sqrt())
+    torch.testing.assert_close(torch.stack(lost), lost[0].expand(3), rtol=0.02, atol=0)
 
 
 NORMED = "keys that are what model.layers.0.self_attn.k_proj makes, got others, as where they are normed"

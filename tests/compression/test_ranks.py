@@ -18,7 +18,10 @@ SHAPES = [
     [ranks.LayerShape(8, 128, 4, 4), ranks.LayerShape(4, 256, 4, 1)],
     [ranks.LayerShape(32, 128, 4, 32)] * 2,
     [ranks.LayerShape(8, 72, 1, 4)] * 2,  # 72 numbers fill 80 latents
+    [ranks.LayerShape(4, 80, 1, 2, bits=2)] * 3,  # 80 latents of 20 bytes take 32
+    [ranks.LayerShape(8, 72, 1, 4, bits=4)] * 2,
 ]
+STEPS = {16: 16, 8: 16, 4: 32, 2: 64}  # latents of 32 bytes, or of 16 where they are packed
 SHARED = [ranks.LayerShape(8, 64, 4, 4, shared=True)] * 4
 KEEPS = [0.16, 0.3, 1 / 3, 0.5, 0.7, 0.95]
 SERVED = pytest.mark.parametrize("shapes, keep", list(product(SHAPES, KEEPS)))
@@ -52,37 +55,39 @@ def by_rule(rule, shapes, keep):
 @pytest.mark.parametrize("keep", [*KEEPS, 1.0])
 @pytest.mark.parametrize("shapes", [*SHAPES, SHARED])
 def test_the_budget_is_met_from_below_by_less_than_a_step(rule, shapes, keep):
-    """Of a keep of 1 every rank is full, up to the step that it ends with."""
+    """Padding and scales included. Of a keep of 1 every rank is full, up to the step that it ends with."""
     chosen, bits = by_rule(rule, shapes, keep), shapes[0].bits
     left = keep * 2 * sum(s.dense for s in shapes)
     full = []
     for pair, s in zip(chosen, shapes, strict=True):
         for side, cap, groups in zip(pair, s.full_ranks, s.groups, strict=True):
-            assert len(side) == groups and all(r % 16 == 0 and 16 <= r <= cap for r in side)
+            assert len(side) == groups and all(16 <= r <= cap for r in side)
+            assert all(r % STEPS[bits] == 0 or r == cap for r in side)  # nothing else is padded
             full += [r == cap for r in side]
             left -= sum(uniform(r, bits).nbytes for r in side)
-    assert all(full) if keep == 1.0 else left >= -1e-6 and (all(full) or left < 16 * bits // 8)
+    assert all(full) if keep == 1.0 else left >= -1e-6 and (all(full) or left < STEPS[bits] * bits // 8)
 
 
 @SERVED
 def test_uniform_gives_every_group_the_same_share(shapes, keep):
     chosen = ranks.uniform(shapes, keep)
     pairs = [(r, full) for (k, v), s in zip(chosen, shapes) for side, full in zip((k, v), s.full_ranks) for r in side]
-    shares = [r / full for r, full in pairs if r > 16]
-    assert max(shares, default=0) - min(shares, default=0) <= 2 * 16 / min(full for _, full in pairs)
+    step = STEPS[shapes[0].bits]
+    shares = [r / full for r, full in pairs if r > step]
+    assert max(shares, default=0) - min(shares, default=0) <= 2 * step / min(full for _, full in pairs)
 
 
 @SERVED
 def test_fisher_shares_in_proportion_within_one_step(shapes, keep):
     """Projections that are neither full nor at one step a group hold ranks in proportion to their scores."""
-    scores = scores_for(shapes)
+    scores, step = scores_for(shapes), STEPS[shapes[0].bits]
     chosen = ranks.fisher(shapes, keep, scores)
     rates = []
     for (k, v), s, pair in zip(chosen, shapes, scores, strict=True):
         for side, full, score in zip((k, v), s.full_ranks, pair, strict=True):
-            assert max(side) - min(side) <= 16  # equal parts
-            if all(16 < r < full for r in side):
-                least, most = sum(side) - 16 * len(side), sum(side) + 16 * len(side)
+            assert max(side) - min(side) <= step  # equal parts
+            if all(step < r < full for r in side):
+                least, most = sum(side) - step * len(side), sum(side) + step * len(side)
                 rates.append((least / score, most / score))
     assert max((low for low, _ in rates), default=0) <= min((high for _, high in rates), default=0)
 
@@ -99,17 +104,17 @@ def test_fisher_pools_keys_and_values():
 
 @SERVED
 def test_spectrum_has_no_better_exchange(shapes, keep):
-    """No step of 16 latents saves more where it is not given than the least useful one saves where it is."""
-    energies = energies_for(shapes)
+    """No step of latents saves more where it is not given than the least useful one saves where it is."""
+    energies, size = energies_for(shapes), STEPS[shapes[0].bits]
     chosen = ranks.spectrum(shapes, keep, energies)
     given, withheld = [], []
     for pair, sides_ in zip(chosen, energies, strict=True):
         for side, groups in zip(pair, sides_, strict=True):
             total = sum(e.sum().item() for e in groups)
             for rank, e in zip(side, groups, strict=True):
-                steps = [x.sum().item() / total for x in e.split(16)]
-                given += steps[1 : rank // 16]
-                withheld += steps[rank // 16 :]
+                steps = [x.sum().item() / total for x in e.split(size)]
+                given += steps[1 : -(-rank // size)]
+                withheld += steps[-(-rank // size) :]
     assert not given or not withheld or min(given) >= max(withheld) - 1e-12
 
 
@@ -156,6 +161,7 @@ def test_what_does_not_fit_is_refused():
     for wrong in ([1.0], [1.0, -1.0], [1.0, float("nan")]):
         refused("logs: expected 2 finite numbers", ranks.condition, SHAPES[4], 0.5, wrong)
     refused("energies: expected", ranks.spectrum, SHAPES[1], 0.5, energies_for(SHAPES[2]))
+    refused(r"keep: expected at least 0\.094, one step of 64 a group", by_rule, "uniform", SHAPES[-2], 0.05)
 
 
 def test_group_size_is_the_largest_divisor_not_above():

@@ -159,10 +159,10 @@ def test_more_bytes_foresee_less_loss_and_a_basis_less_than_channels():
 @pytest.mark.parametrize("method", IN_NATS)
 def test_bits_are_spent_to_the_last_block(method, family):
     """Bytes met from below, formats that every group shares, and rows of their sizes."""
-    model = tiny.model(family)
-    factors, fine = compressed(model, method, bits="auto"), compressed(model, method, 1.0, bits=8)
-    least = 0.3 * factors.dense_bytes_per_token - 2 * 16 * max(len(factors.layers[0].keys.ranks), 2)
-    assert least < factors.bytes_per_token <= 0.3 * factors.dense_bytes_per_token
+    model, keep = tiny.model(family), 0.45 if family == "mqa" else 0.3  # of one head, a step a row takes 0.32
+    factors, fine = compressed(model, method, keep, bits="auto"), compressed(model, method, 1.0, bits=8)
+    least = keep * factors.dense_bytes_per_token - 2 * 16 * max(len(factors.layers[0].keys.ranks), 2)
+    assert least < factors.bytes_per_token <= keep * factors.dense_bytes_per_token
     for layer in (*factors.layers, *fine.layers):
         assert layer.packed and layer.rope is None and layer.k_dtype == layer.v_dtype == torch.uint8
         assert layer.bytes_per_token == layer.k_width + layer.v_width

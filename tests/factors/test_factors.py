@@ -436,6 +436,52 @@ def test_save_and_load_give_the_same_record(dtype, tmp_path):
             assert same(z, own)
 
 
+SEGMENTS = ((16, 8), (16, 4), (16, 2), (16, 8))  # of blocks that had bits on their own, as in files of version 4
+
+
+def rewritten(path, version, **changes):
+    """The file with this said of the sides that are packed; None is not said."""
+    record, tensors, _ = safefile.read(path, "factors")
+    for layer in record["layers"]:
+        for name in ("keys", "values"):
+            if "format" in layer[name]:
+                said = layer[name] | changes
+                layer[name] = {part: x for part, x in said.items() if x is not None}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(safefile, "VERSION", version)
+        safefile.write(path, "factors", record, tensors)
+
+
+@pytest.fixture
+def packed_file(tmp_path):
+    """The file, and the layer in it, of one group of 64 packed values."""
+    layer = make_layer(Case("packed", value_ranks=(64,)), torch.float32)
+    layer = replace(layer, values=replace(layer.values, format=lrattn.Format(SEGMENTS)))
+    lrattn.Factors((layer,)).save(tmp_path / "f.safetensors")
+    return tmp_path / "f.safetensors", layer
+
+
+def test_files_of_version_4_mean_the_same_segments(packed_file):
+    """They hold no codes, and say no layout: rows of theirs are written as all are."""
+    path, layer = packed_file
+    record, _, version = safefile.read(path, "factors")
+    assert version == 5 and record["layers"][0]["values"]["layout"] == 2 and "layout" not in record["layers"][0]["keys"]
+    rewritten(path, 4, layout=None)
+    record, _, version = safefile.read(path, "factors")
+    assert version == 4 and "layout" not in record["layers"][0]["values"]
+    (loaded,) = lrattn.Factors.load(path).layers
+    assert loaded.values.format == layer.values.format and loaded.values.formats[0].segments == SEGMENTS
+    assert loaded.keys.format is None and loaded.v_width == layer.v_width == 4 * 16 + 8
+
+
+@pytest.mark.parametrize("layout", [1, 3])
+def test_a_file_of_another_layout_is_refused(layout, packed_file):
+    path, _ = packed_file
+    rewritten(path, safefile.VERSION, layout=layout)
+    with pytest.raises(ValueError, match=rf"layout: expected 2, the one that rows are written in, got {layout}"):
+        lrattn.Factors.load(path)
+
+
 def test_what_is_known_of_layers_is_known_of_all():
     layers = factors().layers
     for name, some in (("predicted", (0.5,)), ("samples", (torch.zeros(3),) * 3)):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from packing import poison, segments
+from packing import fill, poison, segments
 
 import lrattn
 
@@ -165,8 +165,9 @@ def make(case, dtype=torch.float64, seed=0):
         if positions is not None:
             chosen = torch.randint(last, (n,), generator=g, dtype=torch.int32)
             positions.view(-1)[slots] = chosen.masked_fill(unseen, -1)
-        for cache in there(k_cache, v_cache):
-            cache.flatten(0, 1)[slots[unseen]] = poison(cache.dtype)
+        for side, cache in ((layer.row_side, k_cache), (layer.values, v_cache)):
+            if cache is not None:
+                fill(cache, side.format, slots[unseen], poison(cache.dtype))
         table[b, : first // case.P] = GARBAGE
         table[b, (end + case.P - 1) // case.P :] = GARBAGE
     q = normal(len(case.lens), case.S, case.Hkv * case.M, case.D)
@@ -196,13 +197,17 @@ def strided(q, k_cache, v_cache, kwargs):
 
 
 def in_one(k_cache, v_cache):
-    """Both caches as slices of one tensor, or each of its own where their dtypes differ; poison between."""
+    """Both caches as slices of one tensor, or each of its own where their dtypes differ; poison between. Slices of
+    rows, or of pages where they are packed."""
     if v_cache is not None and v_cache.dtype != k_cache.dtype:
         return in_one(k_cache, None)[0], in_one(v_cache, None)[0]
-    caches = there(k_cache, v_cache)
-    width = sum(x.shape[-1] for x in caches) + 16
-    pool = k_cache.new_full((len(k_cache), 2, k_cache.shape[1], width), poison(k_cache.dtype))[:, 1]
-    cut = pool.split([*(x.shape[-1] for x in caches), 16], -1)
+    caches, size = there(k_cache, v_cache), k_cache.shape[1]
+    widths = [*(x.shape[-1] for x in caches), 16]
+    pool = k_cache.new_full((len(k_cache), 2, size, sum(widths)), poison(k_cache.dtype))[:, 1]
+    cut = pool.split(widths, -1)
+    if k_cache.dtype == torch.uint8:
+        pages = pool.flatten(1).split([size * width for width in widths], 1)
+        cut = [x.unflatten(1, (size, -1)) for x in pages]
     for held, x in zip(cut, caches):
         held.copy_(x)
     return cut[0], cut[1] if v_cache is not None else None

@@ -18,34 +18,75 @@ def segments(rank, widths):
     return tuple((16 * n, bits) for n, bits in zip(counts, widths) if n)
 
 
-def read_run(run, parts, half):
-    """One token's run of one group, a list of bytes -> its latents; half: the dtype of 16-bit numbers."""
-    latents, at = [], 0
-    scale_at = sum(rank * bits // 8 for rank, bits in parts)
-    for rank, bits in parts:
+def places(own):
+    """Of each segment of a format: rank, bits, first byte of its codes in a run, byte of its scale in words or None."""
+    at, scales, found = 0, 0, []
+    for rank, bits in own.segments:
+        found.append((rank, bits, at, None if bits == 16 else 4 * (scales // 3) + scales % 3))
+        at += (rank * bits // 8 + 15) // 16 * 16
+        scales += bits < 16
+    return found
+
+
+def sizes(own):
+    """Bytes of a run and of its words."""
+    scales = sum(bits < 16 for _, bits in own.segments)
+    return sum((rank * bits // 8 + 15) // 16 * 16 for rank, bits in own.segments), (scales + 2) // 3 * 4
+
+
+def sections(cache, formats):
+    """Views of the runs and of the words of every slot of a packed cache, [N, P, bytes] each."""
+    pages, size, width = cache.shape
+    runs, words = (size * sum(n) for n in zip(*map(sizes, formats)))
+    assert runs + words == size * width and cache[0].is_contiguous()
+    flat = cache.as_strided((pages, size * width), (cache.stride(0), 1))
+    return [x.unflatten(1, (size, -1)) for x in (flat[:, :runs], flat[:, runs:])]
+
+
+def fill(cache, formats, slots, byte):
+    """Slots [n] of a cache, which may be packed, with one number everywhere."""
+    for part in sections(cache, formats) if formats else [cache]:
+        part[slots // cache.shape[1], slots % cache.shape[1]] = byte
+
+
+def code(run, at, rank, bits, latent):
+    """Of one latent of a segment whose codes begin at byte `at` of a run, a list of bytes."""
+    halfwords = rank * bits // 16
+    plane, h = divmod(latent, halfwords)
+    low, high = run[at + 2 * h], run[at + 2 * h + 1]
+    return ((low + 256 * high) // 2 ** (bits * plane)) % 2**bits
+
+
+def scale(byte):
+    """The float16 with this byte on top, under its sign, over 2^8."""
+    exponent, fraction = byte // 8, byte % 8 / 8
+    if exponent == 31:
+        return float("nan") if fraction else float("inf")
+    return (fraction if exponent == 0 else 1 + fraction) * 2.0 ** (max(exponent, 1) - 15 - 8)
+
+
+def read_group(run, words, own):
+    """One token's run and words of one group, lists of bytes -> its latents."""
+    latents = []
+    for rank, bits, at, scale_at in places(own):
         if bits == 16:
-            held = torch.tensor(run[at : at + 2 * rank], dtype=torch.uint8).view(half)
-            latents += held.double().tolist()
+            latents += torch.tensor(run[at : at + 2 * rank], dtype=torch.uint8).view(torch.float16).double().tolist()
         else:
-            e, f = divmod(run[scale_at], 8)
-            scale = float("nan") if run[scale_at] == 255 else (1 + f / 8) * 2.0 ** (e - 16)
-            each = 8 // bits
-            codes = [run[at + i // each] >> (i % each * bits) & (2**bits - 1) for i in range(rank)]
-            latents += [(code - (2**bits - 1) / 2) * scale for code in codes]
-            scale_at += 1
-        at += rank * bits // 8
+            step = scale(words[scale_at])
+            latents += [(code(run, at, rank, bits, i) - (2**bits - 1) / 2) * step for i in range(rank)]
     return latents
 
 
-def read_cache(cache, formats, dtype):
+def read_cache(cache, formats):
     """[N, P, bytes] uint8 -> plain rows [N, P, width] float64."""
-    half = dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16
     rows = []
-    for row in cache.flatten(0, 1).tolist():
-        latents, at = [], 0
+    for run, words in zip(*(x.flatten(0, 1).tolist() for x in sections(cache, formats))):
+        latents = []
         for own in formats:
-            latents += read_run(row[at : at + own.nbytes], own.segments, half)
-            at += own.nbytes
+            n, m = sizes(own)
+            latents += read_group(run[:n], words[:m], own)
+            run, words = run[n:], words[m:]
+        assert not run and not words
         rows.append(latents)
     return torch.tensor(rows, dtype=torch.float64).unflatten(0, cache.shape[:2])
 
@@ -54,8 +95,8 @@ def plain(problem):
     """A problem of cases.make whose latents are plain and the same, in float64."""
     layer, q, k_cache, v_cache, kwargs = problem
     k_side, wide = layer.values if layer.shared else layer.keys, layer.to(dtype=torch.float64)
-    k_cache = read_cache(k_cache, k_side.format, layer.dtype) if k_side.format else k_cache.double()
+    k_cache = read_cache(k_cache, k_side.format) if k_side.format else k_cache.double()
     if v_cache is not None:
-        v_cache = read_cache(v_cache, layer.values.format, layer.dtype) if layer.values.format else v_cache.double()
+        v_cache = read_cache(v_cache, layer.values.format) if layer.values.format else v_cache.double()
     keys, values = (replace(side, format=None) for side in (wide.keys, wide.values))
     return replace(wide, keys=keys, values=values), q.double(), k_cache, v_cache, kwargs

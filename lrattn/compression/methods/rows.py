@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lrattn.compression.methods.weighted import factor, low_rank, roots
+from lrattn.compression.methods.weighted import METRIC_DAMPING, damped, factor, low_rank, roots
 from lrattn.factors.shapes import RANK_STEP, pad_rank, round_up
 
 # Of a row: False, keys and values apart; "ride", values ride on the key latent; True, one joint latent.
@@ -48,10 +48,12 @@ class Side:
 def joint(keys: Side, values: Side) -> tuple[Tensor, Tensor, Tensor]:
     """The best row of every rank for keys and values stacked: energies [m], up [C, m, 2 D] (keys first), down [E, m].
 
-    W = [Wk; Wv], G = blockdiag(Gk, Gv), and C the mean of both sides' moments: m = min(2 C D, E).
+    W = [Wk; Wv], G = blockdiag(Gk, Gv), each damped on its own, since keys may be far larger than values and their
+    gradients smaller; and C the mean of both sides' moments: m = min(2 C D, E).
     """
-    moment, metric = (keys.moment + values.moment) / 2, torch.block_diag(keys.metric, values.metric)
-    energies, up, down = low_rank(torch.cat((keys.flat, values.flat)), moment, metric)
+    moment = (keys.moment + values.moment) / 2
+    metric = torch.block_diag(*(damped(side.metric, METRIC_DAMPING) for side in (keys, values)))
+    energies, up, down = low_rank(torch.cat((keys.flat, values.flat)), moment, metric, damping=0.0)
     heads = len(keys.weight)
     sides = [x.unflatten(1, (heads, -1)) for x in up.chunk(2, 1)]  # [m, C, D]
     return energies, torch.cat(sides, 2).transpose(0, 1), down
