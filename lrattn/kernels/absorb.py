@@ -131,7 +131,8 @@ def absorb_planes_kernel(
         if bias is not None:
             share = tl.sum(x * tl.load(bias + place * D + d, mask=d < D, other=0.0)[None, :], 1) * (scale * LOG2_E)
             tl.store(p_terms + (len(KEYS) + 1) * terms_strides[2], share, mask=in_q)
-    x = x.to(q.dtype.element_ty)
+    high = x.to(q.dtype.element_ty)
+    low = (x - high.to(tl.float32)).to(q.dtype.element_ty)  # what turning left of it
     segment, bits, begin, size, column = 0, 16, 0, 1, 0
     for k in tl.static_range(len(KEYS)):
         if tl.program_id(1) == k:
@@ -151,8 +152,11 @@ def absorb_planes_kernel(
                     mask=there[:, None] & (d < D)[None, :], other=0.0, eviction_policy="evict_last")
         moved = tl.where(bits >= 8, 0, tl.where(bits == 4, m % 2 * 4, m * 2 % 10))
         weight = tl.exp2(-moved.to(tl.float32))
-        got = tl.dot(x, tl.trans(u.to(x.dtype)), input_precision="ieee") * up[:, None] * weight[None, :]
-        got = got.to(tl.float16)
+        u = tl.trans(u.to(high.dtype))
+        got = tl.dot(high, u, input_precision="ieee")
+        if CHUNK:
+            got = tl.dot(low, u, got, input_precision="ieee")
+        got = (got * up[:, None] * weight[None, :]).to(tl.float16)
         tl.store(p_a[:, None] + j[None, :], got, mask=in_q[:, None] & inside[None, :])
         middles += tl.sum(got.to(tl.float32) * (1.0 / weight)[None, :], 1)
     middle = tl.where(bits == 16, 0.0, ((1 << bits) - 1) * 0.5)
