@@ -28,7 +28,6 @@ from lrattn.kernels.tiles import chunk_of, lag_of, part_of, reach, soft_cap
 LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 NOTHING = tl.constexpr(-1e30)  # a peak below all scores
 SCALE_UNIT = tl.constexpr(2.0**-8)  # of scales
-PLAIN = tl.constexpr(2.0**-16)  # of 16-bit latents beside scaled codes, see absorb
 
 
 # fmt: off
@@ -127,7 +126,7 @@ def attend_packed_kernel(
                     part = tl.dot(x, tl.permute(z[m], (0, 2, 1)), part)
                 if KEYS[n][BITS] == 16:
                     if KEYS[n][CLOSES]:
-                        score += part * PLAIN
+                        score += part * 2.0 ** (24 * MAGIC - 16)  # which codes and scales lack, see absorb
                 else:
                     part -= tl.load(p_terms + n * terms_strides[2])[None, :, None]
                     if KEYS[n][CLOSES]:

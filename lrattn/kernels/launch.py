@@ -135,6 +135,7 @@ FUSED_ABSORBED = (
     Row(Launch(4, 1, block_r=128), (), rank=128, values=128, itemsize=4, least_itemsize=4),
 )
 # Packed rows by plane, 16 query rows a program.
+MOST_SCALES = 7  # of values: with the sum of p they are the columns of one product
 MOST_COLUMNS = 256  # of values in one pass: sums for 16 rows are half of a thread's registers
 ATTEND_PACKED = (
     Row(Launch(4, 2, block_t=128), BIG),

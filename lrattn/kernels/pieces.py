@@ -64,10 +64,15 @@ def columns(side: KeySizes | ValueSizes) -> int:
     return sum(p[3] * (16 // p[1]) for p in pieces(side, PLANES)) if side.packed else side.rank
 
 
+def scales(side: KeySizes | ValueSizes) -> int:
+    """Of a token in a group."""
+    return sum(bits < 16 for bits in side.packed[::2])
+
+
 @cache
 def words(side: KeySizes | ValueSizes) -> int:
     """Bytes of a token's words of scales, of all groups."""
-    return side.groups * WORD * cdiv(sum(bits < 16 for bits in side.packed[::2]), SCALES)
+    return side.groups * WORD * cdiv(scales(side), SCALES)
 
 
 def strides(cache: Tensor, side: Keys | Values) -> tuple[int, ...]:

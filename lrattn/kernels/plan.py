@@ -8,7 +8,7 @@ import torch
 from lrattn.factors.operands import KeySizes, ValueSizes
 from lrattn.factors.shapes import MAX_SPLITS, cdiv, round_up
 from lrattn.kernels import launch
-from lrattn.kernels.pieces import PLANES, columns, pieces
+from lrattn.kernels.pieces import PLANES, columns, pieces, scales
 
 WAVES = 2  # programs a multiprocessor should get at least
 PART_TILES = 32  # most tiles of one program where the workspace allows, so that ragged batches balance
@@ -44,7 +44,7 @@ class Cut(NamedTuple):
 def planes(dtype: torch.dtype, device: str, keys: KeySizes, values: ValueSizes) -> Planes:
     """The sides whose codes are operands: of 16-bit layers, on devices that have a launch. Tiles lie in one chunk, and
     are as the other side's."""
-    own, other = bool(keys.packed and keys.absorbed), bool(values.packed)
+    own, other = bool(keys.packed and keys.absorbed), bool(values.packed) and scales(values) <= launch.MOST_SCALES
     tile = keys.chunk if own and other else launch.BLOCK_T
     found = launch.attend_packed(device, dtype.itemsize, tile) if own or other else None
     return Planes(found if own else None, found if other else None)
