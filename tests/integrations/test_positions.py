@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from latents import random_factors
+from packing import sections
 from passes import defined, exact_ropes, fed, same, window
 from transformers import AttentionInterface, LlamaConfig
 
@@ -54,9 +55,11 @@ def test_a_text_behind_padding_is_held_bit_for_bit_as_one_without(kind, near):
         alone = attended(module, caches[1], [x[:, :, pad : pad + end] for x in heads], None, columns[:, pad:])
         same(padded[:, -alone.shape[1] :], alone)
     assert caches[0].columns.offsets.tolist() == [pad] and caches[1].columns.offsets is None
-    for padded, alone in zip(caches[0].layers[0].pages, caches[1].layers[0].pages):
-        if alone is not None:
-            assert torch.equal(padded.flatten(0, 1)[pad : pad + 200], alone.flatten(0, 1)[:200])
+    sides = first.layers[0].row_side, first.layers[0].values
+    for side, *pages in zip(sides, *(cache.layers[0].pages for cache in caches)):
+        if pages[1] is not None:
+            for padded, alone in zip(*(sections(x, side.format) for x in pages)):
+                assert torch.equal(padded.flatten(0, 1)[pad : pad + 200], alone.flatten(0, 1)[:200])
 
 
 def test_a_row_has_its_offset_from_its_first_live_column_on():

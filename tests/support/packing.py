@@ -35,7 +35,9 @@ def sizes(own):
 
 
 def sections(cache, formats):
-    """Views of the runs and of the words of every slot of a packed cache, [N, P, bytes] each."""
+    """Views of what every slot holds, [N, P, ..] each: of a packed cache its runs and its words."""
+    if not formats:
+        return [cache]
     pages, size, width = cache.shape
     runs, words = (size * sum(n) for n in zip(*map(sizes, formats)))
     assert runs + words == size * width and cache[0].is_contiguous()
@@ -45,7 +47,7 @@ def sections(cache, formats):
 
 def fill(cache, formats, slots, byte):
     """Slots [n] of a cache, which may be packed, with one number everywhere."""
-    for part in sections(cache, formats) if formats else [cache]:
+    for part in sections(cache, formats):
         part[slots // cache.shape[1], slots % cache.shape[1]] = byte
 
 

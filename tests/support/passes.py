@@ -94,7 +94,7 @@ def held(side, z):
     if not side.formats:
         return z
     (own,) = side.formats
-    return own.decode(own.encode(z), z.dtype)
+    return own.decode(*own.encode(z), z.dtype)
 
 
 def turned(layer, x, at, sign):
