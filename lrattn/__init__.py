@@ -7,18 +7,21 @@
     lrattn.write_latents(layer, zk, zv, k_cache, v_cache, slots)     # latents -> pages; nothing else is cached
     y = lrattn.decode_attention(q, k_cache, v_cache, layer, block_table=block_table, seq_lens=seq_lens)
 
+Last and first tokens may be held as they are beside their latents: lrattn.Near, write_near, decode_attention(near=).
 In transformers, once lrattn.integrations.transformers is imported: model.set_attn_implementation("lrattn"), and
 model.generate(**inputs, cache=LatentCache(factors)). There caches also hold the last 64 and first 4 tokens dense, and
 factors are made for that, unless far=(0, 0) says no.
 """
 
 from lrattn.attention.cache import allocate_cache
+from lrattn.attention.near import Near
 from lrattn.attention.ops import (
     decode_attention,
     merge_attention,
     rebuild,
     workspace_bytes,
     write_latents,
+    write_near,
 )
 from lrattn.compression import methods
 from lrattn.compression.calibrate import calibrate
@@ -38,6 +41,7 @@ __all__ = [
     "Format",
     "LayerFactors",
     "Moments",
+    "Near",
     "Projection",
     "Rope",
     "allocate_cache",
@@ -52,5 +56,6 @@ __all__ = [
     "refine",
     "workspace_bytes",
     "write_latents",
+    "write_near",
 ]
 __version__ = "0.1.0"

@@ -28,8 +28,8 @@ ARROWS = {
 ORDER = {
     "factors": "shapes rope safefile formats projection operands layer record summary",
     "kernels": "launch plan arguments tiles packed rows pack write rebuild absorb scores values fused_absorbed "
-    "fused_rebuilt merge combine project decode",
-    "attention": "dense cache reference operators checks ops",
+    "fused_rebuilt near merge combine project decode",
+    "attention": "dense cache near reference operators checks ops",
     "models": "masks states interface layers ropes weights",
     "compression": "arguments moments substitute batches sums calibrate clusters ranks bits methods averages problem "
     " propagate nested refine older compress compressibility",

@@ -36,8 +36,8 @@ from bench.decode.decode_shapes import packing
 from bench.support import report
 from lrattn.factors.operands import Operands
 from lrattn.factors.shapes import round_up
-from lrattn.kernels import absorb, combine, decode, launch, merge, plan, project, rebuild, scores, values, write
-from lrattn.kernels.arguments import Call, Rule, Span, Tokens
+from lrattn.kernels import absorb, combine, decode, launch, merge, near, plan, project, rebuild, scores, values, write
+from lrattn.kernels.arguments import Call, Near, Rule, Span, Tokens
 from lrattn.kernels.fused_absorbed import fused_absorbed
 from lrattn.kernels.fused_rebuilt import fused_rebuilt
 
@@ -87,7 +87,7 @@ def code(text: str) -> str:
 
 
 class Problem(NamedTuple):
-    """Shapes of a compilation. options: words of ALL, "positions", "offsets"; rule: a softcap, a window, starts."""
+    """Shapes of a compilation. options: words of ALL, "positions", "offsets", "near"; rule: softcap, window, starts."""
 
     rank: int = 128
     head: int = 128
@@ -152,9 +152,16 @@ class Problem(NamedTuple):
         starts = empty(BATCH) if self.has("rule") else None
         positions = empty(8, PAGE) if self.has("positions") else None
         offsets = empty(BATCH) if self.has("offsets") else None
-        tokens = Tokens(empty(BATCH, 8), empty(BATCH), starts, positions, 8 * PAGE, offsets)
+        near = self.near() if self.has("near") else None
+        tokens = Tokens(empty(BATCH, 8), empty(BATCH), starts, positions, 8 * PAGE, offsets, near)
         rule = Rule(1.0, 30.0, True, 64) if self.has("rule") else Rule(1.0, 0.0, True, 0)
         return Call(self.query(), self.cache(), None if self.shared else self.cache(), *self.sides(), tokens, rule)
+
+    def near(self) -> Near:
+        """A dense window of 64 recent tokens and 4 first ones, in slices of one tensor."""
+        told = (empty(BATCH), empty(BATCH)) if self.has("rule") else (None, None)
+        pool = empty(BATCH, 4 + 64 + self.steps, 2, 2 * self.group, self.head, dtype=self.dtype)
+        return Near(pool[:, :, 0], pool[:, :, 1], 4, 64, *told)
 
     def turned(self) -> torch.Tensor:
         """Queries as the scores take them."""
@@ -222,7 +229,8 @@ def combine_heads(p: Problem) -> None:
     _, side = p.sides()
     y, part, lse = fp32(BATCH, 2, p.rows(), p.rank), fp32(BATCH, 2, p.rows()), fp32(BATCH, *p.query().shape[1:3])
     sinks = fp32(p.query().shape[2]) if p.has("rule") else None
-    combine.combine(y, part, range(2), side, p.query(), lse, sinks, up=True)
+    near = (fp32(BATCH, p.rows(), p.head), fp32(BATCH, p.rows())) if p.has("near") else ()
+    combine.combine(y, part, range(2), side, p.query(), lse, sinks, True, *near)
 
 
 def combine_latents(p: Problem) -> None:
@@ -240,6 +248,15 @@ def merge_splits(p: Problem) -> None:
 def project_heads(p: Problem) -> None:
     wo = empty(p.query().shape[2], p.head, 64, dtype=p.dtype)
     project.project(p.query(), wo, empty(BATCH, p.steps, 64, dtype=p.dtype))
+
+
+def attend_near(p: Problem) -> None:
+    near.attend_near(p.call(), p.near(), fp32(BATCH, p.rows(), p.head), fp32(BATCH, p.rows()))
+
+
+def write_near(p: Problem) -> None:
+    k = empty(BATCH, p.steps, 2 * p.group, p.head, dtype=p.dtype)
+    near.write_near(p.near(), k, k, empty(BATCH))
 
 
 def write_latents(p: Problem) -> None:
@@ -299,6 +316,11 @@ def compilations() -> Iterator[Compilation]:
             for problem in fused_problems(row):
                 for options in ("", most(row), f"{most(row)} positions")[: 3 if row.table else 2]:
                     yield Compilation(rebuilt_pass, device, problem._replace(options=options), row.itemsize == 2)
+        for row in rows_for(launch.ATTEND_NEAR, device):
+            head = 256 if row.head == launch.ANY else row.head
+            for heads, steps in few if row.queries == 16 else few[:1] + many:
+                for options in ("", "rule"):
+                    yield Compilation(attend_near, device, Problem(96, head, heads, steps, 1, dtype_of(row), options))
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             for options in ("", f"{ALL} positions"):
                 large = Problem(96, 256, 16, 3, 1, dtype, options)
@@ -307,6 +329,8 @@ def compilations() -> Iterator[Compilation]:
                 chunked = large._replace(chunk=CHUNK, options=options.replace("positions", "offsets"))
                 yield Compilation(absorb_queries, device, chunked)
                 yield Compilation(combine_heads, device, large)
+                yield Compilation(combine_heads, device, large._replace(options=f"{options} near".strip()))
+                yield Compilation(write_near, device, large)
                 yield Compilation(project_heads, device, large)
                 for bits in ((), PACKED):
                     yield Compilation(write_latents, device, large._replace(bits=bits))
@@ -378,6 +402,7 @@ QUICK = [
     Compilation(absorbed_pass, "sm90", Problem(512, 128, group=4, chunk=CHUNK, shared=True, options="offsets"), True),
     Compilation(absorb_queries, "sm90", Problem(256, 128, group=4, chunk=CHUNK, options="bias offsets")),
     Compilation(rebuilt_pass, "sm90", Problem(128, 128), True),
+    Compilation(attend_near, "sm90", Problem(head=128, heads=4)),
     Compilation(combine_heads, "sm90", Problem(256, 128)),
     Compilation(project_heads, "sm90", Problem()),
     Compilation(write_latents, "sm90", Problem(options=ALL)),
@@ -434,7 +459,7 @@ def compile_for(c: Compilation) -> list[dict[str, Any]]:
 def recompiled() -> list[str]:
     """Kernels of a decode step that other lengths, splits or table widths would compile anew."""
     several = []
-    for problem in (Problem(), Problem(chunk=CHUNK, options="bias offsets")):
+    for problem in (Problem(), Problem(chunk=CHUNK, options="bias offsets near")):
         with compiling("sm90") as compiled:
             for pages, bound, splits in ((8, 128, 1), (1, 1, 3), (7, 100, 4), (9, 100, 6), (64, 1024, 16)):
                 call = problem.call()

@@ -16,14 +16,17 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from lrattn.attention.reference import empty_result
 from lrattn.factors.layer import LayerFactors
 from lrattn.factors.operands import Keys, Operands, Values, lists
-from lrattn.kernels.arguments import Call, Rule, Tokens
+from lrattn.kernels.arguments import Call, Near, Rule, Tokens
 
 SIDES = "Tensor?[] key_tensors, int[] key_numbers, Tensor?[] value_tensors, int[] value_numbers"
 DECODE = f"""Tensor q, Tensor k_cache, Tensor? v_cache, Tensor block_table, Tensor seq_lens, Tensor? seq_starts,
-    Tensor? positions, Tensor? offsets, Tensor? sinks, {SIDES}, Tensor? wo, str project, float softmax_scale,
-    float softcap, bool causal, SymInt max_seq_len, int window_size, int num_splits, int workspace_limit"""
+    Tensor? positions, Tensor? offsets, Tensor? sinks, {SIDES}, Tensor?[] near, int[] near_numbers, Tensor? wo,
+    str project, float softmax_scale, float softcap, bool causal, SymInt max_seq_len, int window_size, int num_splits,
+    int workspace_limit"""
 SCHEMAS = (
     f"write_latents(Tensor zk, Tensor? zv, Tensor(a!) k_cache, Tensor(b!)? v_cache, Tensor slots, {SIDES}) -> ()",
+    """write_near(Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor? rows, Tensor lens, Tensor? firsts,
+    int sinks) -> ()""",
     f"""rebuild(Tensor k_cache, Tensor? v_cache, Tensor block_table, Tensor seq_lens, Tensor? positions,
     Tensor? offsets, {SIDES}, SymInt num_tokens) -> (Tensor, Tensor)""",
     f"decode_attention({DECODE}) -> (Tensor, Tensor)",
@@ -32,14 +35,15 @@ SCHEMAS = (
 
 
 def workspace_bytes(
-    layer: LayerFactors, q_shape: tuple[int, int, int], bound: int, window: int, num_splits: int, limit: int
+    layer: LayerFactors, q_shape: tuple[int, int, int], bound: int, window: int, num_splits: int, limit: int, near: bool
 ) -> int:
     """Bytes of temporaries of decode_attention for q of B, S, Hq, with positions or without."""
     from lrattn.kernels import launch, plan
 
     sizes = [side.sizes for side in layer.operands]
     where = (layer.dtype, launch.name(layer.device), launch.processors(layer.device), *sizes)
-    return max(plan.cut(*q_shape, *where, placed, bound, window, num_splits, limit).nbytes for placed in (False, True))
+    call = bound, window, num_splits, limit, near
+    return max(plan.cut(*q_shape, *where, placed, *call).nbytes for placed in (False, True))
 
 
 def _write_latents(
@@ -49,6 +53,16 @@ def _write_latents(
 
     with torch.cuda.device_of(k_cache):  # Triton launches on the current device
         write_latents(zk, zv, k_cache, v_cache, slots, *Operands.of_lists(*sides))
+
+
+def _write_near(
+    k: Tensor, v: Tensor, keys: Tensor, values: Tensor, rows: Tensor | None, lens: Tensor, firsts: Tensor | None,
+    sinks: int,
+) -> None:  # fmt: skip
+    from lrattn.kernels.near import write_near
+
+    with torch.cuda.device_of(k):
+        write_near(Near(keys, values, sinks, 0, rows, firsts), k, v, lens)
 
 
 def _rebuild(
@@ -86,8 +100,9 @@ def _heads(rows: Any, keys: Keys, values: Values) -> tuple[Tensor, Tensor]:
 def _call(*arguments: Any) -> tuple[Call, Tensor | None, Tensor | None, str, int, int]:
     """The arguments of an operator as `attend` takes them, but for out."""
     q, k_cache, v_cache, pages, lens, starts, positions, offsets, sinks, *sides = arguments[:13]
-    wo, project, scale, softcap, causal, bound, window, num_splits, workspace_limit = arguments[13:]
-    tokens, rule = Tokens(pages, lens, starts, positions, bound, offsets), Rule(scale, softcap, causal, window)
+    held, numbers, wo, project, scale, softcap, causal, bound, window, num_splits, workspace_limit = arguments[13:]
+    near = Near(*held[:2], *numbers, *held[2:]) if held else None
+    tokens, rule = Tokens(pages, lens, starts, positions, bound, offsets, near), Rule(scale, softcap, causal, window)
     call = Call(q, k_cache, v_cache, *Operands.of_lists(*sides), tokens, rule)
     return call, sinks, wo, project, num_splits, workspace_limit
 
@@ -134,10 +149,11 @@ def dispatch(
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `attend`, through torch.ops."""
-    tokens, rule = call.tokens, call.rule
+    tokens, rule, near = call.tokens, call.rule, call.tokens.near
+    window = ([], []) if near is None else ([*near.tensors], [near.sinks, near.recent])
     arguments = (
         call.q, call.ck, call.cv, tokens.pages, tokens.lens, tokens.starts, tokens.positions, tokens.offsets, sinks,
-        *lists(call.keys, call.values), wo, project, rule.scale, rule.softcap, rule.causal, tokens.bound,
+        *lists(call.keys, call.values), *window, wo, project, rule.scale, rule.softcap, rule.causal, tokens.bound,
         rule.window, num_splits, workspace_limit,
     )  # fmt: skip
     with torch.no_grad():
@@ -149,6 +165,7 @@ def dispatch(
 _LIBRARY = library.Library("lrattn", "DEF")
 _OPERATORS: tuple[tuple[Callable[..., Any], Callable[..., Any]], ...] = (
     (_write_latents, lambda *arguments: None),
+    (_write_near, lambda *arguments: None),
     (_rebuild, _rebuild_fake),
     (_decode_attention, _decode_attention_fake),
     (_decode_attention_out, lambda q, *rest: _lse(q)),

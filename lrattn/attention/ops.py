@@ -12,23 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrattn.attention import near as window
 from lrattn.attention import operators, reference
 from lrattn.attention.checks import (
-    accumulator_types,
+    backend_for,
+    backend_of,
     check_caches,
+    check_decode,
     check_integer,
+    check_kind,
+    check_near,
     check_number,
+    check_slots,
     check_tables,
+    check_write,
 )
 from lrattn.factors.formats import ALIGNMENT
 from lrattn.factors.layer import LayerFactors
 from lrattn.factors.operands import lists
 from lrattn.factors.shapes import MAX_SPLITS, accumulator, check, check_tensors
-from lrattn.kernels.arguments import Call, Rule, Tokens
+from lrattn.kernels.arguments import Call, Near, Rule, Tokens
 
-PROJECTIONS = ("latent", "heads", "hidden")
-BACKENDS = ("reference", "triton")
-MAX_HEAD_DIM = 256  # of the kernels
 MOST_CHECKED = 128  # kinds of calls a layer remembers to have checked
 
 
@@ -54,13 +58,53 @@ def write_latents(
 
     Raises: ValueError naming the tensor, what was expected and what came; the caches are then untouched.
     """
-    backend = _checked(layer, _check_write, (zk, zv, k_cache, v_cache, slot_mapping), backend)
+    backend = _checked(layer, check_write, (zk, zv, k_cache, v_cache, slot_mapping), backend)
     zk, slots = zk.reshape(-1, layer.row_width), slot_mapping.reshape(-1)
     zv = None if zv is None else zv.reshape(-1, layer.values.width)
     if backend == "reference":
         reference.write_latents(layer, zk, zv, k_cache, v_cache, slots)
     else:
         torch.ops.lrattn.write_latents(zk, zv, k_cache, v_cache, slots, *lists(*layer.operands))
+
+
+@torch.no_grad()
+def write_near(
+    near: Near,
+    k: Tensor,
+    v: Tensor,
+    seq_lens: Tensor,
+    seq_starts: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> None:
+    """Stores the newest S tokens of each sequence in the dense window, as attention is given them.
+
+    Args:
+        near: keys and values to write to. What has no place there any more is skipped: tokens before the first one,
+            sequences without a row.
+        k, v: [B, S, Hkv, D], keys rotated, in near's dtype; the last axis contiguous, other strides free.
+        seq_lens: [B] int32 tokens held, these included, which are the last.
+        seq_starts: [B] int32, as for decode_attention. near.firsts says more.
+        backend: as for decode_attention.
+
+    Raises: ValueError naming the tensor, what was expected and what came; nothing is written then.
+    """
+    check_kind(near)
+    check_tensors(k=k)
+    if k.dim() != 4:
+        raise ValueError(f"k: expected shape [B, S, Hkv, D], got {list(k.shape)}")
+    dims: dict[str, int] = {}
+    check_near(near, len(k), dims, writable=True)
+    kind: dict[str, Any] = {"dtype": near.keys.dtype, "device": near.keys.device, "contiguous": True}
+    check("k", k, "B S Hkv D", dims, **kind)
+    check("v", v, "B S Hkv D", dims, **kind)
+    for name, x in {"seq_lens": seq_lens, **({} if seq_starts is None else {"seq_starts": seq_starts})}.items():
+        check(name, x, "B", dims, dtype=torch.int32, device=k.device)
+    firsts = seq_starts if near.firsts is None else near.firsts
+    if backend_for(backend, k.dtype, k.device, k.shape[3], "near.keys") == "reference":
+        window.write_near(Near(near.keys, near.values, near.sinks, near.recent, near.rows, firsts), k, v, seq_lens)
+    else:
+        torch.ops.lrattn.write_near(k, v, near.keys, near.values, near.rows, seq_lens, firsts, near.sinks)
 
 
 @torch.no_grad()
@@ -86,7 +130,7 @@ def rebuild(
     Returns: k, v: [sum T, Hkv, D] in the layer's dtype, sequences one after the other.
     Raises: ValueError naming the tensor, what was expected and what came.
     """
-    backend = _backend(backend, layer)
+    backend = backend_of(backend, layer)
     check_caches(layer, k_cache, v_cache)
     check_tables(layer, k_cache, block_table, seq_lens, None, positions, offsets)
     check_integer("num_tokens", num_tokens, 0, optional=True)
@@ -114,6 +158,7 @@ def decode_attention(
     window_size: int | None = None,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    near: Near | None = None,
     project: str = "heads",
     num_splits: int = 0,
     workspace_limit: int = 256 << 20,
@@ -140,6 +185,10 @@ def decode_attention(
         window_size: each query sees the most recent tokens only, its own included.
         softcap: scores become softcap * tanh(score / softcap), before masking; 0 is off.
         sinks: [Hq] float32 logits that join the denominator and lse.
+        near: the dense window: each query sees its near.recent last tokens, and the sequence's first near.sinks, by
+            the keys and values held there, all others by their latents; lengths and starts are those of all tokens.
+            It holds them already (write_near), has near.recent + S - 1 slots or as many as max_seq_len, and after
+            tokens were taken back as many more. Not with causal=False or project="latent": it has no latents.
         project: "latent" [B, S, Hq, max Rv] | "heads" [B, S, Hq, D] | "hidden" [B, S, E] through layer.wo.
         num_splits: token ranges merged by lse, at most 1024; 0 is planned. A fixed number makes rows independent of
             the batch; its partial results are held whatever the workspace_limit.
@@ -154,7 +203,11 @@ def decode_attention(
     Source: ReCalKV (arXiv 2505.24357) for the factors; online softmax and the merge by lse as in FlashAttention.
     """
     tensors = q, k_cache, v_cache, block_table, seq_lens, positions, offsets, seq_starts, sinks, out
-    chosen = _checked(layer, _check_decode, tensors, project, backend)
+    if near is None:
+        chosen = _checked(layer, check_decode, tensors, None, project, backend)
+    else:
+        check_kind(near)
+        chosen = _checked(layer, check_decode, (*tensors, *near.tensors), (near.sinks, near.recent), project, backend)
     check_integer("window_size", window_size, 1, optional=True)
     check_integer("max_seq_len", max_seq_len, 0, optional=True)
     check_integer("num_splits", num_splits, 0, MAX_SPLITS)
@@ -166,13 +219,18 @@ def decode_attention(
         raise ValueError(f"causal: expected True or False, got {causal}")
     if window_size is not None and not causal:
         raise ValueError(f"window_size: expected None with causal=False, got {window_size}")
+    if near is not None and (not causal or project == "latent"):
+        what = "causal=False, where no token is recent" if not causal else "project='latent', as it holds no latents"
+        raise ValueError(f"near: expected None with {what}, got Near")
 
     bound = block_table.shape[1] * k_cache.shape[1]
     bound = bound if max_seq_len is None else min(bound, max_seq_len)
     flat = q.dim() == 3
     q4 = q.unsqueeze(1) if flat else q
+    if near is not None:
+        check_slots(near, q4.shape[1], bound)
     to = out if out is None or not flat else out.unsqueeze(1)
-    tokens = Tokens(block_table, seq_lens, seq_starts, positions, bound, offsets if layer.chunk else None)
+    tokens = Tokens(block_table, seq_lens, seq_starts, positions, bound, offsets if layer.chunk else None, near)
     rule = Rule(float(scale), float(softcap), causal, min(window_size or 0, bound + q4.shape[1]))
     call = Call(q4, k_cache, v_cache, *layer.operands, tokens, rule)
     if chosen == "triton":
@@ -227,6 +285,7 @@ def workspace_bytes(
     max_seq_len: int | None = None,
     window_size: int | None = None,
     num_splits: int = 0,
+    near: Near | None = None,
     backend: str | None = None,
 ) -> int:
     """Bytes of temporaries that decode_attention may hold at once, beside q, caches, results and, on a CPU, float32
@@ -234,14 +293,17 @@ def workspace_bytes(
 
     Args:
         query_heads, num_queries, batch_size: of q. page_size: of the caches; only the reference's depend on it.
-        workspace_limit, max_seq_len, window_size, num_splits, backend: as given to decode_attention; the reference's
-            depend on the first alone. max_seq_len None stands for any length, which then costs up to the limit.
+        workspace_limit, max_seq_len, window_size, num_splits, near, backend: as given to decode_attention; the
+            reference's depend on the first alone, and near. max_seq_len None stands for any length, which then costs up
+            to the limit.
     """
-    if _backend(backend, layer) == "reference":
-        return reference.blocks(layer, query_heads, num_queries, page_size, workspace_limit).nbytes
+    if backend_of(backend, layer) == "reference":
+        held = 0 if near is None else near.keys.shape[1]
+        return reference.blocks(layer, query_heads, num_queries, page_size, workspace_limit, held).nbytes
     q_shape = batch_size, num_queries, query_heads
     bound = 1 << 24 if max_seq_len is None else max_seq_len
-    return operators.workspace_bytes(layer, q_shape, bound, window_size or 0, num_splits, workspace_limit)
+    given = bound, window_size or 0, num_splits, workspace_limit, near is not None
+    return operators.workspace_bytes(layer, q_shape, *given)
 
 
 def _checked(layer: LayerFactors, check: Callable[..., str], tensors: Sequence[Tensor | None], *words: Any) -> str:
@@ -265,79 +327,3 @@ def _checked(layer: LayerFactors, check: Callable[..., str], tensors: Sequence[T
 def _kind(x: Tensor) -> tuple[Any, ...]:
     """All that checks read of a tensor."""
     return x.shape, x.stride(), x.storage_offset() % ALIGNMENT, x.dtype, x.device
-
-
-def _check_write(
-    layer: LayerFactors, zk: Tensor, zv: Tensor | None, k_cache: Tensor, v_cache: Tensor | None, slot_mapping: Tensor,
-    backend: str | None,
-) -> str:  # fmt: skip
-    """Holds the tensors of write_latents against each other, by metadata alone. Returns the backend."""
-    backend = _backend(backend, layer)
-    check_caches(layer, k_cache, v_cache, writable=True)
-    layer.check_presence("zv", zv)
-    check_tensors(zk=zk, zv=zk if zv is None else zv, slot_mapping=slot_mapping)
-    lead = zk.shape[:-1]
-    kind: dict[str, Any] = {"dtype": layer.dtype, "device": k_cache.device, "contiguous": True}
-    for name, x, width in (("zk", zk, layer.row_width), ("zv", zv, layer.values.width)):
-        if x is None:
-            continue
-        if not x.dim() or x.shape[-1] != width or x.shape[:-1] != lead:
-            raise ValueError(f"{name}: expected shape {[*lead, width]}, got {list(x.shape)}")
-        check(name, x.reshape(-1, width), f"n {width}", {}, **kind)
-    if slot_mapping.shape != lead or slot_mapping.dtype not in (torch.int32, torch.int64):
-        got = f"{list(slot_mapping.shape)} {slot_mapping.dtype}"
-        raise ValueError(f"slot_mapping: expected shape {list(lead)}, int32 or int64, got {got}")
-    check("slot_mapping", slot_mapping.reshape(-1), "n", {}, device=k_cache.device)
-    return backend
-
-
-def _check_decode(
-    layer: LayerFactors, q: Tensor, k_cache: Tensor, v_cache: Tensor | None, block_table: Tensor, seq_lens: Tensor,
-    positions: Tensor | None, offsets: Tensor | None, seq_starts: Tensor | None, sinks: Tensor | None,
-    out: Tensor | None, project: str, backend: str | None,
-) -> str:  # fmt: skip
-    """Holds the tensors of decode_attention against each other, by metadata alone. Returns the backend."""
-    backend = _backend(backend, layer)
-    check_caches(layer, k_cache, v_cache)
-    check_tables(layer, k_cache, block_table, seq_lens, seq_starts, positions, offsets)
-    check_tensors(q=q)
-    flat = q.dim() == 3
-    q4 = q[:, None] if flat else q
-    dims = {"B": block_table.shape[0], "D": layer.head_dim, "Hkv": layer.num_kv_heads}
-    check("q", q4, "B S Hq D", dims, dtype=layer.dtype, device=k_cache.device, contiguous=True)
-    if not dims["Hq"] or dims["Hq"] % dims["Hkv"]:
-        raise ValueError(f"q: expected a multiple of Hkv={dims['Hkv']} query heads, got {dims['Hq']}")
-    if sinks is not None:
-        check("sinks", sinks, "Hq", dims, dtype=accumulator_types(q.dtype), device=q.device, contiguous=True)
-    if project not in PROJECTIONS:
-        raise ValueError(f"project: expected one of {PROJECTIONS}, got {project!r}")
-    if project == "hidden":
-        if layer.wo is None:
-            raise ValueError("layer.wo: expected [Hq, D, E] for project='hidden', got None")
-        check("layer.wo", layer.wo, "Hq D E", dims)
-    dims["Rv"] = max(layer.values.ranks)
-    if out is not None:
-        axes = {"latent": "Hq Rv", "heads": "Hq D", "hidden": "E"}[project]
-        kind: dict[str, Any] = {"dtype": q.dtype, "device": q.device, "contiguous": True, "writable": True}
-        check("out", out, f"B {'' if flat else 'S '}{axes}", dims, **kind)
-    return backend
-
-
-def _backend(backend: str | None, layer: LayerFactors) -> str:
-    """The backend of a call: what was asked for, or what fits the layer."""
-    check_backend(backend)
-    if not isinstance(layer, LayerFactors):
-        raise ValueError(f"layer: expected LayerFactors, got {type(layer).__name__}")
-    fits = layer.dtype != torch.float64 and layer.head_dim <= MAX_HEAD_DIM
-    if backend is None:
-        return "triton" if layer.device.type == "cuda" and fits else "reference"
-    if backend == "triton" and layer.dtype == torch.float64:
-        raise ValueError("backend: expected 'reference' for float64 tensors, got 'triton'")
-    if backend == "triton" and not fits:
-        raise ValueError(f"layer: expected at most {MAX_HEAD_DIM} dimensions a head, got {layer.head_dim}")
-    return backend
-
-
-def check_backend(backend: str | None) -> None:
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"backend: expected None or one of {BACKENDS}, got {backend!r}")

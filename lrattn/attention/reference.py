@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lrattn.attention import cache
 from lrattn.attention.cache import WHOLE_PAGES, read_latents, read_rows
+from lrattn.attention.near import attend_near, far_of
 from lrattn.factors.layer import LayerFactors
 from lrattn.factors.rope import rows_at
 from lrattn.factors.shapes import accumulator, product_dtype
@@ -78,8 +79,13 @@ class Blocks(NamedTuple):
     nbytes: int
 
 
-def blocks(layer: LayerFactors, query_heads: int, num_queries: int, page_size: int, limit: int) -> Blocks:
-    """Queries and tokens per block, so that temporaries stay within `limit` bytes (one query, 16 tokens at least)."""
+def blocks(
+    layer: LayerFactors, query_heads: int, num_queries: int, page_size: int, limit: int, near: int = 0
+) -> Blocks:
+    """Queries and tokens per block, so that temporaries stay within `limit` bytes (one query, 16 tokens at least).
+
+    near: tokens of a sequence that are held as they are.
+    """
     size = accumulator(layer.dtype).itemsize
     widest = max(layer.values.ranks)
     tile = layer.keys.group_size * layer.head_dim
@@ -97,7 +103,8 @@ def blocks(layer: LayerFactors, query_heads: int, num_queries: int, page_size: i
     edges = 2 * page_size * row if page_size <= WHOLE_PAGES else 0  # of the pages that a block begins and ends in
     tokens = min(most, max(limit // 2 - edges, 0) // per_token)
     tokens = max(16, tokens // 16 * 16)
-    return Blocks(queries, tokens, queries * per_query + tokens * per_token + edges)
+    beside = near * (4 * layer.num_kv_heads * layer.head_dim + 4 * query_heads * queries) * size
+    return Blocks(queries, tokens, queries * per_query + tokens * per_token + edges + beside)
 
 
 def decode_attention(
@@ -116,12 +123,14 @@ def decode_attention(
         _check_positions(layer, length, offset, tokens.positions)
         for first in range(0, num_queries, plan.queries):
             some = slice(first, min(first + plan.queries, num_queries))
-            row = _Row(layer, call, tokens.pages[b], range(length - num_queries, length)[some], offset)
+            own, (begin, end) = range(length - num_queries, length)[some], far_of(call, b, start, length)
+            row = _Row(layer, call, tokens.pages[b], range(end - num_queries, end)[some], offset)
             latent, row_lse = _attend(
-                row, q[b, some].to(acc) * call.rule.scale, *row.sight(start, length), plan.tokens, num_splits
+                row, q[b, some].to(acc) * call.rule.scale, *row.sight(begin, end), plan.tokens, num_splits
             )
-            latent, row_lse, mass = _join_sinks(latent, row_lse, sinks)
-            out[b, some] = _project(latent, mass, layer, project).to(out.dtype)
+            near = None if call.tokens.near is None else attend_near(call, call.tokens.near, b, own, start, length)
+            latent, row_lse, mass, heads = _join(latent, row_lse, near, sinks)
+            out[b, some] = _project(latent, mass, heads, layer, project).to(out.dtype)
             lse[b, some] = row_lse
     return out, lse
 
@@ -146,7 +155,7 @@ class _Row(NamedTuple):
         """The tokens start..length that some query sees."""
         rule = self.call.rule
         if rule.window:
-            start = max(start, self.own.start - rule.window + 1)
+            start = max(start, self.own.start - (rule.window - self.call.tokens.recent) + 1)
         return max(start, 0), self.own.stop if rule.causal else length
 
     def blocks(self, begin: int, end: int, step: int) -> Iterator[tuple[int, int]]:
@@ -261,11 +270,12 @@ def _rebuilt_scores(row: _Row, q: Tensor, ck: Tensor, t0: int, t1: int) -> Tenso
 def _seen(row: _Row, t0: int, t1: int) -> Tensor | None:
     """Which of tokens t0..t1 each query sees, [S, n]; None where every query sees them all."""
     rule, own = row.call.rule, row.own
-    if not rule.causal or (t1 <= own.start + 1 and (not rule.window or t0 > own.stop - 1 - rule.window)):
+    window = rule.window - row.call.tokens.recent
+    if not rule.causal or (t1 <= own.start + 1 and (not rule.window or t0 > own.stop - 1 - window)):
         return None
     i, t = (torch.arange(x.start, x.stop, device=row.pages.device) for x in (own, range(t0, t1)))
     seen = t <= i[:, None]
-    return seen & (t > i[:, None] - rule.window) if rule.window else seen
+    return seen & (t > i[:, None] - window) if rule.window else seen
 
 
 def merge_attention(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -278,17 +288,24 @@ def merge_attention(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Ten
     return (weights * parts.masked_fill(weights == 0, 0.0)).sum(0).to(outs[0].dtype), lse
 
 
-def _join_sinks(latent: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Sink logits [Hq] join the denominator; also the probability mass left on tokens, [S, Hq]."""
-    if sinks is None:
-        return latent, lse, (lse > -torch.inf).to(lse.dtype)
-    joined = torch.logaddexp(lse, sinks.to(lse.dtype))
-    mass = (lse - joined.masked_fill(joined == -torch.inf, 0.0)).exp()
-    return latent * mass[..., None], joined, mass
+def _join(
+    latent: Tensor, lse: Tensor, near: tuple[Tensor, Tensor] | None, sinks: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """What the dense window gives, heads [S, Hq, D] and lse [S, Hq], and sink logits [Hq] join the denominator: latents
+    and these heads as they then count, the lse, and the probability mass on latents, [S, Hq]."""
+    joined = lse if near is None else torch.logaddexp(lse, near[1])
+    joined = joined if sinks is None else torch.logaddexp(joined, sinks.to(lse.dtype))
+    if joined is lse:
+        return latent, lse, (lse > -torch.inf).to(lse.dtype), None
+    base = joined.masked_fill(joined == -torch.inf, 0.0)
+    mass = (lse - base).exp()
+    heads = None if near is None else near[0] * (near[1] - base).exp()[..., None]
+    return latent * mass[..., None], joined, mass, heads
 
 
-def _project(latent: Tensor, mass: Tensor, layer: LayerFactors, project: str) -> Tensor:
-    """Latent results [S, Hq, Rv] -> what was asked for; the value offset counts with the mass on tokens."""
+def _project(latent: Tensor, mass: Tensor, near: Tensor | None, layer: LayerFactors, project: str) -> Tensor:
+    """Latent results [S, Hq, Rv], and heads [S, Hq, D] beside them -> what was asked for; the value offset counts with
+    the mass on latents."""
     if project == "latent":
         return latent
     split = (layer.num_kv_heads, -1)
@@ -296,7 +313,7 @@ def _project(latent: Tensor, mass: Tensor, layer: LayerFactors, project: str) ->
     heads = torch.einsum("shmr,hrd->shmd", latent.unflatten(1, split), up)
     if layer.values.offset is not None:
         heads += mass.unflatten(1, split)[..., None] * layer.values.offset[:, None].to(heads.dtype)
-    heads = heads.flatten(1, 2)
+    heads = heads.flatten(1, 2) if near is None else heads.flatten(1, 2) + near
     if project == "heads" or layer.wo is None:
         return heads
     kind = product_dtype(layer.wo)

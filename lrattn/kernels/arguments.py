@@ -1,12 +1,57 @@
-"""What a call of the kernels is given beside a layer: where the tokens lie, and the softmax."""
+"""What a call of the kernels is given beside a layer: where tokens lie, by latents or as they are, and the softmax."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from lrattn.factors.operands import Keys, Values
+
+
+@dataclass(frozen=True, eq=False)
+class Near:
+    """The dense window: a few tokens of each sequence as attention is given them, keys rotated, beside their latents.
+
+    The first `sinks` tokens of a sequence lie in its first rows and stay there. Token t behind them, counted from the
+    sequence's begin, lies in row sinks + t % slots, where it takes the place of token t - slots.
+
+    Args:
+        keys, values: [n, sinks + slots, Hkv, D] in the layer's dtype, for decode_attention and write_near. The last
+            axis is contiguous; they may be slices of one tensor. No row is read before it was written.
+        recent: tokens that a query sees as they are beside the first, the last ones, its own included. Slots that are
+            more take several queries a call, and tokens that are taken back.
+        rows: [B] int32, which of the n each sequence of the batch has; of a number outside 0 .. n nothing is read or
+            written. Default 0 .. B.
+        firsts: [B] int32, the token in each sequence's first row. Default seq_starts.
+    """
+
+    keys: Tensor
+    values: Tensor
+    sinks: int
+    recent: int
+    rows: Tensor | None = None
+    firsts: Tensor | None = None
+
+    @property
+    def slots(self) -> int:
+        return self.keys.shape[1] - self.sinks
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.keys, self.values, self.rows, self.firsts
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values held, for all n."""
+        return self.keys.nbytes + self.values.nbytes
+
+    def of(self, some: slice) -> Near:
+        """That of some of the sequences."""
+        rows, firsts = (None if x is None else x[some] for x in (self.rows, self.firsts))
+        keys, values = (self.keys[some], self.values[some]) if rows is None else (self.keys, self.values)
+        return replace(self, keys=keys, values=values, rows=rows, firsts=firsts)
 
 
 class Tokens(NamedTuple):
@@ -18,6 +63,7 @@ class Tokens(NamedTuple):
     positions: Tensor | None  # [N, P] int32
     bound: int  # lengths are clamped to it
     offsets: Tensor | None = None  # [B] int32: the position of token t is t - offset, where keys go by chunks
+    near: Near | None = None  # some of them as they are
 
     @property
     def held(self) -> tuple[Any, ...]:
@@ -40,10 +86,29 @@ class Tokens(NamedTuple):
         """positions and their strides."""
         return self.positions, (0, 0) if self.positions is None else self.positions.stride()
 
+    @property
+    def recent(self) -> int:
+        """The last of a query's tokens that it sees as they are, of those there can be."""
+        return 0 if self.near is None else min(self.near.recent, self.bound)
+
+    @property
+    def skipped(self) -> int:
+        """The first tokens from `starts` on that are seen as they are; 0 where `latents` has them in starts."""
+        return 0 if self.near is None or self.near.firsts is not None else self.near.sinks
+
+    @property
+    def latents(self) -> Tokens:
+        """With starts behind the first rows, where these do not begin with the sequence."""
+        if self.near is None or self.near.firsts is None:
+            return self
+        begins = self.near.firsts.clamp(0, self.bound) + self.near.sinks
+        return self._replace(starts=begins if self.starts is None else begins.maximum(self.starts))
+
     def of(self, some: slice) -> Tokens:
         """The tokens of some of the sequences."""
         starts, offsets = (None if x is None else x[some] for x in (self.starts, self.offsets))
-        return self._replace(pages=self.pages[some], lens=self.lens[some], starts=starts, offsets=offsets)
+        near = None if self.near is None else self.near.of(some)
+        return Tokens(self.pages[some], self.lens[some], starts, self.positions, self.bound, offsets, near)
 
 
 class Rule(NamedTuple):
@@ -75,10 +140,29 @@ class Call(NamedTuple):
     rule: Rule
 
     @property
-    def numbers(self) -> tuple[float, float, int, int, int]:
-        """scale, softcap, bound, S and window, which kernels take in this order."""
-        rule = self.rule
-        return rule.scale, rule.softcap, self.tokens.bound, self.q.shape[1], rule.window
+    def numbers(self) -> tuple[float, float, int, int, tuple[int, int | None, int | None]]:
+        """scale, softcap, bound, S and window, which kernels of the latents take in this order.
+
+        window: tokens that a query sees back by their latents; how many, the last, it sees as they are; how many more
+        from where each sequence starts. None, not 0, of the last two: kernels are then compiled without.
+        """
+        rule, tokens = self.rule, self.tokens
+        window = rule.window - tokens.recent, tokens.recent or None, tokens.skipped or None
+        return rule.scale, rule.softcap, tokens.bound, self.q.shape[1], window
+
+    @property
+    def far(self) -> tuple[int, int]:
+        """A bound of the tokens that are seen by their latents, 0 where none is, and their window, 0 without one."""
+        tokens, window = self.tokens, self.rule.window
+        bound = tokens.bound - tokens.recent
+        if bound <= tokens.skipped or 0 < window <= tokens.recent:
+            return 0, 0
+        return bound, max(window - tokens.recent, 0)
+
+    @property
+    def latents(self) -> Call:
+        """As kernels of the latents take it."""
+        return self._replace(tokens=self.tokens.latents)
 
     def of(self, some: slice) -> Call:
         """The same for some of the sequences."""

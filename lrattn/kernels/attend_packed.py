@@ -55,6 +55,7 @@ def attend_packed_kernel(
 ):
     G: tl.constexpr = Hkv // C
     BLOCK_T: tl.constexpr = W * T
+    BEHIND: tl.constexpr = starts is not None or window[2] is not None  # tokens may begin within a tile
     g = tl.program_id(0) % G
     i_s = tl.program_id(1).to(tl.int64)
     i_b = tl.program_id(2).to(tl.int64)
@@ -95,13 +96,13 @@ def attend_packed_kernel(
     for t0 in range(t_begin, t_end, BLOCK_T):
         t = t0 + own
         live = t < t_end
-        if MASKED or starts is not None or offsets is not None:
+        if MASKED or BEHIND or offsets is not None:
             live &= t >= begin
         at = t
         if offsets is not None:
             at = tl.maximum(t, 0)
         k = tl.minimum(at // P, last_page)
-        if WINDOWED or starts is not None:
+        if WINDOWED or BEHIND:
             k = tl.maximum(k, first_page)
         page = tl.load(pages + k).to(tl.int64)
         place = own % P
@@ -146,7 +147,7 @@ def attend_packed_kernel(
         if CAUSAL and MASKED:
             mask &= t[:, None, :] <= seen_to[None, :, None]
         if WINDOWED:
-            mask &= t[:, None, :] > (seen_to - window)[None, :, None]
+            mask &= t[:, None, :] > (seen_to - window[0])[None, :, None]
         score = tl.where(mask, score, float("-inf"))
         if len(VALUES) == 0:
             column = tl.multiple_of(t0 - origin, BLOCK_T) + own

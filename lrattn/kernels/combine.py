@@ -1,4 +1,4 @@
-"""Splits merged by log-sum-exp, and the step from latents back to heads."""
+"""Splits merged by log-sum-exp, the step from latents back to heads, and there what the dense window gave."""
 
 import triton
 import triton.language as tl
@@ -18,6 +18,8 @@ def combine_kernel(
     uv, uv_strides,          # [Hkv, Rv, D]     value basis, model order; None: the latents are the result
     bias,                    # [Hkv, D]         float32, by place, or None
     sinks,                   # [Hq]             float32 logits, or None
+    near, near_strides,      # [B, Hq * S, D]   float32, heads of tokens that are held as they are, or None
+    near_lse, near_lse_stride,  # [B, Hq * S]   float32
     runs, places,            # [G, 3], [Hkv]    int32: column, rank, first row; kv head -> place
     out, out_strides,        # [B, S, Hq, D | Rv]  out; latents past a head's own rank are zero
     lse, out_lse_strides,    # [B, S, Hq]       out, float32
@@ -25,10 +27,11 @@ def combine_kernel(
     C: tl.constexpr, M: tl.constexpr, Hkv: tl.constexpr, D: tl.constexpr, BLOCKS_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
-    """out[b, i, h] = mass * ((sum_j w_j y[b, j, h S + i]) @ uv[k] + bias[k]),   w_j = exp(lse_j - merged),  k = h // M
+    """out[b, i, h] = mass * ((sum_j w_j y[b, j, h S + i]) @ uv[k] + bias[k]) + rest * near[b, h S + i]
 
-    with slots j in first .. last; merged = log(sum_j exp(lse_j)), lse = log(exp(merged) + exp(sink)) and
-    mass = exp(merged - lse): 1 without sinks.
+    with k = h // M and w_j = exp(lse_j - merged) for slots j in first .. last; merged = log(sum_j exp(lse_j)),
+    lse = log(exp(merged) + exp(near_lse) + exp(sink)), mass = exp(merged - lse) and rest = exp(near_lse - lse): 1 and 0
+    without the two.
 
     Grid: (BLOCKS_D * Hkv * row blocks of B M S). A program owns BLOCK_Q rows that share a kv head, and with it
     BLOCK_D columns of its basis (of the result when there is none): the basis is read once per row block.
@@ -61,12 +64,22 @@ def combine_kernel(
     merged_lse = tl.where(some, base + tl.log(total), float("-inf"))
     joined = merged_lse
     mass = tl.where(some, 1.0, 0.0)
-    if sinks is not None:  # after the merge, so that a row's bits do not depend on how its tokens were cut
+    if near is not None:  # after the merge, so that a row's bits do not depend on how its tokens were cut
+        beside = tl.load(near_lse + b * near_lse_stride + row, mask=in_n, other=float("-inf"))
+        top = tl.maximum(joined, beside)
+        base = tl.where(top == float("-inf"), 0.0, top)
+        both = tl.exp(merged_lse - base) + tl.exp(beside - base)
+        joined = tl.where(both != 0, base + tl.log(both), float("-inf"))
+        mass = tl.where(some, tl.exp(merged_lse - joined), 0.0)
+    if sinks is not None:
         sink = tl.load(sinks + h, mask=in_n, other=float("-inf"))
         top = tl.maximum(joined, sink)
         base = tl.where(top == float("-inf"), 0.0, top)
-        joined = base + tl.log(tl.exp(merged_lse - base) + tl.exp(sink - base))
+        joined = base + tl.log(tl.exp(joined - base) + tl.exp(sink - base))
         mass = tl.where(some, tl.exp(merged_lse - joined), 0.0)
+    if near is not None:
+        rest = tl.where(beside != float("-inf"), tl.exp(beside - joined), 0.0)
+        p_near = near + b * near_strides[0] + row * near_strides[1]
     if i_d == 0:
         p_out = lse + b * out_lse_strides[0] + (i % S) * out_lse_strides[1] + h * out_lse_strides[2]
         tl.store(p_out, joined, mask=in_n)
@@ -93,6 +106,9 @@ def combine_kernel(
         if bias is not None:
             result += tl.load(bias + place * D + c, mask=c < D, other=0.0)[None, :]
     result *= mass[:, None]
+    if near is not None:
+        x = tl.load(p_near[:, None] + c[None, :], mask=(rest != 0)[:, None] & (c < D)[None, :], other=0.0)
+        result += rest[:, None] * x
     p_out = out + b * out_strides[0] + (i % S) * out_strides[1] + h * out_strides[2]
     tl.store(p_out[:, None] + c[None, :], result.to(out.dtype.element_ty), mask=in_n[:, None] & (c < width)[None, :])
 
@@ -123,11 +139,12 @@ def merged(p_y, stride, j, part, merged_lse, r, rank):
 
 def combine(
     y: Tensor, part_lse: Tensor, parts: range, values: Values, out: Tensor, lse: Tensor, sinks: Tensor | None = None,
-    up: bool = False,
+    up: bool = False, near: Tensor | None = None, near_lse: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Slots `parts` of y [B, slots, Hq S, Rv], part_lse [B, slots, Hq S] -> out [B, S, Hq, Rv], lse [B, S, Hq].
 
-    With `up` the value basis and bias are applied, and out is [B, S, Hq, D].
+    With `up` the value basis and bias are applied, and out is [B, S, Hq, D]. near [B, Hq S, D] and its lse [B, Hq S]
+    join then.
     """
     batch, num_queries, query_heads, width = out.shape
     heads = values.sizes.num_heads
@@ -136,7 +153,8 @@ def combine(
     blocks_d = cdiv(width, choice.block_d)
     combine_kernel[(blocks_d * heads * cdiv(rows, choice.block_q),)](
         y, y.stride(), part_lse, part_lse.stride(), values.up if up else None, values.up.stride(),
-        values.bias if up else None, sinks, values.runs, values.places, out, out.stride(), lse, lse.stride(),
+        values.bias if up else None, sinks, near, (0, 0) if near is None else near.stride(), near_lse,
+        0 if near_lse is None else near_lse.stride(0), values.runs, values.places, out, out.stride(), lse, lse.stride(),
         batch, num_queries, parts.start, parts.stop, width,
         C=values.sizes.group_size, M=query_heads // heads, Hkv=heads, D=values.sizes.head_dim, BLOCKS_D=blocks_d,
         BLOCK_Q=choice.block_q, BLOCK_S=choice.block_s, BLOCK_R=choice.block_r, BLOCK_D=choice.block_d,

@@ -15,6 +15,7 @@ from lrattn.kernels.combine import combine
 from lrattn.kernels.fused_absorbed import fused_absorbed
 from lrattn.kernels.fused_rebuilt import fused_rebuilt
 from lrattn.kernels.merge import merge
+from lrattn.kernels.near import attend_near
 from lrattn.kernels.plan import Cut
 from lrattn.kernels.project import project
 from lrattn.kernels.scores import latent_scores, turn_queries
@@ -31,6 +32,8 @@ class Workspace(NamedTuple):
     s: Any  # [B, Hq S, tokens] float32 scores, or None
     y: Tensor  # [B, slots, Hq S, Rv] float32 partial results, a slot each; one more to merge, two for several spans
     lse: Tensor  # [B, slots, Hq S padded] float32
+    near: Any  # [B, Hq S, D] float32 heads of the tokens that are held as they are, or None
+    near_lse: Any  # [B, Hq S padded] float32, or None
 
     @classmethod
     def allocate(cls, call: Call, size: Cut) -> "Workspace":
@@ -51,6 +54,8 @@ class Workspace(NamedTuple):
             None if size.fused else q.new_empty(size.batch, rows, size.tiles * size.block_t, dtype=torch.float32),
             q.new_empty(size.batch, slots, rows, call.values.sizes.rank, dtype=torch.float32),
             q.new_empty(size.batch, slots, padded, dtype=torch.float32),
+            None if call.tokens.near is None else q.new_empty(size.batch, rows, keys.head_dim, dtype=torch.float32),
+            None if call.tokens.near is None else q.new_empty(size.batch, padded, dtype=torch.float32),
         )
 
     def of(self, n: int) -> "Workspace":
@@ -66,9 +71,10 @@ def decode_attention(
     batch, num_queries, query_heads, _ = q.shape
     if not batch or not num_queries:
         return
+    bound, window = call.far
     size = plan.cut(
         batch, num_queries, query_heads, q.dtype, launch.name(q.device), launch.processors(q.device), call.keys.sizes,
-        call.values.sizes, tokens.placed_apart, tokens.bound, call.rule.window, num_splits, workspace_limit,
+        call.values.sizes, tokens.placed_apart, bound, window, num_splits, workspace_limit, tokens.near is not None,
     )  # fmt: skip
     work, wo = Workspace.allocate(call, size), wo if form == "hidden" else None
     for b in range(0, batch, size.batch):
@@ -77,9 +83,14 @@ def decode_attention(
             own, own_work, own_out, own_lse = call.of(some), work.of(some.stop - b), out[some], lse[some]
         else:
             own, own_work, own_out, own_lse = call, work, out, lse
-        parts = _attend(own, size, own_work)
+        parts = _attend(own.latents, size, own_work) if bound else range(0)
+        if (near := own.tokens.near) is not None:
+            attend_near(own, near, own_work.near, own_work.near_lse)
         heads = own_out if wo is None else torch.empty_like(own.q, memory_format=torch.contiguous_format)
-        combine(own_work.y, own_work.lse, parts, call.values, heads, own_lse, sinks, up=form != "latent")
+        combine(
+            own_work.y, own_work.lse, parts, call.values, heads, own_lse, sinks, form != "latent", own_work.near,
+            own_work.near_lse,
+        )  # fmt: skip
         if wo is not None:
             project(heads, wo, own_out)
 

@@ -24,7 +24,7 @@ class Launch(NamedTuple):
     block_q: int = 0  # query rows
     block_r: int = 0  # latents, or the widest piece of a rank
     block_d: int = 0  # dimensions of a head
-    block_n: int = 0  # tokens to write or to rebuild
+    block_n: int = 0  # tokens to write or to rebuild, or of the dense window
     block_s: int = 0  # splits to merge
     block_t: int = BLOCK_T  # tokens of a tile
     resident: bool = False  # a program reads its basis, or its absorbed queries, once
@@ -52,11 +52,11 @@ class Row(NamedTuple):
 # Numbers that change from call to call: a kernel is not compiled anew for some of their values.
 LENGTHS = (
     "bound", "window", "first_tile", "tiles", "parts", "splits", "first", "last", "rows", "n", "num_slots", "B",
-    "pages_stride", "lens_stride", "starts_stride", "offsets_stride", "slots_stride",
+    "pages_stride", "lens_stride", "starts_stride", "offsets_stride", "slots_stride", "firsts_stride", "recent",
 )  # fmt: skip
 
 # Rows of these are taken a few sequences at a time: where such a slice begins may not matter either.
-SLICED = ("lens", "starts", "offsets", "pages", "part_lse", "lse")
+SLICED = ("lens", "starts", "offsets", "pages", "part_lse", "lse", "near_lse", "firsts")
 
 kernel = partial(triton.jit, do_not_specialize=LENGTHS, do_not_specialize_on_alignment=SLICED)
 
@@ -170,6 +170,13 @@ PROJECT = (
     Row(Launch(4, 2, block_q=16, block_r=64, block_d=32), ()),
     Row(Launch(4, 1, block_q=16, block_r=32, block_d=32), (), itemsize=4),
 )
+ATTEND_NEAR = (
+    Row(Launch(4, 2, block_n=64), (), head=128, queries=16),
+    Row(Launch(8, 2, block_n=64), BIG),
+    Row(Launch(8, 1, block_n=64), ()),
+    Row(Launch(8, 1, block_n=32), (), itemsize=4),
+)
+WRITE_NEAR = (Row(Launch(4, 1, block_n=16), (), itemsize=4),)
 WRITE_LATENTS = (Row(Launch(4, 1, block_n=16, block_r=128), (), itemsize=4),)
 REBUILD = (
     Row(Launch(8, 3, block_n=64, block_r=64), BIG, head=128),
@@ -212,9 +219,19 @@ def pick(table: tuple[Row, ...], device: str, itemsize: int, **shape: Any) -> La
 
 
 # launch of a kernel: device and itemsize, and what its table tells apart
-absorb_queries, turn_queries, combine, merge, project, write_latents, rebuild = (
+absorb_queries, turn_queries, combine, merge, project, write_latents, rebuild, attend_near, write_near = (
     cache(partial(pick, table))
-    for table in (ABSORB_QUERIES, TURN_QUERIES, COMBINE, MERGE, PROJECT, WRITE_LATENTS, REBUILD)
+    for table in (
+        ABSORB_QUERIES,
+        TURN_QUERIES,
+        COMBINE,
+        MERGE,
+        PROJECT,
+        WRITE_LATENTS,
+        REBUILD,
+        ATTEND_NEAR,
+        WRITE_NEAR,
+    )
 )
 latent_scores, absorbed_scores, latent_values = (
     cache(partial(pick, table)) for table in (LATENT_SCORES, ABSORBED_SCORES, LATENT_VALUES)

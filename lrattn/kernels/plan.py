@@ -90,11 +90,12 @@ def turns_queries(keys: KeySizes, dtype: torch.dtype, placed: bool) -> bool:
 @lru_cache(maxsize=4096)
 def cut(
     batch: int, num_queries: int, query_heads: int, dtype: torch.dtype, device: str, processors: int, keys: KeySizes,
-    values: ValueSizes, placed: bool, bound: int, window: int, num_splits: int, limit: int,
+    values: ValueSizes, placed: bool, bound: int, window: int, num_splits: int, limit: int, near: bool = False,
 ) -> Cut:  # fmt: skip
     """The cut of a call with tokens up to `bound`, within `limit` bytes if one tile of one sequence is.
 
     processors: multiprocessors of the device. placed: positions are given, or offsets, where keys go by chunks.
+    near: heads of a dense window are held, too.
 
     How the tiles of a sequence are cut into splits depends on the batch only where num_splits is 0.
     """
@@ -125,6 +126,7 @@ def cut(
     query = rows * width * dtype.itemsize + round_up(rows, 16) * 4 * terms
     per_tile = (0 if one_pass is not None else rows * block_t * 4) + (query if turned else 0)
     fixed = rows * keys.head_dim * dtype.itemsize + (0 if turned else query)  # heads before the output projection
+    fixed += near * (rows * keys.head_dim + round_up(rows, 16)) * 4
     if keys.chunk:  # n tiles can be in (n - 2) BLOCK_T / chunk + 2 chunks
         per_tile += cdiv(query * block_t, keys.chunk)
         fixed += query

@@ -6,13 +6,20 @@ import triton.language as tl
 
 @triton.jit
 def reach(lens, lens_stride, starts, starts_stride, i_b, bound, S, window, WINDOWED: tl.constexpr):
-    """First token that some query of sequence i_b sees, and the end of its tokens; 0, 0 where there are none."""
+    """First token that some query of sequence i_b sees by its latents, and the end of these; 0, 0 where there are none.
+
+    window: as Call.numbers has it. The last query sees the token before the end, and each one before it one less.
+    """
     end = tl.minimum(tl.maximum(tl.load(lens + i_b * lens_stride), 0), bound)
+    if window[1] is not None:
+        end = tl.maximum(end - window[1], 0)
     begin = 0
     if starts is not None:
         begin = tl.maximum(tl.load(starts + i_b * starts_stride), 0)
+    if window[2] is not None:
+        begin = tl.minimum(begin, end) + window[2]
     if WINDOWED:
-        begin = tl.maximum(begin, end - S - window + 1)
+        begin = tl.maximum(begin, end - S - window[0] + 1)
     end = tl.where(begin < end, end, 0)
     return tl.minimum(begin, end), end
 
@@ -161,11 +168,11 @@ def scaled(score, scale, softcap, CAPPED: tl.constexpr):
 
 @triton.jit
 def seen(t, live, s, begin, end, S, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
-    """Which tokens t [BLOCK_T] the queries s [BLOCK_Q] see: [BLOCK_T, BLOCK_Q]."""
+    """Which tokens t [BLOCK_T] the queries s [BLOCK_Q] see by their latents: [BLOCK_T, BLOCK_Q]."""
     own = end - S + s
     mask = live[:, None] & (s >= 0)[None, :]
     if CAUSAL:
         mask &= t[:, None] <= own[None, :]
     if WINDOWED:
-        mask &= t[:, None] > (own - window)[None, :]
+        mask &= t[:, None] > (own - window[0])[None, :]
     return mask

@@ -4,7 +4,6 @@ Some cases and, slow, a few hundred, the same ones every time; `make fuzz` draws
 prints the arguments of the test, the smallest found: as `@example(..)` under its `@fuzz` they are tried again.
 """
 
-import functools
 import math
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -12,15 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 import faults
 import oracle
 import packing
-import pytest
 import torch
 from cases import Case, latents, make, make_layer, there
 from checks import attend_densely, on
 from closeness import assert_no_worse
-from hypothesis import given, settings
+from fuzzing import fuzz
 from hypothesis import strategies as st
 from strategies import PLAIN, cases, layers
-from tqdm import tqdm
 
 import lrattn
 
@@ -32,37 +29,7 @@ FORMS = st.fixed_dictionaries(
 )
 SIZES = {"heads": 4, "dims": [2, 32, 48, 64, 80], "ranks": [16, 32, 48, 80], "most_heads": 6}
 SMALL = {**SIZES, "longest": 220, "most_queries": 3, "most_splits": 5}
-FAULTY = {**SMALL, "longest": 40, "widths": PLAIN}
-
-
-SOME = 5  # the slow tests draw so many times as many examples
-
-
-def fuzz(share, **strategies):
-    """Runs a test on 1 / share of the examples that the profile asks for, with a progress bar where one can be seen."""
-
-    def wrap(test):
-        def drawn(count):
-            bar = tqdm(desc=test.__name__, total=count, position=0, disable=None)
-
-            @functools.wraps(test)
-            def one(*args, **kwargs):
-                bar.update()
-                test(*args, **kwargs)
-
-            return settings(max_examples=count)(given(**strategies)(one))
-
-        whole = max(1, settings.default.max_examples // share)
-
-        @pytest.mark.parametrize(
-            "count", [max(1, whole // SOME), pytest.param(whole, marks=pytest.mark.slow)], ids=["some", "all"]
-        )
-        def counted(count, device):
-            drawn(count)(device=device)
-
-        return counted
-
-    return wrap
+FAULTY = {**SMALL, "longest": 40, "widths": PLAIN, "near": [False]}
 
 
 def decode(problem, backend, form):

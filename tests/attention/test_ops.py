@@ -16,6 +16,7 @@ from lrattn.factors.operands import lists
 
 FORMS = {"rebuilt": {}, "absorbed": {"rope": None}, "chunks": {"chunk": 64, "offset": True, "offsets": (37, -90, 0)}}
 SMALL = {"Hkv": 2, "lens": (20, 3)}
+NEAR = {"near": (64, 4, 0, False, False), "rope": None}
 FULL = Case("full", M=2, S=2, offset=True, sinks=True, positions=True, starts=(3, 0), **SMALL)
 CASES = {
     "plain": Case("plain", **SMALL),
@@ -23,6 +24,7 @@ CASES = {
     "shared": Case("shared", shared=True, key_ranks=(32,), value_ranks=(48,), **SMALL),
     "absorbed": Case("absorbed", rope=None, offset=True, **SMALL),
     "chunks": Case("chunks", chunk=64, offsets=(-50, 3), offset=True, **SMALL),
+    "near": Case("near", M=2, S=2, offset=True, sinks=True, starts=(3, 0), near=(5, 2, 1, True, True), **SMALL),
     "packed": Case("packed", key_bits=(8, 4), value_bits=(4, 2), **SMALL),
 }
 
@@ -32,10 +34,18 @@ def arguments(problem, project="heads"):
     optional = [kwargs["seq_starts"], kwargs["positions"], kwargs.get("offsets"), kwargs["sinks"]]
     sides = lists(*layer.operands)
     numbers = (project, 0.125, 0.0, True, 48, 0, 0, 1 << 28)
-    return (q, k_cache, v_cache, kwargs["block_table"], kwargs["seq_lens"], *optional, *sides, layer.wo, *numbers)
+    near = kwargs.get("near")
+    window = ([], []) if near is None else ([*near.tensors], [near.sinks, near.recent])
+    tables = (kwargs["block_table"], kwargs["seq_lens"], *optional)
+    return (q, k_cache, v_cache, *tables, *sides, *window, layer.wo, *numbers)
 
 
-@pytest.mark.parametrize("name", slow_unless({"shared"}, ["full", "shared", "packed"]))
+def pages_of(problem):
+    """The block table for an op that also reads what a call with a dense window does not."""
+    return problem[4]["block_table"].clamp(0, len(problem[2]) - 1)
+
+
+@pytest.mark.parametrize("name", slow_unless({"shared", "near"}, ["full", "shared", "near", "packed"]))
 def test_operators_are_what_they_say(name, device):
     """Schema, fake and autograd registration, and tracing with dynamic shapes, by PyTorch's own check."""
     problem = on(device, *make(CASES[name], torch.float32))
@@ -51,7 +61,7 @@ def test_operators_are_what_they_say(name, device):
     slots = torch.arange(3, device=device)
     library.opcheck(torch.ops.lrattn.write_latents.default, (*written, slots, *keys, *values))
     positions = None if kwargs["positions"] is None else kwargs["positions"].clamp(min=0)
-    tables = (kwargs["block_table"], kwargs["seq_lens"], positions, kwargs.get("offsets"))
+    tables = (pages_of(problem), kwargs["seq_lens"], positions, kwargs.get("offsets"))
     for rows in (-1, sum(CASES[name].lens)):
         caches = [None if x is None else x.nan_to_num(0.0) for x in (k_cache, v_cache)]
         library.opcheck(torch.ops.lrattn.rebuild.default, (*caches, *tables, *keys, *values, rows))
@@ -59,7 +69,7 @@ def test_operators_are_what_they_say(name, device):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method")  # inductor's own
 @pytest.mark.parametrize("compiler", slow_unless({"aot_eager"}, ["eager", "aot_eager", "inductor"]))
-@pytest.mark.parametrize("name", slow_unless({"full", "packed"}, CASES))
+@pytest.mark.parametrize("name", slow_unless({"full", "near", "packed"}, CASES))
 def test_compile_traces_the_whole_call(name, compiler, device):
     torch._dynamo.reset()
     case = CASES[name]
@@ -68,11 +78,14 @@ def test_compile_traces_the_whole_call(name, compiler, device):
 
     def step(q, zk, zv, k_cache, v_cache, slots):
         lrattn.write_latents(layer, zk, zv, k_cache, v_cache, slots, backend="triton")
+        if (near := kwargs.get("near")) is not None:
+            k = q[:, :, ::2] * 2
+            lrattn.write_near(near, k, k, kwargs["seq_lens"], kwargs["seq_starts"], backend="triton")
         call = {"return_lse": True, "backend": "triton", **kwargs}
         first = lrattn.decode_attention(q, k_cache, v_cache, layer, **call)
         call["out"] = torch.empty_like(q)
         second = lrattn.decode_attention(q, k_cache, v_cache, layer, **call)
-        tables = (kwargs["block_table"], kwargs["seq_lens"], kwargs["positions"])
+        tables = (pages_of((layer, q, k_cache, v_cache, kwargs)), kwargs["seq_lens"], kwargs["positions"])
         placed = {"offsets": kwargs.get("offsets"), "num_tokens": sum(case.lens), "backend": "triton"}
         k, v = lrattn.rebuild(k_cache, v_cache, layer, *tables, **placed)
         return *lrattn.merge_attention(*zip(first, second)), k.nan_to_num(0.0).sum() + v.nan_to_num(0.0).sum()
@@ -123,13 +136,18 @@ def test_a_call_reads_no_number_from_the_device(name, launches, monkeypatch):
     problem = on("meta", *make(CASES[name], torch.float16))
     layer, _, k_cache, v_cache, kwargs = problem
     for project in ("heads", "latent", "hidden"):
-        operators._decode_attention(*arguments(problem, project))
+        if name != "near" or project != "latent":
+            operators._decode_attention(*arguments(problem, project))
+    if name == "near":
+        near, k = kwargs["near"], problem[1][:, :, ::2]
+        operators._write_near(k, k, near.keys, near.values, near.rows, kwargs["seq_lens"], near.firsts, near.sinks)
     zk, zv = latents(layer, 3)
     slots = torch.empty(3, dtype=torch.int64, device="meta")
     operators._write_latents(zk, zv, k_cache, v_cache, slots, *lists(*layer.operands))
     tables = (kwargs["block_table"], kwargs["seq_lens"], kwargs["positions"], kwargs.get("offsets"))
     operators._rebuild(k_cache, v_cache, *tables, *lists(*layer.operands), 23)
     names = {n for n, _ in launches}
+    assert name != "near" or names >= {"attend_near_kernel", "write_near_kernel"}
     assert names >= {"combine_kernel", "project_kernel", "rebuild_kernel"}
     assert names & {"latent_values_kernel", "fused_absorbed_kernel", "fused_rebuilt_kernel"}
     assert all(0 < size < 65536 for _, grid in launches for size in grid[1:])
@@ -155,10 +173,10 @@ def test_large_calls_fit_a_grid(shape, launches, monkeypatch):
     assert all(grid[0] < 2**31 for _, grid in launches)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS, "near"])
 def test_the_launches_follow_from_shapes_alone(form, launches, device):
     """Other lengths and offsets, same launches: what was captured for one step is right for the next."""
-    layer, q, k_cache, v_cache, kwargs = make(Case("lens", lens=(90, 3, 0), **FORMS[form]), torch.float32)
+    layer, q, k_cache, v_cache, kwargs = make(Case("lens", lens=(90, 3, 0), **FORMS.get(form, NEAR)), torch.float32)
     runs = []
     for lens in ((90, 3, 0), (0, 0, 0), (1, 96, 5)):
         launches.clear()
@@ -170,10 +188,10 @@ def test_the_launches_follow_from_shapes_alone(form, launches, device):
     assert runs[0] and runs[0] == runs[1] == runs[2]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS, "near"])
 @pytest.mark.parametrize("limit", [256 << 20, 100_000])
 def test_workspace_is_what_was_said(form, limit, device):
-    case = Case("workspace", Hkv=2, M=2, S=2, lens=(600, 10, 20), key_ranks=(32,), **FORMS[form])
+    case = Case("workspace", Hkv=2, M=2, S=2, lens=(600, 10, 20), key_ranks=(32,), **FORMS.get(form, NEAR))
     problem = on(device, *make(case, torch.float32))
     layer, q, _, _, kwargs = problem
     given = list(arguments(problem, "hidden"))
@@ -182,7 +200,7 @@ def test_workspace_is_what_was_said(form, limit, device):
         operators._decode_attention(*given)
     results = 4 * (q.shape[0] * q.shape[1] * 24 + q[..., 0].numel())
     sizes = {"query_heads": 4, "num_queries": 2, "batch_size": 3, "workspace_limit": limit, "backend": "triton"}
-    bound = lrattn.workspace_bytes(layer, max_seq_len=given[-4], **sizes)
+    bound = lrattn.workspace_bytes(layer, max_seq_len=given[-4], near=kwargs.get("near"), **sizes)
     assert live.peak - results <= bound <= limit
     assert lrattn.workspace_bytes(layer, **sizes) <= limit
 

@@ -33,7 +33,7 @@ def refused(model, factors, message, **given):
     with pytest.raises(ValueError, match=message) as raised:
         model(IDS, **given, **cache_argument(cache))
     assert "\n" not in str(raised.value) and cache.get_seq_length() == 0
-    assert not any(layer.pages[0].numel() or layer.ring for layer in cache.layers)
+    assert not any(layer.pages[0].numel() or layer.window.keys.numel() for layer in cache.layers)
     with latent_attention(model, factors), pytest.raises(ValueError, match=message):
         model(IDS, **given)
 

@@ -230,8 +230,7 @@ class Life:
         elif self.uneven:
             at = (torch.arange(count) - torch.tensor(self.pads)[:, None]).clamp_min(0) + self.start
         pads = torch.tensor(self.pads)[:, None, None]
-        near = j > i - recent
-        return ids, at, (near & ~self.lost) | (~near & (j >= pads) & (j < pads + sinks))
+        return ids, at, ((j > i - recent) & ~self.lost) | ((j >= pads) & (j < pads + sinks))
 
     def run(self, ids, at, cache=None):
         mask = self.mask(self.columns + ids.shape[1])[: len(ids)]
@@ -309,11 +308,12 @@ def test_lives(seed):
 
 
 def held_bytes(factors, batch, columns, near, told=False, padded=False):
-    """Of a cache whose pages were made at once: pages, window and block table; of positions that are not columns, those
-    or offsets; and where rows begin that do with padding."""
+    """Of a cache whose pages were made at once: pages, block table, and a window with room for one column more, or as
+    many as the pages have; of positions that are not columns, those or offsets; where rows begin that do with padding.
+    """
     pages = batch * -(-columns // 16)
     layer, layers = factors.layers[0], len(factors.layers)
-    window = min(near[0], columns) + near[1]
+    window = (min(near[0] + 1, pages // batch * 16) if near[0] else 0) + near[1]
     dense = 2 * batch * window * layer.num_kv_heads * layer.head_dim * layer.dtype.itemsize
     row = layer.k_width * layer.k_dtype.itemsize + layer.v_width * layer.v_dtype.itemsize
     turned = 0 if layer.rope is None or not told else batch * 4 if layer.chunk else pages * 16 * 4

@@ -8,6 +8,7 @@ import checks
 import mutants
 import pytest
 import torch
+import written
 from cases import Case
 from mutants import KERNELS, Mutant, copy_with
 from slowly import slow_unless
@@ -78,6 +79,27 @@ KILLERS = {
         ),
         two("chunks, whole pages", chunk=64, P=64, lens=(150,), starts=(40,), offsets=(37,)),
         two("chunks, piecemeal", chunk=64, lens=(200,), offsets=(-30,), call={"workspace_limit": 1, "num_splits": 1}),
+        two(
+            "near", M=3, S=4, lens=(90, 20, 3), starts=(10, 0, 0), near=(70, 3, 1, True, False), sinks=True, offset=True
+        ),
+        two(
+            "near and window",
+            S=2,
+            lens=(45, 30),
+            near=(20, 4, 0, False, True),
+            starts=(5, 2),
+            strided=True,
+            call={"window_size": 40, "softcap": 2.0},
+        ),
+        two(
+            "near, piecemeal",
+            S=2,
+            lens=(200, 30, 70),
+            near=(20, 4, 0, True, True),
+            starts=(5, 2, 40),
+            call={"workspace_limit": 1},
+        ),
+        two("near all", S=3, lens=(40, 6), near=(64, 2, 0, False, False), call={"window_size": 20}),
         two("write", P=32),
         two("long parts", lens=(300,), key_ranks=(16,), value_ranks=(16,)),
     ]
@@ -98,10 +120,9 @@ MUTANTS = [
     Mutant("scores.py", "at = tl.load(positions + page", "at = tl.load(positions + 0 * page", "positions"),
     Mutant("tiles.py", "(t % P).to", "(t % 16).to", "pages"),
     Mutant("tiles.py", "tl.load(pages + t0 // P)", "tl.load(pages)", "whole tiles"),
-    Mutant("tiles.py", "begin = tl.maximum(begin, end - S - window + 1)", "begin = tl.maximum(begin, end - window)",
-           "window"),
+    Mutant("tiles.py", "end - S - window[0] + 1)", "end - window[0])", "window"),
     Mutant("tiles.py", "t[:, None] <= own[None, :]", "t[:, None] < own[None, :]", "queries"),
-    Mutant("tiles.py", "(own - window)", "(own - window + 1)", "window"),
+    Mutant("tiles.py", "(own - window[0])", "(own - window[0] + 1)", "window"),
     Mutant("tiles.py", "held * i // n", "held * (i + 1) // n", "batch"),
     Mutant("tiles.py", "mask=live[:, None] & (r < rank)[None, :]", "mask=live[:, None] & (r >= 0)[None, :]", "padded"),
     Mutant("tiles.py", "mask=(r < rank)[:, None] & (d < D)[None, :]", "mask=(r >= 16)[:, None] & (d < D)[None, :]",
@@ -193,6 +214,31 @@ MUTANTS = [
     Mutant("values.py", "packs + g * 4 * SEGMENTS", "packs", "packed, streamed"),
     Mutant("values.py", "latents_of(segs, TILES, 0, i_r * BLOCK_R)", "latents_of(segs, TILES, 0, 0)",
            "packed, streamed"),
+    Mutant("tiles.py", "end = tl.maximum(end - window[1], 0)", "end = tl.maximum(end - window[1] + 1, 0)", "near"),
+    Mutant("tiles.py", "begin += window[2]", "begin += 0", "near"),
+    Mutant("near.py", "head * M + i // S).to", "i // S * Hkv + head).to", "near"),
+    Mutant("near.py", "tl.where(leading, first + u,", "tl.where(leading, start + u + 1,", "near"),
+    Mutant("near.py", "leading | (t >= first + sinks)", "leading | (t >= first)", "near"),
+    Mutant("near.py", "sinks + t % slots).to", "t % slots).to", "near"),
+    Mutant("near.py", "t[:, None] <= own[None, :]", "t[:, None] < own[None, :]", "near"),
+    Mutant("near.py", "(own - recent)[None, :]", "(own - recent + 1)[None, :]", "near"),
+    Mutant("near.py", "(own - window)[None, :]", "(own - window + 1)[None, :]", "near and window"),
+    Mutant("near.py", "recent + S - 1, 0)", "recent, 0)", "near"),
+    Mutant("near.py", "acc * fade[:, None]", "acc", "near"),
+    Mutant("near.py", "p_v + place[:, None] * value_strides[1]", "p_v + place[:, None] * Hkv * D", "near and window"),
+    Mutant("near.py", "row = tl.load(rows + i_b * rows_stride).to(tl.int64)", "row = i_b", "near"),
+    Mutant("near.py", "min(call.tokens.recent, rule.window or call.tokens.recent)", "call.tokens.recent", "near all"),
+    Mutant("near.py", "leading | (t >= length - slots)", "leading | (t >= 0)", "write near"),
+    Mutant("near.py", "t = length - S + i\n", "t = length - S + i + 1\n", "write near"),
+    Mutant("near.py", "leading = t - first < sinks", "leading = t < sinks", "write near"),
+    Mutant("near.py", "held & (i < S) & (t >= first)", "held & (i < S) & (t >= 0)", "write near"),
+    Mutant("near.py", "s[:, None] * v_strides[1]", "s[:, None] * Hkv * D", "write near"),
+    Mutant("combine.py", "tl.exp(beside - joined)", "tl.exp(beside - merged_lse)", "near"),
+    Mutant("combine.py", "mass = tl.where(some, tl.exp(merged_lse - joined), 0.0)\n    if sinks",
+           "mass = tl.where(some, 1.0, 0.0)\n    if sinks", "near and window"),
+    Mutant("combine.py", "tl.exp(joined - base) + tl.exp(sink", "tl.exp(merged_lse - base) + tl.exp(sink", "near"),
+    Mutant("combine.py", "row * near_strides[1]", "i * near_strides[1]", "near"),
+    Mutant("decode.py", "_attend(own.latents,", "_attend(own,", "near and window"),
     Mutant("pack.py", "+ UPWARDS", "+ NEAREST", "pack"),
     Mutant("pack.py", "+ NEAREST", "+ UPWARDS", "pack"),
     Mutant("pack.py", "<< (k * BITS[s])", "<< (k * 2)", "pack"),
@@ -213,6 +259,9 @@ def run(killer):
     """Raises AssertionError where the kernels in use are wrong."""
     if killer == "write":
         checks.check_write(KILLERS["write"], torch.int64, torch.float32, CPU)
+    elif killer == "write near":
+        for seed in range(12):
+            written.check(seed, "triton", CPU)
     elif killer == "pack":
         checks.check_write(KILLERS["packed, streamed"], torch.int64, torch.float32, CPU)
     elif killer == "pack what is not finite":

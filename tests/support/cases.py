@@ -40,6 +40,7 @@ class Case:
     offsets: tuple[int, ...] | None = None
     starts: tuple[int, ...] | None = None
     sinks: bool | str = False  # "partly": the first head's is -inf
+    near: tuple[int, int, int, bool, bool] | None = None  # recent, sinks, more slots; rows, firsts
     pages: int | None = None  # width of the block table, to which lengths are clamped; None: a page more than needed
     size: float = 1.0  # of queries and latents
     strided: bool = False
@@ -125,13 +126,52 @@ def held(case, b):
     return max(0, case.lens[b] if case.pages is None else min(case.lens[b], case.pages * case.P))
 
 
+def clamped(case, b):
+    """Tokens of row b up to the end of the table and max_seq_len."""
+    return min(held(case, b), case.call.get("max_seq_len", case.lens[b]))
+
+
+def begins(case, b):
+    """First token of row b that is attended to, and the token in the first row of its dense window."""
+    start = 0 if case.starts is None else max(0, case.starts[b])
+    return start, start if case.near is None or not case.near[4] else [3, 0, start][b % 3]
+
+
 def reach(case, b):
-    """The tokens that some query of row b sees; all others are out of reach, and so poisoned."""
-    end = min(held(case, b), case.call.get("max_seq_len", case.lens[b]))
-    first = 0 if case.starts is None else max(0, case.starts[b])
-    if "window_size" in case.call:
-        first = max(first, end - case.S - case.call["window_size"] + 1)
+    """The tokens that some query of row b sees by their latents; all others are out of reach, and so poisoned."""
+    end, (first, row), window = clamped(case, b), begins(case, b), case.call.get("window_size")
+    if case.near is not None:
+        recent, sinks, *_ = case.near
+        end, first, window = end - recent, max(first, row + sinks), window and window - recent
+        if window is not None and window <= 0:
+            end = 0
+    if window is not None:
+        first = max(first, end - case.S - window + 1)
+    end = max(end, 0)
     return min(first, end) if case.S else end, end
+
+
+def make_near(case, layer, g, bound):
+    """Exact keys and values, a number for each token that some query sees so, in places as Near says; others NaN."""
+    recent, sinks, more, rows, firsts = case.near
+    batch, slots = len(case.lens), min(recent + case.S - 1, bound) + more if recent else more
+    shape = (batch + 2 * rows, sinks + slots, 2, case.Hkv, case.D)
+    pool = torch.full(shape, torch.nan, dtype=layer.dtype)
+    order = torch.randperm(len(pool), generator=g)[:batch] if rows else torch.arange(batch)
+    begun = [begins(case, b) for b in range(batch)]
+    window = case.call.get("window_size", recent)
+    for b, (start, first) in enumerate(begun):
+        end = clamped(case, b)
+        for t in range(max(start, first), end):
+            if t >= first + sinks and t <= end - case.S - min(recent, window):
+                continue
+            if t < first + sinks or recent:
+                place = t - first if t < first + sinks else sinks + t % slots
+                drawn = torch.randn(2, case.Hkv, case.D, generator=g, dtype=torch.float64) * case.size
+                pool[order[b], place] = drawn.to(layer.dtype)
+    told = torch.tensor([first for _, first in begun], dtype=torch.int32) if firsts else None
+    keys, values = (x if case.strided else x.contiguous() for x in pool.unbind(2))
+    return lrattn.Near(keys, values, sinks, recent, order.int() if rows else None, told)
 
 
 def make(case, dtype=torch.float64, seed=0):
@@ -183,6 +223,8 @@ def make(case, dtype=torch.float64, seed=0):
         "sinks": sinks if case.sinks else None,
         **case.call,
     }
+    if case.near is not None:
+        kwargs["near"] = make_near(case, layer, g, min(width * case.P, case.call.get("max_seq_len", width * case.P)))
     return (layer, *strided(q, k_cache, v_cache, kwargs)) if case.strided else (layer, q, k_cache, v_cache, kwargs)
 
 

@@ -1,6 +1,6 @@
 """What the kernels give against the reference in float64, no worse than PyTorch in their own dtype."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import dense
 import torch
@@ -14,7 +14,13 @@ import lrattn
 def on(device, *things):
     """Tensors, layers and dictionaries of them, moved; the rest as it is. A problem of cases.make, say."""
     return [
-        dict(zip(x, on(device, *x.values()))) if isinstance(x, dict) else x.to(device) if hasattr(x, "to") else x
+        dict(zip(x, on(device, *x.values())))
+        if isinstance(x, dict)
+        else lrattn.Near(*on(device, *(getattr(x, field.name) for field in fields(x))))
+        if isinstance(x, lrattn.Near)
+        else x.to(device)
+        if hasattr(x, "to")
+        else x
         for x in things
     ]
 

@@ -1,7 +1,7 @@
 """What a user would write without lrattn: rebuild, rotate and attend in the dtype of the query, densely."""
 
 import torch
-from oracle import dense_values
+from oracle import dense_values, exact_tokens
 
 import lrattn
 
@@ -25,12 +25,20 @@ def attend(q, k_cache, v_cache, layer, *, block_table, seq_lens, project="heads"
         placed = {"positions": at, "offsets": None if offsets is None else offsets[b : b + 1]}
         k, v = lrattn.rebuild(k_cache, v_cache, layer, used, one, **placed, backend="reference")
         t, own = torch.arange(n, device=q.device), torch.arange(n - q.shape[1], n, device=q.device)[:, None]
-        seen = t >= (0 if starts is None else int(starts[b]))
+        start = 0 if starts is None else max(int(starts[b]), 0)
+        near = call.get("near")
+        first = start if near is None or near.firsts is None else max(int(near.firsts[b]), 0)
+        seen = t >= max(start, first)
         seen = seen & (t <= own) if causal else seen.expand(q.shape[1], -1)
         seen = seen & (t > own - window) if window else seen
         if project == "latent":
             rows = k_cache if v_cache is None else v_cache
             v = dense_values(layer, rows[used[0].long()].flatten(0, 1)[:n], project)
+        if near is not None:
+            exact = seen & ((t > own - near.recent) | (t < first + near.sinks))
+            t_near = t[exact.any(0)]
+            seen = torch.cat((seen & ~exact, exact[:, t_near]), 1)
+            k, v = (torch.cat((x, y.to(x.dtype))) for x, y in zip((k, v), exact_tokens(near, b, t_near, first)))
         k, v = (x.masked_fill(~seen.any(0)[:, None, None], 0.0).repeat_interleave(q.shape[2] // x.shape[1], 1)
                 for x in (k, v))  # fmt: skip
         scores = (torch.einsum("shd,thd->sht", q[b], k) * scale).to(wide)
@@ -38,7 +46,7 @@ def attend(q, k_cache, v_cache, layer, *, block_table, seq_lens, project="heads"
         scores = scores.masked_fill(~seen[:, None], -torch.inf)
         if sinks is not None:
             scores = torch.cat((scores, sinks.to(wide)[:, None].expand(len(scores), -1, 1)), -1)
-        p = torch.softmax(scores, -1).nan_to_num(0.0)[..., :n].to(q.dtype)
+        p = torch.softmax(scores, -1).nan_to_num(0.0)[..., : len(k)].to(q.dtype)
         out = torch.einsum("sht,thd->shd", p, v)
         outs.append(out.flatten(1) @ layer.wo.flatten(0, 1) if project == "hidden" else out)
         lses.append(torch.logsumexp(scores, -1))

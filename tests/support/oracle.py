@@ -86,6 +86,13 @@ def dense_kv(layer, k_row, v_row, position):
     return dense_keys(layer, k_row, torch.tensor([position]))[0], dense_values(layer, v_row)[0]
 
 
+def exact_tokens(near, b, t, first):
+    """Keys and values [n, Hkv, D] of tokens t [n] of sequence b, from their places in the dense window."""
+    row = b if near.rows is None else int(near.rows[b])
+    place = torch.where(t < first + near.sinks, t - first, near.sinks + t % max(near.slots, 1))
+    return near.keys[row, place].double(), near.values[row, place].double()
+
+
 def attend(
     q,
     k_cache,
@@ -103,6 +110,7 @@ def attend(
     window_size=None,
     softcap=0.0,
     sinks=None,
+    near=None,
     project="heads",
     num_splits=0,
     workspace_limit=0,
@@ -121,11 +129,16 @@ def attend(
     for b in range(batch):
         length = min(max(int(seq_lens[b]), 0), bound)
         t, own = torch.arange(length), torch.arange(length - num_queries, length)[:, None]
-        seen = (t >= (0 if seq_starts is None else int(seq_starts[b]))).expand(num_queries, -1)
+        start = 0 if seq_starts is None else max(int(seq_starts[b]), 0)
+        first = start if near is None or near.firsts is None else max(int(near.firsts[b]), 0)
+        seen = (t >= max(start, first)).expand(num_queries, -1)
         seen = seen & (t <= own) if causal else seen
         seen = seen if window_size is None else seen & (t > own - window_size)
-        t = t[seen.any(0)]  # only what some query sees is read
-        seen, page, offset = seen[:, None, t], block_table[b, t // size].long(), t % size
+        exact = torch.zeros_like(seen) if near is None else seen & ((t > own - near.recent) | (t < first + near.sinks))
+        seen = seen & ~exact
+        t, t_near = t[seen.any(0)], t[exact.any(0)]  # only what some query sees is read
+        seen, exact = seen[:, None, t], exact[:, None, t_near]
+        page, offset = block_table[b, t // size].long(), t % size
         k_rows = k_cache[page, offset].double()
         v_rows = k_rows if v_cache is None else v_cache[page, offset].double()
         at = t - (0 if offsets is None else int(offsets[b])) if positions is None else positions[page, offset].long()
@@ -138,19 +151,23 @@ def attend(
             return torch.einsum("shd,hde->se", out, wo) if project == "hidden" else out
 
         k, v = dense_keys(layer, k_rows, at), dense_values(layer, v_rows, project)
+        k_most, v_most = dense_keys(terms, k_rows.abs(), at, sizes=True), dense_values(terms, v_rows.abs(), project)
+        if near is not None:
+            k_near, v_near = exact_tokens(near, b, t_near, first)
+            k, v, seen = torch.cat((k, k_near)), torch.cat((v, v_near)), torch.cat((seen, exact), 2)
+            k_most, v_most = torch.cat((k_most, k_near.abs())), torch.cat((v_most, v_near.abs()))
         s = scores(q[b].double(), k) * scale
         s = torch.tanh(s / softcap) * softcap if softcap else s
         s = s.masked_fill(~seen, -torch.inf)
         if sinks is not None:
             s = torch.cat((s, sinks.double()[:, None].expand(num_queries, -1, 1)), 2)
         lse = s.logsumexp(-1)
-        p = (s - lse[..., None]).exp().masked_fill(lse[..., None] == -torch.inf, 0.0)[..., : len(t)]
+        p = (s - lse[..., None]).exp().masked_fill(lse[..., None] == -torch.inf, 0.0)[..., : len(k)]
         outs.append(result(p, v, wo))
         lses.append(lse)
         if p.numel():
-            sizes = k.abs(), dense_keys(terms, k_rows.abs(), at, sizes=True)
-            by_score = [(scores(q[b].double().abs(), x) * seen).max() * abs(scale) for x in sizes]
-            most = [x.abs().amax(0, keepdim=True) for x in (v, dense_values(terms, v_rows.abs(), project))]
+            by_score = [(scores(q[b].double().abs(), x) * seen).max() * abs(scale) for x in (k.abs(), k_most)]
+            most = [x.abs().amax(0, keepdim=True) for x in (v, v_most)]
             value, summed = (result(torch.ones_like(p[..., :1]), x, wo.abs()).max() for x in most)
             moved = [[2 * by_score[0] * value, by_score[0]], [2 * by_score[1] * value + summed, by_score[1]]]
             sway = torch.maximum(sway, torch.tensor(moved, dtype=torch.float64).T)

@@ -101,4 +101,6 @@ def plain(problem):
     if v_cache is not None:
         v_cache = read_cache(v_cache, layer.values.format) if layer.values.format else v_cache.double()
     keys, values = (replace(side, format=None) for side in (wide.keys, wide.values))
+    if (near := kwargs.get("near")) is not None:
+        kwargs = kwargs | {"near": replace(near, keys=near.keys.double(), values=near.values.double())}
     return replace(wide, keys=keys, values=values), q.double(), k_cache, v_cache, kwargs

@@ -113,12 +113,22 @@ def calls(draw, page_size, most_splits):
 
 
 @st.composite
-def cases(draw, *, longest=LONGEST, most_queries=6, most_splits=1024, widths=PACKED, **sizes):
+def nears(draw, starts):
+    """Sizes of a dense window, as a Case has them."""
+    recent = draw(st.sampled_from([1, 5, 16, 64, 70, 0, LONGEST, 2**40]))
+    sinks, more = draw(st.sampled_from([0, 1, 3, 5, 70])), draw(st.sampled_from([0, 0, 1, 9]))
+    return recent, sinks, more, draw(st.booleans()), starts is not None and draw(st.booleans())
+
+
+@st.composite
+def cases(
+    draw, *, longest=LONGEST, most_queries=6, most_splits=1024, widths=PACKED, near=(False, False, True), **sizes
+):
     """A Case of any shape and any arguments that decode_attention takes."""
     layer = draw(layers(**sizes))
     page_size = draw(st.sampled_from([16, 16, 32, 48, 64, 80, 128]))
-    near = [n for n in (1, 0, 15, 16, 17, 63, 64, 65, 127, 128, 129, page_size - 1, page_size + 1) if n <= longest]
-    lengths = [*[st.integers(longest // 4, longest)] * 3, st.sampled_from(near)]
+    odd = [n for n in (1, 0, 15, 16, 17, 63, 64, 65, 127, 128, 129, page_size - 1, page_size + 1) if n <= longest]
+    lengths = [*[st.integers(longest // 4, longest)] * 3, st.sampled_from(odd)]
     pages = draw(rarely(st.sampled_from([longest // page_size, 1, 0])))
     if pages is not None:
         lengths.append(st.sampled_from(FAR))
@@ -132,8 +142,11 @@ def cases(draw, *, longest=LONGEST, most_queries=6, most_splits=1024, widths=PAC
     offsets = None
     if layer["chunk"] and draw(st.booleans()):
         offsets = tuple(draw(st.sampled_from(OFFSETS)) for _ in lens)
+    call = draw(calls(page_size, most_splits))
+    fits = draw(st.sampled_from(near)) and call.get("causal", True) and call.get("project") != "latent"
     return Case(
         "drawn",
+        near=draw(nears(starts)) if fits else None,
         P=page_size,
         S=draw(st.sampled_from([1, 1, 1, 1, 2, 2, 3, most_queries, 0])),
         lens=lens,
@@ -145,6 +158,6 @@ def cases(draw, *, longest=LONGEST, most_queries=6, most_splits=1024, widths=PAC
         strided=draw(st.booleans()),
         key_bits=draw(st.sampled_from(widths)),
         value_bits=draw(st.sampled_from(widths)),
-        call=draw(calls(page_size, most_splits)),
+        call=call,
         **layer,
     )

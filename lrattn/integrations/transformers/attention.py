@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from lrattn.attention.cache import stored
-from lrattn.attention.dense import Pair, Sight, dense_attention, masked_attention, side_by_side, with_sinks
-from lrattn.attention.ops import decode_attention, merge_attention, rebuild
+from lrattn.attention.dense import Pair, Sight, dense_attention
+from lrattn.attention.ops import decode_attention, rebuild
 from lrattn.factors.record import Factors
+from lrattn.factors.shapes import accumulator
 from lrattn.integrations.transformers.columns import Columns
 from lrattn.integrations.transformers.fit import layer_of, near_of
 from lrattn.integrations.transformers.layer import LatentKeys, LatentLayer, Written
@@ -82,17 +83,16 @@ def _attend(
     layer, written, kind = key.layer, key.written, key.layer.factors.dtype
     begin = layer.columns.count if written is None else written.begin
     what = said(mask, sliding_window, len(query), begin + query.shape[2])
+    few = begin > 0 and query.shape[2] * (query.shape[1] // key.shape[1]) <= DECODE_ROWS
     if written is None:  # else layers share keys
         keys = (key.plain_keys.to(kind), value.to(kind)) if narrowed else (key.plain_keys, value)
-        written = key.written = layer.write(keys, position_ids, what, module)
+        written = key.written = layer.write(keys, position_ids, what, module, few)
     sight = _sight(what, begin + query.shape[2], layer, written)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    rows = query.shape[2] * (query.shape[1] // key.shape[1])
     differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key.plain_keys, value))
-    if begin and rows <= DECODE_ROWS and sight.plain and not differentiated:
-        q = query.to(kind).transpose(1, 2).contiguous()
-        return with_sinks(*_decode(q, layer, written, sight, scale, softcap or 0.0), s_aux)
-    far, near = _far(layer, written, sight), (written.recent, written.first)
+    if few and sight.plain and not differentiated:
+        return _decode(query.to(kind).transpose(1, 2).contiguous(), layer, sight, scale, softcap or 0.0, s_aux)
+    far, near = _far(layer, written, sight), written.near or layer.near_pairs(written.begin, written.keys)
     out = dense_attention(query.to(kind), sight, far, *near, scale=scale, softcap=softcap or 0.0, sinks=s_aux)
     return out.transpose(1, 2).contiguous()
 
@@ -108,40 +108,25 @@ def _sight(what: Said, end: int, layer: LatentLayer, written: Written) -> Sight:
     return Sight(written.begin, end, layer.recent, layer.sinks, *what, base)
 
 
-def _decode(
-    q: Tensor, layer: LatentLayer, written: Written, sight: Sight, scale: float, softcap: float
-) -> tuple[Tensor, Tensor]:
-    """A few queries [B, S, Hq, D] -> heads and lse: on the latents of far columns, and on near ones as they are."""
-    parts: list[tuple[Tensor, Tensor]] = []
-    # Bottom-right alignment with lengths cut by `recent` lets query i see the columns up to i - recent.
-    columns = sight.end - layer.recent
-    if not sight.all_near and columns > layer.sinks:
-        far = decode_attention(
-            q,
-            *layer.pages,
-            layer.factors,
-            **layer.places(columns),
-            seq_starts=_starts(sight, q),
-            softmax_scale=scale,
-            softcap=softcap,
-            max_seq_len=columns,
-            window_size=None if sight.window is None else sight.window - layer.recent,
-            return_lse=True,
-            backend=layer.backend,
-        )
-        parts.append(cast(Pair, far))
-    if written.recent is not None or written.first is not None:
-        k, v, seen = side_by_side(sight, 0, q.shape[1], None, written.recent, written.first)
-        parts.append(masked_attention(q, k.transpose(1, 2), v.transpose(1, 2), seen, scale, softcap))
-    return merge_attention(*zip(*parts, strict=True)) if len(parts) > 1 else parts[0]
-
-
-def _starts(sight: Sight, q: Tensor) -> Tensor | None:
-    """First far column of each row, [B] int32; None: 0."""
-    if sight.pads is None:
-        return torch.full((len(q),), sight.sinks, dtype=torch.int32, device=q.device) if sight.sinks else None
-    base = sight.pads if sight.base is None else sight.base
-    return torch.maximum(sight.pads, base + sight.sinks).int()
+def _decode(q: Tensor, layer: LatentLayer, sight: Sight, scale: float, softcap: float, s_aux: Tensor | None) -> Tensor:
+    """A few queries [B, S, Hq, D] -> heads: on the latents of far columns, and on near ones as they are."""
+    starts = None if sight.pads is None else sight.pads.int()
+    firsts = starts if sight.base is None else sight.base.int()
+    heads = decode_attention(
+        q,
+        *layer.pages,
+        layer.factors,
+        **layer.places(sight.end),
+        seq_starts=starts,
+        softmax_scale=scale,
+        softcap=softcap,
+        max_seq_len=sight.end,
+        window_size=sight.window,
+        sinks=None if s_aux is None else s_aux.to(accumulator(q.dtype)),
+        near=layer.window_from(firsts) if layer.recent or layer.sinks else None,
+        backend=layer.backend,
+    )
+    return cast(Tensor, heads)
 
 
 def _far(layer: LatentLayer, written: Written, sight: Sight) -> Pair | None:

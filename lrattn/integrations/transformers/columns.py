@@ -64,12 +64,11 @@ class Columns:
         self.positions: Tensor | None = None
         self.offsets: Tensor | None = None
         self.base: Tensor | None = None
-        self.firm: int | None = None  # from so many columns on each row's first ones are known
         self.end()
 
     def end(self) -> None:
         """No pass is under way."""
-        self.written, self.last, self.begun = 0, 0, False
+        self.written = self.last = 0
         self.slots: Tensor | None = None
 
     @property
@@ -100,7 +99,6 @@ class Columns:
         if self.sinks or self.chunked:
             live = _live(said, begin, end)
             live = None if live is None else live.expand(batch, -1).to(device)
-            self.begun = said.live is None and said.full is None  # every row has by now
             self._find_base(live, end)
             if self.chunked and told and at is not None:
                 self._find_offsets(at, live, unread)
@@ -179,10 +177,8 @@ class Columns:
         if self.written < len(self.layers):
             return
         self.count += new
-        if self.firm is None and self.begun:
-            self.firm = self.sinks if self.base is None else self.count + self.sinks
         for layer in self.layers:
-            (layer.ring, layer.first), layer.next = layer.next, None
+            layer.window, layer.next = layer.next, None
         self.end()
 
     def undo(self) -> None:
@@ -194,8 +190,6 @@ class Columns:
     def crop(self, columns: int) -> None:
         """Only the first columns are left."""
         self.count = columns
-        if self.firm is not None and columns < self.firm:
-            self.firm = None
 
     def select(self, rows: Tensor) -> None:
         """Rows `rows` of the old batch become the new one."""

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
-from lrattn.attention.ops import check_backend
+from lrattn.attention.checks import check_backend
 from lrattn.factors.layer import LayerFactors
 from lrattn.factors.record import Factors
 from lrattn.models.layers import sample

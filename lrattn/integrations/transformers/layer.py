@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from lrattn.attention.cache import allocate_cache, sections, unpack
 from lrattn.attention.dense import Pair
-from lrattn.attention.ops import write_latents
+from lrattn.attention.near import Near
+from lrattn.attention.ops import write_latents, write_near
 from lrattn.factors.projection import Projection
 from lrattn.factors.record import Factors
 from lrattn.integrations.transformers.columns import PAGE, Columns
@@ -33,15 +34,15 @@ class Written(NamedTuple):
     """A pass's columns in one layer, as attention reads them.
 
     begin: columns before it. latents: [B, S, width] each. positions: [B, S], as keys were turned from them, or None.
-    recent: exact keys and values [B, Hkv, n, D] of the last columns before the pass and of its own; None: recent=0.
-    first: of each row's first live columns, [B, Hkv, sinks, D]; None: sinks=0.
+    keys: its keys and values, [B, Hkv, S, D] each. near: what `near_pairs` gives, where it has to be known before the
+    pass is over.
     """
 
     begin: int
     latents: Latents
     positions: Tensor | None
-    recent: Pair | None
-    first: Pair | None
+    keys: Pair
+    near: tuple[Pair | None, Pair | None] | None
 
 
 class LatentKeys(Tensor):
@@ -104,9 +105,8 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
     @torch.inference_mode(False)
     def reset(self) -> None:
         self.pages: Latents = allocate_cache(self.factors, 0, PAGE)
-        self.ring: Pair | None = None  # the last `recent` columns
-        self.first: Pair | None = None  # the first `sinks` of each row
-        self.next: tuple[Pair | None, Pair | None] | None = None  # the two, once every layer holds the pass under way
+        self.window = self._empty(0, 0)
+        self.next: Near | None = None  # the window, once every layer holds the pass under way
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: the first `write` makes room."""
@@ -115,9 +115,11 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
         """Keys as a handle for the attention function, which writes them, and values as they are."""
         return LatentKeys.of(key_states, value_states, self), value_states
 
-    def write(self, keys: Pair, position_ids: Tensor | None, said: Said, module: nn.Module) -> Written:
+    def write(self, keys: Pair, position_ids: Tensor | None, said: Said, module: nn.Module, few: bool) -> Written:
         """Holds a pass's keys and values [B, Hkv, S, D] of an attention module.
 
+        few: after columns that are held. They are then written to the window in place, where those that they take the
+        place of are near no query any more, even if the pass counts for nothing. Of others there is a new window.
         Raises: ValueError if they do not fit, or positions are beyond the rope; the cache is then as it was.
         """
         check_fit(self.whole, self.index, *keys, module)
@@ -133,13 +135,12 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
         positions = columns.positions_of(layer, begin, begin + new)
         k, v = (x.transpose(1, 2) for x in keys)
         latents = layer.project(k, v, positions)
-        recent, first = self._with_ring(keys), self._with_first(keys)
+        near = None if few else self.near_pairs(begin, keys)
         if self.held:
             self._store(latents)
-            ring = None if recent is None else (self._kept(recent[0]), self._kept(recent[1]))
-            self.next = ring, None if first is None else (first[0].detach(), first[1].detach())
+            self.next = self._with(k, v, few)
             columns.wrote(new)
-        return Written(begin, latents, positions, recent, first)
+        return Written(begin, latents, positions, keys, near)
 
     @torch.no_grad()
     def _store(self, latents: Latents) -> None:
@@ -156,31 +157,67 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
         assert columns.slots is not None
         write_latents(layer, *latents, *self.pages, columns.slots.to(layer.device), backend=self.backend)
 
-    def _with_ring(self, keys: Pair) -> Pair | None:
-        """As many columns before the pass as its first query sees exactly, and its own."""
-        if not self.recent or self.ring is None:
-            return keys if self.recent else None
-        last = max(self.ring[0].shape[2] - (self.recent - 1), 0)
-        return torch.cat((self.ring[0][:, :, last:], keys[0]), 2), torch.cat((self.ring[1][:, :, last:], keys[1]), 2)
+    @torch.no_grad()
+    def _with(self, k: Tensor, v: Tensor, few: bool) -> Near:
+        """The window with a pass's keys and values [B, S, Hkv, D] in it."""
+        columns, (batch, new), base = self.columns, k.shape[:2], self.columns.base
+        slots = max(self.window.slots, min(self.recent + (new if few else 1), columns.room)) if self.recent else 0
+        with torch.inference_mode(False):
+            if not columns.count:
+                window = self._empty(batch, slots)
+            elif few and slots == self.window.slots:
+                window = self.window
+            else:
+                window = self._empty(batch, slots)
+                held = torch.arange(max(columns.count - self.window.slots, 0), columns.count, device=k.device)
+                for new_side, old in ((window.keys, self.window.keys), (window.values, self.window.values)):
+                    new_side[:, : self.sinks] = old[:, : self.sinks]
+                    new_side[:, self._places(held, slots)] = old[:, self._places(held, self.window.slots)]
+                if few:
+                    self.window = window
+        firsts = None if base is None or not self.sinks else base.to(k.device, torch.int32)
+        told = Near(window.keys, window.values, self.sinks, self.recent, None, firsts)
+        lens = torch.full((batch,), columns.count + new, dtype=torch.int32, device=k.device)
+        k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+        write_near(told, k, v, lens, backend=self.backend)
+        return window
 
-    def _kept(self, x: Tensor) -> Tensor:
-        """The last columns of what `_with_ring` gave, in memory of their own."""
-        last = x[:, :, -self.recent :].detach()
-        return last if self.ring is not None and last.shape == x.shape else last.clone()
+    def _empty(self, batch: int, slots: int) -> Near:
+        layer = self.factors
+        shape = batch, self.sinks + slots, layer.num_kv_heads, layer.head_dim
+        keys, values = (torch.zeros(shape, dtype=layer.dtype, device=layer.device) for _ in range(2))
+        return Near(keys, values, self.sinks, self.recent)
 
-    def _with_first(self, keys: Pair) -> Pair | None:
-        """Each row's first live columns, those of the pass included."""
-        columns, new = self.columns, keys[0].shape[2]
-        if not self.sinks or (columns.firm is not None and columns.count >= columns.firm):
-            return self.first
-        at = torch.arange(self.sinks, device=keys[0].device)[None] - columns.count
-        at = at if columns.base is None else at + columns.base[:, None].to(at.device)
-        inside, at = ((x[:, None, :, None]) for x in ((at >= 0) & (at < new), at.clamp(0, new - 1)))
-        sides = []
-        for i, x in enumerate(keys):
-            found = x.gather(2, at.expand(*x.shape[:2], -1, x.shape[3]))
-            sides.append(torch.where(inside, found, 0.0 if self.first is None else self.first[i]))
-        return sides[0], sides[1]
+    def _places(self, columns: Tensor, slots: int) -> Tensor:
+        return self.sinks + columns % max(slots, 1)
+
+    def window_from(self, firsts: Tensor | None) -> Near:
+        """The window of rows whose first columns begin at `firsts` [B] int32; None: at 0."""
+        window = self.window if self.next is None else self.next
+        return Near(window.keys, window.values, self.sinks, self.recent, None, firsts)
+
+    def near_pairs(self, begin: int, keys: Pair) -> tuple[Pair | None, Pair | None]:
+        """Keys and values [B, Hkv, n, D] of as many columns before a pass as its first query sees exactly, and its own;
+        and of each row's first live columns, those of the pass included. None: recent=0, sinks=0."""
+        recent = first = None
+        sides, begins, device = (self.window.keys, self.window.values), self.columns.base, keys[0].device
+        base = torch.zeros((), dtype=torch.int64, device=device) if begins is None else begins[:, None].to(device)
+        if self.recent and not begin:
+            recent = keys
+        elif self.recent:
+            held = torch.arange(max(begin - self.recent + 1, 0), begin, device=device)
+            leading = (held >= base) & (held < base + self.sinks)
+            at = torch.where(leading, held - base, self._places(held, self.window.slots)).expand(len(keys[0]), -1)
+            rows = torch.arange(len(keys[0]), device=device)[:, None]
+            held_before = (x[rows, at].transpose(1, 2) for x in sides)
+            recent = _pair(torch.cat((old, own), 2) for old, own in zip(held_before, keys, strict=True))
+        if self.sinks:
+            at, new = torch.arange(self.sinks, device=device)[None] + base - begin, keys[0].shape[2]
+            inside, at = ((x[:, None, :, None]) for x in ((at >= 0) & (at < new), at.clamp(0, new - 1)))
+            own = [x.gather(2, at.expand(*x.shape[:2], -1, x.shape[3])) for x in keys]
+            old = [x[:, : self.sinks].transpose(1, 2) for x in sides] if begin else [torch.zeros_like(x) for x in own]
+            first = _pair(torch.where(inside, x, y) for x, y in zip(own, old, strict=True))
+        return recent, first
 
     def places(self, columns: int) -> dict[str, Any]:
         """Where its first `columns` columns lie, as the ops on a cache take it."""
@@ -199,13 +236,13 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
     @torch.inference_mode(False)
     @torch.no_grad()
     def crop(self, columns: int) -> None:
-        """To its first columns. What is near again but no longer held comes from latents."""
-        if self.ring is not None:
-            low, begin = max(columns - self.recent, 0), self.columns.count - self.ring[0].shape[2]
-            held = slice(max(low - begin, 0), max(columns - begin, 0))
-            lost = self._rebuilt(low, max(min(begin, columns), low))
-            k, v = (torch.cat((x, own[:, :, held]), 2) for x, own in zip(lost, self.ring, strict=True))
-            self.ring = k, v
+        """To its first columns. What had left the last `recent` and is among them again comes from latents."""
+        low = max(columns - self.recent, 0)
+        lost = range(low, max(min(self.columns.count - self.recent, columns), low))
+        if lost:
+            at = self._places(torch.arange(lost.start, lost.stop, device=self.factors.device), self.window.slots)
+            k, v = (x.transpose(1, 2) for x in self._rebuilt(lost.start, lost.stop))
+            self.window.keys[:, at], self.window.values[:, at] = k, v
 
     def _rebuilt(self, begin: int, end: int) -> Pair:
         """Keys and values of some columns from their latents, [B, Hkv, n, D] each."""
@@ -230,12 +267,13 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
         k, v = (None if x is None else x.unflatten(0, shape)[rows].flatten(0, 1) for x in self.pages)
         assert k is not None
         self.pages = k, v
-        self.ring, self.first = (None if x is None else (x[0][rows], x[1][rows]) for x in (self.ring, self.first))
+        self.window = Near(self.window.keys[rows], self.window.values[rows], self.sinks, self.recent)
 
     @property
     def tensors(self) -> list[Tensor]:
-        pairs = self.pages, self.ring, self.first, *(self.next or ())
-        return [x for pair in pairs if pair is not None for x in pair if x is not None]
+        windows = self.window, self.window if self.next is None else self.next
+        held = {id(x): x for x in (*self.pages, *(x for near in windows for x in (near.keys, near.values)))}
+        return [x for x in held.values() if x is not None]
 
     def get_seq_length(self) -> int:
         return self.columns.count
@@ -248,3 +286,8 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
         return -1
 
     get_max_cache_shape = get_max_length  # its name in 5.5
+
+
+def _pair(sides: Iterable[Tensor]) -> Pair:
+    keys, values = sides
+    return keys, values
