@@ -32,24 +32,27 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import lrattn
+from bench.compiled.sass import TOOLS, loop, mix
 from bench.decode.decode_shapes import packing
 from bench.support import report
 from lrattn.factors.operands import Operands
 from lrattn.factors.shapes import round_up
 from lrattn.kernels import absorb, combine, decode, launch, merge, near, plan, project, rebuild, scores, values, write
 from lrattn.kernels.arguments import Call, Near, Rule, Span, Tokens
+from lrattn.kernels.attend_packed import attend_packed
 from lrattn.kernels.fused_absorbed import fused_absorbed
 from lrattn.kernels.fused_rebuilt import fused_rebuilt
 
 PATH = report.RESULTS / "resources.json"
 SOURCES = sorted((Path(lrattn.__file__).parent / "kernels").glob("*.py"))
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 META = torch.device("meta")
 SPAN = Span(0, 2, 2)
 PAGE, BATCH = 16, 2
 CHUNK = 512  # positions of a chunk
 ALL = "bias rule"
+COUNTED = ("attend_packed_kernel",)  # whose loop's instructions are told
 PACKED = (8, 4, 2)  # widths of packed rows
+BY_PLANE = (PACKED, (8,), (4,), (2,), (4, 2), (16, 4))  # of rows by plane
 FORMATS = ((), (8,), (4,), (2,), PACKED, (16, 8, 2))  # of which each kernel is shown at one shape; () is plain
 
 
@@ -173,8 +176,17 @@ class Problem(NamedTuple):
         constant = fp32(BATCH, chunks, round_up(self.rows(), 16)) if self.has("bias") else None
         return empty(BATCH, chunks, self.rows(), self.rank, dtype=self.dtype), constant
 
+    def codes(self) -> tuple[plan.Planes, torch.Tensor, torch.Tensor]:
+        """How packed rows go by plane; absorbed queries for them, and what goes with these."""
+        keys, side = self.sides()
+        codes = plan.planes(self.dtype, launch.name(META), keys.sizes, side.sizes)
+        assert codes.keys is not None and codes.values is not None, "the launch table has rows for them"
+        width, count = plan.absorbed(keys.sizes, codes)
+        lead, padded = (BATCH, 4 if self.chunk else 1), round_up(self.rows(), 16)
+        return codes, empty(*lead, self.rows(), width, dtype=torch.float16), fp32(*lead, count, padded)
+
     def scores(self) -> torch.Tensor:
-        return fp32(BATCH, self.rows(), 2 * launch.BLOCK_T)
+        return fp32(BATCH, self.rows(), 4 * launch.BLOCK_T)
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -218,6 +230,26 @@ def one_pass(p: Problem, turned: bool) -> launch.Launch:
 
 def absorbed_pass(p: Problem) -> None:
     fused_absorbed(p.call(), *p.absorbed(), *p.partial(), SPAN, one_pass(p, False))
+
+
+def absorb_planes(p: Problem) -> None:
+    codes, a, terms = p.codes()
+    absorb.absorb_planes(p.call(), a, terms, SPAN, codes.keys)
+
+
+def packed_pass(p: Problem) -> None:
+    codes, a, terms = p.codes()
+    attend_packed(p.call(), a, terms, None, *p.partial(), SPAN, codes.keys)
+
+
+def packed_scores(p: Problem) -> None:
+    codes, a, terms = p.codes()
+    attend_packed(p.call(), a, terms, p.scores(), None, None, SPAN, codes.keys)
+
+
+def packed_values(p: Problem) -> None:
+    codes, _, _ = p.codes()
+    attend_packed(p.call(), None, None, p.scores(), *p.partial(), SPAN, codes.values)
 
 
 def rebuilt_pass(p: Problem) -> None:
@@ -312,6 +344,8 @@ def compilations() -> Iterator[Compilation]:
             for problem in fused_problems(row):
                 for absorbed in absorbed_problems(problem, most(row), row):
                     yield Compilation(absorbed_pass, device, absorbed, row.itemsize == 2)
+        if rows_for(launch.ATTEND_PACKED, device):
+            yield from by_plane(device)
         for row in rows_for(launch.FUSED_REBUILT, device):
             for problem in fused_problems(row):
                 for options in ("", most(row), f"{most(row)} positions")[: 3 if row.table else 2]:
@@ -341,6 +375,29 @@ def compilations() -> Iterator[Compilation]:
             yield Compilation(merge_splits, device, Problem(96, 256, 16, 3, 1, dtype))
             yield Compilation(combine_latents, device, Problem(96, 256, 16, 3, 1, dtype))
     yield from formats()
+
+
+def by_plane(device: str) -> Iterator[Compilation]:
+    """Packed rows whose codes are operands: of two groups of four heads with four query heads each, or with twice seven
+    queries; of half the rank, without a rope, in chunks of one tile, in one row."""
+    for bits in BY_PLANE:
+        packed = Problem(256, 128, 4, 1, 4, chunk=CHUNK, bits=bits)
+        most = packed._replace(heads=7, steps=2, options=f"{ALL} offsets near")
+        for problem in (packed, packed._replace(options="offsets near"), most):
+            yield Compilation(packed_pass, device, problem)
+        for problem in (packed, most):
+            yield Compilation(packed_scores, device, problem)
+            yield Compilation(packed_values, device, problem)
+            yield Compilation(absorb_planes, device, problem)
+        small = packed._replace(chunk=launch.BLOCK_T)
+        for problem in (
+            packed._replace(rank=128),
+            packed._replace(rope=False, chunk=0),
+            small,
+            most._replace(chunk=64),
+        ):
+            yield Compilation(packed_pass, device, problem)
+        yield Compilation(packed_scores, device, packed._replace(rank=512, shared=True))
 
 
 def formats() -> Iterator[Compilation]:
@@ -435,18 +492,18 @@ class _Driver:
 def compiling(device: str) -> Iterator[list[tuple[str, Any]]]:
     """Inside, launches compile for a device and do not run; yields the kernels' names and binaries."""
     compiled: list[tuple[str, Any]] = []
-    original, name = JITFunction.run, launch.name
+    original, name, assembles = JITFunction.run, launch.name, launch.assembles
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         self.device_caches.clear()  # kept by device number, which is 0 for all of ours
         compiled.append((self.__name__, original(self, *args, grid=grid, warmup=True, **kwargs)))
 
     triton.runtime.driver.set_active(_Driver(DEVICES[device].target))
-    JITFunction.run, launch.name = run, lambda _: device
+    JITFunction.run, launch.name, launch.assembles = run, lambda _: device, lambda _: device != "gfx9"
     try:
         yield compiled
     finally:
-        JITFunction.run, launch.name = original, name
+        JITFunction.run, launch.name, launch.assembles = original, name, assembles
 
 
 def compile_for(c: Compilation) -> list[dict[str, Any]]:
@@ -497,7 +554,8 @@ def resources(binary: Any) -> dict[str, Any]:
     products = set(re.findall(r"(wgmma\.mma_async[\w.]*\.m\d+n\d+k\d+|mma\.sync[\w.]*\.m\d+n\d+k\d+|tcgen05\.mma)",
                               binary.asm["ptx"]))  # fmt: skip
     short = sorted({re.sub(r"\.(?:sp|al)\w+|\.(?:sync|aligned)", "", x) for x in products})
-    return found | {"registers": int(usage["REG"]), "spilled": int(usage["STACK"]), "products": short}
+    counted = {"instructions": mix(loop(binary.asm["cubin"]))} if binary.name in COUNTED else {}
+    return found | {"registers": int(usage["REG"]), "spilled": int(usage["STACK"]), "products": short} | counted
 
 
 def faults(c: Compilation, row: dict[str, Any]) -> list[str]:

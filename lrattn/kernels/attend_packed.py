@@ -51,10 +51,9 @@ def attend_packed_kernel(
     VALUES: tl.constexpr, VALUE_RUN: tl.constexpr, VALUE_ROW: tl.constexpr, VALUE_WORDS: tl.constexpr,
     C: tl.constexpr, M: tl.constexpr, P: tl.constexpr, Hkv: tl.constexpr, CHUNK: tl.constexpr, BIASED: tl.constexpr,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
-    MAGIC: tl.constexpr, ASM: tl.constexpr, W: tl.constexpr, T: tl.constexpr,
+    MAGIC: tl.constexpr, ASM: tl.constexpr, BLOCK_T: tl.constexpr, W: tl.constexpr, T: tl.constexpr,
 ):
     G: tl.constexpr = Hkv // C
-    BLOCK_T: tl.constexpr = W * T
     BEHIND: tl.constexpr = starts is not None or window[2] is not None  # tokens may begin within a tile
     g = tl.program_id(0) % G
     i_s = tl.program_id(1).to(tl.int64)
@@ -93,7 +92,7 @@ def attend_packed_kernel(
     pages += i_b * pages_stride
     first_page, last_page = begin // P, (t_end - 1) // P
 
-    for t0 in range(t_begin, t_end, BLOCK_T):
+    for t0 in range(t_begin, t_end, W * T):
         t = t0 + own
         live = t < t_end
         if MASKED or BEHIND or offsets is not None:
@@ -106,7 +105,7 @@ def attend_packed_kernel(
             k = tl.maximum(k, first_page)
         page = tl.load(pages + k).to(tl.int64)
         place = own % P
-        if BLOCK_T % P != 0 or offsets is not None:
+        if W * T % P != 0 or offsets is not None:
             place = at % P
         if len(KEYS) > 0:
             c = (tl.maximum(before + t0 - origin, 0) // CHUNK).to(tl.int64)
@@ -141,7 +140,7 @@ def attend_packed_kernel(
                 if CAPPED:
                     score = soft_cap(score, softcap)
         else:
-            column = tl.multiple_of(t0 - origin, BLOCK_T) + own
+            column = tl.multiple_of(t0 - origin, W * T) + own
             score = tl.load(p_s[None, :, None] + column[:, None, :], mask=live[:, None, :], other=float("-inf"))
         mask = live[:, None, :]
         if CAUSAL and MASKED:
@@ -150,7 +149,7 @@ def attend_packed_kernel(
             mask &= t[:, None, :] > (seen_to - window[0])[None, :, None]
         score = tl.where(mask, score, float("-inf"))
         if len(VALUES) == 0:
-            column = tl.multiple_of(t0 - origin, BLOCK_T) + own
+            column = tl.multiple_of(t0 - origin, W * T) + own
             tl.store(p_s[None, :, None] + column[:, None, :], score, mask=in_q[None, :, None])
         else:
             p_page = cv + page * cv_page
@@ -290,7 +289,8 @@ def attend_packed(
             CHUNK=key.chunk or 1 << 30, BIASED=bool(key.biased),
             MASKED=(rule.causal and q.shape[1] > 1) or rule.window > 0, CAUSAL=rule.causal, WINDOWED=rule.window > 0,
             CAPPED=rule.softcap > 0, MAGIC=choice.magic, ASM=launch.assembles(ck.device),
-            W=choice.warps, T=choice.block_t // choice.warps, num_warps=choice.warps, num_stages=choice.stages,
+            BLOCK_T=choice.block_t,
+            W=choice.warps, T=choice.block_n, num_warps=choice.warps, num_stages=choice.stages,
         )  # fmt: skip
 
 

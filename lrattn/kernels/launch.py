@@ -24,7 +24,7 @@ class Launch(NamedTuple):
     block_q: int = 0  # query rows
     block_r: int = 0  # latents, or the widest piece of a rank
     block_d: int = 0  # dimensions of a head
-    block_n: int = 0  # tokens to write or to rebuild, or of the dense window
+    block_n: int = 0  # tokens to write or to rebuild, of the dense window, or of a warp
     block_s: int = 0  # splits to merge
     block_t: int = BLOCK_T  # tokens of a tile
     resident: bool = False  # a program reads its basis, or its absorbed queries, once
@@ -47,6 +47,7 @@ class Row(NamedTuple):
     shared: bool = True  # also where one row serves keys and values
     chunked: bool | None = None  # for keys in chunks, or for others; None: for both
     packed: bool = False  # for packed rows, or for plain ones
+    wide: bool = True  # also where packed rows have segments of 16 bits, or values alone more halfwords than a piece
 
 
 # Numbers that change from call to call: a kernel is not compiled anew for some of their values.
@@ -138,9 +139,11 @@ FUSED_ABSORBED = (
 MOST_SCALES = 7  # of values: with the sum of p they are the columns of one product
 MOST_COLUMNS = 256  # of values in one pass: sums for 16 rows are half of a thread's registers
 ATTEND_PACKED = (
-    Row(Launch(4, 2, block_t=128), BIG),
-    Row(Launch(4, 2, block_t=64), BIG),
+    Row(Launch(4, 2, block_t=128, block_n=32), BIG, wide=False),
+    Row(Launch(4, 2, block_t=128, block_n=16), BIG),
+    Row(Launch(4, 2, block_t=64, block_n=16), BIG),
 )
+PACKED_VALUES = tuple(row._replace(launch=row.launch._replace(stages=1)) for row in ATTEND_PACKED)  # of given scores
 FUSED_REBUILT = (
     Row(Launch(4, 1, block_r=128), ("sm90",), head=64, rank=256, values=256, queries=16),
     Row(Launch(4, 1, block_r=128), ("sm90",), head=64, rank=128, values=128, queries=32),
@@ -239,13 +242,15 @@ latent_scores, absorbed_scores, latent_values = (
 fused_absorbed, fused_rebuilt = (cache(partial(find, table)) for table in (FUSED_ABSORBED, FUSED_REBUILT))
 
 
-@cache
-def attend_packed(device: str, itemsize: int, tile: int) -> Launch | None:
+def by_plane(table: tuple[Row, ...], device: str, itemsize: int, tile: int, wide: bool) -> Launch | None:
     """The launch for rows in planes whose tiles divide so many tokens, or None: such rows are then unpacked."""
-    for launch, devices, *_ in ATTEND_PACKED:
-        if itemsize == 2 and device in devices and not tile % launch.block_t:
-            return launch
+    for row in table:
+        if itemsize == 2 and device in row.devices and not tile % row.launch.block_t and (row.wide or not wide):
+            return row.launch
     return None
+
+
+attend_packed, packed_values = (cache(partial(by_plane, table)) for table in (ATTEND_PACKED, PACKED_VALUES))
 
 
 @cache

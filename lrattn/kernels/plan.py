@@ -46,8 +46,12 @@ def planes(dtype: torch.dtype, device: str, keys: KeySizes, values: ValueSizes) 
     are as the other side's."""
     own, other = bool(keys.packed and keys.absorbed), bool(values.packed) and scales(values) <= launch.MOST_SCALES
     tile = keys.chunk if own and other else launch.BLOCK_T
-    found = launch.attend_packed(device, dtype.itemsize, tile) if own or other else None
-    return Planes(found if own else None, found if other else None)
+    halves = 16 in (*(keys.packed[::2] if own else ()), *(values.packed[::2] if other else ()))
+    wide = halves or (other and sum(piece[3] for piece in pieces(values, PLANES)) > PLANES)
+    return Planes(
+        launch.attend_packed(device, dtype.itemsize, tile, halves) if own else None,
+        launch.packed_values(device, dtype.itemsize, tile, wide) if other else None,
+    )
 
 
 def fused(

@@ -71,13 +71,14 @@ def test_every_option(case, device):
 @pytest.fixture
 def magic(monkeypatch):
     """As a device is served whose tensor cores take no subnormal numbers."""
-    table = tuple(row._replace(launch=row.launch._replace(magic=True)) for row in launch.ATTEND_PACKED)
-    monkeypatch.setattr(launch, "ATTEND_PACKED", table)
-    caches = launch.attend_packed, plan.planes, plan.cut
-    for found in caches:
+    for name in ("attend_packed", "packed_values"):
+        monkeypatch.setattr(
+            launch, name, lambda *given, found=getattr(launch, name): found(*given)._replace(magic=True)
+        )
+    for found in (plan.planes, plan.cut):
         found.cache_clear()
     yield
-    for found in caches:
+    for found in (plan.planes, plan.cut):
         found.cache_clear()
 
 
