@@ -1,6 +1,7 @@
 """Packed rows whose codes are operands of products: assembly, every option, and how near the results are."""
 
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -71,10 +72,9 @@ def test_every_option(case, device):
 @pytest.fixture
 def magic(monkeypatch):
     """As a device is served whose tensor cores take no subnormal numbers."""
-    for name in ("attend_packed", "packed_values"):
-        monkeypatch.setattr(
-            launch, name, lambda *given, found=getattr(launch, name): found(*given)._replace(magic=True)
-        )
+    for name in ("ATTEND_PACKED", "PACKED_VALUES"):
+        table = tuple(row._replace(launch=row.launch._replace(magic=True)) for row in getattr(launch, name))
+        monkeypatch.setattr(launch, name.lower(), partial(launch.by_plane, table))
     for found in (plan.planes, plan.cut):
         found.cache_clear()
     yield
