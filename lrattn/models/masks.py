@@ -31,6 +31,23 @@ class Said(NamedTuple):
     full: Tensor | None = None
 
 
+class Word:
+    """What a mask of REACH says, read when it is asked for: once a pass, not once a layer, and by some passes never.
+
+    window: as Said has it. live: [B, T] bool, padding on the left among what is not; None: all.
+    """
+
+    def __init__(self, window: int | None, live: Tensor | None) -> None:
+        self.window, self.live = window, live
+        self.read: Said | None = None
+
+    def said(self, columns: int) -> Said:
+        """Of the first columns; the same number at every call."""
+        if self.read is None:
+            self.read = _said(self.window, None if self.live is None else self.live[:, :columns])
+        return self.read
+
+
 def mask_function(
     batch_size: int,
     q_length: int,
@@ -69,7 +86,7 @@ def mask_function(
         given = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
         live[:, : given.shape[1]] = given
         reach = reach * live
-    reach.said = _said(local_size, live)  # type: ignore[attr-defined]  # read once a pass, not once a layer
+    reach.word = Word(local_size, live)  # type: ignore[attr-defined]
     return reach
 
 
@@ -78,14 +95,15 @@ def said(mask: Tensor | None, window: int | None, batch: int, columns: int) -> S
 
     Args:
         window: what the layer itself says, for masks that do not.
-        batch, columns: of the keys.
+        batch, columns: of the keys; a mask may have more columns.
 
     Raises: ValueError for a mask of another shape.
     """
-    known: Said | None = getattr(mask, "said", None)
-    if known is not None or mask is None:
-        return Said(window) if known is None else known
-    if mask.dim() == 2 and mask.shape == (batch, columns):
+    word: Word | None = getattr(mask, "word", None)
+    if word is not None or mask is None:
+        return Said(window) if word is None else word.said(columns)
+    if mask.dim() == 2 and len(mask) == batch and mask.shape[1] >= columns:
+        mask = mask[:, :columns]
         if mask.dtype == torch.int32 and (farthest := int(mask.max())) > 1:  # REACH that was copied to another device
             window = None if farthest == FAR else farthest
         return _said(window, mask.bool())

@@ -82,12 +82,15 @@ def _attend(
         raise ValueError(f"values: expected those that the cache returned in {type(module).__name__}, got others")
     layer, written, kind = key.layer, key.written, key.layer.factors.dtype
     begin = layer.columns.count if written is None else written.begin
-    what = said(mask, sliding_window, len(query), begin + query.shape[2])
-    few = begin > 0 and query.shape[2] * (query.shape[1] // key.shape[1]) <= DECODE_ROWS
+    few = begin > 0 and query.shape[2] * (query.shape[1] // key.shape[1]) <= DECODE_ROWS and layer.takes(query.shape[2])
+    fixed = few and layer.columns.most is not None and (mask is None or hasattr(mask, "word"))
+    end = begin + query.shape[2]
+    what = _unread(mask, sliding_window) if fixed else said(mask, sliding_window, len(query), end)
     if written is None:  # else layers share keys
         keys = (key.plain_keys.to(kind), value.to(kind)) if narrowed else (key.plain_keys, value)
         written = key.written = layer.write(keys, position_ids, what, module, few)
-    sight = _sight(what, begin + query.shape[2], layer, written)
+    what = what._replace(pads=layer.columns.base, live=None) if fixed else what
+    sight = _sight(what, end, layer, written)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key.plain_keys, value))
     if few and sight.plain and not differentiated:
@@ -95,6 +98,11 @@ def _attend(
     far, near = _far(layer, written, sight), written.near or layer.near_pairs(written.begin, written.keys)
     out = dense_attention(query.to(kind), sight, far, *near, scale=scale, softcap=softcap or 0.0, sinks=s_aux)
     return out.transpose(1, 2).contiguous()
+
+
+def _unread(mask: Tensor | None, window: int | None) -> Said:
+    """What a mask says, as it says it: nothing is read from the device."""
+    return Said(window) if mask is None else Said(mask.word.window, None, mask.word.live)  # type: ignore[attr-defined]
 
 
 def _sight(what: Said, end: int, layer: LatentLayer, written: Written) -> Sight:
@@ -112,15 +120,17 @@ def _decode(q: Tensor, layer: LatentLayer, sight: Sight, scale: float, softcap: 
     """A few queries [B, S, Hq, D] -> heads: on the latents of far columns, and on near ones as they are."""
     starts = None if sight.pads is None else sight.pads.int()
     firsts = starts if sight.base is None else sight.base.int()
+    if (denied := layer.columns.denied) is not None:  # what cannot be right must not look right
+        q = q.masked_fill(denied.to(q.device)[:, None, None, None], torch.nan)
     heads = decode_attention(
         q,
         *layer.pages,
         layer.factors,
-        **layer.places(sight.end),
+        **layer.places(),
         seq_starts=starts,
         softmax_scale=scale,
         softcap=softcap,
-        max_seq_len=sight.end,
+        max_seq_len=layer.columns.most or sight.end,
         window_size=sight.window,
         sinks=None if s_aux is None else s_aux.to(accumulator(q.dtype)),
         near=layer.window_from(firsts) if layer.recent or layer.sinks else None,
@@ -139,7 +149,7 @@ def _far(layer: LatentLayer, written: Written, sight: Sight) -> Pair | None:
     if not written.begin:
         k, v = layer.factors.rebuild(*stored(layer.factors, *written.latents), written.positions)
     else:
-        places, tokens = layer.places(sight.end), layer.columns.batch * sight.end
+        places, tokens = layer.places(), layer.columns.batch * sight.end
         found = rebuild(*layer.pages, layer.factors, **places, num_tokens=tokens, backend=layer.backend)
         k, v = (x.unflatten(0, (-1, sight.end)) for x in found)
     return k.transpose(1, 2), v.transpose(1, 2)

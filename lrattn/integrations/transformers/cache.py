@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from lrattn.attention.checks import check_integer
 from lrattn.factors.record import Factors
 from lrattn.integrations.transformers.columns import Columns
 from lrattn.integrations.transformers.fit import layer_of, near_of
@@ -27,6 +28,10 @@ class LatentCache(Cache):  # type: ignore[misc]
             its row, padding aside, by their exact keys and values, and the others by their latents. Those are held
             dense too, as many bytes as in an ordinary cache. None: as the factors say (Factors.near); 0 and 0 for
             latents alone.
+        max_tokens: columns that all memory is made for, in the first pass. Later passes of a few columns read nothing
+            from the device and change no shape, so that torch.compile and CUDA graphs may take them (`replayed`).
+            Every row has a column in the first pass, and no later mask may hide or show another one: NaN where it
+            does, and ValueError for more columns. None: it grows.
         backend: of lrattn.decode_attention.
 
     It grows as tokens come; padding is held as in a DynamicCache. Every column has its latents: what `crop` brings back
@@ -36,11 +41,18 @@ class LatentCache(Cache):  # type: ignore[misc]
     """
 
     def __init__(
-        self, factors: Factors, *, recent: int | None = None, sinks: int | None = None, backend: str | None = None
+        self,
+        factors: Factors,
+        *,
+        recent: int | None = None,
+        sinks: int | None = None,
+        max_tokens: int | None = None,
+        backend: str | None = None,
     ) -> None:
         near = near_of(factors, recent, sinks, backend)
+        check_integer("max_tokens", max_tokens, 1, optional=True)
         self.factors, (self.recent, self.sinks) = factors, near
-        self.columns = Columns(factors.layers, self.sinks)
+        self.columns = Columns(factors.layers, self.sinks, max_tokens)
         layers = [LatentLayer(factors, i, near, self.columns, backend) for i in range(len(factors.layers))]
         super().__init__(layers=layers)
         self.columns.layers = layers
@@ -96,9 +108,17 @@ class LatentCache(Cache):  # type: ignore[misc]
     def batch_select_indices(self, indices: Tensor) -> None:
         self.reorder_cache(torch.arange(self.columns.batch, device=indices.device)[indices])
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns that every layer holds."""
-        return self.columns.count
+    def replayed(self, tokens: int = 1) -> None:
+        """Counts the columns of a pass that a CUDA graph has run, or is about to: the host does not see them.
+
+        Raises: ValueError where there is no room for them.
+        """
+        self.columns.check_room(tokens)
+        self.columns.count += tokens
+
+    def get_seq_length(self, layer_idx: int = 0) -> int | Tensor:
+        """Columns that every layer holds; with max_tokens a tensor once there are some."""
+        return self.columns.length
 
     def __bool__(self) -> bool:
         """Whether it holds columns: models that change their rope with the length throw a cache away that does."""

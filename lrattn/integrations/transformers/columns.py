@@ -38,7 +38,8 @@ class Columns:
     """Columns of a batch, padding included. A row owns pages of its own, one after the other.
 
     Args:
-        forms: the layers that share them. sinks: of the dense window.
+        forms: the layers that share them. sinks: of the dense window. most: columns that there is room for from the
+            first pass on; None: room grows.
 
     count: columns that every layer holds. batch, pages: rows, and pages of each. table: [batch, pages] int32.
     positions: of keys before RoPE, [batch, room] int32; None: every position so far is its column's index.
@@ -46,15 +47,20 @@ class Columns:
     base: [batch], the first column of each row that was live when it came, `count` or more where none was; None: 0.
         There a row's first columns begin, and its offset holds. Held where there are some of either.
 
-    While a pass is under way: slots [B, S] int64 of its columns; last, the largest position of the pass; written, how
-    many layers hold it.
+    lens: with `most`, count for each row and as tensors say it, [batch] int32; else None.
+
+    Of the pass under way, or the last one: ends [B] int32, columns with it. While it is: slots [B, S] int64 of its
+    columns; last, its largest position; written, how many layers hold it.
+
+    With `most`, passes after the first read nothing from the device: rows begin in the first one for good, and what a
+    mask says must be that. denied: [B] bool, of which rows it is not; None: of no row.
     """
 
-    def __init__(self, forms: Sequence[LayerFactors], sinks: int) -> None:
+    def __init__(self, forms: Sequence[LayerFactors], sinks: int, most: int | None = None) -> None:
         self.chunked = any(form.chunk is not None for form in forms)
         self.turned = any(form.rope is not None and form.chunk is None for form in forms)
         self.bounded = any(form.rope is not None or form.max_position is not None for form in forms)
-        self.sinks = sinks
+        self.sinks, self.most = sinks, most
         self.layers: list[Any] = []  # LatentLayers
         self.reset()
 
@@ -64,6 +70,9 @@ class Columns:
         self.positions: Tensor | None = None
         self.offsets: Tensor | None = None
         self.base: Tensor | None = None
+        self.lens: Tensor | None = None
+        self.ends: Tensor | None = None
+        self.denied: Tensor | None = None
         self.end()
 
     def end(self) -> None:
@@ -78,40 +87,83 @@ class Columns:
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [x for x in (self.table, self.positions, self.offsets, self.base) if x is not None]
+        return [x for x in (self.table, self.positions, self.offsets, self.base, self.lens) if x is not None]
+
+    @property
+    def length(self) -> int | Tensor:
+        """count; with `most` a tensor, int64, once there are columns, so that a captured step goes on with it."""
+        return self.lens[0].long() if self.lens is not None and self.count else self.count
+
+    @property
+    def settled(self) -> bool:
+        """Whether a pass reads nothing from the device any more."""
+        return self.most is not None and self.count > 0
 
     @torch.inference_mode(False)  # what is held outlives the caller's mode
     @torch.no_grad()
     def start(self, batch: int, new: int, device: torch.device, position_ids: Tensor | None, said: Said) -> None:
         """A pass of `new` columns is under way: room for them, their slots and positions, and where rows begin.
 
-        Raises: ValueError for another number of rows than before, or as `positions_at` and `_find_offsets`.
+        Raises: ValueError for another number of rows than before, for more columns than there is room for, or as
+        `positions_at` and `_find_offsets`.
         """
         begin, end = self.count, self.count + new
         if begin and batch != self.batch:
             raise ValueError(f"batch: expected {self.batch} rows, as the cache holds, got {batch}")
+        self.check_room(new)
+        if self.settled:
+            self._go_on(new, device, position_ids, said)
+            return
         if not begin:
             self.positions = self.offsets = self.base = None
         told, unread, self.last = position_ids is not None, torch.compiler.is_compiling(), end - 1
         if position_ids is not None and self.bounded:
             self.last = 0 if unread else int(position_ids.max())
         at = positions_at(position_ids, begin, batch, new, device) if self.turned or self.chunked else None
-        if self.sinks or self.chunked:
+        if self.sinks or self.chunked or self.most is not None:
             live = _live(said, begin, end)
             live = None if live is None else live.expand(batch, -1).to(device)
             self._find_base(live, end)
+            if self.most is not None and self.base is not None and bool((self.base >= end).any()):
+                raise ValueError(
+                    "attention_mask: expected a column in every row of the first pass, as max_tokens needs"
+                )
             if self.chunked and told and at is not None:
                 self._find_offsets(at, live, unread)
         even = not (self.turned and told)
         if at is not None and not even and not unread:
             even = torch.equal(at, positions_at(None, begin, batch, new, device))
         if end > self.room or batch != self.batch:
-            self._grow(batch, end, device)
+            self._grow(batch, self.most or end, device)
+        if self.most is not None and not begin:
+            self.lens, even = torch.zeros(batch, dtype=torch.int32, device=device), not self.turned
         if self.positions is None and not even:
             self.positions = torch.arange(self.room, dtype=torch.int32, device=device).repeat(batch, 1)
         if self.positions is not None and at is not None:
             self.positions[:, begin:end] = at
         self.slots = torch.arange(batch, device=device)[:, None] * self.room + torch.arange(begin, end, device=device)
+        self.ends = torch.full((batch,), end, dtype=torch.int32, device=device)
+
+    def check_room(self, new: int) -> None:
+        """Raises ValueError where there is no room for `new` more columns."""
+        if self.most is not None and self.count + new > self.most:
+            raise ValueError(f"max_tokens: expected at most {self.most} columns, got {self.count} and {new} more")
+
+    def _go_on(self, new: int, device: torch.device, position_ids: Tensor | None, said: Said) -> None:
+        """The rest of `start`, by what tensors say alone. said: with all that is live, not only what padding hides."""
+        assert self.lens is not None
+        batch = self.batch
+        self.last = 0  # unknown
+        at = self.lens[:, None] + torch.arange(new, device=device)
+        if self.positions is not None:
+            told = at if position_ids is None else positions_at(position_ids, 0, batch, new, device)
+            self.positions.scatter_(1, at, told.int())
+        self.slots = torch.arange(batch, device=device)[:, None] * self.room + at
+        self.ends, self.denied = self.lens + new, None
+        if said.live is not None:
+            column = torch.arange(said.live.shape[1], device=device)
+            begun = column >= (0 if self.base is None else self.base[:, None])
+            self.denied = ((said.live.to(device) != begun) & (column < self.ends[:, None])).any(1)
 
     def positions_of(self, layer: LayerFactors, begin: int, end: int) -> Tensor | None:
         """Positions [batch, n] of columns begin .. end, as a layer's keys are turned from them; None: they are not."""
@@ -119,7 +171,20 @@ class Columns:
             return None
         if layer.chunk is None and self.positions is not None:
             return self.positions[:, begin:end].to(layer.device)
-        at = torch.arange(begin, end, device=layer.device)
+        return self._turned(layer, torch.arange(begin, end, device=layer.device))
+
+    def positions_now(self, layer: LayerFactors, new: int) -> Tensor | None:
+        """Those of the pass under way, of `new` columns."""
+        if not self.settled or layer.rope is None:
+            return self.positions_of(layer, self.count, self.count + new)
+        assert self.slots is not None
+        at = self.slots % self.room
+        if layer.chunk is None and self.positions is not None:
+            return self.positions.gather(1, at).to(layer.device)
+        return self._turned(layer, at.to(layer.device))
+
+    def _turned(self, layer: LayerFactors, at: Tensor) -> Tensor:
+        """Positions [batch, n] of columns [n] or [batch, n] that no one has told otherwise."""
         if layer.chunk is not None and self.offsets is not None:
             at = at - self.offsets[:, None].to(layer.device)
         return at.expand(self.batch, -1)
@@ -177,8 +242,10 @@ class Columns:
         if self.written < len(self.layers):
             return
         self.count += new
+        if self.lens is not None:
+            self.lens.add_(new)
         for layer in self.layers:
-            layer.window, layer.next = layer.next, None
+            layer.commit()
         self.end()
 
     def undo(self) -> None:
@@ -190,14 +257,21 @@ class Columns:
     def crop(self, columns: int) -> None:
         """Only the first columns are left."""
         self.count = columns
+        if self.lens is not None:
+            self.lens.fill_(columns)
 
     def select(self, rows: Tensor) -> None:
         """Rows `rows` of the old batch become the new one."""
         assert self.table is not None
         self.batch, rows = len(rows), rows.to(self.table.device)
-        self.table = _table(self.batch, self.pages, rows.device)
-        held = (None if x is None else x[rows] for x in (self.positions, self.offsets, self.base))
-        self.positions, self.offsets, self.base = held
+        self.table = self.renewed(self.table, _table(self.batch, self.pages, rows.device))
+        held = self.positions, self.offsets, self.base, self.lens
+        chosen = (None if x is None else self.renewed(x, x[rows]) for x in held)
+        self.positions, self.offsets, self.base, self.lens = chosen
+
+    def renewed(self, old: Tensor, new: Tensor) -> Tensor:
+        """The new one, in the place of the old one where that has to stay: a captured step knows it by its address."""
+        return old.copy_(new) if self.most is not None and old.shape == new.shape else new
 
 
 def _live(said: Said, begin: int, end: int) -> Tensor | None:

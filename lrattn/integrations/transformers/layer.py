@@ -27,6 +27,7 @@ METADATA = {
     "element_size", "is_complex", "is_conj", "is_contiguous", "is_floating_point", "is_inference", "is_neg", "numel",
     "requires_grad_", "size", "storage_offset", "stride", "untyped_storage",
 }  # fmt: skip
+STEP = 16  # columns of a pass that a cache of a fixed size takes in place
 MOVES = {"to", "contiguous", "cpu", "cuda"}  # fine where they change nothing: some models move what layers share
 
 
@@ -132,7 +133,7 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
             raise ValueError(f"position_ids: expected at most {most - 1}, as the rope has it, got {columns.last}")
         if layer.max_position is not None and columns.last >= layer.max_position:
             warn_beyond(self.whole, layer.max_position, columns.last)
-        positions = columns.positions_of(layer, begin, begin + new)
+        positions = columns.positions_now(layer, new)
         k, v = (x.transpose(1, 2) for x in keys)
         latents = layer.project(k, v, positions)
         near = None if few else self.near_pairs(begin, keys)
@@ -161,7 +162,8 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
     def _with(self, k: Tensor, v: Tensor, few: bool) -> Near:
         """The window with a pass's keys and values [B, S, Hkv, D] in it."""
         columns, (batch, new), base = self.columns, k.shape[:2], self.columns.base
-        slots = max(self.window.slots, min(self.recent + (new if few else 1), columns.room)) if self.recent else 0
+        spare = new if few else 1 if columns.most is None else STEP
+        slots = max(self.window.slots, min(self.recent + spare, columns.room)) if self.recent else 0
         with torch.inference_mode(False):
             if not columns.count:
                 window = self._empty(batch, slots)
@@ -177,10 +179,23 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
                     self.window = window
         firsts = None if base is None or not self.sinks else base.to(k.device, torch.int32)
         told = Near(window.keys, window.values, self.sinks, self.recent, None, firsts)
-        lens = torch.full((batch,), columns.count + new, dtype=torch.int32, device=k.device)
+        assert columns.ends is not None
         k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
-        write_near(told, k, v, lens, backend=self.backend)
+        write_near(told, k, v, columns.ends.to(k.device), backend=self.backend)
         return window
+
+    def commit(self) -> None:
+        """The pass under way counts."""
+        assert self.next is not None
+        sides = zip((self.window.keys, self.window.values), (self.next.keys, self.next.values), strict=True)
+        if self.next is not self.window:
+            keys, values = (self.columns.renewed(old, new) for old, new in sides)
+            self.window = Near(keys, values, self.sinks, self.recent)
+        self.next = None
+
+    def takes(self, new: int) -> bool:
+        """Whether a pass of so many columns may be written in place."""
+        return self.columns.most is None or new <= STEP
 
     def _empty(self, batch: int, slots: int) -> Near:
         layer = self.factors
@@ -219,16 +234,16 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
             first = _pair(torch.where(inside, x, y) for x, y in zip(own, old, strict=True))
         return recent, first
 
-    def places(self, columns: int) -> dict[str, Any]:
-        """Where its first `columns` columns lie, as the ops on a cache take it."""
+    def places(self) -> dict[str, Any]:
+        """Where its columns lie, those of the pass included, as the ops on a cache take it."""
         held, layer, device = self.columns, self.factors, self.factors.device
-        assert held.table is not None
+        assert held.table is not None and held.ends is not None
         by_column = layer.rope is not None and layer.chunk is None
         positions = held.positions.view(-1, PAGE).to(device) if by_column and held.positions is not None else None
         offsets = held.offsets.to(device) if layer.chunk is not None and held.offsets is not None else None
         return {
             "block_table": held.table.to(device),
-            "seq_lens": torch.full((held.batch,), columns, dtype=torch.int32, device=device),
+            "seq_lens": held.ends.to(device),
             "positions": positions,
             "offsets": offsets,
         }
@@ -264,10 +279,12 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
     def select(self, rows: Tensor) -> None:
         """Rows `rows` of the batch, as the columns still know it, become the new one."""
         rows, shape = rows.to(self.factors.device), (self.columns.batch, -1)
-        k, v = (None if x is None else x.unflatten(0, shape)[rows].flatten(0, 1) for x in self.pages)
+        renewed, window = self.columns.renewed, self.window
+        k, v = (None if x is None else renewed(x, x.unflatten(0, shape)[rows].flatten(0, 1)) for x in self.pages)
         assert k is not None
         self.pages = k, v
-        self.window = Near(self.window.keys[rows], self.window.values[rows], self.sinks, self.recent)
+        keys, values = (renewed(x, x[rows]) for x in (window.keys, window.values))
+        self.window = Near(keys, values, self.sinks, self.recent)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -275,15 +292,15 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
         held = {id(x): x for x in (*self.pages, *(x for near in windows for x in (near.keys, near.values)))}
         return [x for x in held.values() if x is not None]
 
-    def get_seq_length(self) -> int:
-        return self.columns.count
+    def get_seq_length(self) -> int | Tensor:
+        return self.columns.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """All columns, also where a window slides: masks are then of columns."""
-        return self.columns.count + query_length, 0
+        return self.columns.most or self.columns.count + query_length, 0
 
     def get_max_length(self) -> int:
-        return -1
+        return self.columns.most or -1
 
     get_max_cache_shape = get_max_length  # its name in 5.5
 
