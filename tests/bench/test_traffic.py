@@ -1,5 +1,9 @@
 """What the kernels read and write, element by element: every live latent as often as meant, nothing else at all.
 
+Rows whose codes are operands of products (kernels/attend_packed.py) are read by whole tiles without a mask, tokens out
+of reach from the first page in reach or the last: those two pages are read at least as often as meant, and others as
+said above.
+
 Counted in Triton's interpreter (compiled/counting.py). The numbers below are lanes that ask. Where several programs ask
 for the same latent, heads of a group or blocks of 64 query rows, a GPU can serve all but the first from L2.
 """
@@ -23,6 +27,8 @@ import lrattn
 from bench.compiled import traffic
 from bench.compiled.counting import SECTOR, counting
 from bench.decode.ways import two_passes
+from lrattn.kernels import plan
+from lrattn.kernels.pieces import PLANES, columns, pieces
 
 swap = mutants.swap
 
@@ -44,6 +50,29 @@ class Way(NamedTuple):
 
     def __str__(self):
         return self.case.name
+
+
+def read_by_tiles(layer, case):
+    """Of keys and of values, the tokens of a tile where it is read without a mask, else 0."""
+    keys, values = (side.sizes for side in layer.operands)
+    codes = plan.planes(layer.dtype, "sm90", keys, values)
+    turned = plan.turns_queries(keys, layer.dtype, case.positions)
+    one_pass = plan.fused(case.Hkv * case.M * case.S, layer.dtype, "sm90", keys, values, turned)
+    if codes.keys is None and one_pass is not None:
+        return 0, 0
+    return tuple(0 if x is None else x.block_t for x in codes)
+
+
+def edges(case, table, tile):
+    """[B, width] of the table: pages of a tile that is not all in reach."""
+    found = np.zeros(table.shape, bool)
+    for b in range(len(table)):
+        begin, end = reach(case, b)
+        shift = 0 if case.offsets is None else case.offsets[b]
+        if begin < end:
+            found[b, begin // case.P] |= (begin - shift) % tile > 0
+            found[b, (end - 1) // case.P] |= (end - shift) % tile > 0
+    return found
 
 
 def way(name, keys, values=1, rebuilds=False, **changes):
@@ -113,10 +142,10 @@ def interpreted(request):
         pytest.skip("accesses are counted in the interpreter")
 
 
-def reads_of(side, ranks, times):
+def reads_of(side, ranks, times, by_tiles):
     """How often each column of a live row is read where of each group the first `ranks` latents are, `times` times; or
     each byte of its run and of its words, where it is packed. NaN: it may be read or not, as padding, words of scales
-    and a segment that ends beyond them."""
+    and a segment that ends beyond them; by tiles, where groups are alike, also 16 bytes beyond a segment."""
     if not side.formats:
         return [np.concatenate([times * (np.arange(n) < rank) for n, rank in zip(side.ranks, ranks)]).astype(float)]
     runs = []
@@ -127,7 +156,11 @@ def reads_of(side, ranks, times):
             read = times if first + held <= rank else np.nan if first < rank else 0
             runs[-1][at : at + held * bits // 8] = read
             first += held
-    return [np.concatenate(runs), np.full(sum(packing.sizes(own)[1] for own in side.formats), np.nan)]
+    runs = np.concatenate(runs)
+    if by_tiles and len(set(side.formats)) == 1:
+        ends = np.cumsum([-(-rank * bits // 128) * 16 for own in side.formats for rank, bits in own.segments])
+        runs[(ends[:, None] + np.arange(16)) % len(runs)] = np.nan
+    return [runs, np.full(sum(packing.sizes(own)[1] for own in side.formats), np.nan)]
 
 
 def parts_of(counts, side):
@@ -159,22 +192,29 @@ def check(way):
             results = lrattn.rebuild(k_cache, v_cache, layer, **tables, backend="triton")
         else:
             results = attend((layer, q, k_cache, v_cache, kwargs))
+    tiles = (0, 0) if way.rebuilds else read_by_tiles(layer, case)
     slots, entries = np.zeros(k_cache.shape[:2], bool), np.zeros(table.shape, bool)
     for b in range(len(table)):
         t = np.arange(*reach(case, b))
         slots[table[b].numpy()[t // case.P], t % case.P] = True
         entries[b, t // case.P] = True
 
-    keys = reads_of(layer.row_side, layer.keys.ranks, way.keys)
-    values = reads_of(layer.values, layer.values.ranks, way.values)
+    keys = reads_of(layer.row_side, layer.keys.ranks, way.keys, tiles[0])
+    values = reads_of(layer.values, layer.values.ranks, way.values, tiles[1])
     both = [a + b for a, b in zip(keys, values)] if layer.shared else []
-    sides = [(k_cache, layer.values, both)] if both else [(k_cache, layer.keys, keys), (v_cache, layer.values, values)]
-    for cache, side, reads in sides:
-        parts = parts_of(seen.reads(cache), side)
+    sides = [(k_cache, layer.keys, keys, tiles[0]), (v_cache, layer.values, values, tiles[1])]
+    if both:
+        sides = [(k_cache, layer.values, both, max(tiles))]
+    for cache, side, reads, tile in sides:
+        parts, some, whole = parts_of(seen.reads(cache), side), slots.any(1), np.ones(len(cache), bool)
+        if tile:
+            whole[table[torch.from_numpy(edges(case, table, tile))].numpy()] = False
         for got, times in zip(parts, reads, strict=True):
             known = ~np.isnan(times)
-            np.testing.assert_array_equal(got[..., known], slots[..., None] * times[known])
-            np.testing.assert_array_equal(got[~slots], 0)
+            meant = slots[..., None] * times[known]
+            np.testing.assert_array_equal(got[whole][..., known], meant[whole])
+            assert (got[..., known] >= meant).all(), "read less often"
+            np.testing.assert_array_equal(got[~some if tile else ~slots], 0)
         if side.formats:
             assert (parts[1][slots][:, scales_of(side)] > 0).all(), "every scale is read"
     np.testing.assert_array_equal(seen.reads(table) > 0, entries)
@@ -182,8 +222,9 @@ def check(way):
         np.testing.assert_array_equal(seen.reads(positions) > 0, slots)
     assert not seen.early(), "read before it was written"
 
-    for cache, *_ in sides:  # latents fill the sectors they are read from
-        least = int(slots.sum()) * cache.shape[2] * cache.itemsize
+    for cache, *_, tile in sides:  # latents fill the sectors they are read from
+        read = slots.any(1).sum() * case.P if tile else slots.sum()
+        least = int(read) * cache.shape[2] * cache.itemsize
         ends = 4 * SECTOR * int(slots.any(1).sum()) * layer.packed  # runs and words of a page may end inside a sector
         assert SECTOR * seen.sectors(cache) <= 1.02 * least + ends
     for x in results:

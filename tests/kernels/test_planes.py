@@ -30,6 +30,8 @@ PLANES = [
     case("no rope", rope=None, chunk=None),
     case("offset", offset=True, lens=(200, 3)),
     case("ragged", key_ranks=(96, 176), value_ranks=(208, 48), offset=True),
+    case("ragged, a pass each", key_ranks=(96, 176), value_ranks=(48, 416), lens=(70, 0)),
+    case("ragged, keys rebuilt", chunk=None, key_ranks=(96, 48), value_ranks=(64, 48), lens=(70, 0)),
     case("segments that fill no piece", key_ranks=(16, 48), value_ranks=(48, 48), key_bits=(2,), value_bits=(4, 2)),
     case("one latent a bit", key_ranks=(16,), value_ranks=(16,), key_bits=(8,), value_bits=(2,), Hkv=1, M=8),
     case("sixteen bits", key_bits=(16, 8), value_bits=(4, 16)),
@@ -82,7 +84,7 @@ def magic(monkeypatch):
         found.cache_clear()
 
 
-@pytest.mark.parametrize("case", PLANES[4:10], ids=str)
+@pytest.mark.parametrize("case", PLANES[4:12], ids=str)
 def test_codes_as_normal_numbers(case, magic, device):
     assert by_planes(make(case, case.dtype)).values.magic
     check(case, case.dtype, device)
