@@ -54,7 +54,7 @@ def absorb_queries_kernel(
         return
     place, d = tl.program_id(0) % Hkv, tl.arange(0, BLOCK_D)
     head = tl.load(heads + place)
-    c, row, x = turned_back(
+    c, row, x, _ = turned_back(
         q + i_b * q_strides[0], q_strides, turns, max_chunk, first, n, chunks, head, S,
         M, D, CHUNK, ROTARY, INTERLEAVED, BLOCK_D,
     )
@@ -114,15 +114,15 @@ def absorb_planes_kernel(
         return
     place, d = tl.program_id(0) % Hkv, tl.arange(0, BLOCK_D)
     head = tl.load(heads + place)
-    c, row, x = turned_back(
+    c, row, x, squared = turned_back(
         q + i_b * q_strides[0], q_strides, turns, max_chunk, first, n, chunks, head, S,
         M, D, CHUNK, ROTARY, INTERLEAVED, BLOCK_D,
     )
     in_q = c < chunks
     _, rank, r0 = load_run(runs, place // C)
-    largest = tl.sqrt(tl.sum(x * x, 1)) * tl.load(norms + place) * tl.abs(scale) * LOG2_E
+    largest = tl.sqrt(squared) * tl.load(norms + place) * tl.abs(scale) * LOG2_E
     exponent = ((largest.to(tl.int32, bitcast=True) >> 23) & 255) - 127  # of what is not finite 128
-    exponent = tl.minimum(tl.maximum(exponent, -100), 100)
+    exponent = tl.minimum(tl.maximum(exponent, -40), 100)  # below that scores are nothing
     up = tl.exp2((14 - exponent).to(tl.float32)) * (scale * LOG2_E)
     p_terms = terms + i_b * terms_strides[0] + c * terms_strides[1] + row
     if tl.program_id(1) == 0:
@@ -186,22 +186,24 @@ def turned_back(
     M: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Of rows n = c (M S) + m S + s of a kv head: c, the row h S + s of all heads, and the query turned back by the
-    first position of chunk first + c, [len(n), BLOCK_D]; rows from `chunks` on are zero."""
+    """Of rows n = c (M S) + m S + s of a kv head: c, the row h S + s of all heads, the query turned back by the first
+    position of chunk first + c, [len(n), BLOCK_D], and the query's square; rows from `chunks` on are zero."""
     i = n % (M * S)
     c, s, h = (n // (M * S)).to(tl.int64), (i % S).to(tl.int64), (head * M + i // S).to(tl.int64)
     in_q, d = (c < chunks)[:, None], tl.arange(0, BLOCK_D)
     p_q = q + s * q_strides[1] + h * q_strides[2]
     if CHUNK:
         low, high = pair_columns(tl.arange(0, BLOCK_D // 2), ROTARY, INTERLEAVED)
-        x_low = tl.load(p_q[:, None] + low[None, :], mask=in_q & (low < D)[None, :], other=0.0)
-        x_high = tl.load(p_q[:, None] + high[None, :], mask=in_q & (high < D)[None, :], other=0.0)
+        x_low = tl.load(p_q[:, None] + low[None, :], mask=in_q & (low < D)[None, :], other=0.0).to(tl.float32)
+        x_high = tl.load(p_q[:, None] + high[None, :], mask=in_q & (high < D)[None, :], other=0.0).to(tl.float32)
+        squared = tl.sum(x_low * x_low + x_high * x_high, 1)
         cos, sin = load_turns(turns, first + c, max_chunk, d, ROTARY)
         x = tl.join(x_low * cos + x_high * sin, x_high * cos - x_low * sin)
         x = tl.reshape(x, [x_low.shape[0], BLOCK_D])
     else:
         x = tl.load(p_q[:, None] + d[None, :], mask=in_q & (d < D)[None, :], other=0.0).to(tl.float32)
-    return c, h * S + s, x
+        squared = tl.sum(x * x, 1)
+    return c, h * S + s, x, squared
 # fmt: on
 
 

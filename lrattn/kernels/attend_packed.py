@@ -278,7 +278,7 @@ def attend_packed(
         attend_packed_kernel[cdiv(rows, 16) * side.groups, span.parts, q.shape[0]](
             a, none if a is None else a.stride(), terms, none if terms is None else terms.stride(),
             ck, ck.stride(0), cv, cv.stride(0), *tokens.held, *tokens.lag,
-            None if key.even else keys.packs, None if value.even else values.packs,
+            keys.packs if scored and not key.even else None, values.packs if part and not value.even else None,
             (keys if y is None else values).heads,
             s, none[1:] if s is None else s.stride(), y, none if y is None else y.stride(),
             lse, none[1:] if lse is None else lse.stride(), rule.softcap, *call.numbers[2:], *span,

@@ -17,9 +17,10 @@ from checks import attend_densely, on
 from closeness import assert_no_worse
 from fuzzing import fuzz
 from hypothesis import strategies as st
-from strategies import PLAIN, cases, layers
+from strategies import PACKED, PLAIN, cases, layers
 
 import lrattn
+from lrattn.kernels import plan
 
 SEEDS = st.integers(0, 2**32 - 1)
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -29,6 +30,8 @@ FORMS = st.fixed_dictionaries(
 )
 SIZES = {"heads": 4, "dims": [2, 32, 48, 64, 80], "ranks": [16, 32, 48, 80], "most_heads": 6}
 SMALL = {**SIZES, "longest": 220, "most_queries": 3, "most_splits": 5}
+BITS = {**SMALL, "ranks": [*SIZES["ranks"], 272], "chunks": [None, 64, 128, 192, 512],
+        "widths": PACKED | PACKED | PACKED | PLAIN}  # fmt: skip
 FAULTY = {**SMALL, "longest": 40, "widths": PLAIN, "near": [False]}
 
 
@@ -106,6 +109,39 @@ def test_the_reference_is_no_worse_than_pytorch(case, seed, form, dtype, device)
 @fuzz(6, case=cases(**SMALL), seed=SEEDS, form=FORMS, dtype=st.sampled_from(INTERPRETED))
 def test_the_kernels_are_no_worse_than_pytorch(case, seed, form, dtype, device):
     check_no_worse(case, dtype, seed, form, "triton", device)
+
+
+@fuzz(3, case=cases(**BITS), seed=SEEDS, form=FORMS, dtype=st.sampled_from([torch.float16] * 3 + [torch.float32]))
+def test_the_kernels_are_no_worse_than_pytorch_on_packed_rows(case, seed, form, dtype, device):
+    check_no_worse(case, dtype, seed, form, "triton", device)
+
+
+def way_of(case):
+    """How the kernels attend to a case's rows in float16: in one pass or two, whether codes of keys and of values are
+    operands of products, and whether tokens go piecemeal."""
+    call, placed = case.call, case.positions or case.offsets is not None
+    keys, values = (side.sizes for side in make_layer(case, torch.float16).operands)
+    size = plan.cut(
+        len(case.lens), case.S, case.Hkv * case.M, torch.float16, "sm90", 4, keys, values, placed, 220,
+        min(call.get("window_size", 0), 2**30), call.get("num_splits", 0), call.get("workspace_limit", 2**28),
+    )  # fmt: skip
+    return size.fused is not None, *(x is not None for x in size.planes), size.tiles < size.total
+
+
+def test_all_ways_of_packed_rows_are_drawn():
+    found = set()
+
+    @settings(max_examples=300)
+    @given(case=cases(**BITS))
+    def draw(case):
+        if case.lens and case.S and (case.key_bits or case.value_bits):
+            found.add(way_of(case))
+
+    draw()
+    one_pass, two, keys, values = (True, True, True), (False, True, True), (False, True, False), (False, False, True)
+    unpacked = (True, False, True)  # with the keys that are rebuilt, in one pass
+    assert {(*way, False) for way in (one_pass, two, keys, values, unpacked)} <= found
+    assert (*two, True) in found, "piecemeal"
 
 
 # Where new tokens go: axes before the last, pages, how many slots lie outside, and how tensors are laid out.

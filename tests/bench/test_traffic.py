@@ -1,5 +1,9 @@
 """What the kernels read and write, element by element: every live latent as often as meant, nothing else at all.
 
+Rows whose codes are operands of products (kernels/attend_packed.py) are read by whole tiles without a mask, tokens out
+of reach from the first page in reach or the last: those two pages are read at least as often as meant, and others as
+said above.
+
 Counted in Triton's interpreter (compiled/counting.py). The numbers below are lanes that ask. Where several programs ask
 for the same latent, heads of a group or blocks of 64 query rows, a GPU can serve all but the first from L2.
 """
@@ -23,6 +27,8 @@ import lrattn
 from bench.compiled import traffic
 from bench.compiled.counting import SECTOR, counting
 from bench.decode.ways import two_passes
+from lrattn.kernels import plan
+from lrattn.kernels.pieces import PLANES, columns, pieces
 
 swap = mutants.swap
 
@@ -46,6 +52,29 @@ class Way(NamedTuple):
         return self.case.name
 
 
+def read_by_tiles(layer, case):
+    """Of keys and of values, the tokens of a tile where it is read without a mask, else 0."""
+    keys, values = (side.sizes for side in layer.operands)
+    codes = plan.planes(layer.dtype, "sm90", keys, values)
+    turned = plan.turns_queries(keys, layer.dtype, case.positions)
+    one_pass = plan.fused(case.Hkv * case.M * case.S, layer.dtype, "sm90", keys, values, turned)
+    if codes.keys is None and one_pass is not None:
+        return 0, 0
+    return tuple(0 if x is None else x.block_t for x in codes)
+
+
+def edges(case, table, tile):
+    """[B, width] of the table: pages of a tile that is not all in reach."""
+    found = np.zeros(table.shape, bool)
+    for b in range(len(table)):
+        begin, end = reach(case, b)
+        shift = 0 if case.offsets is None else case.offsets[b]
+        if begin < end:
+            found[b, begin // case.P] |= (begin - shift) % tile > 0
+            found[b, (end - 1) // case.P] |= (end - shift) % tile > 0
+    return found
+
+
 def way(name, keys, values=1, rebuilds=False, **changes):
     return Way(replace(PLAIN, name=name, **changes), keys, values, rebuilds)
 
@@ -58,6 +87,7 @@ EACH = {"key_ranks": (128, 96, 128, 80), "value_ranks": (128, 96, 64, 128), "val
 MANY = {"S": 40, "lens": (70, 0), **ONE}  # 80 rows a head, 160 a group: 2 and 3 blocks of 64
 PARTS = {"S": 3, "call": {"window_size": 40, "project": "latent"}}
 PACKED = {"strided": False, "key_bits": (8, 4, 2)}
+BOTH = {**PACKED, "value_bits": (8, 4, 2)}
 WAYS = [
     # Rebuilt keys: a head is a program, so the 2 heads of a group each read its latents.
     way("positions, offset", 2, positions=True, offset=True),
@@ -89,8 +119,20 @@ WAYS = [
     way("packed, streamed rank", 2 * 2, key_ranks=(336,), value_ranks=(96, 112), value_bits=(8,), lens=(70, 0),
         **PACKED | {"key_bits": (16, 8, 2)}),
     way("packed, absorbed", 1, rope=None, value_bits=(4,), **PACKED | {"dtype": torch.float32}),
-    way("packed, one pass, absorbed, riding row", 0, rope=None, **PACKED, **RIDING),
+    way("packed values, nine scales", 2, value_ranks=(144, 160), value_bits=(8, 4) * 4 + (2,), **PACKED),
     way("packed, one pass, rebuilt, joint row", 0, 2, D=64, **PACKED, **NARROW),
+    # By tiles: keys and values a time each, one row for both too.
+    way("by tiles, one pass", 1, chunk=128, lens=(300, 129, 0), offsets=(37, -100, 0), value_order=PLAIN.key_order,
+        **BOTH),
+    way("by tiles, even groups, big pages", 1, rope=None, key_ranks=(128, 128), P=256, lens=(300, 129),
+        **BOTH | {"key_order": None, "value_ranks": (128, 128)}),
+    way("by tiles, riding row", 1, rope=None, **PACKED, **RIDING),
+    way("by tiles, window, starts, queries, splits", 1, chunk=64, lens=(300, 150, 64), starts=(250, 30, 0),
+        **BOTH, S=3, call={"num_splits": 3, "window_size": 90}, value_order=PLAIN.key_order),
+    way("by tiles, many queries", 4, 4, rope=None, S=13, value_order=PLAIN.key_order, **BOTH),
+    way("by tiles, a pass each", 1, chunk=64, **BOTH | {"value_ranks": (336, 400)}),
+    way("by tiles, keys alone", 1, chunk=64, **PACKED),
+    way("by tiles, values alone", 1, rope=None, strided=True, value_bits=(8, 4)),
     # Parts of the tokens, in space and in time.
     way("window, starts, queries", 2, lens=(150, 64), starts=(120, 0), **ONE, **PARTS),
     way("big pages", 2, P=48),
@@ -113,21 +155,26 @@ def interpreted(request):
         pytest.skip("accesses are counted in the interpreter")
 
 
-def reads_of(side, ranks, times):
+def reads_of(side, ranks, times, by_tiles):
     """How often each column of a live row is read where of each group the first `ranks` latents are, `times` times; or
     each byte of its run and of its words, where it is packed. NaN: it may be read or not, as padding, words of scales
-    and a segment that ends beyond them."""
+    and a segment that ends beyond them; by tiles also 16 bytes beyond a segment where groups are alike, or segments
+    that only other groups need where they are not."""
     if not side.formats:
         return [np.concatenate([times * (np.arange(n) < rank) for n, rank in zip(side.ranks, ranks)]).astype(float)]
-    runs = []
+    runs, ragged = [], len(set(side.formats)) > 1
     for own, rank in zip(side.formats, ranks):
         runs.append(np.full(packing.sizes(own)[0], np.nan))
         first = 0
         for held, bits, at, _ in packing.places(own):
-            read = times if first + held <= rank else np.nan if first < rank else 0
+            read = times if first + held <= rank else np.nan if first < rank or (by_tiles and ragged) else 0
             runs[-1][at : at + held * bits // 8] = read
             first += held
-    return [np.concatenate(runs), np.full(sum(packing.sizes(own)[1] for own in side.formats), np.nan)]
+    runs = np.concatenate(runs)
+    if by_tiles and not ragged:
+        ends = np.cumsum([-(-rank * bits // 128) * 16 for own in side.formats for rank, bits in own.segments])
+        runs[(ends[:, None] + np.arange(16)) % len(runs)] = np.nan
+    return [runs, np.full(sum(packing.sizes(own)[1] for own in side.formats), np.nan)]
 
 
 def parts_of(counts, side):
@@ -159,22 +206,29 @@ def check(way):
             results = lrattn.rebuild(k_cache, v_cache, layer, **tables, backend="triton")
         else:
             results = attend((layer, q, k_cache, v_cache, kwargs))
+    tiles = (0, 0) if way.rebuilds else read_by_tiles(layer, case)
     slots, entries = np.zeros(k_cache.shape[:2], bool), np.zeros(table.shape, bool)
     for b in range(len(table)):
         t = np.arange(*reach(case, b))
         slots[table[b].numpy()[t // case.P], t % case.P] = True
         entries[b, t // case.P] = True
 
-    keys = reads_of(layer.row_side, layer.keys.ranks, way.keys)
-    values = reads_of(layer.values, layer.values.ranks, way.values)
+    keys = reads_of(layer.row_side, layer.keys.ranks, way.keys, tiles[0])
+    values = reads_of(layer.values, layer.values.ranks, way.values, tiles[1])
     both = [a + b for a, b in zip(keys, values)] if layer.shared else []
-    sides = [(k_cache, layer.values, both)] if both else [(k_cache, layer.keys, keys), (v_cache, layer.values, values)]
-    for cache, side, reads in sides:
-        parts = parts_of(seen.reads(cache), side)
+    sides = [(k_cache, layer.keys, keys, tiles[0]), (v_cache, layer.values, values, tiles[1])]
+    if both:
+        sides = [(k_cache, layer.values, both, max(tiles))]
+    for cache, side, reads, tile in sides:
+        parts, some, whole = parts_of(seen.reads(cache), side), slots.any(1), np.ones(len(cache), bool)
+        if tile:
+            whole[table[torch.from_numpy(edges(case, table, tile))].numpy()] = False
         for got, times in zip(parts, reads, strict=True):
             known = ~np.isnan(times)
-            np.testing.assert_array_equal(got[..., known], slots[..., None] * times[known])
-            np.testing.assert_array_equal(got[~slots], 0)
+            meant = slots[..., None] * times[known]
+            np.testing.assert_array_equal(got[whole][..., known], meant[whole])
+            assert (got[..., known] >= meant).all(), "read less often"
+            np.testing.assert_array_equal(got[~some if tile else ~slots], 0)
         if side.formats:
             assert (parts[1][slots][:, scales_of(side)] > 0).all(), "every scale is read"
     np.testing.assert_array_equal(seen.reads(table) > 0, entries)
@@ -182,8 +236,9 @@ def check(way):
         np.testing.assert_array_equal(seen.reads(positions) > 0, slots)
     assert not seen.early(), "read before it was written"
 
-    for cache, *_ in sides:  # latents fill the sectors they are read from
-        least = int(slots.sum()) * cache.shape[2] * cache.itemsize
+    for cache, *_, tile in sides:  # latents fill the sectors they are read from
+        read = slots.any(1).sum() * case.P if tile else slots.sum()
+        least = int(read) * cache.shape[2] * cache.itemsize
         ends = 4 * SECTOR * int(slots.any(1).sum()) * layer.packed  # runs and words of a page may end inside a sector
         assert SECTOR * seen.sectors(cache) <= 1.02 * least + ends
     for x in results:
@@ -197,24 +252,46 @@ def test_a_live_latent_is_read_as_often_as_the_way_says_and_a_dead_one_never(way
     check(way)
 
 
-@pytest.mark.parametrize("two", [False, True])
-def test_absorbed_queries_are_written_once_and_read_once_a_tile(two):
-    """Of the chunks that hold a token in reach."""
-    case = replace(PLAIN, chunk=128, offset=True, value_order=PLAIN.key_order, offsets=(37, 0, -100, 0))
+QUERIES = replace(PLAIN, chunk=128, offset=True, value_order=PLAIN.key_order, offsets=(37, 0, -100, 0))
+
+
+def asked(case, two, tile):
+    """Bytes by kernel, argument and kind, and of how many rows of queries they are: of all chunks that hold a token in
+    reach, and of all tiles."""
     problem = make(case, case.dtype)
     with two_passes() if two else nullcontext(), counting() as seen:
         attend(problem)
     tiles = chunks = 0
     for length, offset in zip(case.lens, case.offsets):
         positions = [t - offset for t in range(length)]
-        tiles += len({at // 64 for at in positions})
-        chunks += len({max(at, 0) // 128 for at in positions})
+        tiles += len({at // tile for at in positions})
+        chunks += len({max(at, 0) // case.chunk for at in positions})
+    rows = case.Hkv * case.M
     counts = {(row["kernel"], row["argument"], row["kind"]): row["requested"] for row in seen.rows()}
+    return problem[0], counts, chunks * rows, tiles * rows
+
+
+@pytest.mark.parametrize("two", [False, True])
+def test_absorbed_queries_are_written_once_and_read_once_a_tile(two):
+    _, counts, written, read = asked(QUERIES, two, 64)
     reader = "absorbed_scores_kernel" if two else "fused_absorbed_kernel"
-    for name, size in (("a", case.dtype.itemsize * sum(case.key_ranks) // 2), ("constant", 4)):
-        rows = case.Hkv * case.M * size
-        assert counts["absorb_queries_kernel", name, "writes"] == chunks * rows
-        assert counts[reader, name, "reads"] == tiles * rows
+    for name, size in (("a", QUERIES.dtype.itemsize * sum(QUERIES.key_ranks) // 2), ("constant", 4)):
+        assert counts["absorb_queries_kernel", name, "writes"] == written * size
+        assert counts[reader, name, "reads"] == read * size
+
+
+@pytest.mark.parametrize("two", [False, True])
+def test_absorbed_queries_by_plane_too_and_their_terms(two):
+    """One term for each piece of a row, the factor and the bias' share; the factor is read once a program."""
+    case = replace(QUERIES, M=8, **BOTH | {"key_ranks": (96, 96)}, call={"num_splits": 1})  # 16 query rows a group
+    layer, counts, written, read = asked(case, two, 128)
+    keys = layer.operands.keys.sizes
+    width, terms = columns(keys), len(pieces(keys, PLANES))
+    assert counts["absorb_planes_kernel", "a", "writes"] == written * 2 * width
+    assert counts["attend_packed_kernel", "a", "reads"] == read * 2 * width
+    assert counts["absorb_planes_kernel", "terms", "writes"] == written * 4 * (terms + 2)
+    factors = sum(n > 0 for n in case.lens) * case.Hkv * case.M  # a sequence's tiles are one program's
+    assert counts["attend_packed_kernel", "terms", "reads"] == read * 4 * (terms + 1) + factors * 4
 
 
 def check_write(case):
@@ -249,6 +326,8 @@ SHORT = {
     "empty split": way("empty split", 2, lens=(40,), call={"num_splits": 2}, **ONE | {"M": 1}),
     "one pass": way("one pass", 0, rope=None, lens=(70,), starts=(20,), shared=True, **ONE),
     "one pass, rebuilt": way("one pass, rebuilt", 1, lens=(70,), P=48, **EACH),
+    "by tiles": way("by tiles", 1, rope=None, lens=(96,), starts=(40,), **ONE | BOTH),
+    "by tiles, empty": way("by tiles, empty", 1, chunk=64, lens=(0, 20), offsets=(-30, 37), **ONE | BOTH),
 }
 LIVE = "live = (t >= begin) & (t < t_end)"
 
@@ -257,19 +336,24 @@ MUTANTS = [
     Mutant("tiles.py", "tl.minimum(origin + held * (i + 1) // n * BLOCK_T, end)",
            "tl.minimum(origin + held * (i + 1) // n * BLOCK_T + 1, end)", "splits"),
     Mutant("values.py", LIVE, "live = t < t_end", "starts"),
-    Mutant("values.py", "        acc = tl.dot(",
-           "        z = load_latents(cv + page * cv_strides[0] + offset * cv_strides[1], column, rank, live, r)\n"
-           "        acc = tl.dot(", "splits"),
+    Mutant("values.py", "        acc = add_weighted(",
+           "        load_piece(p_cv[0], segs, live, ROW, 0, first)\n        acc = add_weighted(", "splits"),
     Mutant("scores.py", LIVE, "live = (t >= begin) & (t < tl.cdiv(t_end, P) * P)", "page"),
     Mutant("tiles.py", "tl.load(pages + t // P, mask=live, other=0)",
            "tl.load(pages + t // P, mask=live | (t % P == P - 1), other=0)", "empty split"),
     Mutant("values.py", 'tl.store(p_lse, tl.full([BLOCK_Q], float("-inf")', "tl.store(p_lse, tl.full([BLOCK_Q], -1e30",
            "empty split"),
     Mutant("fused_absorbed.py", LIVE, "live = t < t_end", "one pass"),
-    Mutant("fused_absorbed.py", "if cv is not None:\n            p_cv = cv", "if True:\n            p_cv = ck",
-           "one pass"),
+    Mutant("fused_absorbed.py", "if cv is not None:\n            p_cv = located(cv, cv_strides",
+           "if True:\n            p_cv = located(ck, ck_strides", "one pass"),
     Mutant("fused_rebuilt.py", LIVE, "live = (t >= begin) & (t < tl.cdiv(t_end, P) * P)", "one pass, rebuilt"),
-    Mutant("packed.py", "first = r0 + TILES[N][2]", "first = r0 + TILES[N][2] // 2", "one pass"),
+    Mutant("packed.py", "first + ROW[N][FIRST] + tl", "first + ROW[N][FIRST] // 2 + tl", "one pass"),
+    Mutant("attend_packed.py", "tl.minimum(at // P, last_page)", "at // P", "by tiles"),
+    Mutant("attend_packed.py", "(t_end - 1) // P", "t_end // P", "by tiles"),
+    Mutant("attend_packed.py", "k = tl.maximum(k, first_page)", "k = k", "by tiles"),
+    Mutant("attend_packed.py", "begin // P, (", "begin // P - 1, (", "by tiles"),
+    Mutant("attend_packed.py", "at = tl.maximum(t, 0)", "at = t", "by tiles, empty"),
+    Mutant("attend_packed.py", "t_begin >= t_end or t_end <= begin", "t_begin >= t_end", "by tiles, empty"),
     Mutant("write.py", "(slot >= 0) & (slot < num_slots)", "(slot >= -1) & (slot < num_slots)", "write"),
 ]  # fmt: skip
 SEEN = "Arrays are not equal|of no argument|read before it was written"

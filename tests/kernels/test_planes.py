@@ -1,5 +1,6 @@
 """Packed rows whose codes are operands of products: assembly, every option, and how near the results are."""
 
+import math
 import re
 from functools import partial
 
@@ -30,6 +31,8 @@ PLANES = [
     case("no rope", rope=None, chunk=None),
     case("offset", offset=True, lens=(200, 3)),
     case("ragged", key_ranks=(96, 176), value_ranks=(208, 48), offset=True),
+    case("ragged, a pass each", key_ranks=(96, 176), value_ranks=(48, 416), lens=(70, 0)),
+    case("ragged, keys rebuilt", chunk=None, key_ranks=(96, 48), value_ranks=(64, 48), lens=(70, 0)),
     case("segments that fill no piece", key_ranks=(16, 48), value_ranks=(48, 48), key_bits=(2,), value_bits=(4, 2)),
     case("one latent a bit", key_ranks=(16,), value_ranks=(16,), key_bits=(8,), value_bits=(2,), Hkv=1, M=8),
     case("sixteen bits", key_bits=(16, 8), value_bits=(4, 16)),
@@ -82,7 +85,7 @@ def magic(monkeypatch):
         found.cache_clear()
 
 
-@pytest.mark.parametrize("case", PLANES[4:10], ids=str)
+@pytest.mark.parametrize("case", PLANES[4:12], ids=str)
 def test_codes_as_normal_numbers(case, magic, device):
     assert by_planes(make(case, case.dtype)).values.magic
     check(case, case.dtype, device)
@@ -96,6 +99,32 @@ def test_float32_is_not_rounded_to_sixteen_bits(dtype):
     out, _ = attend(problem)
     true, _ = exact(problem)
     assert (out.double() - true).norm() < 2e-6 * true.norm()
+
+
+@pytest.mark.parametrize("steps", [-1, 0])
+def test_a_factor_is_the_same_in_all_chunks(steps, device):
+    """Queries whose bound is a power of two, give or take what turning them back rounds."""
+    own = case("at a power of two", chunk=64, Hkv=1, M=8, S=4, lens=(900,), key_ranks=(32,), value_ranks=(32,),
+               key_bits=(8,), value_bits=(8,), call={"num_splits": 1})  # fmt: skip
+    layer, q, k_cache, v_cache, kwargs = make(own, own.dtype)
+    sign = torch.randint(2, q.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    q = q[:, :1, :1] * sign  # of one size
+    bound = q[0, 0, 0].double().norm() * layer.operands.keys.norms[0] / math.log(2)
+    kwargs["softmax_scale"] = (2 ** (bound / 8).log2().round() / bound).item() * (1 + steps * 2.0**-24)
+    problem = layer, q, k_cache, v_cache, kwargs
+    (_, lse), (_, true_lse) = attend(problem), exact(problem)
+    torch.testing.assert_close(lse.double(), true_lse, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("scale", [1e8, -1e8, 0.0, 1e-30])
+@pytest.mark.parametrize("chunk", [None, 512])
+def test_queries_of_zeros_see_all_tokens_alike(scale, chunk, device):
+    own = case("zeros", chunk=chunk, rope="default" if chunk else None, lens=(40,), offset=True)
+    layer, q, k_cache, v_cache, kwargs = make(own, own.dtype)
+    problem = layer, q * 0, k_cache, v_cache, {**kwargs, "softmax_scale": scale}
+    (out, lse), (true, true_lse) = attend(problem), exact(problem)
+    torch.testing.assert_close(out.double(), true, rtol=0, atol=1e-3)
+    torch.testing.assert_close(lse.double(), true_lse, rtol=0, atol=1e-6)
 
 
 # Results against float64 on the same codes, beside those of latents unpacked to bfloat16 as they were before.

@@ -12,10 +12,16 @@ def poison(dtype):
 
 
 def segments(rank, widths):
-    """A rank in one segment of 16 latents or more for each width, as even as it goes."""
-    blocks = rank // 16
-    counts = [blocks * (i + 1) // len(widths) - blocks * i // len(widths) for i in range(len(widths))]
-    return tuple((16 * n, bits) for n, bits in zip(counts, widths) if n)
+    """A rank in parts of 16 latents or more, one for each width and as even as it goes; neighbours of one width are one
+    segment."""
+    blocks, found = rank // 16, []
+    for i, bits in enumerate(widths):
+        n = 16 * (blocks * (i + 1) // len(widths) - blocks * i // len(widths))
+        if found and found[-1][1] == bits:
+            found[-1] = found[-1][0] + n, bits
+        elif n:
+            found.append((n, bits))
+    return tuple(found)
 
 
 def places(own):
