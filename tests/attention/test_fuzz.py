@@ -16,6 +16,7 @@ from cases import Case, latents, make, make_layer, there
 from checks import attend_densely, on
 from closeness import assert_no_worse
 from fuzzing import fuzz
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import PACKED, PLAIN, cases, layers
 
