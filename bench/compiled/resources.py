@@ -37,7 +37,7 @@ from bench.decode.decode_shapes import packing
 from bench.support import report
 from lrattn.factors.operands import Operands
 from lrattn.factors.shapes import round_up
-from lrattn.kernels import absorb, combine, decode, launch, merge, near, plan, project, rebuild, scores, values, write
+from lrattn.kernels import absorb, combine, decode, launch, near, plan, project, rebuild, scores, values, write
 from lrattn.kernels.arguments import Call, Near, Rule, Span, Tokens
 from lrattn.kernels.attend_packed import attend_packed
 from lrattn.kernels.fused_absorbed import fused_absorbed
@@ -271,10 +271,12 @@ def combine_latents(p: Problem) -> None:
     combine.combine(y, part, range(2), side, fp32(*lse.shape, p.rank), lse)
 
 
-def merge_splits(p: Problem) -> None:
+def combine_many(p: Problem) -> None:
     _, side = p.sides()
-    y, lse = p.partial()
-    merge.merge(y, lse, 1, side)
+    lse = fp32(BATCH, *p.query().shape[1:3])
+    sinks = fp32(p.query().shape[2]) if p.has("rule") else None
+    near = (fp32(BATCH, p.rows(), p.head), fp32(BATCH, p.rows())) if p.has("near") else ()
+    combine.combine(*p.partial(), range(plan.COMBINED + 1), side, p.query(), lse, sinks, True, *near)
 
 
 def project_heads(p: Problem) -> None:
@@ -372,7 +374,8 @@ def compilations() -> Iterator[Compilation]:
                         yield Compilation(rebuild_keys, device, large._replace(head=head, bits=bits))
                         yield Compilation(rebuild_keys, device, chunked._replace(head=head, bits=bits))
                         yield Compilation(rebuild_values, device, large._replace(head=head, bits=bits))
-            yield Compilation(merge_splits, device, Problem(96, 256, 16, 3, 1, dtype))
+            for options in ("", f"{ALL} near"):
+                yield Compilation(combine_many, device, Problem(256, 256, 16, 3, 1, dtype, options))
             yield Compilation(combine_latents, device, Problem(96, 256, 16, 3, 1, dtype))
     yield from formats()
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lrattn.factors.operands import Values
 from lrattn.factors.shapes import cdiv
-from lrattn.kernels import launch
+from lrattn.kernels import launch, plan
 from lrattn.kernels.tiles import load_run
 
 
@@ -34,8 +34,9 @@ def combine_kernel(
     without the two.
 
     Grid: (BLOCKS_D * Hkv * row blocks of B M S). A program owns BLOCK_Q rows that share a kv head, and with it
-    BLOCK_D columns of its basis (of the result when there is none): the basis is read once per row block.
-    Needs: nothing of the sizes. Sums are float32, over BLOCK_S slots at a time.
+    BLOCK_D columns of its basis (of the result when there is none): the basis is read once per row block. Of many
+    splits it owns one row, whose splits are then read by more programs.
+    Needs: BLOCK_Q 1 or at least 16. Sums are float32, over BLOCK_S slots at a time.
     Reference: lrattn.attention.reference.merge_attention, _join_sinks, _project. Derivation: docs/kernels.md#combine.
     """
     i_d = tl.program_id(0) % BLOCKS_D
@@ -102,7 +103,10 @@ def combine_kernel(
                 mask=(r < rank)[:, None] & (c < D)[None, :],
                 other=0.0,
             )
-            result = tl.dot(latent.to(u.dtype), u, result, input_precision="ieee")
+            if BLOCK_Q == 1:
+                result += tl.sum(tl.reshape(latent, [BLOCK_R, 1]) * u.to(tl.float32), 0)[None, :]
+            else:
+                result = tl.dot(latent.to(u.dtype), u, result, input_precision="ieee")
         if bias is not None:
             result += tl.load(bias + place * D + c, mask=c < D, other=0.0)[None, :]
     result *= mass[:, None]
@@ -149,7 +153,8 @@ def combine(
     batch, num_queries, query_heads, width = out.shape
     heads = values.sizes.num_heads
     rows = batch * num_queries * (query_heads // heads)
-    choice = launch.combine(launch.name(out.device), out.itemsize)
+    few = len(parts) <= plan.COMBINED
+    choice = (launch.combine if few else launch.combine_many)(launch.name(out.device), out.itemsize)
     blocks_d = cdiv(width, choice.block_d)
     combine_kernel[(blocks_d * heads * cdiv(rows, choice.block_q),)](
         y, y.stride(), part_lse, part_lse.stride(), values.up if up else None, values.up.stride(),

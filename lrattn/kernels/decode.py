@@ -14,7 +14,6 @@ from lrattn.kernels.attend_packed import attend_packed
 from lrattn.kernels.combine import combine
 from lrattn.kernels.fused_absorbed import fused_absorbed
 from lrattn.kernels.fused_rebuilt import fused_rebuilt
-from lrattn.kernels.merge import merge
 from lrattn.kernels.near import attend_near
 from lrattn.kernels.plan import Cut
 from lrattn.kernels.project import project
@@ -30,7 +29,7 @@ class Workspace(NamedTuple):
     terms: Any  # float32, what absorbed queries add to scores: [B, chunks, Hq S padded] of a key bias, or None; or
     # [B, chunks, n, Hq S padded] for rows in planes
     s: Any  # [B, Hq S, tokens] float32 scores, or None
-    y: Tensor  # [B, slots, Hq S, Rv] float32 partial results, a slot each; one more to merge, two for several spans
+    y: Tensor  # [B, slots, Hq S, Rv] float32 partial results, a slot each; two more for several spans
     lse: Tensor  # [B, slots, Hq S padded] float32
     near: Any  # [B, Hq S, D] float32 heads of the tokens that are held as they are, or None
     near_lse: Any  # [B, Hq S padded] float32, or None
@@ -40,7 +39,7 @@ class Workspace(NamedTuple):
         q, keys = call.q, call.keys.sizes
         rows, half = q.shape[1] * q.shape[2], launch.block_d(keys.head_dim) // 2
         padded = round_up(rows, 16)  # at multiples of 16, whatever the number of splits or chunks: one compilation
-        slots = size.splits + (size.splits > plan.COMBINED if size.tiles >= size.total else 2)
+        slots = size.splits + (0 if size.tiles >= size.total else 2)
         dtype, lead = q.dtype if size.planes.keys is None else torch.float16, (size.batch, size.chunks)
         width, count = plan.absorbed(keys, size.planes) if keys.absorbed else (0, 0)
         x = (size.chunks, rows, width) if keys.absorbed else (size.tiles if size.turned else 1, rows, 2, half)
@@ -106,10 +105,7 @@ def _attend(call: Call, size: Cut, work: Workspace) -> range:
     y, lse, splits = work.y, work.lse, size.splits
     if size.tiles >= size.total:
         _attend_tiles(call, size, work, y, lse, 0)
-        if splits <= plan.COMBINED:
-            return range(splits)
-        merge(y, lse, splits, call.values)
-        return range(splits, splits + 1)
+        return range(splits)
     rows, heads = y.shape[2], (call.q.shape[2], call.q.shape[1])
     live = range(1, splits + 1)
     for first in range(0, size.total, size.tiles):

@@ -167,7 +167,10 @@ COMBINE = (
     Row(Launch(4, 2, block_q=16, block_s=8, block_r=64, block_d=64), ()),
     Row(Launch(4, 1, block_q=16, block_s=8, block_r=32, block_d=32), (), itemsize=4),
 )
-MERGE = (Row(Launch(4, 2, block_s=32, block_r=64), (), itemsize=4),)
+COMBINE_MANY = (  # splits: a program takes one row
+    Row(Launch(8, 1, block_q=1, block_s=32, block_r=256, block_d=64), BIG),
+    Row(Launch(8, 1, block_q=1, block_s=16, block_r=64, block_d=64), (), itemsize=4),
+)
 PROJECT = (
     Row(Launch(4, 4, block_q=16, block_r=128, block_d=32), BIG),
     Row(Launch(4, 2, block_q=16, block_r=64, block_d=32), ()),
@@ -222,13 +225,13 @@ def pick(table: tuple[Row, ...], device: str, itemsize: int, **shape: Any) -> La
 
 
 # launch of a kernel: device and itemsize, and what its table tells apart
-absorb_queries, turn_queries, combine, merge, project, write_latents, rebuild, attend_near, write_near = (
+absorb_queries, turn_queries, combine, combine_many, project, write_latents, rebuild, attend_near, write_near = (
     cache(partial(pick, table))
     for table in (
         ABSORB_QUERIES,
         TURN_QUERIES,
         COMBINE,
-        MERGE,
+        COMBINE_MANY,
         PROJECT,
         WRITE_LATENTS,
         REBUILD,

@@ -12,7 +12,7 @@ from lrattn.kernels.pieces import PLANES, columns, pieces, scales
 
 WAVES = 2  # programs a multiprocessor should get at least
 PART_TILES = 32  # most tiles of one program where the workspace allows, so that ragged batches balance
-COMBINED = 8  # most splits that are combined as they are: more are merged first, by programs of their own
+COMBINED = 8  # most splits that are combined 16 rows at a time: of more a program takes one row
 LARGEST_AXIS = 65535  # of a CUDA grid, but for the first
 MOST_TILES = 32767  # at a time: times a number of parts they stay below 2^31
 
