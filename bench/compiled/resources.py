@@ -39,6 +39,7 @@ from lrattn.factors.operands import Operands
 from lrattn.factors.shapes import round_up
 from lrattn.kernels import absorb, combine, decode, launch, near, plan, project, rebuild, scores, values, write
 from lrattn.kernels.arguments import Call, Near, Rule, Span, Tokens
+from lrattn.kernels.absorbed_scores import absorbed_scores as absorbed_scores_of
 from lrattn.kernels.attend_packed import attend_packed
 from lrattn.kernels.fused_absorbed import fused_absorbed
 from lrattn.kernels.fused_rebuilt import fused_rebuilt
@@ -213,7 +214,7 @@ def absorb_queries(p: Problem) -> None:
 
 
 def absorbed_scores(p: Problem) -> None:
-    absorb.absorbed_scores(p.call(), *p.absorbed(), p.scores(), SPAN)
+    absorbed_scores_of(p.call(), *p.absorbed(), p.scores(), SPAN)
 
 
 def latent_values(p: Problem) -> None:

@@ -133,8 +133,8 @@ def store_row(y, acc, weight, segs, live, ROW: tl.constexpr, first=0):
     for i in tl.static_range(len(ROW)):
         for m in tl.static_range(operands(ROW[i][BITS])):
             r, some = latents_of(segs, ROW, i, m, first)
-            at: tl.constexpr = column_of(ROW, i) + m
-            tl.store(y[:, None] + r[None, :], acc[at] * weight[:, None], mask=live[:, None] & some[None, :])
+            x = acc[column_of(ROW, i) + m] * weight[:, None]
+            tl.store(y[:, None] + r[None, :], x, mask=live[:, None] & some[None, :])
 
 
 @triton.constexpr_function
