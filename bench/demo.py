@@ -129,7 +129,8 @@ def bytes_said(factors: lrattn.Factors, tokens: int, page: int = 16) -> int:
     wide = 2  # a float32 takes two of the 16-bit numbers that `bytes_per_token` counts; packed rows are bytes
     latents = sum(layer.bytes_per_token * (1 if layer.packed else wide) for layer in factors.layers)
     (recent, sinks), pages = factors.near, -(-tokens // page)
-    return pages * (page * latents + 4) + (min(tokens, recent) + sinks) * wide * factors.dense_bytes_per_token
+    window = sinks + (min(recent + 1, pages * page) if recent else 0)  # with room for the next token
+    return pages * (page * latents + 4) + window * wide * factors.dense_bytes_per_token
 
 
 @torch.no_grad()

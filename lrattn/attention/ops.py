@@ -188,7 +188,8 @@ def decode_attention(
         near: the dense window: each query sees its near.recent last tokens, and the sequence's first near.sinks, by
             the keys and values held there, all others by their latents; lengths and starts are those of all tokens.
             It holds them already (write_near), has near.recent + S - 1 slots or as many as max_seq_len, and after
-            tokens were taken back as many more. Not with causal=False or project="latent": it has no latents.
+            tokens were taken back as many more; no length is above max_seq_len then. Not with causal=False or
+            project="latent": it has no latents.
         project: "latent" [B, S, Hq, max Rv] | "heads" [B, S, Hq, D] | "hidden" [B, S, E] through layer.wo.
         num_splits: token ranges merged by lse, at most 1024; 0 is planned. A fixed number makes rows independent of
             the batch; its partial results are held whatever the workspace_limit.

@@ -24,7 +24,7 @@ class Near:
             more take several queries a call, and tokens that are taken back.
         rows: [B] int32, which of the n each sequence of the batch has; of a number outside 0 .. n nothing is read or
             written. Default 0 .. B.
-        firsts: [B] int32, the token in each sequence's first row. Default seq_starts.
+        firsts: [B] int32, the token in each sequence's first row, before which none is seen. Default seq_starts.
     """
 
     keys: Tensor
