@@ -38,8 +38,8 @@ from bench.support import report
 from lrattn.factors.operands import Operands
 from lrattn.factors.shapes import round_up
 from lrattn.kernels import absorb, combine, decode, launch, near, plan, project, rebuild, scores, values, write
-from lrattn.kernels.arguments import Call, Near, Rule, Span, Tokens
 from lrattn.kernels.absorbed_scores import absorbed_scores as absorbed_scores_of
+from lrattn.kernels.arguments import Call, Near, Rule, Span, Tokens
 from lrattn.kernels.attend_packed import attend_packed
 from lrattn.kernels.fused_absorbed import fused_absorbed
 from lrattn.kernels.fused_rebuilt import fused_rebuilt
@@ -409,9 +409,11 @@ def formats() -> Iterator[Compilation]:
     for bits in FORMATS:
         rebuilt = Problem(256, 128, 4, 1, 4, bits=bits)
         absorbed = rebuilt._replace(rope=False)
-        for kernel in (latent_scores, latent_values, rebuild_keys, write_latents):
+        for kernel in (latent_scores, rebuild_keys, write_latents):
             yield Compilation(kernel, "sm90", rebuilt)
-        for kernel in (absorbed_scores, absorbed_pass):
+        for kernel in (packed_scores, packed_values, packed_pass) if bits else ():
+            yield Compilation(kernel, "sm90", absorbed)
+        for kernel in (absorbed_scores, absorbed_pass) if not bits else ():
             yield Compilation(kernel, "sm90", absorbed, True)
 
 
@@ -470,8 +472,11 @@ QUICK = [
     Compilation(rebuild_keys, "sm90", Problem(), True),
     Compilation(latent_scores, "sm90", Problem(528, 128, options=ALL, bits=PACKED), True),
     Compilation(latent_values, "sm90", Problem(256, 128, group=4, bits=PACKED)),
-    Compilation(absorbed_pass, "sm90", Problem(256, 128, group=4, rope=False, bits=PACKED), True),
-    Compilation(rebuilt_pass, "sm90", Problem(256, 64, shared=True, bits=PACKED), True),
+    Compilation(packed_pass, "sm90", Problem(256, 128, 4, group=4, chunk=CHUNK, bits=PACKED)),
+    Compilation(packed_scores, "sm90", Problem(256, 128, 4, group=4, rope=False, bits=(4,))),
+    Compilation(packed_values, "sm90", Problem(256, 128, 4, group=4, chunk=CHUNK, bits=PACKED)),
+    Compilation(absorb_planes, "sm90", Problem(256, 128, 4, group=4, chunk=CHUNK, options="bias offsets", bits=PACKED)),
+    Compilation(combine_many, "sm90", Problem(256, 128)),
     Compilation(write_latents, "sm90", Problem(options=ALL, bits=PACKED)),
 ]
 
@@ -527,8 +532,9 @@ def recompiled() -> list[str]:
                 call = call._replace(tokens=call.tokens._replace(pages=empty(BATCH, pages), bound=bound))
                 out, lse = torch.empty_like(call.q), fp32(*call.q.shape[:3])
                 decode.decode_attention(call, None, None, "heads", splits, 1 << 28, out, lse)
-        binaries = {kernel: {b.hash for k, b in compiled if k == kernel} for kernel, _ in compiled}
-        several += [f"{kernel}: {len(found)} compilations" for kernel, found in binaries.items() if len(found) > 1]
+        kinds = [((kernel, b.metadata.num_warps), b.hash) for kernel, b in compiled]  # few and many splits differ
+        binaries = {kind: {found for own, found in kinds if own == kind} for kind, _ in kinds}
+        several += [f"{kernel}: {len(found)} compilations" for (kernel, _), found in binaries.items() if len(found) > 1]
     return several
 
 

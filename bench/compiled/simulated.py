@@ -1,13 +1,13 @@
-"""Microseconds of the kernels that attend to position-free latents, by a simulator: no GPU is used, nothing is measured.
+"""Microseconds of the pass over position-free latents, by a simulator: no GPU is used, nothing is measured.
 
     python -m bench.compiled.simulated --simulator FILE
 
-FILE is a Python module that executes machine code by the timing rules of an H100's multiprocessor: parse(cubin),
-usage(cubin) and predict(code, Machine(), ..). It is no part of this project. Kernels are compiled for sm_90 as they would
-be launched, cut as for an H100. To results/simulated.json go, for models and formats at batch 1 and 16 and several
-lengths: its prediction [simulated], the time of the bytes of the rows at the rate of memory, and of a dense 16-bit
-cache's at 92 % of that [estimated], and instructions of the loop a token [counted]. Of packed rows the simulator knows no
-bank conflicts, and was 23 to 31 % off the kernels there were before.
+FILE is a Python module that runs machine code by the timing rules of an H100's multiprocessor: parse(cubin),
+usage(cubin) and predict(code, Machine(), ..). It is no part of this project. Kernels are compiled for sm_90 as they
+would be launched, cut as for an H100. For models and formats, at batch 1 and 16 and several lengths, its prediction
+[simulated] goes to results/simulated.json, beside the time of the rows' bytes at the rate of memory and of a dense 16-bit
+cache's at 92 % of that [estimated], and instructions of the loop a token. The simulator knows no bank conflicts,
+and was 23 to 31 % off the packed kernels there were before.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def sizes(model: Model, bits: tuple[int, ...]) -> tuple[Any, Any]:
     """Keys and values of the model's layer, as plans take them."""
     keys, values = Problem(RANK, HEAD_DIM, model.query_heads, 1, GROUP, chunk=CHUNK, bits=bits).sides()
     heads = {"num_heads": model.groups * GROUP, "groups": model.groups}
-    runs = {"runs": side.sizes.runs * model.groups // 2 for side in (keys,)}
-    return keys.sizes._replace(**heads, **runs), values.sizes._replace(**heads, **runs)
+    heads["runs"] = keys.sizes.runs * model.groups // 2  # Problem has two groups
+    return keys.sizes._replace(**heads), values.sizes._replace(**heads)
 
 
 def simulate(simulator: Any, model: Model, bits: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -105,7 +105,7 @@ def simulate(simulator: Any, model: Model, bits: tuple[int, ...]) -> list[dict[s
 
 
 def table(results: dict[str, Any]) -> str:
-    """[simulated] microseconds of the pass over the latents, beside [estimated] ones of its bytes and a dense cache's."""
+    """Microseconds of the pass over latents [simulated], beside those of its bytes and a dense cache's [estimated]."""
     line = "{:14} {:>6} {:>6} {:>8} {:>12} {:>10} {:>10} {:>10} {:>12}"
     names = ("model", "bits", "batch", "tokens", "simulated us", "its bytes", "over them", "dense us", "dense / it")
     lines = [line.format(*names)]

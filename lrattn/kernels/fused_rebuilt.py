@@ -7,7 +7,7 @@ from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Call, Span
 from lrattn.kernels.packed import located, segments
-from lrattn.kernels.pieces import pieces, strides
+from lrattn.kernels.pieces import pieces
 from lrattn.kernels.rows import add_weighted, load_row, load_row_basis, product, row_zeros, store_row
 from lrattn.kernels.tiles import load_run, load_turns, part_of, reach, scaled, seen, slots, softmax_step, store_lse
 
@@ -23,7 +23,6 @@ def fused_rebuilt_kernel(
     starts, starts_stride,   # [B]              int32, first token attended to, or None
     uk,                      # [sum Rk, C * D]  key basis, pairs adjacent
     key_runs, value_runs,    # [G, 3]           int32: column, rank, first row of the basis
-    key_packs, value_packs,  # [G, 3 n]         int32: segments of packed rows; None where they are plain
     heads,                   # [Hkv]            int32, place -> kv head
     bias,                    # [Hkv, D]         float32 by place, pairs adjacent; None without
     turns,                   # [max_position, ROTARY]  float32, cos and sin of a pair adjacent; offsets' if not TABLE
@@ -67,10 +66,10 @@ def fused_rebuilt_kernel(
     key_column, key_rank, r0 = load_run(key_runs, place // C)
     value_column, value_rank, _ = load_run(value_runs, place // C)
     row_rank = key_rank if cv is not None else value_rank  # all of a shared row: its values begin as the keys do
-    key_segs = segments(key_packs, place // C, key_column, row_rank, KEYS)
-    value_segs = segments(value_packs, place // C, value_column, value_rank, VALUES)
+    key_segs = segments(None, place // C, key_column, row_rank, KEYS)
+    value_segs = segments(None, place // C, value_column, value_rank, VALUES)
     d, j = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_D // 2)
-    basis_segs = segments(key_packs, place // C, key_column, key_rank, KEYS)
+    basis_segs = segments(None, place // C, key_column, key_rank, KEYS)
     u = load_row_basis(uk, C * D, r0, basis_segs, place % C * D, d, D, KEYS, x)
     if not TABLE:
         cos, sin = load_turns(turns, tl.arange(0, BLOCK_T), BLOCK_T, d, ROTARY)
@@ -84,7 +83,7 @@ def fused_rebuilt_kernel(
         t = t0 + tl.arange(0, BLOCK_T)
         live = (t >= begin) & (t < t_end)
         page, offset = slots(pages + i_b * pages_stride, t0, t, live, P, BLOCK_T)
-        p_ck = located(ck, ck_strides, page, offset, key_packs, place // C, Hkv // C, P)
+        p_ck = located(ck, ck_strides, page, offset, None, place // C, Hkv // C, P)
         z = load_row(p_ck, key_segs, live, KEYS, x)
         k = product(z, u)
         if bias is not None:
@@ -110,7 +109,7 @@ def fused_rebuilt_kernel(
         p, fade, peak, total = softmax_step(score, peak, total, 0)
         p = tl.trans(p).to(x.dtype.element_ty)
         if cv is not None:
-            p_cv = located(cv, cv_strides, page, offset, value_packs, place // C, Hkv // C, P)
+            p_cv = located(cv, cv_strides, page, offset, None, place // C, Hkv // C, P)
             z = load_row(p_cv, value_segs, live, VALUES, x)
         acc = add_weighted(acc, fade, p, z)
 
@@ -128,8 +127,8 @@ def fused_rebuilt(
     q, ck, cv, keys, values, tokens, rule = call
     key, value = keys.sizes, values.sizes
     fused_rebuilt_kernel[cdiv(x.shape[2] // key.num_heads, choice.block_q) * key.num_heads, span.parts, x.shape[0]](
-        x, x.stride(), ck, strides(ck, keys), cv, (0, 0, 0) if cv is None else strides(cv, values), *tokens.held,
-        keys.rows, keys.runs, values.runs, keys.packs, values.packs, keys.heads, keys.bias,
+        x, x.stride(), ck, ck.stride(), cv, (0, 0) if cv is None else cv.stride(), *tokens.held,
+        keys.rows, keys.runs, values.runs, keys.heads, keys.bias,
         keys.offset_turns if turned else keys.turns, *tokens.placed, y, y.stride(), lse, lse.stride(),
         *call.numbers, key.max_position, *span,
         C=key.group_size, M=q.shape[2] // key.num_heads, P=ck.shape[1], Hkv=key.num_heads,

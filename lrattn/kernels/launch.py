@@ -99,9 +99,8 @@ ABSORBED_SCORES = (
     Row(Launch(4, 2, block_r=64), (), queries=16),
     Row(Launch(8, 1, block_r=64), ()),
     Row(Launch(4, 1, block_r=32), (), itemsize=4),
-    Row(Launch(8, 1, block_r=64), ("sm90",), queries=16, packed=True),
-    Row(Launch(8, 1, block_r=32), (), packed=True),
-    Row(Launch(8, 1, block_r=32), (), itemsize=4, packed=True),
+    Row(Launch(8, 1, block_r=32), ("gfx9",), packed=True),
+    Row(Launch(8, 1, block_r=32), (), itemsize=4, least_itemsize=4, packed=True),
 )
 LATENT_VALUES = (
     Row(Launch(4, 3, block_r=64), (), rank=64, queries=16),
@@ -113,9 +112,6 @@ LATENT_VALUES = (
     Row(Launch(8, 3, block_r=128), ("sm80",)),
     Row(Launch(8, 2, block_r=64), ()),
     Row(Launch(4, 1, block_r=64), (), itemsize=4),
-    Row(Launch(8, 1, block_r=128), ("sm90",), queries=16, packed=True),
-    Row(Launch(8, 2, block_r=64), ("sm100",), queries=16, packed=True),
-    Row(Launch(8, 1, block_r=32), (), queries=32, packed=True),
     Row(Launch(8, 1, block_r=16), (), packed=True),
     Row(Launch(8, 1, block_r=32), (), itemsize=4, packed=True),
 )
@@ -154,8 +150,6 @@ FUSED_REBUILT = (
     Row(Launch(8, 1, block_r=128), ("sm100",), head=128, rank=128, values=128, queries=16),
     Row(Launch(8, 1, block_r=128), ("sm100",), head=128, rank=0, values=256, queries=16),
     Row(Launch(4, 1, block_r=128), HOPPER, head=128, rank=128, values=128, queries=16, itemsize=4, least_itemsize=4),
-    Row(Launch(8, 1, block_r=64), ("sm90",), head=64, rank=256, values=256, queries=16, biased=False, packed=True),
-    Row(Launch(8, 1, block_r=64), ("sm90",), head=128, rank=128, values=128, queries=16, biased=False, packed=True),
 )
 ABSORB_QUERIES = (
     Row(Launch(4, 1, block_q=16, block_r=64), (), chunked=False),

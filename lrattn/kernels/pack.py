@@ -48,9 +48,9 @@ def pack_latents_kernel(
     p_row = p_page + slot % P * ROW
     p_words = p_page + P * ROW + (slot % P * tl.num_programs(1) + g) * WORDS
     at = tl.arange(0, BLOCK_R)
-    for byte in tl.static_range(WORDS):
-        if not holds(BITS, byte):
-            tl.store(p_words + byte, tl.zeros([BLOCK_N], tl.uint8), mask=live)
+    for i_word in tl.static_range(WORDS):
+        if not holds(BITS, i_word):
+            tl.store(p_words + i_word, tl.zeros([BLOCK_N], tl.uint8), mask=live)
     for s in tl.static_range(len(BITS)):
         start, halfwords, latent, rank = segment(packs, s, 1 << 30, BITS[s])
         if BITS[s] == 16:

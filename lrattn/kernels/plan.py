@@ -69,13 +69,13 @@ def fused(
     codes = planes(dtype, device, keys, values)
     if codes.keys is not None and codes.values is not None:
         return codes.keys if columns(values) <= launch.MOST_COLUMNS else None
+    if keys.packed or values.packed:
+        return None
     shape: dict[str, Any] = {
-        "rank": 0 if values.shared else columns(keys), "values": columns(values),
-        "biased": bool(keys.biased), "packed": bool(keys.packed or values.packed), "chunked": bool(keys.chunk),
+        "rank": 0 if values.shared else keys.rank, "values": values.rank,
+        "biased": bool(keys.biased), "chunked": bool(keys.chunk),
     }  # fmt: skip
     if keys.absorbed:
-        if shape["packed"]:
-            return None
         return launch.fused_absorbed(device, dtype.itemsize, rows=rows // keys.groups, **shape)
     if keys.group_size > 1 and not values.shared:
         return None

@@ -63,7 +63,6 @@ def latent_values_kernel(
     peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     acc = row_zeros(BLOCK_Q, ROW)
-    scale = None
     for t0 in range(t_begin, t_end, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
         live = (t >= begin) & (t < t_end)
@@ -75,6 +74,7 @@ def latent_values_kernel(
         )
         p, fade, peak, total = softmax_step(score, peak, total, 1)
         p_cv = located(cv, cv_strides, page, offset, packs, g, G, P)
+        scale = None
         if ROW[0][BITS] % 16 != 0:
             scale = load_scale(p_cv[1], live, ROW[0][SCALE])
         x, z = load_piece(p_cv[0], segs, live, ROW, 0, first), ()
