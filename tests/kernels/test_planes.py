@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from cases import FAR, Case, make
-from checks import attend, check, exact
+from checks import attend, check, check_broken_scales, check_turned, exact
 from packing import plain
 
 import lrattn
@@ -113,6 +113,15 @@ def test_a_factor_is_the_same_in_all_chunks(steps, device):
     problem = layer, q, k_cache, v_cache, kwargs
     (_, lse), (_, true_lse) = attend(problem), exact(problem)
     torch.testing.assert_close(lse.double(), true_lse, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_broken_scale_is_seen_where_it_is_met(dtype, device):
+    check_broken_scales(dtype, device)
+
+
+def test_turning_queries_back_loses_nothing(device):
+    check_turned(device)
 
 
 @pytest.mark.parametrize("scale", [1e8, -1e8, 0.0, 1e-30])
