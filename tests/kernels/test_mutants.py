@@ -37,6 +37,10 @@ MANY = (8, 4, 2, 8, 4)
 HALF = torch.float16
 PLANES = {"dtype": HALF, "key_bits": (8, 4, 2), "value_bits": (8, 4, 2), "chunk": 64, "value_order": (2, 0, 3, 1)}
 EVEN = {**PLANES, "value_order": None, "chunk": None, "rope": None}
+UNLIKE = {"key_ranks": (48, 112), "value_ranks": (112, 48)}
+WIDER = {"key_ranks": (96, 48), "value_ranks": (400, 64)}
+RIDING = {"key_ranks": (48, 32), "value_ranks": (96, 112)}
+WINDOW = {"window_size": 30, "num_splits": 1}
 LARGE = {"key_ranks": (320, 400), "value_ranks": (320, 400)}
 WIDE = {"key_ranks": (96, 112), "value_ranks": (96, 112)}
 KILLERS = {
@@ -85,27 +89,12 @@ KILLERS = {
         two("chunks, whole pages", chunk=64, P=64, lens=(150,), starts=(40,), offsets=(37,)),
         two("chunks, piecemeal", chunk=64, lens=(200,), offsets=(-30,), call={"workspace_limit": 1, "num_splits": 1}),
         two("write", P=32),
-        two("pack", key_bits=MANY, value_bits=(16, 2, 8), key_ranks=(80, 112), value_ranks=(80, 96)),
-        paired("planes", offset=True, lens=(250, 3), offsets=(37, -300), call=CUT, **PLANES | WIDE),
-        paired(
-            "planes, a pass each",
-            offset=True,
-            S=2,
-            lens=(200, 9),
-            P=48,
-            starts=(70, 0),
-            call={"window_size": 30, "num_splits": 1},
-            **PLANES | {"key_ranks": (96, 48), "value_ranks": (400, 64)},
-        ),
-        two("planes, even", lens=(300,), offset=True, **EVEN | {"key_ranks": (272,), "value_ranks": (208,)}),
-        two(
-            "planes, shared",
-            lens=(70,),
-            S=3,
-            shared=True,
-            call={"softcap": 2.0},
-            **EVEN | {"key_ranks": (48, 32), "value_ranks": (96, 112)},
-        ),
+        two("pack", key_bits=MANY, value_bits=(16, 2, 8), key_ranks=(80, 112), value_ranks=(432, 96)),
+        paired("planes", offset=True, lens=(250, 3), offsets=(37, -300), call=CUT, **PLANES | UNLIKE),
+        paired("planes, a pass each", S=2, lens=(200, 9), P=48, starts=(70, 0), call=WINDOW, **PLANES | WIDER),
+        two("planes, even", lens=(300,), offset=True, **EVEN | {"key_ranks": (272,), "value_ranks": (224,)}),
+        two("planes, wide", lens=(20,), **EVEN | {"value_bits": (4,), "value_ranks": (320,)}),
+        two("planes, shared", lens=(70,), S=3, offset=True, shared=True, call={"softcap": 2.0}, **EVEN | RIDING),
         two("planes, five scales", lens=(20,), **EVEN | {"key_bits": MANY, "value_bits": MANY, **WIDE}),
         two("planes, sixteen bits", lens=(20,), **EVEN | {"key_bits": (16, 8), "value_bits": (4, 16), **WIDE}),
         two("planes, magic", lens=(20,), **EVEN | {"key_ranks": (96, 96), "value_ranks": (96, 96)}),
@@ -267,11 +256,10 @@ MUTANTS = [
     Mutant("attend_packed.py", "(latent + m * held + h)", "(latent + h)", "planes"),
     Mutant("attend_packed.py", "heads + g * C", "heads + g", "planes"),
     Mutant("attend_packed.py", "packs += g * 3", "packs += 0 * g", "planes"),
-    Mutant("attend_packed.py", "mask=h < segs[3 * N + 1]", "mask=h < 16", "planes"),
+    Mutant("attend_packed.py", "mask=h < segs[3 * N + 1]", "mask=h < 8", "planes"),
     Mutant("attend_packed.py", "(PIECES[N][FIRST] + tl", "(0 * PIECES[N][FIRST] + tl", "planes, even"),
-    Mutant("attend_packed.py", "int(i == 0 or p[0]", "int(p[9] and p[0]", "planes, a pass each"),
-    Mutant("planes.py", "2 * i % 10", "2 * i", "planes"),
-    Mutant("planes.py", "4 * (i % 2)", "4 * i", "planes"),
+    Mutant("planes.py", "2 * i % 10", "2 * i % 8", "planes"),
+    Mutant("planes.py", "4 * (i % 2)", "0 * i", "planes"),
     Mutant("planes.py", "(1 << bits) - 1)", "(1 << bits - 1) - 1)", "planes"),
     Mutant("planes.py", "BITS * N - position(BITS, N)", "BITS * N", "planes"),
     Mutant("planes.py", "0 if magic else 24", "0 if magic else 23", "planes"),
@@ -296,7 +284,7 @@ MUTANTS = [
     Mutant("absorb.py", "c * terms_strides[1]", "0 * c", "planes"),
     Mutant("absorb.py", "tl.dot(low, u, got", "tl.dot(0 * low, u, got", "turned"),
     Mutant("pieces.py", "max(first, 16), *(", "first, *(", "planes, even"),
-    Mutant("pieces.py", "(widest,) * (n // widest)", "(widest,) * (n > widest)", "planes, even"),
+    Mutant("pieces.py", "(widest,) * (n // widest)", "(widest,) * 0", "planes, wide"),
     Mutant("pieces.py", "round_up(2 * held, ALIGNMENT)", "2 * held", "planes, even"),
     Mutant("pieces.py", "latent + rank, scale", "latent, scale", "planes, even"),
     Mutant("pieces.py", "scale + (0 < bits < 16)", "scale + 1", "planes, sixteen bits"),
