@@ -76,8 +76,7 @@ def attend_packed_kernel(
     if len(KEYS) > 0:
         a += i_b * a_strides[0]
         terms += i_b * terms_strides[0]
-        first = (tl.maximum(before + t_begin - origin, 0) // CHUNK).to(tl.int64)
-        factor = tl.load(terms + first * terms_strides[1] + n_terms * terms_strides[2] + row)
+        factor = tl.load(terms + n_terms * terms_strides[2] + row)  # of all chunks
     key_segs, value_segs = _segments(key_packs, KEYS, g), _segments(value_packs, VALUES, g)
     acc = ()
     for n in tl.static_range(len(VALUES)):

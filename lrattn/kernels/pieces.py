@@ -39,11 +39,11 @@ def powers(n: int, widest: int) -> tuple[int, ...]:
 
 @cache
 def pieces(side: KeySizes | ValueSizes, widest: int) -> Pieces:
-    """All of a row, in pieces of at most `widest` columns."""
+    """All of a row, in pieces of at most `widest` columns or halfwords."""
     found, column, start, latent, scale, count = list[tuple[int, ...]](), 0, 0, 0, 0, max(len(side.packed) // 2, 1)
     for n, (bits, rank) in enumerate(segments(side)):
         held, first = rank * bits // 16 if bits else rank, 0
-        sizes = powers(held, widest)
+        sizes = powers(held, min(widest, 16 * bits or widest))  # of 256 columns at most
         for i, size in enumerate(sizes):
             ends = int(i == 0), int(i == len(sizes) - 1)
             found.append((n, bits, first, size, column, scale, start, latent, held, *ends, count))

@@ -1,5 +1,6 @@
 """Kernels with one fault each: some test must see it. A test that no fault can fail proves nothing."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -33,6 +34,14 @@ HEADS = {"M": 2, "value_ranks": (16, 32), "value_order": (3, 1, 0, 2)}
 RAGGED = {"offset": True, "key_ranks": (32, 112), "call": CUT}
 ALONE = {"key_ranks": (32, 96, 16, 48), "value_ranks": (16, 48, 96, 32)}
 SMALL = {"key_ranks": (32, 32), "value_ranks": (16, 16)}
+MANY = (8, 4, 2, 8, 4)
+HALF = torch.float16
+PLANES = {"dtype": HALF, "key_bits": (8, 4, 2), "value_bits": (8, 4, 2), "chunk": 64, "value_order": (2, 0, 3, 1)}
+EVEN = {**PLANES, "value_order": None, "chunk": None, "rope": None}
+UNLIKE = {"key_ranks": (48, 112), "value_ranks": (112, 48)}
+WIDER = {"key_ranks": (96, 48), "value_ranks": (400, 64)}
+RIDING = {"key_ranks": (48, 32), "value_ranks": (96, 112)}
+WINDOW = {"window_size": 30, "num_splits": 1}
 LARGE = {"key_ranks": (320, 400), "value_ranks": (320, 400)}
 WIDE = {"key_ranks": (96, 112), "value_ranks": (96, 112)}
 KILLERS = {
@@ -62,7 +71,8 @@ KILLERS = {
         Case(
             "many splits", lens=(180, 3), starts=(126, 0), call={"num_splits": 40}, **HEADS | {"value_ranks": (96, 16)}
         ),
-        paired("packed", lens=(100, 3), shared=True, key_bits=(8, 4, 2), **WIDE),
+        paired("packed", lens=(100, 3), shared=True, key_bits=(8, 4, 2), dtype=HALF, **WIDE),
+        two("packed, five scales", lens=(20,), key_bits=MANY, value_bits=MANY, **WIDE),
         two("packed, streamed", lens=(20, 3), key_bits=(8, 4, 2), value_bits=(8, 2), **LARGE),
         two("piecemeal", lens=(300,), call={"workspace_limit": 1} | CUT),
         two("chunks", chunk=64, offset=True, M=2, S=2, lens=(250, 70), offsets=(100, -300), call=CUT),
@@ -101,6 +111,15 @@ KILLERS = {
         ),
         two("near all", S=3, lens=(40, 6), near=(64, 2, 0, False, False), call={"window_size": 20}),
         two("write", P=32),
+        two("pack", key_bits=MANY, value_bits=(16, 2, 8), key_ranks=(80, 112), value_ranks=(432, 96)),
+        paired("planes", offset=True, lens=(250, 3), offsets=(37, -300), call=CUT, **PLANES | UNLIKE),
+        paired("planes, a pass each", S=2, lens=(200, 9), P=48, starts=(70, 0), call=WINDOW, **PLANES | WIDER),
+        two("planes, even", lens=(300,), offset=True, **EVEN | {"key_ranks": (272,), "value_ranks": (224,)}),
+        two("planes, wide", lens=(20,), **EVEN | {"value_bits": (4,), "value_ranks": (320,)}),
+        two("planes, shared", lens=(70,), S=3, offset=True, shared=True, call={"softcap": 2.0}, **EVEN | RIDING),
+        two("planes, five scales", lens=(20,), **EVEN | {"key_bits": MANY, "value_bits": MANY, **WIDE}),
+        two("planes, sixteen bits", lens=(20,), **EVEN | {"key_bits": (16, 8), "value_bits": (4, 16), **WIDE}),
+        two("planes, magic", lens=(20,), **EVEN | {"key_ranks": (96, 96), "value_ranks": (96, 96)}),
         two("long parts", lens=(300,), key_ranks=(16,), value_ranks=(16,)),
     ]
 }
@@ -112,8 +131,8 @@ MUTANTS = [
     Mutant("scores.py", "(t0 - origin) // BLOCK_T", "(t0 - t_begin) // BLOCK_T", "long parts"),
     Mutant("scores.py", "place % C * D", "0", "groups"),
     Mutant("scores.py", "load_run(runs, place // C)", "load_run(runs, 0)", "groups"),
-    Mutant("scores.py", "page * ck_strides[0]", "page * ck_strides[1] * P", "pages"),
-    Mutant("rows.py", "segs[4 * i + 1], ROW[i][3])", "segs[4 * i + 1] - ROW[i][3], ROW[i][3])", "streamed"),
+    Mutant("packed.py", "cache + page * strides[0]", "cache + page * strides[1] * P", "pages"),
+    Mutant("rows.py", "segs[4 * i + 1], ROW", "segs[4 * i + 1] - 16, ROW", "streamed"),
     Mutant("scores.py", "p_x + d0 // 2", "p_x", "wide"),
     Mutant("scores.py", "bias + place * D + d0 + d", "bias + place * D + d", "wide"),
     Mutant("scores.py", "tl.where(in_q, i % S, -1)", "tl.where(in_q, i // S, -1)", "queries"),
@@ -130,18 +149,16 @@ MUTANTS = [
     Mutant("tiles.py", "return 2 * j, 2 * j + 1", "return j, j + ROTARY // 2", "interleaved"),
     Mutant("tiles.py", "(pair < ROTARY)", "(pair < 2 * ROTARY)", "partial"),
     Mutant("tiles.py", "-1.0 / 3", "1.0 / 3", "softcap"),
-    Mutant("absorb.py", "load_run(runs, g)", "load_run(runs, 0)", "absorbed"),
-    Mutant("absorb.py", "i % (M * S)).to", "i // C).to", "absorbed"),
-    Mutant("absorb.py", "score += share[None, :]", "score -= share[None, :]", "absorbed"),
+    Mutant("absorbed_scores.py", "load_run(runs, g)", "load_run(runs, 0)", "absorbed"),
+    Mutant("absorbed_scores.py", "i % (M * S)).to", "i // C).to", "absorbed"),
+    Mutant("absorbed_scores.py", "score += share[None, :]", "score -= share[None, :]", "absorbed"),
     Mutant("absorb.py", "tl.program_id(1) * BLOCK_R", "0 * BLOCK_R", "long absorbed"),
-    Mutant("values.py", "acc * fade[:, None]", "acc", "pages"),
-    Mutant("values.py", "range(t_begin, t_end, BLOCK_T)", "range(t_begin, t_end - BLOCK_T, BLOCK_T)", "batch"),
+    Mutant("values.py", "range(t_begin, t_end, W * T)", "range(t_begin, t_end - BLOCK_T, W * T)", "batch"),
     Mutant("values.py", "load_run(runs, g)", "load_run(runs, 0)", "groups"),
-    Mutant("values.py", "page * cv_strides[0]", "page * cv_strides[1] * P", "pages"),
     Mutant("tiles.py", "total * fade + tl.sum(p, AXIS)", "total + tl.sum(p, AXIS)", "one pass"),
     Mutant("rows.py", "acc[n] * fade[:, None]", "acc[n]", "one pass"),
     Mutant("rows.py", "tl.static_range(1, len(z))", "tl.static_range(1, 1)", "one pass"),
-    Mutant("packed.py", "r < segs[4 * N + 1]", "r < segs[4 * N + 1] - 16", "one pass"),
+    Mutant("packed.py", "r < segs[4 * N + 3]", "r < segs[4 * N + 3] - 16", "one pass"),
     Mutant("fused_absorbed.py", "load_run(value_runs, g)", "load_run(key_runs, g)", "one pass"),
     Mutant("fused_absorbed.py", "score += share[None, :]", "score -= share[None, :]", "one pass"),
     Mutant("fused_absorbed.py", "i_s * y_strides[1]", "0 * y_strides[1]", "one pass"),
@@ -152,14 +169,12 @@ MUTANTS = [
     Mutant("fused_rebuilt.py", "bias + place * D + d", "bias + head * D + d", "one pass, rebuilt"),
     Mutant("fused_rebuilt.py", "tl.where(in_q, i % S, -1)", "tl.where(in_q, i // S, -1)", "one pass, alone"),
     Mutant("fused_rebuilt.py", "positions + page * pos", "positions + 0 * page * pos", "one pass, positions"),
-    Mutant("fused_rebuilt.py", "page * cv_strides[0]", "page * cv_strides[1] * P", "one pass, strided"),
     Mutant("fused_rebuilt.py", 'p_lse, tl.full([BLOCK_Q], float("-inf")', "p_lse, tl.full([BLOCK_Q], 0.0",
            "one pass, strided"),
     Mutant("fused_absorbed.py", 'p_lse, tl.full([BLOCK_Q], float("-inf")', "p_lse, tl.full([BLOCK_Q], 0.0", "one pass"),
-    Mutant("merge.py", "acc = acc * fade +", "acc = acc +", "many splits"),
-    Mutant("merge.py", "total * fade + tl.sum", "total + tl.sum", "many splits"),
-    Mutant("merge.py", "place = tl.load(places + i // (rows // Hkv))", "place = i // (rows // Hkv)", "many splits"),
-    Mutant("merge.py", "peak + tl.log(total)", "tl.log(total)", "many splits"),
+    Mutant("combine.py", "u.to(tl.float32), 0)[None, :]", "u.to(tl.float32), 0)[None, :] * 2", "many splits"),
+    Mutant("combine.py", "peak = tl.maximum(peak, tl.max(part, 1))", "peak = tl.max(part, 1)", "many splits"),
+    Mutant("combine.py", "total += tl.sum(tl.exp", "total = tl.sum(tl.exp", "many splits"),
     Mutant("combine.py", "place // C", "head // C", "sinks"),
     Mutant("combine.py", "bias + place * D", "bias + head * D", "sinks"),
     Mutant("combine.py", "result *= mass[:, None]", "result *= 1", "sinks"),
@@ -171,10 +186,10 @@ MUTANTS = [
     Mutant("absorb.py", "x_low * cos + x_high * sin", "x_low * cos - x_high * sin", "chunks"),
     Mutant("absorb.py", "load_turns(turns, first + c,", "load_turns(turns, c,", "chunks"),
     Mutant("absorb.py", "// CHUNK + 1, 0)", "// CHUNK, 0)", "chunks"),
-    Mutant("absorb.py", "c.to(tl.int64) * a_strides[1]", "0 * a_strides[1]", "chunks"),
-    Mutant("absorb.py", "c.to(tl.int64) * const_strides[1]", "0 * const_strides[1]", "chunks"),
-    Mutant("absorb.py", "p_constant + c * const_strides[1]", "p_constant", "chunks, two passes"),
-    Mutant("absorb.py", "before + t0 - origin", "before + t0 - t_begin", "chunks, two passes"),
+    Mutant("absorb.py", "c * a_strides[1]", "0 * a_strides[1]", "chunks"),
+    Mutant("absorb.py", "c * const_strides[1]", "0 * const_strides[1]", "chunks"),
+    Mutant("absorbed_scores.py", "p_constant + c * const_strides[1]", "p_constant", "chunks, two passes"),
+    Mutant("absorbed_scores.py", "before + t0 - origin", "before + t0 - t_begin", "chunks, two passes"),
     Mutant("fused_absorbed.py", "p_constant + c * const_strides[1]", "p_constant", "chunks"),
     Mutant("fused_absorbed.py", "before + t0 - origin", "before + t0 - t_begin", "chunks"),
     Mutant("fused_absorbed.py", "before + t0 - origin", "t0 - origin", "chunks"),
@@ -194,25 +209,10 @@ MUTANTS = [
     Mutant("rebuild.py", "k_low * sin + k_high * cos", "k_low * sin - k_high * cos", "rebuild"),
     Mutant("rebuild.py", "head * x_strides[1]", "place * x_strides[1]", "rebuild"),
     Mutant("rebuild.py", "(at < rows)", "(at < rows - 1)", "known rows"),
-    Mutant("rows.py", "load_query_tile(a, segs, in_q, ROW, i),)",
-           "load_query_tile(a, segs, in_q, ROW, i, 16),)", "one pass"),
-    Mutant("packed.py", "tl.join(x << 7, x >> 9)", "tl.join(x >> 9, x << 7)", "packed"),
-    Mutant("packed.py", "tl.join(x << 7, x >> 9)", "tl.join(x << 7, x >> 8)", "packed"),
-    Mutant("packed.py", "tl.join(x << 8, x)", "tl.join(x, x << 8)", "packed"),
-    Mutant("packed.py", "tl.join(x << 4, x)", "tl.join(x << 3, x)", "packed"),
-    Mutant("packed.py", "tl.join(x << 2, x)", "tl.join(x, x << 2)", "packed"),
-    Mutant("packed.py", "(2**BITS - 1 << 23 - BITS)", "(1 << 23 - BITS)", "packed"),
-    Mutant("packed.py", "(2**BITS - 1) / 2)", "2**BITS / 2)", "packed"),
-    Mutant("packed.py", "byte = segs[4 * N + 3]", "byte = segs[3]", "packed"),
-    Mutant("packed.py", "(byte % 4 * 8)", "(byte % 2 * 8)", "packed"),
-    Mutant("rows.py", "if ROW[i][2] == 0:", "if i == 0:", "packed"),
-    Mutant("rows.py", "range(0, segs[4 * i + 1], ROW[i][3])", "range(0, ROW[i][3], ROW[i][3])", "packed, streamed"),
-    Mutant("rows.py", "k = tl.dot(load_tile(cache, segs, live, scale, ROW, i, like, r0)",
-           "k = tl.dot(load_tile(cache, segs, live, scale, ROW, i, like, 0)", "packed, streamed"),
-    Mutant("packed.py", "return segs[4 * N + 2] + r,", "return r,", "packed"),
-    Mutant("packed.py", "packs += g * 4", "packs += 0 * g", "packed"),
-    Mutant("values.py", "packs + g * 4 * SEGMENTS", "packs", "packed, streamed"),
-    Mutant("values.py", "latents_of(segs, TILES, 0, i_r * BLOCK_R)", "latents_of(segs, TILES, 0, 0)",
+    Mutant("rows.py", "ROW, i, m),)\n    return x", "ROW, i, m, 16),)\n    return x", "one pass"),
+    Mutant("rows.py", "if ROW[i][OPENS] and", "if i == 0 and", "packed"),
+    Mutant("rows.py", "range(0, segs[4 * i + 1], ROW[i][SIZE])", "range(0, 1)", "packed, streamed"),
+    Mutant("rows.py", "load_piece(located[0], segs, live, ROW, i, first)", "load_piece(located[0], segs, live, ROW, i)",
            "packed, streamed"),
     Mutant("tiles.py", "end = tl.maximum(end - window[1], 0)", "end = tl.maximum(end - window[1] + 1, 0)", "near"),
     Mutant("tiles.py", "begin += window[2]", "begin += 0", "near"),
@@ -239,6 +239,109 @@ MUTANTS = [
     Mutant("combine.py", "tl.exp(joined - base) + tl.exp(sink", "tl.exp(merged_lse - base) + tl.exp(sink", "near"),
     Mutant("combine.py", "row * near_strides[1]", "i * near_strides[1]", "near"),
     Mutant("decode.py", "_attend(own.latents,", "_attend(own,", "near and window"),
+    Mutant("packed.py", "23 - BITS - BITS * M", "23 - BITS - BITS * (1 - M)", "packed"),
+    Mutant("packed.py", "(2**BITS + middle(BITS))", "2**BITS", "packed"),
+    Mutant("packed.py", "<< SCALE_FRACTION) +", "<< SCALE_FRACTION - 1) +", "packed"),
+    Mutant("packed.py", "N % 3 * 8", "N % 4 * 8", "packed, five scales"),
+    Mutant("packed.py", "N // 3 * 4", "0 * N", "packed, five scales"),
+    Mutant("packed.py", "g * (strides[2] // G)", "0 * g", "packed"),
+    Mutant("packed.py", "held == BROKEN", "held == 256", "broken"),
+    Mutant("packed.py", "M * segs[4 * N + 1] + h", "h", "packed"),
+    Mutant("packed.py", "return segs[4 * N + 2] + r,", "return r,", "packed"),
+    Mutant("packed.py", "packs += g * 3", "packs += 0 * g", "packed"),
+    Mutant("values.py", "segments(packs, g, column", "segments(packs, 0, column", "packed, streamed"),
+    Mutant("values.py", "first = i_r * ROW[0][SIZE]", "first = 0 * i_r", "packed, streamed"),
+    Mutant("attend_packed.py", "COLUMN] + m * KEYS[n][SIZE]", "COLUMN]", "planes"),
+    Mutant("attend_packed.py", "x = tl.load(p_a[:, None]", "x = tl.load(a + row[:, None] * a_strides[2]", "planes"),
+    Mutant("attend_packed.py", "c * terms_strides[1]", "0 * c", "planes"),
+    Mutant("attend_packed.py", "before + t0 - origin", "before + t0 - t_begin", "planes"),
+    Mutant("attend_packed.py", "part -= tl.load", "part += tl.load", "planes"),
+    Mutant("attend_packed.py", "if KEYS[n][OPENS]:", "if n == 0:", "planes"),
+    Mutant("attend_packed.py", "score += part * scale", "score = part * scale", "planes"),
+    Mutant("attend_packed.py", "kw[KEYS[n][SCALE] // 3]", "kw[0]", "planes, five scales"),
+    Mutant("attend_packed.py", "KEYS[n][SCALE] % 3", "0", "planes"),
+    Mutant("attend_packed.py", "24 * MAGIC - 16", "24 * MAGIC - 15", "planes, sixteen bits"),
+    Mutant("attend_packed.py", "g, KEY_WORDS // G", "0, KEY_WORDS // G", "planes"),
+    Mutant("attend_packed.py", "place * KEY_WORDS", "0 * KEY_WORDS", "planes"),
+    Mutant("attend_packed.py", "g * KEY_RUN", "0 * g", "planes, magic"),
+    Mutant("attend_packed.py", "p_page + P * VALUE_ROW", "p_page + 16 * VALUE_ROW", "planes, a pass each"),
+    Mutant("attend_packed.py", "W * T % P != 0 or offsets is not None", "W * T % P != 0", "planes"),
+    Mutant("attend_packed.py", "W * T % P != 0 or offsets is not None", "offsets is not None", "planes, a pass each"),
+    Mutant("attend_packed.py", "(terms + n_terms *", "(terms + (n_terms - 1) *", "planes"),
+    Mutant("attend_packed.py", "(n_terms + 1) * terms_strides[2]", "n_terms * terms_strides[2]", "planes"),
+    Mutant("attend_packed.py", "factor[None, :, None] + share", "factor[None, :, None] - share", "planes, shared"),
+    Mutant("attend_packed.py", "share[None, :, None]) * LN_2", "share[None, :, None])", "planes, shared"),
+    Mutant("attend_packed.py", "soft_cap(score, softcap)", "score", "planes, shared"),
+    Mutant("attend_packed.py", "score * LOG2_E - above", "score - above", "planes, shared"),
+    Mutant("attend_packed.py", "(above - share[None, :])", "(above + share[None, :])", "planes"),
+    Mutant("attend_packed.py", "<= seen_to[", "< seen_to[", "planes, shared"),
+    Mutant("attend_packed.py", "row % S  # last", "row // S  # last", "planes, shared"),
+    Mutant("attend_packed.py", "(seen_to - window[0])", "(seen_to - window[0] + 1)", "planes, a pass each"),
+    Mutant("attend_packed.py", "live &= t >= begin", "live &= t >= begin - 1", "planes, a pass each"),
+    Mutant("attend_packed.py", "live = t < t_end", "live = t <= t_end", "planes"),
+    Mutant("attend_packed.py", "sums * fade)", "sums)", "planes"),
+    Mutant("attend_packed.py", "acc[n][m] * fade", "acc[n][m]", "planes"),
+    Mutant("attend_packed.py", "tl.where(live[:, :, None], z[0], 0.0)", "z[0]", "planes, sixteen bits"),
+    Mutant("attend_packed.py", "tl.where(live, vw[VALUES[n][SCALE] // 3], 0)", "vw[VALUES[n][SCALE] // 3]", "planes"),
+    Mutant("attend_packed.py", "vw[VALUES[n][SCALE] // 3]", "vw[0]", "planes, five scales"),
+    Mutant("attend_packed.py", "VALUES[n][SCALE] % 3", "0", "planes"),
+    Mutant("attend_packed.py", "eight == 1 + VALUES[n][SCALE]", "eight == 1", "planes"),
+    Mutant("attend_packed.py", "elif VALUES[n][OPENS]", "elif n == 0", "planes"),
+    Mutant("attend_packed.py", "range(t_begin, t_end, W * T)", "range(t_begin, t_end - BLOCK_T, W * T)", "planes"),
+    Mutant("attend_packed.py", 'tl.full([16], float("-inf")', "tl.full([16], 0.0", "planes"),
+    Mutant("attend_packed.py", "share = tl.exp2(peak - top[None])", "share = tl.exp2(peak - peak)", "planes"),
+    Mutant("attend_packed.py", "tl.log2(whole) + top", "tl.log(whole) + top", "planes"),
+    Mutant("attend_packed.py", "(tl.log2(whole) + top) * LN_2", "tl.log2(whole) + top", "planes"),
+    Mutant("attend_packed.py", "y + i_b * y_strides[0] + i_s * y_strides[1]", "y + i_b * y_strides[0]", "planes"),
+    Mutant("attend_packed.py", "latent = value_segs[3 * n + 1], ", "latent = held, ", "planes"),
+    Mutant("attend_packed.py", ", value_segs[3 * n + 2]", ", latent", "planes"),
+    Mutant("attend_packed.py", "if VALUES[n][OPENS] and", "if n == 0 and", "planes"),
+    Mutant("attend_packed.py", "/ unit(VALUES[n][BITS], m,", "/ unit(VALUES[n][BITS], 0,", "planes"),
+    Mutant("attend_packed.py", "- less[:, :, None]", "+ less[:, :, None]", "planes"),
+    Mutant("attend_packed.py", "(latent + m * held + h)", "(latent + h)", "planes"),
+    Mutant("attend_packed.py", "heads + g * C", "heads + g", "planes"),
+    Mutant("attend_packed.py", "packs += g * 3", "packs += 0 * g", "planes"),
+    Mutant("attend_packed.py", "mask=h < segs[3 * N + 1]", "mask=h < 8", "planes"),
+    Mutant("attend_packed.py", "(PIECES[N][FIRST] + tl", "(0 * PIECES[N][FIRST] + tl", "planes, even"),
+    Mutant("planes.py", "2 * i % 10", "2 * i % 8", "planes"),
+    Mutant("planes.py", "4 * (i % 2)", "0 * i", "planes"),
+    Mutant("planes.py", "(1 << bits) - 1)", "(1 << bits - 1) - 1)", "planes"),
+    Mutant("planes.py", "BITS * N - position(BITS, N)", "BITS * N", "planes"),
+    Mutant("planes.py", "0 if magic else 24", "0 if magic else 23", "planes"),
+    Mutant("planes.py", "0 if magic else 24", "24", "planes, magic"),
+    Mutant("planes.py", "bitcast=True) - 1024.0", "bitcast=True) - 1023.0", "planes, magic"),
+    Mutant("planes.py", "& 255) << 7", "& 255) << 6", "planes"),
+    Mutant("planes.py", "return p * scale", "return scale + p * 0", "planes"),
+    Mutant("planes.py", "(2**bits - 1) / 2", "2**bits / 2", "planes"),
+    Mutant("absorb.py", "m * 2 % 10", "m * 2 % 8", "planes"),
+    Mutant("absorb.py", "m % 2 * 4", "m * 0", "planes"),
+    Mutant("absorb.py", "middles += tl.sum", "middles = tl.sum", "planes"),
+    Mutant("absorb.py", "((1 << bits) - 1) * 0.5", "(1 << bits) * 0.5", "planes"),
+    Mutant("absorb.py", "tl.exp2((14 - exponent)", "tl.exp2((13 - exponent)", "planes"),
+    Mutant("absorb.py", "tl.load(norms + place)", "0.001", "planes"),
+    Mutant("absorb.py", "2 - 24 * MAGIC", "2", "planes, magic"),
+    Mutant("absorb.py", "tl.where(MAGIC, 1.0, 2.0**-24)", "2.0**-24", "planes, magic"),
+    Mutant("absorb.py", "latent + m * halfwords + h", "latent + h", "planes"),
+    Mutant("absorb.py", "latent + m * halfwords + h", "m * halfwords + h", "planes"),
+    Mutant("absorb.py", "(h < halfwords) & (r < rank)", "(h < halfwords)", "planes, shared"),
+    Mutant("absorb.py", "begin + j % size", "j % size", "planes, even"),
+    Mutant("absorb.py", "place // C * 3 * KEYS", "0 * place * KEYS", "planes"),
+    Mutant("absorb.py", "c * terms_strides[1]", "0 * c", "planes"),
+    Mutant("absorb.py", "tl.dot(low, u, got", "tl.dot(0 * low, u, got", "turned"),
+    Mutant("pieces.py", "max(first, 16), *(", "first, *(", "planes, even"),
+    Mutant("pieces.py", "(widest,) * (n // widest)", "(widest,) * 0", "planes, wide"),
+    Mutant("pieces.py", "round_up(2 * held, ALIGNMENT)", "2 * held", "planes, even"),
+    Mutant("pieces.py", "latent + rank, scale", "latent, scale", "planes, even"),
+    Mutant("pieces.py", "scale + (0 < bits < 16)", "scale + 1", "planes, sixteen bits"),
+    Mutant("pieces.py", "column + size * (16 // bits if bits else 1)", "column + size", "planes"),
+    Mutant("pieces.py", "if p[2] == 0", "if p[0] == 0", "packed, streamed"),
+    Mutant("pack.py", "(j % 2 * (8", "((1 - j % 2) * (8", "pack"),
+    Mutant("pack.py", "+ k) * halfwords", "+ k) * 8", "pack"),
+    Mutant("pack.py", "scale // SCALES * WORD + scale % SCALES", "scale", "pack"),
+    Mutant("pack.py", "tl.num_programs(1) + g) * WORDS", "tl.num_programs(1)) * WORDS", "pack"),
+    Mutant("pack.py", "if not holds(BITS, byte):", "if byte < 0:", "pack"),
+    Mutant("pack.py", "byte = tl.where((j < 2 * halfwords)[None, :], byte, 0)", "byte = byte", "pack"),
+    Mutant("pack.py", "(j < padded)[None, :]", "(j < 2 * halfwords)[None, :]", "pack"),
     Mutant("pack.py", "+ UPWARDS", "+ NEAREST", "pack"),
     Mutant("pack.py", "+ NEAREST", "+ UPWARDS", "pack"),
     Mutant("pack.py", "<< (k * BITS[s])", "<< (k * 2)", "pack"),
@@ -263,9 +366,13 @@ def run(killer):
         for seed in range(12):
             written.check(seed, "triton", CPU)
     elif killer == "pack":
-        checks.check_write(KILLERS["packed, streamed"], torch.int64, torch.float32, CPU)
+        checks.check_write(KILLERS["pack"], torch.int64, torch.float32, CPU)
     elif killer == "pack what is not finite":
         checks.check_broken(CPU)
+    elif killer == "broken":
+        checks.check_broken_scales(torch.float32, CPU)
+    elif killer == "turned":
+        checks.check_turned(CPU)
     elif killer == "rebuild":
         checks.check_rebuild(KILLERS["groups"], torch.float32, CPU)
     elif killer == "rebuild chunks":
@@ -273,8 +380,11 @@ def run(killer):
     elif killer == "known rows":
         checks.check_known_rows("triton", CPU)
     else:
-        dtype = torch.float16 if killer == "packed" else torch.float32  # float32 takes two passes
-        checks.check(KILLERS[killer], dtype, CPU)
+        if killer == "planes, magic":
+            launch = importlib.import_module("lrattn.kernels.launch")  # the copy
+            rows = (row._replace(launch=row.launch._replace(magic=True)) for row in launch.ATTEND_PACKED)
+            launch.ATTEND_PACKED = (*rows,)
+        checks.check(KILLERS[killer], KILLERS[killer].dtype, CPU)
 
 
 def test_every_file_of_kernels_has_a_mutant():

@@ -9,12 +9,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from cases import FAR, Case, make
-from checks import attend, check, exact
+from cases import FAR, Case, make, make_layer
+from checks import attend, check, check_broken_scales, check_turned, exact
 from packing import plain
 
 import lrattn
-from lrattn.kernels import launch, plan, planes
+from lrattn.kernels import attend_packed, launch, pieces, plan, planes
 
 HALF = {"dtype": torch.float16, "M": 2, "D": 64, "lens": (150, 64, 1, 0)}
 MIXED = {"key_bits": (8, 4, 2), "value_bits": (8, 4, 2)}
@@ -114,6 +114,15 @@ def test_a_factor_is_the_same_in_all_chunks(steps, device):
     problem = layer, q, k_cache, v_cache, kwargs
     (_, lse), (_, true_lse) = attend(problem), exact(problem)
     torch.testing.assert_close(lse.double(), true_lse, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_broken_scale_is_seen_where_it_is_met(dtype, device):
+    check_broken_scales(dtype, device)
+
+
+def test_turning_queries_back_loses_nothing(device):
+    check_turned(device)
 
 
 @pytest.mark.parametrize("scale", [1e8, -1e8, 0.0, 1e-30])
@@ -289,6 +298,16 @@ def test_products_of_float16_are_weighed_alike():
     found = run("mul.rn.f16x2 $0, $1, $2;", (1, words), (2, words[::-1].copy()))["$0"]
     a, b = (torch.from_numpy(x.view(np.float16).copy()) for x in (words, words[::-1].copy()))
     assert np.array_equal(found.view(np.float16), (a * b).numpy())
+
+
+@pytest.mark.parametrize("bits", [(8,), (4,), (2,), (8, 4, 2), (16, 2), (2, 4, 8)])
+@pytest.mark.parametrize("rank", [16, 144, 528, 1024, 3072])
+def test_a_launch_has_sums_for_as_many_columns_as_registers_hold(bits, rank):
+    own = case("columns", value_bits=bits, value_ranks=(rank,))
+    row = pieces.pieces(make_layer(own, own.dtype).operands.values.sizes, pieces.PLANES)
+    found = attend_packed.parts(row, launch.MOST_COLUMNS)
+    assert all(sum(p[3] * (16 // p[1]) for p in part) <= launch.MOST_COLUMNS for part in found)
+    assert [p[:9] for part in found for p in part] == [p[:9] for p in row]
 
 
 def test_rows_of_more_scales_than_a_product_has_columns_are_unpacked(device):

@@ -1,12 +1,13 @@
 """What the kernels give against the reference in float64, no worse than PyTorch in their own dtype."""
 
+import math
 from dataclasses import fields, replace
 
 import dense
 import torch
 from cases import Case, in_one, latents, make, make_layer, there
 from closeness import assert_no_worse
-from packing import plain, poison, read_cache
+from packing import plain, poison, read_cache, sections
 
 import lrattn
 
@@ -122,6 +123,38 @@ def check_broken(device):
     )
     assert torch.equal(zk.isnan(), own.isnan()) and zk[1, :16].isnan().all() and zk.isnan().sum() == 16
     assert zv[2].isnan().all() and zv.isnan().sum() == 48
+
+
+def check_broken_scales(dtype, device):
+    """A broken scale reaches, as NaN, the queries and heads that meet it, and no others: as in the reference."""
+    case = Case("broken scales", M=2, S=2, D=64, chunk=64, P=32, lens=(100, 70, 20), key_ranks=(32, 48),
+                value_ranks=(48, 32), key_bits=(8, 2), value_bits=(4, 2))  # fmt: skip
+    layer, q, k_cache, v_cache, kwargs = make(case, dtype)
+    pages = kwargs["block_table"][:, 0].tolist()
+    sections(k_cache, layer.keys.format)[1][pages[0], 3, 5] = 255  # of the second group, 2 bits
+    sections(v_cache, layer.values.format)[1][pages[1], 9, 0] = 255
+    problem = on(device, layer, q, k_cache, v_cache, kwargs)
+    (out, lse), (true, true_lse) = ([x.cpu().isnan() for x in f(problem)] for f in (attend, exact))
+    assert torch.equal(out, true) and out[0, :, 4:].all() and out[1, :, :4].all() and not out[2].any()
+    assert torch.equal(lse & true_lse, true_lse) and torch.equal(lse | out.all(-1), out.all(-1))
+
+
+def check_turned(device):
+    """Queries that are all but orthogonal to a key's basis once they are turned back: only what rounding them to 16
+    bits leaves is seen of that."""
+    case = Case("turned", chunk=64, Hkv=1, lens=(128,), starts=(64,), key_ranks=(16,), value_ranks=(16,), key_bits=(8,),
+                value_bits=(8,), dtype=torch.float16)  # fmt: skip
+    layer, q, *caches, kwargs = make(case, case.dtype)
+    q.zero_()[..., 0], q[..., 32] = 900, 300  # the pair of frequency 1; the chunk's first position is 64
+    x = (
+        q[0, 0, 0, [0, 32]].double()
+        @ torch.tensor([[math.cos(64), -math.sin(64)], [math.sin(64), math.cos(64)]]).double()
+    )
+    up = torch.zeros_like(layer.keys.up)
+    up[..., 0], up[..., 32] = -x[1] / x.norm(), x[0] / x.norm()
+    problem = on(device, replace(layer, keys=replace(layer.keys, up=up)), q, *caches, {**kwargs, "softmax_scale": 1.0})
+    (_, lse), (_, true_lse) = attend(problem), exact(problem)
+    torch.testing.assert_close(lse.double().cpu(), true_lse, rtol=0, atol=2e-3)
 
 
 def check_far_pages(P, device):
