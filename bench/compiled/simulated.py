@@ -5,8 +5,8 @@
 FILE is a Python module that runs machine code by the timing rules of an H100's multiprocessor: parse(cubin),
 usage(cubin) and predict(code, Machine(), ..). It is no part of this project. Kernels are compiled for sm_90 as they
 would be launched, cut as for an H100. For models and formats, at batch 1 and 16 and several lengths, its prediction
-[simulated] goes to results/simulated.json, beside the time of the rows' bytes at the rate of memory and of a dense 16-bit
-cache's at 92 % of that [estimated], and instructions of the loop a token. The simulator knows no bank conflicts,
+[simulated] goes to results/simulated.json, beside the time of the rows' bytes at the rate of memory and of a dense
+16-bit cache's at 92 % of that [estimated], and instructions of the loop a token. The simulator knows no bank conflicts,
 and was 23 to 31 % off the packed kernels there were before.
 """
 
