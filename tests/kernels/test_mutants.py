@@ -153,7 +153,7 @@ MUTANTS = [
     Mutant("absorbed_scores.py", "i % (M * S)).to", "i // C).to", "absorbed"),
     Mutant("absorbed_scores.py", "score += share[None, :]", "score -= share[None, :]", "absorbed"),
     Mutant("absorb.py", "tl.program_id(1) * BLOCK_R", "0 * BLOCK_R", "long absorbed"),
-    Mutant("values.py", "range(t_begin, t_end, W * T)", "range(t_begin, t_end - BLOCK_T, W * T)", "batch"),
+    Mutant("values.py", "range(t_begin, t_end, BLOCK_T)", "range(t_begin, t_end - BLOCK_T, BLOCK_T)", "batch"),
     Mutant("values.py", "load_run(runs, g)", "load_run(runs, 0)", "groups"),
     Mutant("tiles.py", "total * fade + tl.sum(p, AXIS)", "total + tl.sum(p, AXIS)", "one pass"),
     Mutant("rows.py", "acc[n] * fade[:, None]", "acc[n]", "one pass"),
