@@ -91,13 +91,12 @@ def absorb_planes_kernel(
     CHUNK: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, WINDOWED: tl.constexpr, MAGIC: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
 ):
-    """Absorbed queries for rows in planes, by piece n and plane m of it, in units of a row's factor, a power of two:
+    """a[b, c, h S + i, n, m] = log2(e) scale (x @ uk[k]^T)[latents of plane m of piece n] / (2^position(m) factor)
+    terms[b, c, n, h S + i] = sum_m middle a[.., n, m];  after those of all pieces: factor, log2(e) scale x . bias[k]
 
-    a[.., plane] = log2(e) scale (x @ uk[k]^T)[latents of the plane] / (unit factor),   unit = 2^position of the plane
-    terms[.., n] = sum_m middle a[.., plane]   and after all pieces: factor; log2(e) scale x . bias[k]
-
-    x as in absorb_queries_kernel. `factor` brings the largest of a row below 2^15: |x| max_r |uk[k, r]| is no smaller,
-    and known to each program alone. It takes in what codes, as float16, and scales lack: 2^24 (1 with MAGIC) and 2^-8.
+    x as in absorb_queries_kernel, c the chunk. `factor`, a power of two of each row, brings its largest below 2^15:
+    |x| max_r |uk[k, r]| is no smaller, and known to each program alone. It takes in what codes, as float16, and scales
+    lack: 2^24 (1 with MAGIC) and 2^-8.
 
     Grid: (row blocks * Hkv, pieces, B). A program owns BLOCK_Q rows of one kv head, of all chunks, and one piece of the
     row, BLOCK_R columns at a time; columns past a segment's end, or the key rank, are zero.

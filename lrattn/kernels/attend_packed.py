@@ -53,6 +53,19 @@ def attend_packed_kernel(
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
     MAGIC: tl.constexpr, ASM: tl.constexpr, BLOCK_T: tl.constexpr, W: tl.constexpr, T: tl.constexpr,
 ):
+    """y[b, i, h S + j] = softmax_t(s[b, h S + j, t]) @ (scale[t] (codes[t] - middle)),   t in split i
+    s[b, h S + j, t] = softcap(factor * sum_n scale[t] (sum_m a[b, c, h S + j, n, m] . plane[t, n, m] - middle) + bias)
+
+    over pieces n of a row and planes m of a piece, t in chunk c; in base 2 within. KEYS and VALUES are the pieces of
+    either side. Without KEYS scores are read, without VALUES they are written. RUN: bytes of a group's run, ROW: of all
+    runs of a token, WORDS: of all its words.
+
+    Grid: (row blocks * G, splits, B). A program owns 16 of the C M S query rows of one group and one split of tiles of
+    BLOCK_T tokens. It takes W T tokens at a time, T to a warp, whose products, peak and sums are its own till the end.
+    Needs: P a multiple of 16, W warps, chunks of whole tiles; groups of keys and of values that hold the same heads; at
+    most 256 columns of VALUES. Pages in reach alone are read, but all rows of them. Sums are float32.
+    Reference: lrattn.attention.reference._attend_span. Derivation: docs/kernels.md#packed.
+    """
     G: tl.constexpr = Hkv // C
     BEHIND: tl.constexpr = starts is not None or window[2] is not None  # tokens may begin within a tile
     g = tl.program_id(0) % G
@@ -209,7 +222,7 @@ def attend_packed_kernel(
 def _queries(heads, g, S, C: tl.constexpr, M: tl.constexpr, G: tl.constexpr, KIND: tl.constexpr):
     """The program's rows c (M S) + m S + s of group g: which there are, and the row h S + s of all heads of each.
 
-    In another KIND of numbers they are found anew, after the loop, and not held through it in registers that it needs.
+    In another KIND of numbers they are found anew after the loop, not held through it in registers that it needs.
     """
     i = tl.program_id(0) // G * 16 + tl.arange(0, 16)
     in_q = i < C * M * S

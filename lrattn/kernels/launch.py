@@ -84,6 +84,7 @@ LATENT_SCORES = (
     Row(Launch(4, 1, block_d=128, resident=True), ("sm90",), head=128, rank=256, queries=16, table=False, packed=True),
     Row(Launch(8, 1, block_r=64, block_d=128), HOPPER, queries=16, packed=True),
     Row(Launch(4, 1, block_r=32, block_d=32), ("gfx9",), packed=True),
+    Row(Launch(8, 1, block_r=16, block_d=32), ("sm80",), packed=True),
     Row(Launch(8, 1, block_r=32, block_d=64), (), queries=32, packed=True),
     Row(Launch(8, 1, block_r=32, block_d=32), (), packed=True),
     Row(Launch(8, 1, block_r=32, block_d=64), (), itemsize=4, packed=True),
@@ -112,6 +113,7 @@ LATENT_VALUES = (
     Row(Launch(8, 3, block_r=128), ("sm80",)),
     Row(Launch(8, 2, block_r=64), ()),
     Row(Launch(4, 1, block_r=64), (), itemsize=4),
+    Row(Launch(4, 1, block_r=16), ("gfx9",), packed=True),
     Row(Launch(8, 1, block_r=16), (), packed=True),
     Row(Launch(8, 1, block_r=32), (), itemsize=4, packed=True),
 )

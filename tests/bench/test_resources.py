@@ -33,7 +33,8 @@ def test_every_launch_fits():
     for row in RESULTS["rows"]:
         assert row["shared"] <= resources.DEVICES[row["device"]].shared, row
         if row["dtype"] != "float32":
-            assert not row["spilled"] and (row["products"] or row["kernel"] in plain), row
+            assert row["spilled"] <= (40 if row["bits"] else 0), row
+            assert row["products"] or row["kernel"] in plain, row
 
 
 ROW = {"dtype": "bfloat16", "spilled": 0, "shared": 1024, "products": ["wgmma.mma_async.m64n16k16"]}

@@ -120,7 +120,7 @@ WAYS = [
         **PACKED | {"key_bits": (16, 8, 2)}),
     way("packed, absorbed", 1, rope=None, value_bits=(4,), **PACKED | {"dtype": torch.float32}),
     way("packed values, nine scales", 2, value_ranks=(144, 160), value_bits=(8, 4) * 4 + (2,), **PACKED),
-    way("packed, one pass, rebuilt, joint row", 0, 2, D=64, **PACKED, **NARROW),
+    way("packed, rebuilt, joint row", 2, D=64, **PACKED, **NARROW),
     # By tiles: keys and values a time each, one row for both too.
     way("by tiles, one pass", 1, chunk=128, lens=(300, 129, 0), offsets=(37, -100, 0), value_order=PLAIN.key_order,
         **BOTH),
