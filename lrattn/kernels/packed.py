@@ -90,7 +90,7 @@ def load_piece(rows, segs, live, ROW: tl.constexpr, N: tl.constexpr, first=0):
 
 
 @triton.jit
-def unpacked(x, scale, BITS: tl.constexpr, M: tl.constexpr, like):
+def unpacked(x, scale, BITS: tl.constexpr, M, like):
     """Latents of plane M of halfwords [BLOCK_T, size], or a plain row's, in the dtype of `like`.
 
     A code is moved to the top of a float's fraction, where it needs no conversion from an integer: 2^b + code.
@@ -107,7 +107,7 @@ def unpacked(x, scale, BITS: tl.constexpr, M: tl.constexpr, like):
 
 
 @triton.jit
-def latents_of(segs, ROW: tl.constexpr, N: tl.constexpr, M: tl.constexpr, first=0):
+def latents_of(segs, ROW: tl.constexpr, N: tl.constexpr, M, first=0):
     """Which latents of the group the columns of operand M of a piece are, and whether there are such: [size] each."""
     h = first + ROW[N][FIRST] + tl.arange(0, ROW[N][SIZE])
     r = M * segs[4 * N + 1] + h
@@ -116,7 +116,7 @@ def latents_of(segs, ROW: tl.constexpr, N: tl.constexpr, M: tl.constexpr, first=
 
 @triton.jit
 def load_basis_piece(
-    rows, width, row, segs, c, d, D, ROW: tl.constexpr, N: tl.constexpr, M: tl.constexpr, like, first=0
+    rows, width, row, segs, c, d, D, ROW: tl.constexpr, N: tl.constexpr, M, like, first=0
 ):  # fmt: skip
     """Rows of the basis from `row` on that operand M of a piece meets, columns c + d (d < D): [size, len(d)]; zeros
     past the group's rank."""
@@ -131,7 +131,7 @@ def load_basis_piece(
 
 
 @triton.jit
-def load_query_piece(a, segs, in_q, ROW: tl.constexpr, N: tl.constexpr, M: tl.constexpr, first=0):
+def load_query_piece(a, segs, in_q, ROW: tl.constexpr, N: tl.constexpr, M, first=0):
     """Absorbed queries [BLOCK_Q, Rk] that `a` points at, of operand M of a piece: [BLOCK_Q, size]."""
     r, some = latents_of(segs, ROW, N, M, first)
     return tl.load(a[:, None] + r[None, :], mask=in_q[:, None] & some[None, :], other=0.0)

@@ -82,7 +82,7 @@ def keys_streamed(located, segs, live, rows, width, row, c, d, D, ROW: tl.conste
             scale = load_scale(located[1], live, ROW[i][SCALE])
         for first in range(0, segs[4 * i + 1], ROW[i][SIZE]):
             x = load_piece(located[0], segs, live, ROW, i, first)
-            for m in tl.static_range(operands(ROW[i][BITS])):
+            for m in range(operands(ROW[i][BITS])):
                 u = load_basis_piece(rows, width, row, segs, c, d, D, ROW, i, m, like, first)
                 k = tl.dot(unpacked(x, scale, ROW[i][BITS], m, like), u, k, input_precision="ieee")
     return k
@@ -97,7 +97,7 @@ def scores_streamed(located, segs, live, a, in_q, ROW: tl.constexpr):
             scale = load_scale(located[1], live, ROW[i][SCALE])
         for first in range(0, segs[4 * i + 1], ROW[i][SIZE]):
             x = load_piece(located[0], segs, live, ROW, i, first)
-            for m in tl.static_range(operands(ROW[i][BITS])):
+            for m in range(operands(ROW[i][BITS])):
                 q = tl.trans(load_query_piece(a, segs, in_q, ROW, i, m, first))
                 score = tl.dot(unpacked(x, scale, ROW[i][BITS], m, a), q, score, input_precision="ieee")
     return score

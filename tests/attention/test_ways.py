@@ -269,7 +269,7 @@ def test_a_layer_remembers_what_it_checked(monkeypatch):
 
 
 def test_packed_rows_that_begin_elsewhere_are_another_kind_of_call():
-    """Of the same shape and strides, at no multiple of 4 bytes."""
+    """Of the same shape and strides, at no multiple of 16 bytes."""
     layer, q, k_cache, v_cache, kwargs = make(Case("again", lens=(20,), key_bits=(8,)), torch.float32)
     held = torch.zeros(k_cache.numel() + 4, dtype=torch.uint8)
 
@@ -277,5 +277,5 @@ def test_packed_rows_that_begin_elsewhere_are_another_kind_of_call():
         return held[offset : offset + k_cache.numel()].view(k_cache.shape)
 
     lrattn.decode_attention(q, at(0), v_cache, layer, **kwargs)
-    with pytest.raises(ValueError, match="k_cache: expected rows at multiples of 4 bytes"):
+    with pytest.raises(ValueError, match="k_cache: expected pages at multiples of 16 bytes"):
         lrattn.decode_attention(q, at(1), v_cache, layer, **kwargs)
