@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 import lrattn
 from bench import architectures, demo, memory, positions, quality, scale
-from bench.compiled import resources, traffic
+from bench.compiled import resources, simulated, traffic
 from bench.decode import launches
 from bench.evaluation import head_groups, method_check, quality_plot, quality_table
 from bench.support import report
@@ -117,6 +117,7 @@ def test_what_the_readme_gains_and_costs_is_measured():
         ("kernels.md", resources, resources.format_table),
         ("kernels.md", traffic, traffic.table),
         ("kernels.md", launches, launches.table),
+        ("kernels.md", simulated, simulated.table),
     ],
     ids=lambda x: x.__name__.split(".")[-1] if hasattr(x, "PATH") else "",
 )
