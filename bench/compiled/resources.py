@@ -568,15 +568,15 @@ def resources(binary: Any) -> dict[str, Any]:
     return found | {"registers": int(usage["REG"]), "spilled": int(usage["STACK"]), "products": short} | counted
 
 
-def spills(device: str, bits: str) -> int:
+def spills(c: Compilation) -> int:
     """Bytes that a launch may spill: none, but for packed rows where ptxas is not the one they were written against."""
-    return 0 if not bits or (device == "sm90" and triton.__version__.startswith("3.6.")) else 40
+    return 0 if not c.problem.bits or (c.device == "sm90" and triton.__version__.startswith("3.6.")) else 40
 
 
 def faults(c: Compilation, row: dict[str, Any]) -> list[str]:
     """Why a row may not stand."""
     device, found = DEVICES[c.device], []
-    if row["spilled"] > spills(row["device"], row["bits"]) and row["dtype"] != "float32":
+    if row["spilled"] > spills(c) and row["dtype"] != "float32":
         found.append(f"{row['spilled']} bytes spilled")
     if row["shared"] > device.shared:
         found.append(f"{row['shared']} bytes of shared memory, the device has {device.shared}")
