@@ -151,7 +151,7 @@ def test_generate_from_latents_holds_fewer_bytes_and_a_window_so_many_more(tiny_
         for more in ([], [*latent, "--recent", 0], [*latent, "--recent", 16])
     )
     assert 0 < far["cache_bytes"] < 0.95 * dense["cache_bytes"]  # free room in the pages included
-    assert near["cache_bytes"] - far["cache_bytes"] == 16 * 4 * DENSE
+    assert near["cache_bytes"] - far["cache_bytes"] == (16 + 1) * 4 * DENSE  # with room for the next token
     assert ", recent 16: 10 tokens" in run(capsys, *words, *latent, "--recent", 16)
 
 
