@@ -15,7 +15,7 @@ from lrattn.models.interface import cache_argument
 RUN = json.loads((report.RESULTS / "demo.json").read_text())
 ROW = RUN["rows"][-1]
 HELD = ROW["cache_bytes"]
-BEYOND = "from dense, beyond 2.0%"
+BEYOND = "from dense, beyond 2.5%"
 
 
 def test_the_committed_run_is_right_and_fits_a_terminal():
