@@ -57,9 +57,12 @@ class Layer(NamedTuple):
     @property
     def kernels(self) -> tuple[str, ...]:
         """Whose launches are varied."""
+        packed = bool(self.shape.bits)
         if not self.rope or self.chunk:
-            return ("fused_absorbed",)
-        return ("fused_rebuilt",) if self.shared else ("latent_scores", "latent_values")
+            return ("attend_packed",) if packed else ("fused_absorbed",)
+        if self.shared:
+            return ("fused_rebuilt",)
+        return ("latent_scores", "packed_values" if packed else "latent_values")
 
 
 LAYERS = {
@@ -89,6 +92,8 @@ ALTERNATIVES = {
     "latent_values": [x._replace(block_r=r) for x in BOTH for r in (64, 128, 256)],
     "fused_absorbed": [x._replace(block_r=r) for x in BOTH for r in (64, 128)],
     "fused_rebuilt": [x._replace(block_r=r) for x in BOTH for r in (64, 128)],
+    "attend_packed": [Launch(4, n, block_t=128, block_n=t) for n in (1, 2, 3) for t in (16, 32)],
+    "packed_values": [Launch(4, n, block_t=64, block_n=16) for n in (1, 2, 3)],  # of keys that are rebuilt
 }
 TABLE = "table"
 
@@ -103,6 +108,8 @@ class Variant(NamedTuple):
         if self.launch is None:
             return TABLE
         blocks = "resident" if self.launch.resident else f"block_r {self.launch.block_r}"
+        if self.launch.block_n:
+            blocks = f"{self.launch.block_n} tokens a warp"
         return f"{self.kernel}: {self.launch.warps} warps, {self.launch.stages} stages, {blocks}"
 
 
@@ -114,16 +121,22 @@ def variants(layer: Layer) -> list[Variant]:
 def used(variant: Variant) -> Iterator[None]:
     """Inside, calls are launched so."""
     with ExitStack() as patches:
-        patches.enter_context(patch.object(plan, "cut", lru_cache(plan.cut.__wrapped__)))
+        for name in ("cut", "planes"):
+            patches.enter_context(patch.object(plan, name, lru_cache(getattr(plan, name).__wrapped__)))
         if variant.launch is not None:
             patches.enter_context(patch.object(launch, variant.kernel, partial(choose, variant)))
         yield
 
 
-def choose(variant: Variant, device: str, itemsize: int, *, rows: int, head: int = 0, **shape: Any) -> Launch:
-    """In the place of launch.latent_scores and its like, which take the shapes of a call."""
+def choose(
+    variant: Variant, device: str, itemsize: int, *tile: Any, rows: int = 0, head: int = 0, **shape: Any
+) -> Launch:
+    """In the place of launch.latent_scores and its like, which take the shapes of a call, or of launch.attend_packed
+    and its like, whose programs have one number of query rows."""
     found = variant.launch
     assert found is not None
+    if tile:
+        return found
     return found._replace(block_q=launch.block_q(rows), block_d=min(found.block_d, launch.block_d(head)))
 
 

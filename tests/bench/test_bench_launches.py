@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import torch
 
 from bench.decode import launches
 from lrattn.kernels.launch import Launch
@@ -25,10 +26,30 @@ def test_a_rehearsal_times_the_table_and_an_alternative(tmp_path, monkeypatch, c
 def test_every_alternative_is_launched(layer):
     """What is varied is what the layer's step asks for, in the place of the table's own launch."""
     for kernel in layer.kernels:
+        if kernel in ("attend_packed", "packed_values"):
+            for own in launches.ALTERNATIVES[kernel]:
+                with launches.used(launches.Variant(kernel, own)):
+                    codes = codes_of(layer)
+                assert own == (codes.keys if kernel == "attend_packed" else codes.values)
+            continue
         variant = launches.Variant(kernel, Launch(4, 1, block_r=64, block_d=128))
         with launches.used(variant):
             found = getattr(launches.launch, kernel)("sm90", 2, rows=4, head=64, rank=256)
         assert found == Launch(4, 1, block_q=16, block_r=64, block_d=64)
+
+
+def codes_of(layer):
+    """How a 16-bit step takes its packed rows."""
+    x = layer.problem(16, 1, launches.Bench.of([], dry=True))
+    return launches.plan.planes(torch.float16, "sm90", *(side.sizes for side in x.layer.operands))
+
+
+@pytest.mark.parametrize("layer", launches.LAYERS.values(), ids=launches.LAYERS)
+def test_what_is_varied_is_what_takes_the_rows(layer):
+    codes = codes_of(layer)
+    taken = (codes.keys is not None, codes.values is not None)
+    named = ("attend_packed" in layer.kernels, bool({"attend_packed", "packed_values"} & set(layer.kernels)))
+    assert taken == named
 
 
 def test_a_launch_that_is_wrong_is_named_and_not_timed(monkeypatch):
