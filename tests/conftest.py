@@ -60,6 +60,19 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("kernel_dtype", dtypes, ids=lambda d: str(d).split(".")[-1])
 
 
+@pytest.fixture
+def fresh_dynamo(request):
+    """A model compiled anew, on the CPU, and nothing left of it."""
+    from torch._dynamo.utils import counters  # which takes a second to load
+
+    if request.config.getoption("--gpu"):
+        pytest.skip("the model is on the CPU, where kernels are interpreted only")
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture(scope="session")
 def device(request):
     return torch.device("cuda" if request.config.getoption("--gpu") else "cpu")

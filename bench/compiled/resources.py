@@ -258,12 +258,12 @@ def rebuilt_pass(p: Problem) -> None:
     fused_rebuilt(p.call(), p.turned(), *p.partial(), SPAN, turned, one_pass(p, turned))
 
 
-def combine_heads(p: Problem) -> None:
+def combine_heads(p: Problem, splits: int = 2) -> None:
     _, side = p.sides()
-    y, part, lse = fp32(BATCH, 2, p.rows(), p.rank), fp32(BATCH, 2, p.rows()), fp32(BATCH, *p.query().shape[1:3])
+    lse = fp32(BATCH, *p.query().shape[1:3])
     sinks = fp32(p.query().shape[2]) if p.has("rule") else None
     near = (fp32(BATCH, p.rows(), p.head), fp32(BATCH, p.rows())) if p.has("near") else ()
-    combine.combine(y, part, range(2), side, p.query(), lse, sinks, True, *near)
+    combine.combine(*p.partial(), range(splits), side, p.query(), lse, sinks, True, *near)
 
 
 def combine_latents(p: Problem) -> None:
@@ -273,11 +273,7 @@ def combine_latents(p: Problem) -> None:
 
 
 def combine_many(p: Problem) -> None:
-    _, side = p.sides()
-    lse = fp32(BATCH, *p.query().shape[1:3])
-    sinks = fp32(p.query().shape[2]) if p.has("rule") else None
-    near = (fp32(BATCH, p.rows(), p.head), fp32(BATCH, p.rows())) if p.has("near") else ()
-    combine.combine(*p.partial(), range(plan.COMBINED + 1), side, p.query(), lse, sinks, True, *near)
+    combine_heads(p, plan.COMBINED + 1)
 
 
 def project_heads(p: Problem) -> None:
@@ -393,14 +389,10 @@ def by_plane(device: str) -> Iterator[Compilation]:
             yield Compilation(packed_scores, device, problem)
             yield Compilation(packed_values, device, problem)
             yield Compilation(absorb_planes, device, problem)
-        small = packed._replace(chunk=launch.BLOCK_T)
-        for problem in (
-            packed._replace(rank=128),
-            packed._replace(rope=False, chunk=0),
-            small,
-            most._replace(chunk=64),
-        ):
+        for problem in (packed._replace(rank=128), packed._replace(rope=False, chunk=0)):
             yield Compilation(packed_pass, device, problem)
+        for problem in (packed, most):
+            yield Compilation(packed_pass, device, problem._replace(chunk=launch.BLOCK_T))
         yield Compilation(packed_scores, device, packed._replace(rank=512, shared=True))
 
 

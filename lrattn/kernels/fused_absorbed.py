@@ -48,8 +48,8 @@ def fused_absorbed_kernel(
     """y[b, i, h S + j] = softmax_t(softcap(scale * (ck[b, t, g] . a[b, c, h S + j] + constant))) @ cv[b, t, g]
 
     with t in split i and chunk c. Without CHUNK all tokens are in one; with it a tile's absorbed queries are read with
-    the tile, which lies in one. KEYS and VALUES are the pieces of a rank, or the tiles of packed rows. Without cv they
-    are the same columns of one row, which is loaded once; absorbed queries are zero past the key rank.
+    the tile, which lies in one. KEYS and VALUES are the pieces of a rank. Without cv they are the same columns of one
+    row, which is loaded once; absorbed queries are zero past the key rank.
 
     Grid: (row blocks * G, splits, B). A program owns BLOCK_Q of the C M S query rows of one group and one split:
     with one row block each latent is read once.

@@ -40,8 +40,7 @@ def fused_rebuilt_kernel(
 
     with t in split i, k = h // M. As in the scores, queries come turned back by each tile's first token and keys are
     turned by the offset only; with TABLE every token's own row is read instead. KEYS and VALUES are the pieces of a
-    rank, or the planes of packed rows. Without cv they are the same columns of one row, which is loaded once; the basis
-    is zero past the key rank.
+    rank. Without cv they are the same columns of one row, which is loaded once; the basis is zero past the key rank.
 
     Grid: (row blocks * Hkv, splits, B). A program owns BLOCK_Q of the M S query rows of one kv head and one split; the
     heads of a group run side by side and meet its latents in L2. With one head a group each latent is read once.

@@ -18,14 +18,7 @@ SIZES = tiny.SIZES | {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key
 IDS = tiny.tokens(2, 19)
 
 
-@pytest.fixture(autouse=True)
-def fresh(request):
-    if request.config.getoption("--gpu"):
-        pytest.skip("the model is on the CPU, where kernels are interpreted only")
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def made(near, keys):

@@ -31,6 +31,20 @@ def made(form, family=None, dtype=torch.float32, near=NEAR):
     return model, random_factors(model, 0.5, near, **kind)
 
 
+@torch.no_grad()
+def begun(form, padded):
+    """A model and a cache of a fixed size after 20 of 34 columns; ids, positions, the mask for all of the cache; and
+    the logits that a cache gives which grows."""
+    model, factors = made(form)
+    ids, mask = architectures.padded((34, 20 if padded else 34), "left")
+    at = (mask.cumsum(1) - 1).clamp_min(0)
+    live = torch.cat((mask, torch.ones(2, MOST - 34, dtype=torch.int64)), 1)
+    want = fed(model, ids, (20, *[1] * 14), LatentCache(factors), mask, at)
+    cache = LatentCache(factors, max_tokens=MOST, backend="triton")
+    fed(model, ids[:, :20], 20, cache, mask, at)
+    return model, cache, ids, at, live, want
+
+
 def alike(got, want, live=None):
     """Up to what a rounding in the last place becomes in the float32 of norms: the ways to attend differ."""
     got, want = (got, want) if live is None else (got[live.bool()], want[live.bool()])
@@ -142,13 +156,7 @@ def test_a_step_reads_nothing_from_the_device_and_stays_where_it_is(form, padded
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_captured_step_is_right_for_the_next(form, padded):
     """As a CUDA graph has it: the operations of one step, with every number of the host as it was, run again."""
-    model, factors = made(form)
-    ids, mask = architectures.padded((34, 20 if padded else 34), "left")
-    at = (mask.cumsum(1) - 1).clamp_min(0)
-    live = torch.cat((mask, torch.ones(2, MOST - 34, dtype=torch.int64)), 1)
-    want = fed(model, ids, (20, *[1] * 14), LatentCache(factors), mask, at)
-    cache = LatentCache(factors, max_tokens=MOST, backend="triton")
-    fed(model, ids[:, :20], 20, cache, mask, at)
+    model, cache, ids, at, live, want = begun(form, padded)
 
     def step(token, place, live):
         placed = {"position_ids": place} if padded else {}  # else by the cache's length
@@ -167,26 +175,10 @@ def test_a_captured_step_is_right_for_the_next(form, padded):
     assert int(cache.get_seq_length()) == cache.columns.count == 34
 
 
-@pytest.fixture
-def fresh(request):
-    if request.config.getoption("--gpu"):
-        pytest.skip("the model is on the CPU, where kernels are interpreted only")
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("form", slow_unless({"in chunks"}, FORMS))
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_compiled_step_is_one_graph_for_all(form, padded, fresh):
-    model, factors = made(form)
-    ids, mask = architectures.padded((34, 20 if padded else 34), "left")
-    at = (mask.cumsum(1) - 1).clamp_min(0)
-    live = torch.cat((mask, torch.ones(2, MOST - 34, dtype=torch.int64)), 1)
-    want = fed(model, ids, (20, *[1] * 14), LatentCache(factors), mask, at)
-    cache = LatentCache(factors, max_tokens=MOST, backend="triton")
-    fed(model, ids[:, :20], 20, cache, mask, at)
+def test_a_compiled_step_is_one_graph_for_all(form, padded, fresh_dynamo):
+    model, cache, ids, at, live, want = begun(form, padded)
     run, graphs = torch.compile(model, fullgraph=True, backend="eager"), []
     for i in range(20, 34):
         with torch.no_grad():
