@@ -16,6 +16,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,41 +34,50 @@ from bench.support import report
 from lrattn.attention import operators
 from lrattn.kernels import launch, plan
 
-KEEP, TOKENS = 0.25, 1024  # of a Llama-3.1-8B layer
+TOKENS, CHUNK, BITS, SINKS, RECENT = 1024, 512, (8, 4, 2), 4, 64  # of a Llama-3.1-8B layer
 CALLS = 50  # in a row, timed together
 TARGET = 20.0  # microseconds
 
 
 class Way(NamedTuple):
-    """A layer whose calls run in one way."""
+    """A layer whose calls run in one way. keep: of the numbers. near: beside a dense window."""
 
     name: str
     grouping: str = "Palu"
+    keep: float = 0.25
+    bits: tuple[int, ...] = ()
     rope: bool = True
+    chunk: int | None = None
     shared: bool = False
+    near: bool = False
 
 
 WAYS = (
+    Way("one pass, packed rows, keys in chunks", keep=0.5, bits=BITS, chunk=CHUNK),
+    Way("the same with a dense window", keep=0.5, bits=BITS, chunk=CHUNK, near=True),
     Way("one pass, absorbed keys", rope=False),
     Way("one pass, absorbed keys, one row for both", rope=False, shared=True),
     Way("one pass, rebuilt keys, one row for both", shared=True),
     Way("two passes, rebuilt keys"),
     Way("two passes, rebuilt keys, joint values", "ReCalKV"),
+    Way("two passes, rebuilt keys, packed rows", bits=BITS),
 )
 
 
 def call_of(way: Way, batch: int, device: torch.device) -> tuple[lrattn.LayerFactors, Callable[[], Any]]:
     """A layer of random numbers, and a decode call on it."""
-    shape = Shape(LLAMA_31, way.grouping, KEEP)
+    shape = Shape(LLAMA_31, way.grouping, way.keep, way.bits)
     x = make(shape, TOKENS, batch, torch.bfloat16, device, shared=way.shared)
-    x = x if way.rope else x.unrotated()
+    layer = replace(x.layer, chunk=way.chunk) if way.rope else x.unrotated().layer
+    held = x.q.new_empty(2, batch, SINKS + RECENT, layer.num_kv_heads, layer.head_dim)
     arguments: dict[str, Any] = {
         "block_table": x.table,
         "seq_lens": x.lens,
         "out": torch.empty_like(x.q),
+        "near": lrattn.Near(*held, SINKS, RECENT) if way.near else None,
         "backend": "triton",
     }
-    return x.layer, lambda: lrattn.decode_attention(x.q, x.k_cache, x.v_cache, x.layer, **arguments)
+    return layer, lambda: lrattn.decode_attention(x.q, x.k_cache, x.v_cache, layer, **arguments)
 
 
 @contextmanager

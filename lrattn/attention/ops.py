@@ -209,11 +209,13 @@ def decode_attention(
     else:
         check_kind(near)
         chosen = _checked(layer, check_decode, (*tensors, *near.tensors), (near.sinks, near.recent), project, backend)
-    check_integer("window_size", window_size, 1, optional=True)
-    check_integer("max_seq_len", max_seq_len, 0, optional=True)
+    if window_size is not None:
+        check_integer("window_size", window_size, 1)
+    if max_seq_len is not None:
+        check_integer("max_seq_len", max_seq_len, 0)
     check_integer("num_splits", num_splits, 0, MAX_SPLITS)
     check_integer("workspace_limit", workspace_limit, 1)
-    scale = layer.head_dim**-0.5 if softmax_scale is None else softmax_scale
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     check_number("softmax_scale", scale)
     check_number("softcap", softcap, 0.0)
     if not isinstance(causal, bool):
@@ -242,11 +244,13 @@ def decode_attention(
             result, lse = reference.decode_attention(call, layer, sinks, project, num_splits, workspace_limit)
             if to is not None:
                 to.copy_(result)
-    if flat:
-        result, lse = result[:, 0], lse[:, 0]
     if out is not None:
         result = out
-    return (result, lse) if return_lse else result
+    elif flat:
+        result = result.squeeze(1)
+    if not return_lse:
+        return result
+    return result, lse.squeeze(1) if flat else lse
 
 
 def merge_attention(outs: Sequence[Tensor] | Tensor, lses: Sequence[Tensor] | Tensor) -> tuple[Tensor, Tensor]:
@@ -312,7 +316,8 @@ def _checked(layer: LayerFactors, check: Callable[..., str], tensors: Sequence[T
     if operators.watched(tensors[0]):
         return check(layer, *tensors, *words)
     try:
-        kind = (check, *words, *(None if x is None else _kind(x) for x in tensors))
+        read = [None if x is None else (x.shape, x.stride(), x.storage_offset() % ALIGNMENT, x.dtype, x.device) for x in tensors]
+        kind = (check, *words, *read)  # all that checks read of a tensor
         chosen = layer.checked.get(kind)
     except (AttributeError, TypeError):
         check(layer, *tensors, *words)  # says what is no tensor, layer or string
@@ -323,8 +328,3 @@ def _checked(layer: LayerFactors, check: Callable[..., str], tensors: Sequence[T
             layer.checked.clear()
         layer.checked[kind] = chosen
     return chosen
-
-
-def _kind(x: Tensor) -> tuple[Any, ...]:
-    """All that checks read of a tensor."""
-    return x.shape, x.stride(), x.storage_offset() % ALIGNMENT, x.dtype, x.device

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lrattn.factors.operands import Keys, Values
+from lrattn.factors.operands import Keys, KeySizes, Values, ValueSizes
+from lrattn.kernels.launch import Launch
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +55,9 @@ class Near:
         return replace(self, keys=keys, values=values, rows=rows, firsts=firsts)
 
 
-class Tokens(NamedTuple):
-    """Where the tokens of each sequence lie."""
+@dataclass(eq=False)
+class Tokens:
+    """Where the tokens of each sequence lie, and how kernels are told: once a call, not at each launch."""
 
     pages: Tensor  # [B, pages] int32
     lens: Tensor  # [B] int32
@@ -65,16 +67,15 @@ class Tokens(NamedTuple):
     offsets: Tensor | None = None  # [B] int32: the position of token t is t - offset, where keys go by chunks
     near: Near | None = None  # some of them as they are
 
-    @property
-    def held(self) -> tuple[Any, ...]:
-        """pages, lens and starts as kernels take them, each with its stride."""
-        starts_stride = 0 if self.starts is None else self.starts.stride(0)
-        return self.pages, self.pages.stride(0), self.lens, self.lens.stride(0), self.starts, starts_stride
-
-    @property
-    def lag(self) -> tuple[Any, ...]:
-        """offsets and their stride."""
-        return self.offsets, 0 if self.offsets is None else self.offsets.stride(0)
+    def __post_init__(self) -> None:
+        near = self.near
+        self.paged = self.pages, self.pages.stride()[0]
+        self.seen = self.lens, self.lens.stride()[0], self.starts, stride(self.starts)
+        self.lag = self.offsets, stride(self.offsets)
+        self.placed = self.positions, (0, 0) if self.positions is None else self.positions.stride()
+        self.recent = 0 if near is None else min(near.recent, self.bound)  # last tokens a query sees as they are
+        # The first tokens from `starts` on that are seen as they are; 0 where `latents` has them in starts.
+        self.skipped = 0 if near is None or near.firsts is not None else near.sinks
 
     @property
     def placed_apart(self) -> bool:
@@ -82,27 +83,12 @@ class Tokens(NamedTuple):
         return self.positions is not None or self.offsets is not None
 
     @property
-    def placed(self) -> tuple[Any, ...]:
-        """positions and their strides."""
-        return self.positions, (0, 0) if self.positions is None else self.positions.stride()
-
-    @property
-    def recent(self) -> int:
-        """The last of a query's tokens that it sees as they are, of those there can be."""
-        return 0 if self.near is None else min(self.near.recent, self.bound)
-
-    @property
-    def skipped(self) -> int:
-        """The first tokens from `starts` on that are seen as they are; 0 where `latents` has them in starts."""
-        return 0 if self.near is None or self.near.firsts is not None else self.near.sinks
-
-    @property
     def latents(self) -> Tokens:
         """With starts behind the first rows, where these do not begin with the sequence."""
         if self.near is None or self.near.firsts is None:
             return self
         begins = self.near.firsts.clamp(0, self.bound) + self.near.sinks
-        return self._replace(starts=begins if self.starts is None else begins.maximum(self.starts))
+        return replace(self, starts=begins if self.starts is None else begins.maximum(self.starts))
 
     def of(self, some: slice) -> Tokens:
         """The tokens of some of the sequences."""
@@ -128,7 +114,24 @@ class Span(NamedTuple):
     parts: int
 
 
-class Call(NamedTuple):
+class Form(NamedTuple):
+    """Of a call, what its launches are chosen and compiled by, beside a layer's sizes."""
+
+    num_queries: int  # S
+    query_heads: int  # Hq
+    page_size: int  # P
+    causal: bool
+    windowed: bool
+    capped: bool
+
+    def constants(self, side: KeySizes | ValueSizes, choice: Launch, **own: Any) -> dict[str, Any]:
+        """Of a launch: what every kernel of the latents has, and its own."""
+        members = {"C": side.group_size, "M": self.query_heads // side.num_heads, "Hkv": side.num_heads}
+        return {**members, "num_warps": choice.warps, "num_stages": choice.stages, **own}
+
+
+@dataclass(eq=False)
+class Call:
     """What is attended with, and to."""
 
     q: Tensor  # [B, S, Hq, D]
@@ -139,16 +142,17 @@ class Call(NamedTuple):
     tokens: Tokens
     rule: Rule
 
-    @property
-    def numbers(self) -> tuple[float, float, int, int, tuple[int, int | None, int | None]]:
-        """scale, softcap, bound, S and window, which kernels of the latents take in this order.
+    def __post_init__(self) -> None:
+        """limits: bound, S and window, which kernels of the latents take in this order, most behind scale and softcap.
 
         window: tokens that a query sees back by their latents; how many, the last, it sees as they are; how many more
         from where each sequence starts. None, not 0, of the last two: kernels are then compiled without.
         """
-        rule, tokens = self.rule, self.tokens
+        rule, tokens, (_, num_queries, heads, _) = self.rule, self.tokens, self.q.shape
         window = rule.window - tokens.recent, tokens.recent or None, tokens.skipped or None
-        return rule.scale, rule.softcap, tokens.bound, self.q.shape[1], window
+        self.limits = tokens.bound, num_queries, window
+        self.numbers = rule.scale, rule.softcap, *self.limits
+        self.form = Form(num_queries, heads, self.ck.shape[1], rule.causal, rule.window > 0, rule.softcap > 0)
 
     @property
     def far(self) -> tuple[int, int]:
@@ -162,8 +166,19 @@ class Call(NamedTuple):
     @property
     def latents(self) -> Call:
         """As kernels of the latents take it."""
-        return self._replace(tokens=self.tokens.latents)
+        tokens = self.tokens.latents
+        return self if tokens is self.tokens else replace(self, tokens=tokens)
 
     def of(self, some: slice) -> Call:
         """The same for some of the sequences."""
-        return self._replace(q=self.q[some], tokens=self.tokens.of(some))
+        return replace(self, q=self.q[some], tokens=self.tokens.of(some))
+
+
+def stride(x: Tensor | None) -> int:
+    """Of the first axis."""
+    return 0 if x is None else x.stride()[0]
+
+
+def strides_of(x: Tensor | None, axes: int) -> tuple[int, ...]:
+    """Of an operand of so many axes that may be missing."""
+    return (0,) * axes if x is None else x.stride()

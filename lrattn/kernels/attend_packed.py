@@ -1,12 +1,16 @@
 """Attention over packed rows whose latents queries meet: in one pass, or scores and values in a pass each."""
 
+from functools import lru_cache
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lrattn.factors.operands import KeySizes, ValueSizes
 from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
-from lrattn.kernels.arguments import Call, Span
+from lrattn.kernels.arguments import Call, Form, Span, strides_of
 from lrattn.kernels.packed import (
     BITS,
     CLOSES,
@@ -281,29 +285,38 @@ def attend_packed(
 ) -> None:  # fmt: skip
     """Absorbed queries by plane `a` over the tiles of each split: y [B, slots, Hq S, Rv] and its lse; without y scores,
     to s [B, Hq S, T]. Without `a` scores come from there."""
-    q, ck, cv, keys, values, tokens, rule = call
-    key, value, cv = keys.sizes, values.sizes, ck if cv is None else cv
-    side = value if a is None else key
-    rows, none = q.shape[1] * q.shape[2] // side.groups, (0, 0, 0, 0)
-    scored = () if a is None else pieces(key, PLANES)
-    for part in [()] if y is None else parts(pieces(value, PLANES), launch.MOST_COLUMNS):
-        attend_packed_kernel[cdiv(rows, 16) * side.groups, span.parts, q.shape[0]](
-            a, none if a is None else a.stride(), terms, none if terms is None else terms.stride(),
-            ck, ck.stride(0), cv, cv.stride(0), *tokens.held, *tokens.lag,
-            keys.packs if scored and not key.even else None, values.packs if part and not value.even else None,
-            (keys if y is None else values).heads,
-            s, none[1:] if s is None else s.stride(), y, none if y is None else y.stride(),
-            lse, none[1:] if lse is None else lse.stride(), rule.softcap, *call.numbers[2:], *span,
-            KEYS=scored, KEY_RUN=key.runs // key.groups if key.even else 0, KEY_ROW=key.runs, KEY_WORDS=words(key),
-            VALUES=part, VALUE_RUN=value.runs // value.groups if value.even else 0, VALUE_ROW=value.runs,
-            VALUE_WORDS=words(value),
-            C=side.group_size, M=q.shape[2] // side.num_heads, P=ck.shape[1], Hkv=side.num_heads,
-            CHUNK=key.chunk or 1 << 30, BIASED=bool(key.biased),
-            MASKED=(rule.causal and q.shape[1] > 1) or rule.window > 0, CAUSAL=rule.causal, WINDOWED=rule.window > 0,
-            CAPPED=rule.softcap > 0, MAGIC=choice.magic, ASM=launch.assembles(ck.device),
-            BLOCK_T=choice.block_t,
-            W=choice.warps, T=choice.block_n, num_warps=choice.warps, num_stages=choice.stages,
+    q, ck, keys, values, tokens = call.q, call.ck, call.keys, call.values, call.tokens
+    cv = ck if call.cv is None else call.cv
+    blocks, launches = _launched(keys.sizes, values.sizes, call.form, choice, a is None, y is None)
+    key_packs = None if a is None or keys.sizes.even else keys.packs
+    value_packs = None if y is None or values.sizes.even else values.packs
+    for fixed in launches:
+        attend_packed_kernel[blocks, span.parts, q.shape[0]](
+            a, strides_of(a, 4), terms, strides_of(terms, 4), ck, ck.stride()[0], cv, cv.stride()[0],
+            *tokens.paged, *tokens.seen, *tokens.lag, key_packs, value_packs, (keys if y is None else values).heads,
+            s, strides_of(s, 3), y, strides_of(y, 4), lse, strides_of(lse, 3), call.rule.softcap, *call.limits, *span,
+            ASM=launch.assembles(ck.device), **fixed,
         )  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def _launched(
+    key: KeySizes, value: ValueSizes, form: Form, choice: launch.Launch, given: bool, alone: bool
+) -> tuple[int, list[dict[str, Any]]]:
+    """The first axis of a grid, and constants of each launch. given: scores are. alone: they are the result."""
+    side = value if given else key
+    scored = () if given else pieces(key, PLANES)
+    return cdiv(form.query_heads * form.num_queries // side.groups, 16) * side.groups, [
+        form.constants(
+            side, choice, KEYS=scored, KEY_RUN=key.runs // key.groups if key.even else 0, KEY_ROW=key.runs,
+            KEY_WORDS=words(key), VALUES=part, VALUE_RUN=value.runs // value.groups if value.even else 0,
+            VALUE_ROW=value.runs, VALUE_WORDS=words(value), P=form.page_size, CHUNK=key.chunk or 1 << 30,
+            BIASED=bool(key.biased), MASKED=(form.causal and form.num_queries > 1) or form.windowed, CAUSAL=form.causal,
+            WINDOWED=form.windowed, CAPPED=form.capped, MAGIC=choice.magic, BLOCK_T=choice.block_t, W=choice.warps,
+            T=choice.block_n,
+        )  # fmt: skip
+        for part in ([()] if alone else parts(pieces(value, PLANES), launch.MOST_COLUMNS))
+    ]
 
 
 def parts(row: Pieces, most: int) -> list[Pieces]:

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lrattn.factors.shapes import round_up
 from lrattn.kernels import launch, plan
 from lrattn.kernels.absorb import absorb_planes, absorb_queries
 from lrattn.kernels.absorbed_scores import absorbed_scores
@@ -22,40 +21,22 @@ from lrattn.kernels.values import latent_values
 
 
 class Workspace(NamedTuple):
-    """Temporaries of the sequences taken at a time, B of them."""
+    """Temporaries, as plan.Shapes has them."""
 
-    x: Tensor  # [B, tiles, Hq S, 2, D / 2] queries by tile, or absorbed ones [B, chunks, Hq S, Rk], in q's dtype; or
-    # [B, chunks, Hq S, columns] float16 for rows in planes
-    terms: Any  # float32, what absorbed queries add to scores: [B, chunks, Hq S padded] of a key bias, or None; or
-    # [B, chunks, n, Hq S padded] for rows in planes
-    s: Any  # [B, Hq S, tokens] float32 scores, or None
-    y: Tensor  # [B, slots, Hq S, Rv] float32 partial results, a slot each; two more for several spans
-    lse: Tensor  # [B, slots, Hq S padded] float32
-    near: Any  # [B, Hq S, D] float32 heads of the tokens that are held as they are, or None
-    near_lse: Any  # [B, Hq S padded] float32, or None
+    x: Tensor
+    terms: Any
+    s: Any
+    y: Tensor
+    lse: Tensor
+    near: Any
+    near_lse: Any
 
     @classmethod
     def allocate(cls, call: Call, size: Cut) -> "Workspace":
-        q, keys = call.q, call.keys.sizes
-        rows, half = q.shape[1] * q.shape[2], launch.block_d(keys.head_dim) // 2
-        padded = round_up(rows, 16)  # at multiples of 16, whatever the number of splits or chunks: one compilation
-        slots = size.splits + (0 if size.tiles >= size.total else 2)
-        dtype, lead = q.dtype if size.planes.keys is None else torch.float16, (size.batch, size.chunks)
-        width, count = plan.absorbed(keys, size.planes) if keys.absorbed else (0, 0)
-        x = (size.chunks, rows, width) if keys.absorbed else (size.tiles if size.turned else 1, rows, 2, half)
-        terms = None
-        if count:
-            shape = (*lead, padded) if size.planes.keys is None else (*lead, count, padded)
-            terms = q.new_empty(shape, dtype=torch.float32)
-        return cls(
-            q.new_empty(size.batch, *x, dtype=dtype),
-            terms,
-            None if size.fused else q.new_empty(size.batch, rows, size.tiles * size.block_t, dtype=torch.float32),
-            q.new_empty(size.batch, slots, rows, call.values.sizes.rank, dtype=torch.float32),
-            q.new_empty(size.batch, slots, padded, dtype=torch.float32),
-            None if call.tokens.near is None else q.new_empty(size.batch, rows, keys.head_dim, dtype=torch.float32),
-            None if call.tokens.near is None else q.new_empty(size.batch, padded, dtype=torch.float32),
-        )
+        x, *rest = size.shapes
+        queries = call.q.new_empty(x) if size.planes.keys is None else call.q.new_empty(x, dtype=torch.float16)
+        fp32 = call.keys.norms.new_empty  # a third faster than with a dtype
+        return cls(queries, *[None if shape is None else fp32(shape) for shape in rest])
 
     def of(self, n: int) -> "Workspace":
         return Workspace._make(None if x is None else x[:n] for x in self)
@@ -77,14 +58,13 @@ def decode_attention(
     )  # fmt: skip
     work, wo = Workspace.allocate(call, size), wo if form == "hidden" else None
     for b in range(0, batch, size.batch):
-        some = slice(b, min(b + size.batch, batch))
+        own, own_work, own_out, own_lse = call, work, out, lse
         if size.batch < batch:
+            some = slice(b, min(b + size.batch, batch))
             own, own_work, own_out, own_lse = call.of(some), work.of(some.stop - b), out[some], lse[some]
-        else:
-            own, own_work, own_out, own_lse = call, work, out, lse
         parts = _attend(own.latents, size, own_work) if bound else range(0)
-        if (near := own.tokens.near) is not None:
-            attend_near(own, near, own_work.near, own_work.near_lse)
+        if own.tokens.near is not None:
+            attend_near(own, own.tokens.near, own_work.near, own_work.near_lse)
         heads = own_out if wo is None else torch.empty_like(own.q, memory_format=torch.contiguous_format)
         combine(
             own_work.y, own_work.lse, parts, call.values, heads, own_lse, sinks, form != "latent", own_work.near,

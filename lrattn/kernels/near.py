@@ -1,12 +1,16 @@
 """The dense window: attention on tokens that are held as they are, and new ones into their places."""
 
+from functools import lru_cache
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lrattn.factors.operands import KeySizes
 from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
-from lrattn.kernels.arguments import Call, Near
+from lrattn.kernels.arguments import Call, Form, Near, stride
 from lrattn.kernels.tiles import scaled, softmax_step, store_lse
 
 SUMS = 4096  # of a program, whose query rows are as wide as a head
@@ -144,20 +148,28 @@ def window_of(rows, rows_stride, lens, lens_stride, starts, starts_stride, first
 
 def attend_near(call: Call, near: Near, y: Tensor, lse: Tensor) -> None:
     """q [B, S, Hq, D] on the tokens that are held as they are: y [B, Hq S, D] and its lse [B, Hq S]."""
-    q, rule, size = call.q, call.rule, call.keys.sizes
-    recent = min(call.tokens.recent, rule.window or call.tokens.recent)
-    batch, num_queries, query_heads, head_dim = q.shape
-    group = query_heads // size.num_heads
-    rows, block_d = group * num_queries, launch.block_d(head_dim)
-    choice = launch.attend_near(launch.name(q.device), q.itemsize, head=head_dim, rows=min(rows, SUMS // block_d))
-    attend_near_kernel[cdiv(rows, choice.block_q) * size.num_heads, batch](
-        q, q.stride(), *tensors(near), *call.tokens.held[2:], near.firsts, stride(near.firsts),
+    q, rule, tokens = call.q, call.rule, call.tokens
+    recent = min(tokens.recent, rule.window or tokens.recent)
+    block_d = launch.block_d(q.shape[3])
+    rows = q.shape[1] * q.shape[2] // call.keys.sizes.num_heads
+    choice = launch.attend_near(launch.name(q.device), q.itemsize, head=q.shape[3], rows=min(rows, SUMS // block_d))
+    programs, fixed = _attended(call.keys.sizes, call.form, choice)
+    attend_near_kernel[programs, q.shape[0]](
+        q, q.stride(), *tensors(near), *tokens.seen, near.firsts, stride(near.firsts),
         y, y.stride(), lse, lse.stride(), *call.numbers[:4], rule.window, recent, near.sinks, max(near.slots, 1),
-        near.keys.shape[0],
-        M=group, D=head_dim, Hkv=size.num_heads, WINDOWED=rule.window > 0, CAPPED=rule.softcap > 0,
-        BLOCK_Q=choice.block_q, BLOCK_T=choice.block_n, BLOCK_D=block_d,
-        num_warps=choice.warps, num_stages=choice.stages,
+        near.keys.shape[0], **fixed,
     )  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def _attended(size: KeySizes, form: Form, choice: launch.Launch) -> tuple[int, dict[str, Any]]:
+    """The first axis of the grid of attend_near, and constants."""
+    group = form.query_heads // size.num_heads
+    return cdiv(group * form.num_queries, choice.block_q) * size.num_heads, {
+        "M": group, "D": size.head_dim, "Hkv": size.num_heads, "WINDOWED": form.windowed, "CAPPED": form.capped,
+        "BLOCK_Q": choice.block_q, "BLOCK_T": choice.block_n, "BLOCK_D": launch.block_d(size.head_dim),
+        "num_warps": choice.warps, "num_stages": choice.stages,
+    }  # fmt: skip
 
 
 def write_near(near: Near, k: Tensor, v: Tensor, lens: Tensor) -> None:
@@ -177,7 +189,3 @@ def write_near(near: Near, k: Tensor, v: Tensor, lens: Tensor) -> None:
 def tensors(near: Near):
     """Keys, values and rows as kernels take them."""
     return near.keys, near.keys.stride(), near.values, near.values.stride(), near.rows, stride(near.rows)
-
-
-def stride(x: Tensor | None) -> int:
-    return 0 if x is None else x.stride(0)

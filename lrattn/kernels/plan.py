@@ -24,6 +24,20 @@ class Planes(NamedTuple):
     values: launch.Launch | None
 
 
+class Shapes(NamedTuple):
+    """Of the temporaries of the sequences taken at a time, B of them; None of what a call does without."""
+
+    x: tuple[int, ...]  # queries by tile [B, tiles, Hq S, 2, D / 2], or absorbed [B, chunks, Hq S, Rk], in q's dtype; or
+    # [B, chunks, Hq S, columns] float16 for rows in planes
+    terms: tuple[int, ...] | None  # float32, what absorbed queries add to scores: [B, chunks, Hq S padded] of a key
+    # bias; or [B, chunks, n, Hq S padded] for rows in planes
+    s: tuple[int, ...] | None  # [B, Hq S, tokens] float32 scores
+    y: tuple[int, ...]  # [B, slots, Hq S, Rv] float32 partial results, a slot each; two more for several spans
+    lse: tuple[int, ...]  # [B, slots, Hq S padded] float32
+    near: tuple[int, ...] | None  # [B, Hq S, D] float32 heads of the tokens that are held as they are
+    near_lse: tuple[int, ...] | None  # [B, Hq S padded] float32
+
+
 class Cut(NamedTuple):
     """Sizes of one call; every number is a bound from shapes, never from lengths on the device."""
 
@@ -37,7 +51,8 @@ class Cut(NamedTuple):
     planes: Planes  # of packed rows
     turned: bool  # queries are turned back by tile
     chunks: int  # that those tiles can be in, for each of which queries are absorbed; 1 without chunks
-    nbytes: int  # of temporaries
+    shapes: Shapes  # of temporaries
+    nbytes: int
 
 
 @lru_cache(maxsize=256)
@@ -104,6 +119,7 @@ def cut(
     How the tiles of a sequence are cut into splits depends on the batch only where num_splits is 0.
     """
     rows = query_heads * num_queries
+    padded = round_up(rows, 16)  # at multiples of 16, whatever the number of splits or chunks: one compilation
     turned = turns_queries(keys, dtype, placed)
     one_pass = fused(rows, dtype, device, keys, values, turned)
     codes = planes(dtype, device, keys, values)
@@ -123,14 +139,14 @@ def cut(
     if window:  # a window may begin and end inside a tile
         total = min(total, cdiv(window + num_queries - 2, block_t) + 1)
     fill = WAVES * processors
-    per_split = (rows * values.rank + round_up(rows, 16)) * 4  # a partial result and its lse
+    per_split = (rows * values.rank + padded) * 4  # a partial result and its lse
     width, terms = launch.block_d(keys.head_dim), 0
     if keys.absorbed:
         width, terms = absorbed(keys, codes)
-    query = rows * width * dtype.itemsize + round_up(rows, 16) * 4 * terms
+    query = rows * width * dtype.itemsize + padded * 4 * terms
     per_tile = (0 if one_pass is not None else rows * block_t * 4) + (query if turned else 0)
     fixed = rows * keys.head_dim * dtype.itemsize + (0 if turned else query)  # heads before the output projection
-    fixed += near * (rows * keys.head_dim + round_up(rows, 16)) * 4
+    fixed += near * (rows * keys.head_dim + padded) * 4
     if keys.chunk:  # n tiles can be in (n - 2) BLOCK_T / chunk + 2 chunks
         per_tile += cdiv(query * block_t, keys.chunk)
         fixed += query
@@ -147,7 +163,17 @@ def cut(
     at_once = max(1, min(batch, limit // held, LARGEST_AXIS))
     parts = min(tiles, max(cdiv(fill, at_once * score_programs), cdiv(tiles, PART_TILES)))
     chunks = cdiv(tiles - 1, keys.chunk // block_t) + 1 if keys.chunk else 1
-    return Cut(at_once, total, tiles, parts, splits, block_t, one_pass, codes, turned, chunks, at_once * held)
+    slots, each = splits + (0 if tiles >= total else 2), (terms, padded) if codes.keys is not None else (padded,)
+    shapes = Shapes(
+        (at_once, chunks, rows, width) if keys.absorbed else (at_once, tiles if turned else 1, rows, 2, width // 2),
+        (at_once, chunks, *each) if terms else None,
+        None if one_pass else (at_once, rows, tiles * block_t),
+        (at_once, slots, rows, values.rank),
+        (at_once, slots, padded),
+        (at_once, rows, keys.head_dim) if near else None,
+        (at_once, padded) if near else None,
+    )
+    return Cut(at_once, total, tiles, parts, splits, block_t, one_pass, codes, turned, chunks, shapes, at_once * held)
 
 
 def absorbed(keys: KeySizes, codes: Planes) -> tuple[int, int]:

@@ -109,7 +109,7 @@ def _rebuild(cache, side, turns, tokens, ends, x, *, max_position, **constants):
     if not programs or not x.shape[0]:
         return
     rebuild_kernel[(programs,)](
-        cache, strides(cache, side), *tokens.held[:4], ends,
+        cache, strides(cache, side), *tokens.paged, *tokens.seen[:2], ends,
         side.rows, side.runs, side.heads, side.packs, side.bias, turns, *tokens.placed, *tokens.lag,
         x, x.stride(), tokens.bound, tiles, x.shape[0], max_position,
         C=side.sizes.group_size, D=head_dim, P=page_size, Hkv=side.sizes.num_heads, **constants,

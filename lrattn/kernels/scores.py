@@ -1,11 +1,15 @@
 """Scores against rebuilt keys: the kernel to read first."""
 
+from functools import lru_cache
+from typing import Any
+
 import triton.language as tl
 from torch import Tensor
 
+from lrattn.factors.operands import KeySizes
 from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
-from lrattn.kernels.arguments import Call, Span
+from lrattn.kernels.arguments import Call, Form, Span
 from lrattn.kernels.packed import load_piece, located, segments
 from lrattn.kernels.pieces import columns, strides
 from lrattn.kernels.rows import keys_streamed, load_row, load_row_basis, product
@@ -154,34 +158,44 @@ def latent_scores_kernel(
 
 def turn_queries(call: Call, x: Tensor, first_tile: int, turned: bool) -> None:
     """q [B, S, Hq, D] as the scores take them: x [B, tiles, Hq S, 2, D / 2], turned back by each tile's first token."""
-    q, size = call.q, call.keys.sizes
-    batch, tiles, rows, _, half = x.shape
+    q, keys, (batch, tiles, rows, _, half) = call.q, call.keys, x.shape
     choice = launch.turn_queries(launch.name(q.device), q.itemsize)
     turn_queries_kernel[cdiv(rows, choice.block_q), tiles if turned else 1, batch](
-        q, q.stride(), *call.tokens.held[2:], call.keys.turns, x, x.stride(), *call.numbers[2:], size.max_position,
-        first_tile, tiles, rows,
-        D=size.head_dim, ROTARY=size.rotary_dim, INTERLEAVED=bool(size.interleaved), TABLE=not turned,
-        WINDOWED=call.rule.window > 0, BLOCK_D=2 * half, BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T,
-        num_warps=choice.warps, num_stages=choice.stages,
+        q, q.stride(), *call.tokens.seen, keys.turns, x, x.stride(), *call.limits, keys.sizes.max_position,
+        first_tile, tiles, rows, **_turned(keys.sizes, call.form.windowed, choice, turned, 2 * half),
     )  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def _turned(size: KeySizes, windowed: bool, choice: launch.Launch, turned: bool, block_d: int) -> dict[str, Any]:
+    """Constants of turn_queries."""
+    return {
+        "D": size.head_dim, "ROTARY": size.rotary_dim, "INTERLEAVED": bool(size.interleaved), "TABLE": not turned,
+        "WINDOWED": windowed, "BLOCK_D": block_d, "BLOCK_Q": choice.block_q, "BLOCK_T": launch.BLOCK_T,
+        "num_warps": choice.warps, "num_stages": choice.stages,
+    }  # fmt: skip
 
 
 def latent_scores(call: Call, x: Tensor, s: Tensor, span: Span, turned: bool) -> None:
     """Scores of turned queries against the tiles of `span` of every sequence, to s [B, Hq S, T]."""
-    q, ck, _, keys, _, tokens, rule = call
-    size = keys.sizes
+    ck, keys, tokens, size = call.ck, call.keys, call.tokens, call.keys.sizes
     rows = x.shape[2] // size.num_heads
     choice = launch.latent_scores(
         launch.name(ck.device), x.itemsize, head=size.head_dim, rank=columns(size), rows=rows, turned=turned,
         packed=bool(size.packed),
     )  # fmt: skip
     latent_scores_kernel[cdiv(rows, choice.block_q) * size.num_heads, span.parts, x.shape[0]](
-        x, x.stride(), ck, strides(ck, keys), *tokens.held, keys.rows, keys.runs, keys.heads, keys.packs, keys.bias,
-        keys.offset_turns if turned else keys.turns, *tokens.placed, s, s.stride(),
-        *call.numbers, size.max_position, *span,
-        C=size.group_size, M=q.shape[2] // size.num_heads, P=ck.shape[1], Hkv=size.num_heads,
-        CAUSAL=rule.causal, WINDOWED=rule.window > 0, CAPPED=rule.softcap > 0,
+        x, x.stride(), ck, strides(ck, keys), *tokens.paged, *tokens.seen, keys.rows, keys.runs, keys.heads, keys.packs,
+        keys.bias, keys.offset_turns if turned else keys.turns, *tokens.placed, s, s.stride(),
+        *call.numbers, size.max_position, *span, **_scored(size, call.form, choice, turned),
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def _scored(size: KeySizes, form: Form, choice: launch.Launch, turned: bool) -> dict[str, Any]:
+    """Constants of latent_scores."""
+    return form.constants(
+        size, choice, P=form.page_size, CAUSAL=form.causal, WINDOWED=form.windowed, CAPPED=form.capped,
         D=size.head_dim, ROTARY=size.rotary_dim, TABLE=not turned, ROW=launch.scored(size, choice),
         RESIDENT=choice.resident, BLOCK_D=choice.block_d, BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T,
-        num_warps=choice.warps, num_stages=choice.stages,
     )  # fmt: skip

@@ -1,11 +1,15 @@
 """Softmax of the scores over one part of the tokens, and the sum of latents under it."""
 
+from functools import lru_cache
+from typing import Any
+
 import triton.language as tl
 from torch import Tensor
 
+from lrattn.factors.operands import ValueSizes
 from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
-from lrattn.kernels.arguments import Call, Span
+from lrattn.kernels.arguments import Call, Form, Span
 from lrattn.kernels.packed import BITS, SCALE, SIZE, load_piece, load_scale, located, operands, segments, unpacked
 from lrattn.kernels.pieces import ANY, next_power_of_2, streamed, strides
 from lrattn.kernels.rows import add_weighted, row_zeros, store_row
@@ -92,20 +96,30 @@ def latent_values_kernel(
 
 def latent_values(call: Call, s: Tensor, y: Tensor, lse: Tensor, span: Span) -> None:
     """Softmax of s [B, Hq S, T] times the latents of each split: y [B, slots, Hq S, Rv], lse [B, slots, Hq S]."""
-    q, ck, cv, _, values, tokens, rule = call
-    size, cv = values.sizes, ck if cv is None else cv
-    rows = s.shape[1] // size.groups
-    for whole in streamed(size, ANY):
+    q, values, tokens = call.q, call.values, call.tokens
+    side, cv = values.sizes, call.ck if call.cv is None else call.cv
+    rows = s.shape[1] // side.groups
+    for whole in streamed(side, ANY):
         bits, held = whole[1], whole[8]  # the most of any group
         rank = held * 16 // bits if bits else held
         choice = launch.latent_values(launch.name(cv.device), q.itemsize, rank=rank, rows=rows, packed=bits > 0)
-        width = min(choice.block_r, max(16, next_power_of_2(held)))
-        row, pieces = (*whole[:3], width, *whole[4:]), cdiv(held, width)
-        latent_values_kernel[pieces * cdiv(rows, choice.block_q) * size.groups, span.parts, s.shape[0]](
-            s, s.stride(), cv, strides(cv, values), *tokens.held, *tokens.lag,
+        programs, fixed = _launched(side, call.form, choice, whole)
+        latent_values_kernel[programs, span.parts, s.shape[0]](
+            s, s.stride(), cv, strides(cv, values), *tokens.paged, *tokens.seen, *tokens.lag,
             values.runs, values.heads, values.packs, values.up, y, y.stride(), lse, lse.stride(),
-            *call.numbers[2:], *span,
-            C=size.group_size, M=q.shape[2] // size.num_heads, P=cv.shape[1], Hkv=size.num_heads,
-            WINDOWED=rule.window > 0, PIECES=pieces, ROW=(row,), BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T,
-            num_warps=choice.warps, num_stages=choice.stages,
+            *call.limits, *span, **fixed,
         )  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def _launched(
+    side: ValueSizes, form: Form, choice: launch.Launch, whole: tuple[int, ...]
+) -> tuple[int, dict[str, Any]]:
+    """The first axis of a grid, and constants, for a segment of a row."""
+    rows, held = form.query_heads * form.num_queries // side.groups, whole[8]
+    width = min(choice.block_r, max(16, next_power_of_2(held)))
+    pieces = cdiv(held, width)
+    return pieces * cdiv(rows, choice.block_q) * side.groups, form.constants(
+        side, choice, P=form.page_size, WINDOWED=form.windowed, PIECES=pieces,
+        ROW=((*whole[:3], width, *whole[4:]),), BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T,
+    )  # fmt: skip

@@ -225,7 +225,7 @@ MUTANTS = [
     Mutant("near.py", "acc * fade[:, None]", "acc", "near"),
     Mutant("near.py", "p_v + place[:, None] * value_strides[1]", "p_v + place[:, None] * Hkv * D", "near and window"),
     Mutant("near.py", "row = tl.load(rows + i_b * rows_stride).to(tl.int64)", "row = i_b", "near"),
-    Mutant("near.py", "min(call.tokens.recent, rule.window or call.tokens.recent)", "call.tokens.recent", "near all"),
+    Mutant("near.py", "min(tokens.recent, rule.window or tokens.recent)", "tokens.recent", "near all"),
     Mutant("near.py", "leading | (t >= length - slots)", "leading | (t >= 0)", "write near"),
     Mutant("near.py", "t = length - S + i\n", "t = length - S + i + 1\n", "write near"),
     Mutant("near.py", "leading = t - first < sinks", "leading = t < sinks", "write near"),
