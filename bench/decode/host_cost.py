@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -32,7 +33,7 @@ from bench.decode.decode_problem import make
 from bench.decode.decode_shapes import LLAMA_31, Shape
 from bench.support import report
 from lrattn.attention import operators
-from lrattn.kernels import launch, plan
+from lrattn.kernels import launch
 
 TOKENS, CHUNK, BITS, SINKS, RECENT = 1024, 512, (8, 4, 2), 4, 64  # of a Llama-3.1-8B layer
 CALLS = 50  # in a row, timed together
@@ -81,20 +82,22 @@ def call_of(way: Way, batch: int, device: torch.device) -> tuple[lrattn.LayerFac
 
 
 @contextmanager
-def without_kernels(device: torch.device) -> Iterator[list[str]]:
-    """Inside, kernels are named instead of launched; on a CPU as an H100 would be given them."""
-    named: list[str] = []
-
-    def launcher(kernel: Any, grid: Any) -> Callable[..., None]:
-        named.append(kernel.__name__)
-        return _nothing
-
+def without_kernels(device: torch.device) -> Iterator[None]:
+    """Inside, nothing is launched; on a CPU as an H100 would be given it."""
     with ExitStack() as patches:
-        patches.enter_context(patch.object(KernelInterface, "__getitem__", launcher))
+        patches.enter_context(patch.object(KernelInterface, "__getitem__", lambda kernel, grid: _nothing))
         if device.type == "cpu":
             patches.enter_context(patch.object(launch, "name", lambda _: "sm90"))
             patches.enter_context(patch.object(launch, "processors", lambda _: 132))
-        yield named
+        yield
+
+
+def launches(call: Callable[[], Any]) -> list[str]:
+    """Names of the kernels that a call would launch."""
+    named: list[str] = []
+    with patch.object(KernelInterface, "__getitem__", lambda kernel, grid: named.append(kernel.__name__) or _nothing):
+        call()
+    return named
 
 
 def _nothing(*arguments: Any, **constants: Any) -> None:
@@ -132,13 +135,12 @@ def interleaved(cells: list[Timed], rounds: int) -> dict[tuple[str, str], dict[s
 def measure(batch: int, rounds: int, device: torch.device) -> list[dict[str, Any]]:
     """A row for each way, its launches by name."""
     rows, cells, whole = [], [], []
-    with without_kernels(device) as named:
+    with without_kernels(device):
         for way in WAYS:
             layer, call = call_of(way, batch, device)
             with patch.object(operators, "attend", wraps=operators.attend) as attend:
                 call()
-            rows.append({"way": way.name, "batch": batch, "launches": list(named)})
-            named.clear()
+            rows.append({"way": way.name, "batch": batch, "launches": launches(call)})
             cells += [
                 Timed(way.name, "call", call),
                 Timed(way.name, "first", call, partial(forget, layer)),
@@ -154,10 +156,11 @@ def measure(batch: int, rounds: int, device: torch.device) -> list[dict[str, Any
 
 
 def forget(layer: lrattn.LayerFactors) -> None:
+    """What a first call works out, of this layer or another."""
     layer.checked.clear()
-    for known in (plan.cut, *vars(launch).values()):
-        if hasattr(known, "cache_clear"):
-            known.cache_clear()
+    kernels = [module for name, module in sys.modules.items() if name.startswith("lrattn.kernels.")]
+    for known in [known for module in kernels for known in vars(module).values() if hasattr(known, "cache_clear")]:
+        known.cache_clear()
 
 
 def table(results: dict[str, Any]) -> str:

@@ -121,7 +121,8 @@ def _decode_attention_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _lse(q: Tensor) -> Tensor:
-    return q.new_empty(*q.shape[:3], dtype=torch.float32)
+    batch, num_queries, heads, _ = q.shape
+    return q.new_empty(batch, num_queries, heads, dtype=torch.float32)
 
 
 def watched(x: object) -> bool:
@@ -138,7 +139,7 @@ def attend(
 
     if out is None:
         out = empty_result(call, wo, project)
-    lse = call.keys.norms.new_empty(call.q.shape[:3])  # in float32, which takes longer to ask for
+    lse = _lse(call.q)
     with torch.cuda.device_of(call.q):  # Triton launches on the current device
         decode_attention(call, sinks, wo, project, num_splits, workspace_limit, out, lse)
     return out, lse

@@ -58,7 +58,8 @@ def write_latents(
 
     Raises: ValueError naming the tensor, what was expected and what came; the caches are then untouched.
     """
-    backend = _checked(layer, check_write, (zk, zv, k_cache, v_cache, slot_mapping), backend)
+    tensors = zk, zv, k_cache, v_cache, slot_mapping
+    backend = _checked(layer, check_write, tensors, backend, watched=operators.watched(zk))
     zk, slots = zk.reshape(-1, layer.row_width), slot_mapping.reshape(-1)
     zv = None if zv is None else zv.reshape(-1, layer.values.width)
     if backend == "reference":
@@ -203,12 +204,12 @@ def decode_attention(
     Raises: ValueError naming the argument, what was expected and what came.
     Source: ReCalKV (arXiv 2505.24357) for the factors; online softmax and the merge by lse as in FlashAttention.
     """
-    tensors = q, k_cache, v_cache, block_table, seq_lens, positions, offsets, seq_starts, sinks, out
-    if near is None:
-        chosen = _checked(layer, check_decode, tensors, None, project, backend)
-    else:
+    tensors, held = (q, k_cache, v_cache, block_table, seq_lens, positions, offsets, seq_starts, sinks, out), None
+    if near is not None:
         check_kind(near)
-        chosen = _checked(layer, check_decode, (*tensors, *near.tensors), (near.sinks, near.recent), project, backend)
+        tensors, held = (*tensors, *near.tensors), (near.sinks, near.recent)
+    watched = operators.watched(q)
+    chosen = _checked(layer, check_decode, tensors, held, project, backend, watched=watched)
     if window_size is not None:
         check_integer("window_size", window_size, 1)
     if max_seq_len is not None:
@@ -234,10 +235,11 @@ def decode_attention(
         check_slots(near, q4.shape[1], bound)
     to = out if out is None or not flat else out.unsqueeze(1)
     tokens = Tokens(block_table, seq_lens, seq_starts, positions, bound, offsets if layer.chunk else None, near)
-    rule = Rule(float(scale), float(softcap), causal, min(window_size or 0, bound + q4.shape[1]))
+    window = min(window_size, bound + q4.shape[1]) if window_size else 0
+    rule = Rule(float(scale), float(softcap), causal, window)
     call = Call(q4, k_cache, v_cache, *layer.operands, tokens, rule)
     if chosen == "triton":
-        run = operators.dispatch if operators.watched(q) else operators.attend
+        run = operators.dispatch if watched else operators.attend
         result, lse = run(call, sinks, layer.wo, project, num_splits, workspace_limit, to)
     else:
         with torch.no_grad():
@@ -311,9 +313,11 @@ def workspace_bytes(
     return operators.workspace_bytes(layer, q_shape, *given)
 
 
-def _checked(layer: LayerFactors, check: Callable[..., str], tensors: Sequence[Tensor | None], *words: Any) -> str:
+def _checked(
+    layer: LayerFactors, check: Callable[..., str], tensors: Sequence[Tensor | None], *words: Any, watched: bool
+) -> str:
     """The backend of a call whose arguments fit, as `check` says; it is asked once for each kind of call."""
-    if operators.watched(tensors[0]):
+    if watched:
         return check(layer, *tensors, *words)
     try:
         read = [None if x is None else (x.shape, x.stride(), x.storage_offset() % ALIGNMENT, x.dtype, x.device) for x in tensors]

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lrattn.factors.operands import Keys, KeySizes, Values, ValueSizes
-from lrattn.kernels.launch import Launch
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,8 +123,8 @@ class Form(NamedTuple):
     windowed: bool
     capped: bool
 
-    def constants(self, side: KeySizes | ValueSizes, choice: Launch, **own: Any) -> dict[str, Any]:
-        """Of a launch: what every kernel of the latents has, and its own."""
+    def constants(self, side: KeySizes | ValueSizes, choice: Any, **own: Any) -> dict[str, Any]:
+        """Of a launch as `choice` has it: what every kernel of the latents has, and its own."""
         members = {"C": side.group_size, "M": self.query_heads // side.num_heads, "Hkv": side.num_heads}
         return {**members, "num_warps": choice.warps, "num_stages": choice.stages, **own}
 

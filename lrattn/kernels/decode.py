@@ -34,9 +34,9 @@ class Workspace(NamedTuple):
     @classmethod
     def allocate(cls, call: Call, size: Cut) -> "Workspace":
         x, *rest = size.shapes
-        queries = call.q.new_empty(x) if size.planes.keys is None else call.q.new_empty(x, dtype=torch.float16)
-        fp32 = call.keys.norms.new_empty  # a third faster than with a dtype
-        return cls(queries, *[None if shape is None else fp32(shape) for shape in rest])
+        queries = call.q.new_empty(*x, dtype=call.q.dtype if size.planes.keys is None else torch.float16)
+        fp32 = call.keys.norms.new_empty  # a shape as numbers, and no dtype: both take time to read
+        return cls(queries, *[None if shape is None else fp32(*shape) for shape in rest])
 
     def of(self, n: int) -> "Workspace":
         return Workspace._make(None if x is None else x[:n] for x in self)

@@ -154,10 +154,11 @@ def attend_near(call: Call, near: Near, y: Tensor, lse: Tensor) -> None:
     rows = q.shape[1] * q.shape[2] // call.keys.sizes.num_heads
     choice = launch.attend_near(launch.name(q.device), q.itemsize, head=q.shape[3], rows=min(rows, SUMS // block_d))
     programs, fixed = _attended(call.keys.sizes, call.form, choice)
+    held, width, *_ = near.keys.shape
     attend_near_kernel[programs, q.shape[0]](
         q, q.stride(), *tensors(near), *tokens.seen, near.firsts, stride(near.firsts),
-        y, y.stride(), lse, lse.stride(), *call.numbers[:4], rule.window, recent, near.sinks, max(near.slots, 1),
-        near.keys.shape[0], **fixed,
+        y, y.stride(), lse, lse.stride(), *call.numbers[:4], rule.window, recent, near.sinks,
+        max(width - near.sinks, 1), held, **fixed,
     )  # fmt: skip
 
 
