@@ -27,7 +27,7 @@ ARROWS = {
 }
 ORDER = {
     "factors": "shapes rope safefile formats projection operands layer record summary",
-    "kernels": "pieces launch plan arguments tiles planes packed rows pack write rebuild absorb absorbed_scores scores "
+    "kernels": "arguments pieces launch plan tiles planes packed rows pack write rebuild absorb absorbed_scores scores "
     "attend_packed values fused_absorbed fused_rebuilt near combine project decode",
     "attention": "dense cache near reference operators checks ops",
     "models": "masks states interface layers ropes weights",

@@ -204,11 +204,12 @@ def decode_attention(
     Raises: ValueError naming the argument, what was expected and what came.
     Source: ReCalKV (arXiv 2505.24357) for the factors; online softmax and the merge by lse as in FlashAttention.
     """
-    tensors, held = (q, k_cache, v_cache, block_table, seq_lens, positions, offsets, seq_starts, sinks, out), None
+    tensors: tuple[Tensor | None, ...]
+    tensors = q, k_cache, v_cache, block_table, seq_lens, positions, offsets, seq_starts, sinks, out
     if near is not None:
         check_kind(near)
-        tensors, held = (*tensors, *near.tensors), (near.sinks, near.recent)
-    watched = operators.watched(q)
+        tensors = *tensors, *near.tensors
+    watched, held = operators.watched(q), None if near is None else (near.sinks, near.recent)
     chosen = _checked(layer, check_decode, tensors, held, project, backend, watched=watched)
     if window_size is not None:
         check_integer("window_size", window_size, 1)
@@ -319,10 +320,11 @@ def _checked(
     """The backend of a call whose arguments fit, as `check` says; it is asked once for each kind of call."""
     if watched:
         return check(layer, *tensors, *words)
+    read = [check, *words]
     try:
-        read = [None if x is None else (x.shape, x.stride(), x.storage_offset() % ALIGNMENT, x.dtype, x.device) for x in tensors]
-        kind = (check, *words, *read)  # all that checks read of a tensor
-        chosen = layer.checked.get(kind)
+        for x in tensors:  # all that checks read of one
+            read += (x,) if x is None else (x.shape, x.stride(), x.storage_offset() % ALIGNMENT, x.dtype, x.device)
+        chosen = layer.checked.get(kind := tuple(read))
     except (AttributeError, TypeError):
         check(layer, *tensors, *words)  # says what is no tensor, layer or string
         raise

@@ -2,22 +2,19 @@
 call, or once for each chunk of positions, by whose first one they are turned back.
 """
 
-from functools import lru_cache
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrattn.factors.operands import KeySizes
 from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
-from lrattn.kernels.arguments import Call, Form, Span, strides_of
+from lrattn.kernels.arguments import Call, Span, strides_of
 from lrattn.kernels.packed import BITS, COLUMN, FIRST, SEGMENT, SEGMENTS, SIZE
 from lrattn.kernels.pieces import PLANES, pieces
 from lrattn.kernels.tiles import chunk_of, lag_of, load_rows, load_run, load_turns, pair_columns, part_of, reach
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+CONSTANTS = "C M D Hkv CHUNK ROTARY INTERLEAVED WINDOWED BLOCK_D BLOCK_R"
 
 
 # fmt: off
@@ -213,13 +210,13 @@ def turned_back(
 def absorb_queries(call: Call, a: Tensor, constant: Tensor | None, span: Span) -> None:
     """Queries [B, S, Hq, D] in the latents' space, to a [B, chunks, Hq S, Rk], and the bias' share of their scores, to
     constant [B, chunks, Hq S], for each chunk that tiles of `span` are in; one where keys have no chunks."""
-    q, keys, tokens = call.q, call.keys, call.tokens
-    choice = launch.absorb_queries(launch.name(q.device), q.itemsize, chunked=keys.sizes.chunk > 0)
-    blocks, fixed = _launched(keys.sizes, call.form, choice, a.shape[1])
-    absorb_queries_kernel[(*blocks, a.shape[0])](
+    q, keys, tokens, size, (batch, chunks, rows, _) = call.q, call.keys, call.tokens, call.keys.sizes, a.shape
+    choice = launch.absorb_queries(launch.name(q.device), q.itemsize, chunked=size.chunk > 0)
+    rows = chunks * rows // size.num_heads
+    absorb_queries_kernel[cdiv(rows, choice.block_q) * size.num_heads, cdiv(size.rank, choice.block_r), batch](
         q, q.stride(), *tokens.seen, *tokens.lag, keys.turns, keys.rows, keys.runs, keys.heads, keys.bias,
-        a, a.stride(), constant, strides_of(constant, 3), *call.limits, keys.sizes.max_position, span.first_tile,
-        span.tiles, **fixed,
+        a, a.stride(), constant, strides_of(constant, 3), *call.limits, size.max_position, *span[:2],
+        BLOCK_Q=choice.block_q, BLOCK_T=choice.block_t, **launch.constants(CONSTANTS, call.form, size, choice),
     )  # fmt: skip
 
 
@@ -227,27 +224,13 @@ def absorb_planes(call: Call, a: Tensor, terms: Tensor, span: Span, choice: laun
     """As absorb_queries, for rows in planes: a [B, chunks, Hq S, columns] float16, terms [B, chunks, n, Hq S].
 
     choice: of attend_packed."""
-    q, keys, tokens = call.q, call.keys, call.tokens
+    q, keys, tokens, size, (batch, chunks, rows, _) = call.q, call.keys, call.tokens, call.keys.sizes, a.shape
     own = launch.absorb_queries(launch.name(q.device), q.itemsize, chunked=True)
-    blocks, fixed = _launched(keys.sizes, call.form, own, a.shape[1], choice)
-    absorb_planes_kernel[(*blocks, a.shape[0])](
+    rows, row = chunks * rows // size.num_heads, pieces(size, PLANES)
+    block_q = min(own.block_q, launch.block_q(rows))
+    absorb_planes_kernel[cdiv(rows, block_q) * size.num_heads, len(row), batch](
         q, q.stride(), *tokens.seen, *tokens.lag, keys.turns, keys.rows, keys.norms, keys.runs, keys.heads,
-        keys.packs, keys.bias, a, a.stride(), terms, terms.stride(), call.rule.scale, *call.limits,
-        keys.sizes.max_position, span.first_tile, span.tiles, **fixed,
-    )  # fmt: skip
-
-
-@lru_cache(maxsize=1024)
-def _launched(
-    size: KeySizes, form: Form, choice: launch.Launch, chunks: int, codes: launch.Launch | None = None
-) -> tuple[tuple[int, int], dict[str, Any]]:
-    """The first axes of a grid, and constants. codes: of rows in planes."""
-    rows, row = chunks * form.query_heads * form.num_queries // size.num_heads, pieces(size, PLANES)
-    block_q = choice.block_q if codes is None else min(choice.block_q, launch.block_q(rows))
-    blocks = cdiv(rows, block_q) * size.num_heads, cdiv(size.rank, choice.block_r) if codes is None else len(row)
-    planes = {} if codes is None else {"KEYS": row, "MAGIC": codes.magic}
-    return blocks, form.constants(
-        size, choice, D=size.head_dim, CHUNK=size.chunk, ROTARY=size.rotary_dim, INTERLEAVED=bool(size.interleaved),
-        WINDOWED=form.windowed, BLOCK_D=launch.block_d(size.head_dim), BLOCK_Q=block_q, BLOCK_R=choice.block_r,
-        BLOCK_T=launch.BLOCK_T if codes is None else codes.block_t, **planes,
+        keys.packs, keys.bias, a, a.stride(), terms, terms.stride(), call.rule.scale, *call.limits, size.max_position,
+        *span[:2], KEYS=row, MAGIC=choice.magic, BLOCK_Q=block_q, BLOCK_T=choice.block_t,
+        **launch.constants(CONSTANTS, call.form, size, own),
     )  # fmt: skip

@@ -1,16 +1,12 @@
 """Scores of absorbed queries against latents: of plain rows, and of packed ones in float32 or on devices whose products
 take no codes (kernels/plan.py)."""
 
-from functools import lru_cache
-from typing import Any
-
 import triton.language as tl
 from torch import Tensor
 
-from lrattn.factors.operands import KeySizes
 from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
-from lrattn.kernels.arguments import Call, Form, Span, strides_of
+from lrattn.kernels.arguments import Call, Span, strides_of
 from lrattn.kernels.packed import SIZE, load_piece, located, segments
 from lrattn.kernels.pieces import columns, strides
 from lrattn.kernels.rows import load_row, load_row_queries, product, scores_streamed, transposed
@@ -120,7 +116,7 @@ def absorbed_scores_kernel(
 def absorbed_scores(call: Call, a: Tensor, constant: Tensor | None, s: Tensor, span: Span) -> None:
     """Scores of absorbed queries against the tiles of `span` of each sequence, to s [B, Hq S, T]."""
     ck, keys, tokens, size = call.ck, call.keys, call.tokens, call.keys.sizes
-    rows = a.shape[2] // size.groups
+    rows, names = a.shape[2] // size.groups, "C M P Hkv CHUNK CAUSAL WINDOWED CAPPED RESIDENT BLOCK_Q BLOCK_T"
     choice = launch.absorbed_scores(
         launch.name(a.device), a.itemsize, rank=columns(size), rows=rows, packed=bool(size.packed),
         chunked=bool(size.chunk),
@@ -128,14 +124,5 @@ def absorbed_scores(call: Call, a: Tensor, constant: Tensor | None, s: Tensor, s
     absorbed_scores_kernel[cdiv(rows, choice.block_q) * size.groups, span.parts, a.shape[0]](
         a, a.stride(), constant, strides_of(constant, 3), ck, strides(ck, keys), *tokens.paged, *tokens.seen,
         *tokens.lag, keys.runs, keys.heads, keys.packs, s, s.stride(), *call.numbers, *span,
-        **_constants(size, call.form, choice),
-    )  # fmt: skip
-
-
-@lru_cache(maxsize=256)
-def _constants(size: KeySizes, form: Form, choice: launch.Launch) -> dict[str, Any]:
-    return form.constants(
-        size, choice, P=form.page_size, CHUNK=size.chunk, CAUSAL=form.causal, WINDOWED=form.windowed,
-        CAPPED=form.capped, ROW=launch.scored(size, choice), RESIDENT=choice.resident, BLOCK_Q=choice.block_q,
-        BLOCK_T=launch.BLOCK_T,
+        ROW=launch.scored(size, choice), **launch.constants(names, call.form, size, choice),
     )  # fmt: skip

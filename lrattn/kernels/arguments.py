@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
-from lrattn.factors.operands import Keys, KeySizes, Values, ValueSizes
+from lrattn.factors.operands import Keys, Values
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,11 +122,6 @@ class Form(NamedTuple):
     causal: bool
     windowed: bool
     capped: bool
-
-    def constants(self, side: KeySizes | ValueSizes, choice: Any, **own: Any) -> dict[str, Any]:
-        """Of a launch as `choice` has it: what every kernel of the latents has, and its own."""
-        members = {"C": side.group_size, "M": self.query_heads // side.num_heads, "Hkv": side.num_heads}
-        return {**members, "num_warps": choice.warps, "num_stages": choice.stages, **own}
 
 
 @dataclass(eq=False)

@@ -287,10 +287,11 @@ def attend_packed(
     to s [B, Hq S, T]. Without `a` scores come from there."""
     q, ck, keys, values, tokens = call.q, call.ck, call.keys, call.values, call.tokens
     cv = ck if call.cv is None else call.cv
-    blocks, launches = _launched(keys.sizes, values.sizes, call.form, choice, a is None, y is None)
+    side = values if a is None else keys
+    blocks = cdiv(q.shape[1] * q.shape[2] // side.sizes.groups, 16) * side.sizes.groups
     key_packs = None if a is None or keys.sizes.even else keys.packs
     value_packs = None if y is None or values.sizes.even else values.packs
-    for fixed in launches:
+    for fixed in _constants(keys.sizes, values.sizes, call.form, choice, a is None, y is None):
         attend_packed_kernel[blocks, span.parts, q.shape[0]](
             a, strides_of(a, 4), terms, strides_of(terms, 4), ck, ck.stride()[0], cv, cv.stride()[0],
             *tokens.paged, *tokens.seen, *tokens.lag, key_packs, value_packs, (keys if y is None else values).heads,
@@ -300,23 +301,19 @@ def attend_packed(
 
 
 @lru_cache(maxsize=256)
-def _launched(
+def _constants(
     key: KeySizes, value: ValueSizes, form: Form, choice: launch.Launch, given: bool, alone: bool
-) -> tuple[int, list[dict[str, Any]]]:
-    """The first axis of a grid, and constants of each launch. given: scores are. alone: they are the result."""
-    side = value if given else key
-    scored = () if given else pieces(key, PLANES)
-    return cdiv(form.query_heads * form.num_queries // side.groups, 16) * side.groups, [
-        form.constants(
-            side, choice, KEYS=scored, KEY_RUN=key.runs // key.groups if key.even else 0, KEY_ROW=key.runs,
-            KEY_WORDS=words(key), VALUES=part, VALUE_RUN=value.runs // value.groups if value.even else 0,
-            VALUE_ROW=value.runs, VALUE_WORDS=words(value), P=form.page_size, CHUNK=key.chunk or 1 << 30,
-            BIASED=bool(key.biased), MASKED=(form.causal and form.num_queries > 1) or form.windowed, CAUSAL=form.causal,
-            WINDOWED=form.windowed, CAPPED=form.capped, MAGIC=choice.magic, BLOCK_T=choice.block_t, W=choice.warps,
-            T=choice.block_n,
-        )  # fmt: skip
-        for part in ([()] if alone else parts(pieces(value, PLANES), launch.MOST_COLUMNS))
-    ]
+) -> list[dict[str, Any]]:
+    """Of each launch. given: scores are. alone: they are the result."""
+    names = "C M P Hkv CAUSAL WINDOWED CAPPED MAGIC BLOCK_T"
+    fixed = launch.constants(names, form, value if given else key, choice) | {
+        "KEYS": () if given else pieces(key, PLANES), "KEY_ROW": key.runs, "KEY_WORDS": words(key),
+        "KEY_RUN": key.runs // key.groups if key.even else 0, "VALUE_ROW": value.runs, "VALUE_WORDS": words(value),
+        "VALUE_RUN": value.runs // value.groups if value.even else 0, "CHUNK": key.chunk or 1 << 30,
+        "BIASED": bool(key.biased), "MASKED": (form.causal and form.num_queries > 1) or form.windowed,
+        "W": choice.warps, "T": choice.block_n,
+    }  # fmt: skip
+    return [fixed | {"VALUES": x} for x in ([()] if alone else parts(pieces(value, PLANES), launch.MOST_COLUMNS))]
 
 
 def parts(row: Pieces, most: int) -> list[Pieces]:

@@ -1,13 +1,10 @@
 """Splits merged by log-sum-exp, the step from latents back to heads, and there what the dense window gave."""
 
-from functools import lru_cache
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrattn.factors.operands import Values, ValueSizes
+from lrattn.factors.operands import Values
 from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch, plan
 from lrattn.kernels.arguments import stride, strides_of
@@ -154,25 +151,18 @@ def combine(
     With `up` the value basis and bias are applied, and out is [B, S, Hq, D]. near [B, Hq S, D] and its lse [B, Hq S]
     join then.
     """
-    batch, num_queries, _, width = out.shape
+    batch, num_queries, query_heads, width = out.shape
+    size = values.sizes
+    heads, rows = size.num_heads, batch * num_queries * (query_heads // size.num_heads)
     few = len(parts) <= plan.COMBINED
     choice = (launch.combine if few else launch.combine_many)(launch.name(out.device), out.itemsize)
-    programs, fixed = _launched(values.sizes, out.shape, choice)
-    combine_kernel[(programs,)](
+    blocks_d = cdiv(width, choice.block_d)
+    combine_kernel[(blocks_d * heads * cdiv(rows, choice.block_q),)](
         y, y.stride(), part_lse, part_lse.stride(), values.up if up else None, values.up.stride(),
         values.bias if up else None, sinks, near, strides_of(near, 2), near_lse, stride(near_lse),
         values.runs, values.places, out, out.stride(), lse, lse.stride(),
-        batch, num_queries, parts.start, parts.stop, width, **fixed,
+        batch, num_queries, parts.start, parts.stop, width,
+        C=size.group_size, M=query_heads // heads, Hkv=heads, D=size.head_dim, BLOCKS_D=blocks_d,
+        BLOCK_Q=choice.block_q, BLOCK_S=choice.block_s, BLOCK_R=choice.block_r, BLOCK_D=choice.block_d,
+        num_warps=choice.warps, num_stages=choice.stages,
     )  # fmt: skip
-
-
-@lru_cache(maxsize=1024)
-def _launched(side: ValueSizes, shape: tuple[int, ...], choice: launch.Launch) -> tuple[int, dict[str, Any]]:
-    """Programs for a result of this shape, and constants."""
-    batch, num_queries, query_heads, width = shape
-    heads, blocks_d = side.num_heads, cdiv(width, choice.block_d)
-    return blocks_d * heads * cdiv(batch * num_queries * (query_heads // heads), choice.block_q), {
-        "C": side.group_size, "M": query_heads // heads, "Hkv": heads, "D": side.head_dim, "BLOCKS_D": blocks_d,
-        "BLOCK_Q": choice.block_q, "BLOCK_S": choice.block_s, "BLOCK_R": choice.block_r, "BLOCK_D": choice.block_d,
-        "num_warps": choice.warps, "num_stages": choice.stages,
-    }  # fmt: skip

@@ -1,7 +1,5 @@
 """Decode: scores and values in one pass or in two, then combine; as many sequences and tokens at a time as fit."""
 
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -14,32 +12,10 @@ from lrattn.kernels.combine import combine
 from lrattn.kernels.fused_absorbed import fused_absorbed
 from lrattn.kernels.fused_rebuilt import fused_rebuilt
 from lrattn.kernels.near import attend_near
-from lrattn.kernels.plan import Cut
+from lrattn.kernels.plan import Cut, Workspace
 from lrattn.kernels.project import project
 from lrattn.kernels.scores import latent_scores, turn_queries
 from lrattn.kernels.values import latent_values
-
-
-class Workspace(NamedTuple):
-    """Temporaries, as plan.Shapes has them."""
-
-    x: Tensor
-    terms: Any
-    s: Any
-    y: Tensor
-    lse: Tensor
-    near: Any
-    near_lse: Any
-
-    @classmethod
-    def allocate(cls, call: Call, size: Cut) -> "Workspace":
-        x, *rest = size.shapes
-        queries = call.q.new_empty(*x, dtype=call.q.dtype if size.planes.keys is None else torch.float16)
-        fp32 = call.keys.norms.new_empty  # a shape as numbers, and no dtype: both take time to read
-        return cls(queries, *[None if shape is None else fp32(*shape) for shape in rest])
-
-    def of(self, n: int) -> "Workspace":
-        return Workspace._make(None if x is None else x[:n] for x in self)
 
 
 def decode_attention(
@@ -56,7 +32,7 @@ def decode_attention(
         batch, num_queries, query_heads, q.dtype, launch.name(q.device), launch.processors(q.device), call.keys.sizes,
         call.values.sizes, tokens.placed_apart, bound, window, num_splits, workspace_limit, tokens.near is not None,
     )  # fmt: skip
-    work, wo = Workspace.allocate(call, size), wo if form == "hidden" else None
+    work, wo = _allocate(call, size), wo if form == "hidden" else None
     for b in range(0, batch, size.batch):
         own, own_work, own_out, own_lse = call, work, out, lse
         if size.batch < batch:
@@ -72,6 +48,13 @@ def decode_attention(
         )  # fmt: skip
         if wo is not None:
             project(heads, wo, own_out)
+
+
+def _allocate(call: Call, size: Cut) -> Workspace:
+    x, *rest = size.shapes
+    queries = call.q.new_empty(*x, dtype=call.q.dtype if size.planes.keys is None else torch.float16)
+    fp32 = call.keys.norms.new_empty  # a shape as numbers, and no dtype: both take time to read
+    return Workspace(queries, *[None if shape is None else fp32(*shape) for shape in rest])
 
 
 def _attend(call: Call, size: Cut, work: Workspace) -> range:

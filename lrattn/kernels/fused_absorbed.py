@@ -1,15 +1,11 @@
 """One pass over the latents where keys need no rotation: scores, softmax and the sum of value latents."""
 
-from functools import lru_cache
-from typing import Any
-
 import triton.language as tl
 from torch import Tensor
 
-from lrattn.factors.operands import KeySizes, ValueSizes
 from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
-from lrattn.kernels.arguments import Call, Form, Span, strides_of
+from lrattn.kernels.arguments import Call, Span, strides_of
 from lrattn.kernels.packed import located, segments
 from lrattn.kernels.pieces import pieces
 from lrattn.kernels.rows import add_weighted, load_row, load_row_queries, product, row_zeros, store_row, transposed
@@ -130,20 +126,10 @@ def fused_absorbed(
 ) -> None:
     """Absorbed queries a [B, chunks, Hq S, Rk] over the tiles of each split: y [B, slots, Hq S, Rv] and its lse."""
     ck, cv, keys, values, tokens = call.ck, call.cv, call.keys, call.values, call.tokens
-    programs, fixed = _launched(keys.sizes, values.sizes, call.form, choice)
-    fused_absorbed_kernel[programs, span.parts, a.shape[0]](
+    key, value, names = keys.sizes, values.sizes, "C M P Hkv CHUNK CAUSAL WINDOWED CAPPED BLOCK_Q BLOCK_T"
+    fused_absorbed_kernel[cdiv(a.shape[2] // key.groups, choice.block_q) * key.groups, span.parts, a.shape[0]](
         a, a.stride(), constant, strides_of(constant, 3), ck, ck.stride(), cv, strides_of(cv, 2),
         *tokens.paged, *tokens.seen, *tokens.lag, keys.runs, values.runs, keys.heads, y, y.stride(), lse, lse.stride(),
-        *call.numbers, *span, **fixed,
-    )  # fmt: skip
-
-
-@lru_cache(maxsize=256)
-def _launched(key: KeySizes, value: ValueSizes, form: Form, choice: launch.Launch) -> tuple[int, dict[str, Any]]:
-    """The first axis of a grid, and constants."""
-    rows = form.query_heads * form.num_queries // key.groups
-    return cdiv(rows, choice.block_q) * key.groups, form.constants(
-        key, choice, P=form.page_size, CHUNK=key.chunk, CAUSAL=form.causal, WINDOWED=form.windowed, CAPPED=form.capped,
-        KEYS=pieces(value if value.shared else key, choice.block_r), VALUES=pieces(value, choice.block_r),
-        BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T,
+        *call.numbers, *span, KEYS=pieces(value if cv is None else key, choice.block_r),
+        VALUES=pieces(value, choice.block_r), **launch.constants(names, call.form, key, choice),
     )  # fmt: skip

@@ -1,15 +1,11 @@
 """One pass over the latents with keys rebuilt on chip: rotate, score, softmax and the sum of value latents."""
 
-from functools import lru_cache
-from typing import Any
-
 import triton.language as tl
 from torch import Tensor
 
-from lrattn.factors.operands import KeySizes, ValueSizes
 from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
-from lrattn.kernels.arguments import Call, Form, Span, strides_of
+from lrattn.kernels.arguments import Call, Span, strides_of
 from lrattn.kernels.packed import located, segments
 from lrattn.kernels.pieces import pieces
 from lrattn.kernels.rows import add_weighted, load_row, load_row_basis, product, row_zeros, store_row
@@ -128,24 +124,12 @@ def fused_rebuilt(
 ) -> None:
     """Turned queries x over the tiles of each split: y [B, slots, Hq S, Rv], lse [B, slots, Hq S]."""
     ck, cv, keys, values, tokens = call.ck, call.cv, call.keys, call.values, call.tokens
-    programs, fixed = _launched(keys.sizes, values.sizes, call.form, choice, turned)
-    fused_rebuilt_kernel[programs, span.parts, x.shape[0]](
+    key, value = keys.sizes, values.sizes
+    names = "C M P Hkv CAUSAL WINDOWED CAPPED D ROTARY TABLE BLOCK_D BLOCK_Q BLOCK_T"
+    fused_rebuilt_kernel[cdiv(x.shape[2] // key.num_heads, choice.block_q) * key.num_heads, span.parts, x.shape[0]](
         x, x.stride(), ck, ck.stride(), cv, strides_of(cv, 2), *tokens.paged, *tokens.seen,
         keys.rows, keys.runs, values.runs, keys.heads, keys.bias,
         keys.offset_turns if turned else keys.turns, *tokens.placed, y, y.stride(), lse, lse.stride(),
-        *call.numbers, keys.sizes.max_position, *span, **fixed,
-    )  # fmt: skip
-
-
-@lru_cache(maxsize=256)
-def _launched(
-    key: KeySizes, value: ValueSizes, form: Form, choice: launch.Launch, turned: bool
-) -> tuple[int, dict[str, Any]]:
-    """The first axis of a grid, and constants."""
-    rows = form.query_heads * form.num_queries // key.num_heads
-    return cdiv(rows, choice.block_q) * key.num_heads, form.constants(
-        key, choice, P=form.page_size, CAUSAL=form.causal, WINDOWED=form.windowed, CAPPED=form.capped,
-        D=key.head_dim, ROTARY=key.rotary_dim, TABLE=not turned,
-        KEYS=pieces(value if value.shared else key, choice.block_r), VALUES=pieces(value, choice.block_r),
-        BLOCK_D=launch.block_d(key.head_dim), BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T,
+        *call.numbers, key.max_position, *span, KEYS=pieces(value if cv is None else key, choice.block_r),
+        VALUES=pieces(value, choice.block_r), **launch.constants(names, call.form, key, choice, turned),
     )  # fmt: skip

@@ -4,13 +4,14 @@
 time: the first row of a table that fits is taken; docs/kernels.md#launch says what each is for.
 """
 
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
 import triton
 
-from lrattn.factors.operands import KeySizes
+from lrattn.factors.operands import KeySizes, ValueSizes
+from lrattn.kernels.arguments import Form
 from lrattn.kernels.pieces import ANY, Pieces, next_power_of_2, pieces, streamed
 
 BLOCK_T = 64  # tokens of a tile: 64 rows make one wgmma of 4 warps
@@ -273,6 +274,24 @@ def block_q(rows: int) -> int:
 def scored(side: KeySizes, choice: Launch) -> Pieces:
     """A row as the scores of a launch take it."""
     return pieces(side, 128 if side.packed else ANY) if choice.resident else streamed(side, choice.block_r)
+
+
+@lru_cache(maxsize=1024)
+def constants(
+    names: str, form: Form, side: KeySizes | ValueSizes, choice: Launch, turned: bool = False
+) -> dict[str, Any]:
+    """Those that a kernel names, as "C M Hkv", of a side of a layer and of its launch; once for all calls."""
+    known = {
+        "C": side.group_size, "M": form.query_heads // side.num_heads, "Hkv": side.num_heads, "D": side.head_dim,
+        "P": form.page_size, "CAUSAL": form.causal, "WINDOWED": form.windowed, "CAPPED": form.capped,
+        "BLOCK_Q": choice.block_q, "BLOCK_R": choice.block_r, "BLOCK_D": choice.block_d or block_d(side.head_dim),
+        "BLOCK_T": choice.block_t, "RESIDENT": choice.resident, "MAGIC": choice.magic,
+    }  # fmt: skip
+    if isinstance(side, KeySizes):
+        known |= {
+            "CHUNK": side.chunk, "ROTARY": side.rotary_dim, "INTERLEAVED": bool(side.interleaved), "TABLE": not turned,
+        }  # fmt: skip
+    return {name: known[name] for name in names.split()} | {"num_warps": choice.warps, "num_stages": choice.stages}
 
 
 @cache

@@ -1,16 +1,12 @@
 """The dense window: attention on tokens that are held as they are, and new ones into their places."""
 
-from functools import lru_cache
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrattn.factors.operands import KeySizes
 from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
-from lrattn.kernels.arguments import Call, Form, Near, stride
+from lrattn.kernels.arguments import Call, Near, stride
 from lrattn.kernels.tiles import scaled, softmax_step, store_lse
 
 SUMS = 4096  # of a program, whose query rows are as wide as a head
@@ -148,29 +144,17 @@ def window_of(rows, rows_stride, lens, lens_stride, starts, starts_stride, first
 
 def attend_near(call: Call, near: Near, y: Tensor, lse: Tensor) -> None:
     """q [B, S, Hq, D] on the tokens that are held as they are: y [B, Hq S, D] and its lse [B, Hq S]."""
-    q, rule, tokens = call.q, call.rule, call.tokens
+    q, rule, tokens, size = call.q, call.rule, call.tokens, call.keys.sizes
+    batch, num_queries, query_heads, _ = q.shape
     recent = min(tokens.recent, rule.window or tokens.recent)
-    block_d = launch.block_d(q.shape[3])
-    rows = q.shape[1] * q.shape[2] // call.keys.sizes.num_heads
-    choice = launch.attend_near(launch.name(q.device), q.itemsize, head=q.shape[3], rows=min(rows, SUMS // block_d))
-    programs, fixed = _attended(call.keys.sizes, call.form, choice)
-    held, width, *_ = near.keys.shape
-    attend_near_kernel[programs, q.shape[0]](
+    rows, most = query_heads // size.num_heads * num_queries, SUMS // launch.block_d(size.head_dim)
+    choice = launch.attend_near(launch.name(q.device), q.itemsize, head=size.head_dim, rows=min(rows, most))
+    names, (held, width, *_) = "M D Hkv WINDOWED CAPPED BLOCK_Q BLOCK_D", near.keys.shape
+    attend_near_kernel[cdiv(rows, choice.block_q) * size.num_heads, batch](
         q, q.stride(), *tensors(near), *tokens.seen, near.firsts, stride(near.firsts),
         y, y.stride(), lse, lse.stride(), *call.numbers[:4], rule.window, recent, near.sinks,
-        max(width - near.sinks, 1), held, **fixed,
+        max(width - near.sinks, 1), held, BLOCK_T=choice.block_n, **launch.constants(names, call.form, size, choice),
     )  # fmt: skip
-
-
-@lru_cache(maxsize=256)
-def _attended(size: KeySizes, form: Form, choice: launch.Launch) -> tuple[int, dict[str, Any]]:
-    """The first axis of the grid of attend_near, and constants."""
-    group = form.query_heads // size.num_heads
-    return cdiv(group * form.num_queries, choice.block_q) * size.num_heads, {
-        "M": group, "D": size.head_dim, "Hkv": size.num_heads, "WINDOWED": form.windowed, "CAPPED": form.capped,
-        "BLOCK_Q": choice.block_q, "BLOCK_T": choice.block_n, "BLOCK_D": launch.block_d(size.head_dim),
-        "num_warps": choice.warps, "num_stages": choice.stages,
-    }  # fmt: skip
 
 
 def write_near(near: Near, k: Tensor, v: Tensor, lens: Tensor) -> None:

@@ -24,18 +24,21 @@ class Planes(NamedTuple):
     values: launch.Launch | None
 
 
-class Shapes(NamedTuple):
-    """Of the temporaries of the sequences taken at a time, B of them; None of what a call does without."""
+class Workspace(NamedTuple):
+    """Temporaries of the sequences taken at a time, B of them, or their shapes; None of what a call does without."""
 
-    x: tuple[int, ...]  # queries by tile [B, tiles, Hq S, 2, D / 2], or absorbed [B, chunks, Hq S, Rk], in q's dtype; or
+    x: Any  # [B, tiles, Hq S, 2, D / 2] queries by tile, or absorbed ones [B, chunks, Hq S, Rk], in q's dtype; or
     # [B, chunks, Hq S, columns] float16 for rows in planes
-    terms: tuple[int, ...] | None  # float32, what absorbed queries add to scores: [B, chunks, Hq S padded] of a key
-    # bias; or [B, chunks, n, Hq S padded] for rows in planes
-    s: tuple[int, ...] | None  # [B, Hq S, tokens] float32 scores
-    y: tuple[int, ...]  # [B, slots, Hq S, Rv] float32 partial results, a slot each; two more for several spans
-    lse: tuple[int, ...]  # [B, slots, Hq S padded] float32
-    near: tuple[int, ...] | None  # [B, Hq S, D] float32 heads of the tokens that are held as they are
-    near_lse: tuple[int, ...] | None  # [B, Hq S padded] float32
+    terms: Any  # float32, what absorbed queries add to scores: [B, chunks, Hq S padded] of a key bias; or
+    # [B, chunks, n, Hq S padded] for rows in planes
+    s: Any  # [B, Hq S, tokens] float32 scores
+    y: Any  # [B, slots, Hq S, Rv] float32 partial results, a slot each; two more for several spans
+    lse: Any  # [B, slots, Hq S padded] float32
+    near: Any  # [B, Hq S, D] float32 heads of the tokens that are held as they are
+    near_lse: Any  # [B, Hq S padded] float32
+
+    def of(self, n: int) -> "Workspace":
+        return Workspace._make(None if x is None else x[:n] for x in self)
 
 
 class Cut(NamedTuple):
@@ -51,8 +54,8 @@ class Cut(NamedTuple):
     planes: Planes  # of packed rows
     turned: bool  # queries are turned back by tile
     chunks: int  # that those tiles can be in, for each of which queries are absorbed; 1 without chunks
-    shapes: Shapes  # of temporaries
-    nbytes: int
+    shapes: Workspace
+    nbytes: int  # of temporaries
 
 
 @lru_cache(maxsize=256)
@@ -164,7 +167,7 @@ def cut(
     parts = min(tiles, max(cdiv(fill, at_once * score_programs), cdiv(tiles, PART_TILES)))
     chunks = cdiv(tiles - 1, keys.chunk // block_t) + 1 if keys.chunk else 1
     slots, each = splits + (0 if tiles >= total else 2), (terms, padded) if codes.keys is not None else (padded,)
-    shapes = Shapes(
+    shapes = Workspace(
         (at_once, chunks, rows, width) if keys.absorbed else (at_once, tiles if turned else 1, rows, 2, width // 2),
         (at_once, chunks, *each) if terms else None,
         None if one_pass else (at_once, rows, tiles * block_t),

@@ -1,15 +1,11 @@
 """Scores against rebuilt keys: the kernel to read first."""
 
-from functools import lru_cache
-from typing import Any
-
 import triton.language as tl
 from torch import Tensor
 
-from lrattn.factors.operands import KeySizes
 from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
-from lrattn.kernels.arguments import Call, Form, Span
+from lrattn.kernels.arguments import Call, Span
 from lrattn.kernels.packed import load_piece, located, segments
 from lrattn.kernels.pieces import columns, strides
 from lrattn.kernels.rows import keys_streamed, load_row, load_row_basis, product
@@ -158,22 +154,13 @@ def latent_scores_kernel(
 
 def turn_queries(call: Call, x: Tensor, first_tile: int, turned: bool) -> None:
     """q [B, S, Hq, D] as the scores take them: x [B, tiles, Hq S, 2, D / 2], turned back by each tile's first token."""
-    q, keys, (batch, tiles, rows, _, half) = call.q, call.keys, x.shape
+    q, keys, (batch, tiles, rows, _, _) = call.q, call.keys, x.shape
     choice = launch.turn_queries(launch.name(q.device), q.itemsize)
+    names = "D ROTARY INTERLEAVED TABLE WINDOWED BLOCK_D BLOCK_Q BLOCK_T"
     turn_queries_kernel[cdiv(rows, choice.block_q), tiles if turned else 1, batch](
         q, q.stride(), *call.tokens.seen, keys.turns, x, x.stride(), *call.limits, keys.sizes.max_position,
-        first_tile, tiles, rows, **_turned(keys.sizes, call.form.windowed, choice, turned, 2 * half),
+        first_tile, tiles, rows, **launch.constants(names, call.form, keys.sizes, choice, turned),
     )  # fmt: skip
-
-
-@lru_cache(maxsize=256)
-def _turned(size: KeySizes, windowed: bool, choice: launch.Launch, turned: bool, block_d: int) -> dict[str, Any]:
-    """Constants of turn_queries."""
-    return {
-        "D": size.head_dim, "ROTARY": size.rotary_dim, "INTERLEAVED": bool(size.interleaved), "TABLE": not turned,
-        "WINDOWED": windowed, "BLOCK_D": block_d, "BLOCK_Q": choice.block_q, "BLOCK_T": launch.BLOCK_T,
-        "num_warps": choice.warps, "num_stages": choice.stages,
-    }  # fmt: skip
 
 
 def latent_scores(call: Call, x: Tensor, s: Tensor, span: Span, turned: bool) -> None:
@@ -184,18 +171,10 @@ def latent_scores(call: Call, x: Tensor, s: Tensor, span: Span, turned: bool) ->
         launch.name(ck.device), x.itemsize, head=size.head_dim, rank=columns(size), rows=rows, turned=turned,
         packed=bool(size.packed),
     )  # fmt: skip
+    names = "C M P Hkv CAUSAL WINDOWED CAPPED D ROTARY TABLE RESIDENT BLOCK_D BLOCK_Q BLOCK_T"
     latent_scores_kernel[cdiv(rows, choice.block_q) * size.num_heads, span.parts, x.shape[0]](
         x, x.stride(), ck, strides(ck, keys), *tokens.paged, *tokens.seen, keys.rows, keys.runs, keys.heads, keys.packs,
         keys.bias, keys.offset_turns if turned else keys.turns, *tokens.placed, s, s.stride(),
-        *call.numbers, size.max_position, *span, **_scored(size, call.form, choice, turned),
-    )  # fmt: skip
-
-
-@lru_cache(maxsize=256)
-def _scored(size: KeySizes, form: Form, choice: launch.Launch, turned: bool) -> dict[str, Any]:
-    """Constants of latent_scores."""
-    return form.constants(
-        size, choice, P=form.page_size, CAUSAL=form.causal, WINDOWED=form.windowed, CAPPED=form.capped,
-        D=size.head_dim, ROTARY=size.rotary_dim, TABLE=not turned, ROW=launch.scored(size, choice),
-        RESIDENT=choice.resident, BLOCK_D=choice.block_d, BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T,
+        *call.numbers, size.max_position, *span, ROW=launch.scored(size, choice),
+        **launch.constants(names, call.form, size, choice, turned),
     )  # fmt: skip

@@ -1,15 +1,11 @@
 """Softmax of the scores over one part of the tokens, and the sum of latents under it."""
 
-from functools import lru_cache
-from typing import Any
-
 import triton.language as tl
 from torch import Tensor
 
-from lrattn.factors.operands import ValueSizes
 from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
-from lrattn.kernels.arguments import Call, Form, Span
+from lrattn.kernels.arguments import Call, Span
 from lrattn.kernels.packed import BITS, SCALE, SIZE, load_piece, load_scale, located, operands, segments, unpacked
 from lrattn.kernels.pieces import ANY, next_power_of_2, streamed, strides
 from lrattn.kernels.rows import add_weighted, row_zeros, store_row
@@ -96,30 +92,17 @@ def latent_values_kernel(
 
 def latent_values(call: Call, s: Tensor, y: Tensor, lse: Tensor, span: Span) -> None:
     """Softmax of s [B, Hq S, T] times the latents of each split: y [B, slots, Hq S, Rv], lse [B, slots, Hq S]."""
-    q, values, tokens = call.q, call.values, call.tokens
-    side, cv = values.sizes, call.ck if call.cv is None else call.cv
-    rows = s.shape[1] // side.groups
-    for whole in streamed(side, ANY):
+    q, values, tokens, size = call.q, call.values, call.tokens, call.values.sizes
+    cv, rows = call.ck if call.cv is None else call.cv, s.shape[1] // size.groups
+    for whole in streamed(size, ANY):
         bits, held = whole[1], whole[8]  # the most of any group
         rank = held * 16 // bits if bits else held
         choice = launch.latent_values(launch.name(cv.device), q.itemsize, rank=rank, rows=rows, packed=bits > 0)
-        programs, fixed = _launched(side, call.form, choice, whole)
-        latent_values_kernel[programs, span.parts, s.shape[0]](
+        width = min(choice.block_r, max(16, next_power_of_2(held)))
+        row, pieces = (*whole[:3], width, *whole[4:]), cdiv(held, width)
+        latent_values_kernel[pieces * cdiv(rows, choice.block_q) * size.groups, span.parts, s.shape[0]](
             s, s.stride(), cv, strides(cv, values), *tokens.paged, *tokens.seen, *tokens.lag,
             values.runs, values.heads, values.packs, values.up, y, y.stride(), lse, lse.stride(),
-            *call.limits, *span, **fixed,
+            *call.limits, *span, PIECES=pieces, ROW=(row,),
+            **launch.constants("C M P Hkv WINDOWED BLOCK_Q BLOCK_T", call.form, size, choice),
         )  # fmt: skip
-
-
-@lru_cache(maxsize=256)
-def _launched(
-    side: ValueSizes, form: Form, choice: launch.Launch, whole: tuple[int, ...]
-) -> tuple[int, dict[str, Any]]:
-    """The first axis of a grid, and constants, for a segment of a row."""
-    rows, held = form.query_heads * form.num_queries // side.groups, whole[8]
-    width = min(choice.block_r, max(16, next_power_of_2(held)))
-    pieces = cdiv(held, width)
-    return pieces * cdiv(rows, choice.block_q) * side.groups, form.constants(
-        side, choice, P=form.page_size, WINDOWED=form.windowed, PIECES=pieces,
-        ROW=((*whole[:3], width, *whole[4:]),), BLOCK_Q=choice.block_q, BLOCK_T=launch.BLOCK_T,
-    )  # fmt: skip
