@@ -170,7 +170,7 @@ def check_decode(
         check("sinks", sinks, "Hq", dims, dtype=accumulator_types(q.dtype), device=q.device, contiguous=True)
     if held:
         of: dict[str, Any] = {"dtype": layer.dtype, "device": k_cache.device}
-        check_near(Near(*held[:2], *numbers, *held[2:]), dims["B"], {n: dims[n] for n in ("D", "Hkv")}, **of)
+        check_near(Near.of_lists(held, numbers), dims["B"], {n: dims[n] for n in ("D", "Hkv")}, **of)
     if project not in PROJECTIONS:
         raise ValueError(f"project: expected one of {PROJECTIONS}, got {project!r}")
     if project == "hidden":

@@ -7,6 +7,7 @@ Triton is imported by the first call.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -101,7 +102,7 @@ def _call(*arguments: Any) -> tuple[Call, Tensor | None, Tensor | None, str, int
     """The arguments of an operator as `attend` takes them, but for out."""
     q, k_cache, v_cache, pages, lens, starts, positions, offsets, sinks, *sides = arguments[:13]
     held, numbers, wo, project, scale, softcap, causal, bound, window, num_splits, workspace_limit = arguments[13:]
-    near = Near(*held[:2], *numbers, *held[2:]) if held else None
+    near = Near.of_lists(held, numbers) if held else None
     tokens, rule = Tokens(pages, lens, starts, positions, bound, offsets, near), Rule(scale, softcap, causal, window)
     call = Call(q, k_cache, v_cache, *Operands.of_lists(*sides), tokens, rule)
     return call, sinks, wo, project, num_splits, workspace_limit
@@ -130,18 +131,24 @@ def watched(x: object) -> bool:
     return torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or type(x) is not Tensor
 
 
+@cache
+def _kernels() -> Callable[..., None]:
+    """Of a decode call; to ask for an import costs as much each time as a launch's tensors."""
+    from lrattn.kernels.decode import decode_attention
+
+    return decode_attention
+
+
 def attend(
     call: Call, sinks: Tensor | None, wo: Tensor | None, project: str, num_splits: int, workspace_limit: int,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Result (`out` where given) and lse of decode_attention; not by torch.ops, which would cost as much again."""
-    from lrattn.kernels.decode import decode_attention
-
     if out is None:
         out = empty_result(call, wo, project)
     lse = _lse(call.q)
     with torch.cuda.device_of(call.q):  # Triton launches on the current device
-        decode_attention(call, sinks, wo, project, num_splits, workspace_limit, out, lse)
+        _kernels()(call, sinks, wo, project, num_splits, workspace_limit, out, lse)
     return out, lse
 
 
@@ -151,7 +158,7 @@ def dispatch(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `attend`, through torch.ops."""
     tokens, rule, near = call.tokens, call.rule, call.tokens.near
-    window = ([], []) if near is None else ([*near.tensors], [near.sinks, near.recent])
+    window = ([], []) if near is None else ([*near.tensors], [*near.numbers])
     arguments = (
         call.q, call.ck, call.cv, tokens.pages, tokens.lens, tokens.starts, tokens.positions, tokens.offsets, sinks,
         *lists(call.keys, call.values), *window, wo, project, rule.scale, rule.softcap, rule.causal, tokens.bound,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -41,6 +41,15 @@ class Near:
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self.keys, self.values, self.rows, self.firsts
+
+    @property
+    def numbers(self) -> tuple[int, int]:
+        return self.sinks, self.recent
+
+    @classmethod
+    def of_lists(cls, tensors: Any, numbers: Any) -> Near:
+        """From what `tensors` and `numbers` give."""
+        return cls(*tensors[:2], *numbers, *tensors[2:])
 
     @property
     def nbytes(self) -> int:

@@ -35,7 +35,7 @@ def arguments(problem, project="heads"):
     sides = lists(*layer.operands)
     numbers = (project, 0.125, 0.0, True, 48, 0, 0, 1 << 28)
     near = kwargs.get("near")
-    window = ([], []) if near is None else ([*near.tensors], [near.sinks, near.recent])
+    window = ([], []) if near is None else ([*near.tensors], [*near.numbers])
     tables = (kwargs["block_table"], kwargs["seq_lens"], *optional)
     return (q, k_cache, v_cache, *tables, *sides, *window, layer.wo, *numbers)
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 
 import lrattn.kernels
+from lrattn.attention import operators
 
 KERNELS = Path(lrattn.kernels.__file__).parent
 
@@ -50,5 +51,6 @@ def swap(monkeypatch, tmp_path, request):
             monkeypatch.delitem(sys.modules, name)
             monkeypatch.delattr(lrattn.kernels, name.rpartition(".")[2])
         monkeypatch.setattr(lrattn.kernels, "__path__", [str(tmp_path / "kernels")])
+        monkeypatch.setattr(operators, "_kernels", operators._kernels.__wrapped__)
 
     return use
