@@ -521,7 +521,7 @@ def recompiled() -> list[str]:
         with compiling("sm90") as compiled:
             for pages, bound, splits in ((8, 128, 1), (1, 1, 3), (7, 100, 4), (9, 100, 6), (64, 1024, 16)):
                 call = problem.call()
-                call = call._replace(tokens=call.tokens._replace(pages=empty(BATCH, pages), bound=bound))
+                call = replace(call, tokens=replace(call.tokens, pages=empty(BATCH, pages), bound=bound))
                 out, lse = torch.empty_like(call.q), fp32(*call.q.shape[:3])
                 decode.decode_attention(call, None, None, "heads", splits, 1 << 28, out, lse)
         kinds = [((kernel, b.metadata.num_warps), b.hash) for kernel, b in compiled]  # few and many splits differ

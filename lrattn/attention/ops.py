@@ -217,8 +217,9 @@ def decode_attention(
         check_integer("max_seq_len", max_seq_len, 0)
     check_integer("num_splits", num_splits, 0, MAX_SPLITS)
     check_integer("workspace_limit", workspace_limit, 1)
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    check_number("softmax_scale", scale)
+    if softmax_scale is not None:
+        check_number("softmax_scale", softmax_scale)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     check_number("softcap", softcap, 0.0)
     if not isinstance(causal, bool):
         raise ValueError(f"causal: expected True or False, got {causal}")
@@ -237,7 +238,7 @@ def decode_attention(
     to = out if out is None or not flat else out.unsqueeze(1)
     tokens = Tokens(block_table, seq_lens, seq_starts, positions, bound, offsets if layer.chunk else None, near)
     window = min(window_size, bound + q4.shape[1]) if window_size else 0
-    rule = Rule(float(scale), float(softcap), causal, window)
+    rule = Rule(scale, float(softcap), causal, window)
     call = Call(q4, k_cache, v_cache, *layer.operands, tokens, rule)
     if chosen == "triton":
         run = operators.dispatch if watched else operators.attend
