@@ -11,7 +11,7 @@ from slowly import slow_unless
 
 import lrattn
 from bench.decode.ways import two_passes
-from lrattn.kernels import launch, plan
+from lrattn.kernels import attend_packed, launch, plan
 
 H100 = "sm90"
 
@@ -266,6 +266,19 @@ def test_a_layer_remembers_what_it_checked(monkeypatch):
         write(slots=none.float())
     with pytest.raises(ValueError, match="num_splits: expected"):
         lrattn.decode_attention(q, k_cache, v_cache, layer, **kwargs, num_splits=-1)
+
+
+def test_steps_of_other_lengths_are_compiled_for_nothing_new():
+    """What is kept of a launch does not follow what changes from step to step, and does not grow with it."""
+    packed = {"key_bits": (8, 4), "value_bits": (8, 4), "key_ranks": (64,), "value_ranks": (64,), "Hkv": 2}
+    kept = launch.constants, attend_packed._constants
+    for case in (paired("chunks", chunk=64), paired("rebuilt"), Case("packed", chunk=128, lens=(130,), **packed)):
+        layer, q, k_cache, v_cache, kwargs = make(case, torch.float16)
+        held = []
+        for bound in (1, 64, 65, 130):
+            lrattn.decode_attention(q, k_cache, v_cache, layer, **kwargs, max_seq_len=bound, backend="triton")
+            held.append([known.cache_info().misses for known in kept])
+        assert held[0] == held[-1], case.name
 
 
 def test_packed_rows_that_begin_elsewhere_are_another_kind_of_call():
