@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lrattn.factors.shapes import round_up
 from lrattn.kernels import launch, plan
-from lrattn.kernels.absorb import absorb_planes, absorb_queries
+from lrattn.kernels.absorb import absorb_queries
 from lrattn.kernels.absorbed_scores import absorbed_scores
 from lrattn.kernels.arguments import Call, Span
 from lrattn.kernels.attend_packed import attend_packed
@@ -25,9 +25,8 @@ class Workspace(NamedTuple):
     """Temporaries of the sequences taken at a time, B of them."""
 
     x: Tensor  # [B, tiles, Hq S, 2, D / 2] queries by tile, or absorbed ones [B, chunks, Hq S, Rk], in q's dtype; or
-    # [B, chunks, Hq S, columns] float16 for rows in planes
-    terms: Any  # float32, what absorbed queries add to scores: [B, chunks, Hq S padded] of a key bias, or None; or
-    # [B, chunks, n, Hq S padded] for rows in planes
+    # [B, chunks, Hq S, columns] for rows in planes, float16 of 16-bit layers
+    terms: Any  # [B, chunks, n, Hq S padded] float32, what goes with absorbed queries, or None
     s: Any  # [B, Hq S, tokens] float32 scores, or None
     y: Tensor  # [B, slots, Hq S, Rv] float32 partial results, a slot each; two more for several spans
     lse: Tensor  # [B, slots, Hq S padded] float32
@@ -40,13 +39,14 @@ class Workspace(NamedTuple):
         rows, half = q.shape[1] * q.shape[2], launch.block_d(keys.head_dim) // 2
         padded = round_up(rows, 16)  # at multiples of 16, whatever the number of splits or chunks: one compilation
         slots = size.splits + (0 if size.tiles >= size.total else 2)
-        dtype, lead = q.dtype if size.planes.keys is None else torch.float16, (size.batch, size.chunks)
+        dtype = q.dtype
+        if size.planes.keys is not None and q.itemsize == 2:
+            dtype = torch.float16
         width, count = plan.absorbed(keys, size.planes) if keys.absorbed else (0, 0)
         x = (size.chunks, rows, width) if keys.absorbed else (size.tiles if size.turned else 1, rows, 2, half)
         terms = None
         if count:
-            shape = (*lead, padded) if size.planes.keys is None else (*lead, count, padded)
-            terms = q.new_empty(shape, dtype=torch.float32)
+            terms = q.new_empty(size.batch, size.chunks, count, padded, dtype=torch.float32)
         return cls(
             q.new_empty(size.batch, *x, dtype=dtype),
             terms,
@@ -123,10 +123,8 @@ def _attend_tiles(call: Call, size: Cut, work: Workspace, y: Tensor, lse: Tensor
     keys, x, terms, codes = call.keys.sizes, work.x, work.terms, size.planes
     span = Span(first, size.tiles, size.splits)
     if size.turned or keys.chunk or not first:  # else they are ready
-        if codes.keys is not None:
-            absorb_planes(call, x, terms, span, codes.keys)
-        elif keys.absorbed:
-            absorb_queries(call, x, terms, span)
+        if keys.absorbed:
+            absorb_queries(call, x, terms, span, codes.keys)
         else:
             turn_queries(call, x, first, size.turned)
     if size.fused and codes.keys is not None:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
-from lrattn.kernels.absorb import constant_strides
+from lrattn.kernels.absorb import terms_strides
 from lrattn.kernels.arguments import Call, Span
 from lrattn.kernels.packed import located, segments
 from lrattn.kernels.pieces import pieces
@@ -28,7 +28,7 @@ from lrattn.kernels.tiles import (
 @launch.kernel
 def fused_absorbed_kernel(
     a, a_strides,            # [B, chunks, Hq * S, Rk]  absorbed queries, from the chunk of the first tile on
-    constant, const_strides, # [B, chunks, Hq * S]      float32, or None without a key bias
+    constant, const_strides, # [B, chunks, 1, Hq * S]   float32, or None without a key bias
     ck, ck_strides,          # [N, P, width]    key rows by page
     cv, cv_strides,          # [N, P, width]    value rows by page; None: a row serves both
     pages, pages_stride,     # [B, pages]       int32
@@ -118,7 +118,7 @@ def fused_absorbed_kernel(
     store_lse(p_lse, peak, total, in_q)
     some = total != 0
     p_y = y + i_b * y_strides[0] + i_s * y_strides[1] + row * y_strides[2]
-    store_row(p_y, acc, 1.0 / tl.where(some, total, 1.0), value_segs, in_q & some, VALUES)
+    store_row(p_y, acc, 1.0 / tl.where(some, total, 1.0), value_rank, in_q & some, VALUES)
 # fmt: on
 
 
@@ -130,7 +130,7 @@ def fused_absorbed(
     q, ck, cv, keys, values, tokens, rule = call
     key, value = keys.sizes, values.sizes
     fused_absorbed_kernel[cdiv(a.shape[2] // key.groups, choice.block_q) * key.groups, span.parts, a.shape[0]](
-        a, a.stride(), constant, constant_strides(constant),
+        a, a.stride(), constant, terms_strides(constant),
         ck, ck.stride(), cv, (0, 0) if cv is None else cv.stride(), *tokens.held, *tokens.lag,
         keys.runs, values.runs, keys.heads, y, y.stride(), lse, lse.stride(),
         *call.numbers, *span,

@@ -100,8 +100,6 @@ ABSORBED_SCORES = (
     Row(Launch(4, 2, block_r=64), (), queries=16),
     Row(Launch(8, 1, block_r=64), ()),
     Row(Launch(4, 1, block_r=32), (), itemsize=4),
-    Row(Launch(8, 1, block_r=32), ("gfx9",), packed=True),
-    Row(Launch(8, 1, block_r=32), (), itemsize=4, least_itemsize=4, packed=True),
 )
 LATENT_VALUES = (
     Row(Launch(4, 3, block_r=64), (), rank=64, queries=16),
@@ -113,9 +111,6 @@ LATENT_VALUES = (
     Row(Launch(8, 3, block_r=128), ("sm80",)),
     Row(Launch(8, 2, block_r=64), ()),
     Row(Launch(4, 1, block_r=64), (), itemsize=4),
-    Row(Launch(4, 1, block_r=16), ("gfx9",), packed=True),
-    Row(Launch(8, 1, block_r=16), (), packed=True),
-    Row(Launch(8, 1, block_r=32), (), itemsize=4, packed=True),
 )
 # One pass over keys and values; where no row fits there are two. rank: columns of keys, values: columns of values;
 # rank 0: one row serves both.
@@ -134,12 +129,12 @@ FUSED_ABSORBED = (
     Row(Launch(4, 1, block_r=128), (), rank=128, values=128, itemsize=4, least_itemsize=4),
 )
 # Packed rows by plane, 16 query rows a program.
-MOST_SCALES = 7  # of values: with the sum of p they are the columns of one product
-MOST_COLUMNS = 256  # of values in one pass: sums for 16 rows are half of a thread's registers
 ATTEND_PACKED = (
     Row(Launch(4, 2, block_t=128, block_n=32), BIG, wide=False),
     Row(Launch(4, 2, block_t=128, block_n=16), BIG),
     Row(Launch(4, 2, block_t=64, block_n=16), BIG),
+    Row(Launch(4, 1, block_t=64, block_n=16, magic=True), ("gfx9",)),
+    Row(Launch(4, 1, block_t=64, block_n=16, magic=True), (), itemsize=4, least_itemsize=4),
 )
 PACKED_VALUES = tuple(row._replace(launch=row.launch._replace(stages=1)) for row in ATTEND_PACKED)  # of given scores
 FUSED_REBUILT = (
@@ -241,12 +236,11 @@ latent_scores, absorbed_scores, latent_values = (
 fused_absorbed, fused_rebuilt = (cache(partial(find, table)) for table in (FUSED_ABSORBED, FUSED_REBUILT))
 
 
-def by_plane(table: tuple[Row, ...], device: str, itemsize: int, tile: int, wide: bool) -> Launch | None:
-    """The launch for rows in planes whose tiles divide so many tokens, or None: such rows are then unpacked."""
-    for row in table:
-        if itemsize == 2 and device in row.devices and not tile % row.launch.block_t and (row.wide or not wide):
-            return row.launch
-    return None
+def by_plane(table: tuple[Row, ...], device: str, itemsize: int, tile: int, wide: bool) -> Launch:
+    """The launch for packed rows by plane whose tiles divide so many tokens."""
+    there = (row for row in table if row.least_itemsize <= itemsize <= row.itemsize)
+    there = (row for row in there if (not row.devices or device in row.devices) and (row.wide or not wide))
+    return next(row.launch for row in there if not tile % row.launch.block_t)
 
 
 attend_packed, packed_values = (cache(partial(by_plane, table)) for table in (ATTEND_PACKED, PACKED_VALUES))
@@ -256,6 +250,17 @@ attend_packed, packed_values = (cache(partial(by_plane, table)) for table in (AT
 def assembles(device: torch.device) -> bool:
     """Whether kernels may hold NVIDIA's assembly there."""
     return device.type == "cuda" and torch.version.hip is None
+
+
+@cache
+def chained(device: torch.device) -> bool:
+    """Whether a launch there may begin before the one before it has ended, and waits for it itself: `launch_pdl`."""
+    return assembles(device) and name(device) in HOPPER
+
+
+def pdl(device: torch.device) -> dict[str, bool]:
+    """Words of a launch that waits."""
+    return {"CHAINED": True, "launch_pdl": True} if chained(device) else {"CHAINED": False}
 
 
 @cache

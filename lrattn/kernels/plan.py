@@ -8,7 +8,7 @@ import torch
 from lrattn.factors.operands import KeySizes, ValueSizes
 from lrattn.factors.shapes import MAX_SPLITS, cdiv, round_up
 from lrattn.kernels import launch
-from lrattn.kernels.pieces import PLANES, columns, pieces, scales
+from lrattn.kernels.pieces import PLANES, columns, parts, pieces
 
 WAVES = 2  # programs a multiprocessor should get at least
 PART_TILES = 32  # most tiles of one program where the workspace allows, so that ragged batches balance
@@ -18,7 +18,7 @@ MOST_TILES = 32767  # at a time: times a number of parts they stay below 2^31
 
 
 class Planes(NamedTuple):
-    """How packed rows are attended to whose codes are operands of products; None where latents are."""
+    """How packed rows are attended to whose codes are operands of products; None of plain rows and of rebuilt keys."""
 
     keys: launch.Launch | None
     values: launch.Launch | None
@@ -42,9 +42,8 @@ class Cut(NamedTuple):
 
 @lru_cache(maxsize=256)
 def planes(dtype: torch.dtype, device: str, keys: KeySizes, values: ValueSizes) -> Planes:
-    """The sides whose codes are operands: of 16-bit layers, on devices that have a launch. Tiles lie in one chunk, and
-    are as the other side's."""
-    own, other = bool(keys.packed and keys.absorbed), bool(values.packed) and scales(values) <= launch.MOST_SCALES
+    """Of either side whose codes are operands. Tiles lie in one chunk, and are as the other side's."""
+    own, other = bool(keys.packed and keys.absorbed), bool(values.packed)
     tile = keys.chunk if own and other else launch.BLOCK_T
     halves = 16 in (*(keys.packed[::2] if own else ()), *(values.packed[::2] if other else ()))
     wide = halves or (other and sum(piece[3] for piece in pieces(values, PLANES)) > PLANES)
@@ -68,7 +67,7 @@ def fused(
         return None
     codes = planes(dtype, device, keys, values)
     if codes.keys is not None and codes.values is not None:
-        return codes.keys if columns(values) <= launch.MOST_COLUMNS else None
+        return codes.keys if len(parts(values)) == 1 else None
     if keys.packed or values.packed:
         return None
     shape: dict[str, Any] = {
@@ -114,8 +113,7 @@ def cut(
     if one_pass is None and codes.values is not None:
         value_programs = cdiv(rows // values.groups, 16) * values.groups
     elif one_pass is None:
-        shape = {"rank": values.rank, "rows": rows // values.groups, "packed": bool(values.packed)}
-        block_r = launch.latent_values(device, dtype.itemsize, **shape).block_r
+        block_r = launch.latent_values(device, dtype.itemsize, rank=values.rank, rows=rows // values.groups).block_r
         value_programs = cdiv(values.rank, block_r) * _blocks(rows, values.groups)
 
     begin = 1 - block_t if keys.chunk and placed else 0  # of the first tile at the earliest
