@@ -65,7 +65,8 @@ HOPPER = ("sm90", "sm100")
 BIG = ("sm80", "sm90", "sm100")  # more than 160 KiB of shared memory; gfx9 has 64
 
 LATENT_SCORES = (
-    Row(Launch(4, 2, block_d=64, resident=True), HOPPER, head=64, rank=384, queries=16),
+    Row(Launch(4, 2, block_d=64, resident=True), ("sm90",), head=64, rank=384, queries=16),
+    Row(Launch(4, 1, block_d=64, resident=True), ("sm100",), head=64, rank=384, queries=16),
     Row(Launch(8, 2, block_d=64, resident=True), HOPPER, head=64, rank=384, table=False),
     Row(Launch(8, 2, block_d=64, resident=True), HOPPER, head=64, rank=288),
     Row(Launch(4, 2, block_d=64, resident=True), ("sm80",), head=64, rank=256),
@@ -82,9 +83,10 @@ LATENT_SCORES = (
     Row(Launch(8, 1, block_r=32, block_d=64), (), itemsize=4),
     Row(Launch(4, 1, block_d=64, resident=True), ("sm90",), head=64, rank=384, queries=16, packed=True),
     Row(Launch(4, 1, block_d=128, resident=True), ("sm90",), head=128, rank=256, queries=16, table=False, packed=True),
-    Row(Launch(8, 1, block_r=64, block_d=128), HOPPER, queries=16, packed=True),
+    Row(Launch(8, 1, block_r=64, block_d=128), ("sm90",), queries=16, packed=True),
+    Row(Launch(8, 1, block_r=64, block_d=64), ("sm100",), queries=16, packed=True),
     Row(Launch(4, 1, block_r=32, block_d=32), ("gfx9",), packed=True),
-    Row(Launch(8, 1, block_r=16, block_d=32), ("sm80",), packed=True),
+    Row(Launch(8, 1, block_r=16, block_d=64), ("sm80",), packed=True),
     Row(Launch(8, 1, block_r=32, block_d=64), (), queries=32, packed=True),
     Row(Launch(8, 1, block_r=32, block_d=32), (), packed=True),
     Row(Launch(8, 1, block_r=32, block_d=64), (), itemsize=4, packed=True),
@@ -115,7 +117,8 @@ LATENT_VALUES = (
 # One pass over keys and values; where no row fits there are two. rank: columns of keys, values: columns of values;
 # rank 0: one row serves both.
 FUSED_ABSORBED = (
-    Row(Launch(4, 2, block_r=128), ("sm90",), rank=256, values=256, queries=16),
+    Row(Launch(4, 2, block_r=128), ("sm90",), rank=256, values=256, queries=16, biased=False),
+    Row(Launch(4, 2, block_r=64), ("sm90",), rank=256, values=256, queries=16),
     Row(Launch(4, 2, block_r=128), ("sm90",), rank=0, values=384, queries=16, chunked=False),
     Row(Launch(4, 2, block_r=64), ("sm90",), rank=0, values=384, queries=16, chunked=True),
     Row(Launch(4, 2, block_r=128), ("sm90",), rank=0, values=512, queries=16, biased=False, chunked=False),
@@ -130,7 +133,8 @@ FUSED_ABSORBED = (
 )
 # Packed rows by plane, 16 query rows a program.
 ATTEND_PACKED = (
-    Row(Launch(4, 2, block_t=128, block_n=32), BIG, wide=False),
+    Row(Launch(4, 2, block_t=128, block_n=32), ("sm80", "sm90"), wide=False),
+    Row(Launch(4, 2, block_t=128, block_n=32), ("sm100",), wide=False, biased=False),
     Row(Launch(4, 2, block_t=128, block_n=16), BIG),
     Row(Launch(4, 2, block_t=64, block_n=16), BIG),
     Row(Launch(4, 1, block_t=64, block_n=16, magic=True), ("gfx9",)),
@@ -159,6 +163,7 @@ COMBINE = (
     Row(Launch(4, 1, block_q=16, block_s=8, block_r=32, block_d=32), (), itemsize=4),
 )
 COMBINE_MANY = (  # splits: a program takes one row
+    Row(Launch(8, 1, block_q=1, block_s=16, block_r=256, block_d=64), ("sm80",)),
     Row(Launch(8, 1, block_q=1, block_s=32, block_r=256, block_d=64), BIG),
     Row(Launch(8, 1, block_q=1, block_s=16, block_r=64, block_d=64), (), itemsize=4),
 )
@@ -236,10 +241,13 @@ latent_scores, absorbed_scores, latent_values = (
 fused_absorbed, fused_rebuilt = (cache(partial(find, table)) for table in (FUSED_ABSORBED, FUSED_REBUILT))
 
 
-def by_plane(table: tuple[Row, ...], device: str, itemsize: int, tile: int, wide: bool) -> Launch:
+def by_plane(
+    table: tuple[Row, ...], device: str, itemsize: int, tile: int, wide: bool, biased: bool = False
+) -> Launch:  # fmt: skip
     """The launch for packed rows by plane whose tiles divide so many tokens."""
     there = (row for row in table if row.least_itemsize <= itemsize <= row.itemsize)
-    there = (row for row in there if (not row.devices or device in row.devices) and (row.wide or not wide))
+    there = (row for row in there if not row.devices or device in row.devices)
+    there = (row for row in there if (row.wide or not wide) and (row.biased or not biased))
     return next(row.launch for row in there if not tile % row.launch.block_t)
 
 

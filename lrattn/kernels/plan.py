@@ -48,7 +48,7 @@ def planes(dtype: torch.dtype, device: str, keys: KeySizes, values: ValueSizes) 
     halves = 16 in (*(keys.packed[::2] if own else ()), *(values.packed[::2] if other else ()))
     wide = halves or (other and sum(piece[3] for piece in pieces(values, PLANES)) > PLANES)
     return Planes(
-        launch.attend_packed(device, dtype.itemsize, tile, halves) if own else None,
+        launch.attend_packed(device, dtype.itemsize, tile, halves, bool(keys.biased)) if own else None,
         launch.packed_values(device, dtype.itemsize, tile, wide) if other else None,
     )
 
