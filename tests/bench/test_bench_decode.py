@@ -13,6 +13,7 @@ from slowly import slow_unless
 
 import lrattn
 from bench import decode_latency
+from bench.compiled import resources
 from bench.decode import cpu_decode, decode_problem, decode_providers, decode_shapes, gpu_decode, gpu_plot
 from bench.decode.decode_providers import Unavailable
 from bench.decode.decode_shapes import LLAMA_2, LLAMA_31, QWEN_3, QWEN_25, Model, Shape
@@ -85,6 +86,15 @@ def test_every_shape_of_the_design_is_a_case_and_the_most_valuable_come_first():
     assert [c.shape.bits for c in cases[:4]] == [(8, 4, 2), (8, 4, 2), (4,), (4,)]
     assert {(c.tokens, c.batch, c.shape.kept // 0.01) for c in cases[:4]} == {(32768, 16, 12)}  # an eighth of the bytes
     assert {(c.tokens, c.batch) for c in cases[4:12]} == {(32768, 1)}
+
+
+def test_position_free_keys_are_rotated_and_in_the_chunks_that_are_simulated():
+    """The library's own form, not keys without positions."""
+    (entry,) = (
+        e for e in gpu_decode.entries(gpu_decode.Case(TINY[3], 64, 1), dry()) if e.name == decode_providers.FREE
+    )
+    layer = entry.build.args[0].layer
+    assert layer.rope is not None and layer.chunk == resources.CHUNK == 512 and layer.operands.keys.sizes.absorbed
 
 
 def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, qv=None, rotary_cos=None, rotary_sin=None,
