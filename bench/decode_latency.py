@@ -2,10 +2,10 @@
 
     python -m bench.decode_latency [--minutes 30] [--out bench/results] [--plot-only]
 
-On a GPU: FlashAttention-3, FlashInfer, PyTorch's attention, rebuilding everything, Palu's kernel, and each way of ours,
-as far as they are installed; decode_latency_gpu.json and .png. Without one it says so first; then the CPU path is
-measured (decode_latency_cpu.json and .png), and for GPUs it gives what is certain without: bytes and flops
-(decode_counts.json) and what the kernels compile to. JSON first, the plot is drawn from it.
+On a GPU: FlashAttention-3, FlashInfer, PyTorch's attention, vLLM's caches of few bits, rebuilding everything, Palu's
+kernel, and each way of ours, as far as they are installed; decode_latency_gpu.json and .png. Without one it says so
+first; then the CPU path is measured (decode_latency_cpu.json and .png), and for GPUs it gives what is certain without:
+bytes and flops (decode_counts.json) and what the kernels compile to. JSON first, the plot is drawn from it.
 """
 
 from __future__ import annotations

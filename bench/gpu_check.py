@@ -63,6 +63,7 @@ def steps(out: Path, dry: bool, without: Sequence[str] = ()) -> list[Step]:
         )
 
     return [
+        Step("subnormal numbers", lambda _: module("decode.subnormals", "--out", str(out)), 0.1, 10),
         Step("smoke test", lambda _: module("decode.gpu_smoke"), 0.1, 10),
         Step("tests", lambda _: tests(dry), 0.3, 30, "tests.txt"),
         Step("compile", lambda _: module("decode_latency", "--compile", "--out", str(out)), 0.15, 20),

@@ -174,7 +174,7 @@ class Problem(NamedTuple):
     def absorbed(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Absorbed queries of some chunks, or of one, and the bias' share of their scores."""
         chunks = 4 if self.chunk else 1
-        constant = fp32(BATCH, chunks, round_up(self.rows(), 16)) if self.has("bias") else None
+        constant = fp32(BATCH, chunks, 1, round_up(self.rows(), 16)) if self.has("bias") else None
         return empty(BATCH, chunks, self.rows(), self.rank, dtype=self.dtype), constant
 
     def codes(self) -> tuple[plan.Planes, torch.Tensor, torch.Tensor]:
@@ -184,7 +184,8 @@ class Problem(NamedTuple):
         assert codes.keys is not None and codes.values is not None, "the launch table has rows for them"
         width, count = plan.absorbed(keys.sizes, codes)
         lead, padded = (BATCH, 4 if self.chunk else 1), round_up(self.rows(), 16)
-        return codes, empty(*lead, self.rows(), width, dtype=torch.float16), fp32(*lead, count, padded)
+        dtype = torch.float32 if self.dtype == torch.float32 else torch.float16
+        return codes, empty(*lead, self.rows(), width, dtype=dtype), fp32(*lead, count, padded)
 
     def scores(self) -> torch.Tensor:
         return fp32(BATCH, self.rows(), 4 * launch.BLOCK_T)
@@ -235,7 +236,7 @@ def absorbed_pass(p: Problem) -> None:
 
 def absorb_planes(p: Problem) -> None:
     codes, a, terms = p.codes()
-    absorb.absorb_planes(p.call(), a, terms, SPAN, codes.keys)
+    absorb.absorb_queries(p.call(), a, terms, SPAN, codes.keys)
 
 
 def packed_pass(p: Problem) -> None:
@@ -343,8 +344,7 @@ def compilations() -> Iterator[Compilation]:
             for problem in fused_problems(row):
                 for absorbed in absorbed_problems(problem, most(row), row):
                     yield Compilation(absorbed_pass, device, absorbed, row.itemsize == 2)
-        if rows_for(launch.ATTEND_PACKED, device):
-            yield from by_plane(device)
+        yield from by_plane(device)
         for row in rows_for(launch.FUSED_REBUILT, device):
             for problem in fused_problems(row):
                 for options in ("", most(row), f"{most(row)} positions")[: 3 if row.table else 2]:
@@ -380,6 +380,9 @@ def compilations() -> Iterator[Compilation]:
 def by_plane(device: str) -> Iterator[Compilation]:
     """Packed rows whose codes are operands: of two groups of four heads with four query heads each, or with twice seven
     queries; of half the rank, without a rope, in chunks of one tile, in one row."""
+    single = Problem(256, 128, 4, 1, 4, torch.float32, chunk=CHUNK, bits=PACKED)
+    for kernel in (packed_pass, packed_scores, packed_values, absorb_planes):
+        yield Compilation(kernel, device, single)
     for bits in BY_PLANE if device == "sm90" else BY_PLANE[:3]:
         packed = Problem(256, 128, 4, 1, 4, chunk=CHUNK, bits=bits)
         most = packed._replace(heads=7, steps=2, options=f"{ALL} offsets near")
@@ -463,7 +466,7 @@ QUICK = [
     Compilation(write_latents, "sm90", Problem(options=ALL)),
     Compilation(rebuild_keys, "sm90", Problem(), True),
     Compilation(latent_scores, "sm90", Problem(528, 128, options=ALL, bits=PACKED), True),
-    Compilation(latent_values, "sm90", Problem(256, 128, group=4, bits=PACKED)),
+    Compilation(packed_pass, "gfx9", Problem(256, 128, 4, group=4, chunk=CHUNK, bits=PACKED)),
     Compilation(packed_pass, "sm90", Problem(256, 128, 4, group=4, chunk=CHUNK, bits=PACKED)),
     Compilation(packed_scores, "sm90", Problem(256, 128, 4, group=4, rope=False, bits=(4,))),
     Compilation(packed_values, "sm90", Problem(256, 128, 4, group=4, chunk=CHUNK, bits=PACKED)),
@@ -493,7 +496,7 @@ class _Driver:
 def compiling(device: str) -> Iterator[list[tuple[str, Any]]]:
     """Inside, launches compile for a device and do not run; yields the kernels' names and binaries."""
     compiled: list[tuple[str, Any]] = []
-    original, name, assembles = JITFunction.run, launch.name, launch.assembles
+    original, name, assembles, chained = JITFunction.run, launch.name, launch.assembles, launch.chained
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         self.device_caches.clear()  # kept by device number, which is 0 for all of ours
@@ -501,10 +504,11 @@ def compiling(device: str) -> Iterator[list[tuple[str, Any]]]:
 
     triton.runtime.driver.set_active(_Driver(DEVICES[device].target))
     JITFunction.run, launch.name, launch.assembles = run, lambda _: device, lambda _: device != "gfx9"
+    launch.chained = chained.__wrapped__
     try:
         yield compiled
     finally:
-        JITFunction.run, launch.name, launch.assembles = original, name, assembles
+        JITFunction.run, launch.name, launch.assembles, launch.chained = original, name, assembles, chained
 
 
 def compile_for(c: Compilation) -> list[dict[str, Any]]:

@@ -6,7 +6,8 @@ FILE is a Python module that runs machine code by the timing rules of an H100's 
 usage(cubin) and predict(code, Machine(), ..). It is no part of this project. Kernels are compiled for sm_90 as they
 would be launched, cut as for an H100. For models and formats, at batch 1 and 16 and several lengths, its prediction
 [simulated] goes to results/simulated.json, beside the time of the rows' bytes at the rate of memory and of a dense
-16-bit cache's at 92 % of that [estimated], and instructions of the loop a token. The simulator knows no bank conflicts,
+16-bit cache's at 92 % of that [estimated], and instructions of the loop a token. The table joins them with what an H100
+took by the kernels there were before [measured], of results/launches_gpu.json. The simulator knows no bank conflicts,
 and was 23 to 31 % off the packed kernels there were before.
 """
 
@@ -26,6 +27,7 @@ from tqdm import tqdm
 from bench.compiled import resources
 from bench.compiled.resources import CHUNK, Problem, compiling
 from bench.compiled.sass import loop
+from bench.decode import launches
 from bench.support import report
 from lrattn.kernels import launch, plan
 from lrattn.kernels.attend_packed import attend_packed
@@ -35,6 +37,7 @@ PATH = report.RESULTS / "simulated.json"
 PROCESSORS, MEMORY, SHARE = 132, 3.08e12, 0.92  # of an H100; bytes a second; of it that a dense kernel reaches
 BATCHES, LENGTHS = (1, 16), (8192, 32768, 131072)
 FORMATS: tuple[tuple[int, ...], ...] = ((8, 4, 2), (4,), (8,), ())
+BEFORE = ("b398a1b", "93348e8")  # commits that were measured: packed rows were unpacked, and keys in no chunks
 RANK, HEAD_DIM, GROUP, LIMIT = 256, 128, 4, 256 << 20
 
 
@@ -104,15 +107,38 @@ def simulate(simulator: Any, model: Model, bits: tuple[int, ...]) -> list[dict[s
     return rows
 
 
+def before(results: dict[str, Any]) -> dict[tuple[str, tuple[int, ...], int, int], float]:
+    """Microseconds of whole steps on position-free latents, by model, bits, batch and tokens [measured].
+
+    results: of bench.decode.launches. Of each step the fastest launch tried, and of commits the last that has it.
+    """
+    found = {}
+    for row in (row for row in results["rows"] if row["us"] and row["commit"] in BEFORE):
+        layer = launches.LAYERS[row["layer"]]
+        if not layer.rope and layer.shape.key_ranks[0] == RANK:
+            key = layer.shape.model.name, layer.shape.bits, row["batch"], results["tokens"]
+            found[key] = min(row["us"].values())
+    return found
+
+
 def table(results: dict[str, Any]) -> str:
-    """Microseconds of the pass over latents [simulated], beside those of its bytes and a dense cache's [estimated]."""
-    line = "{:14} {:>6} {:>6} {:>8} {:>12} {:>10} {:>10} {:>10} {:>12}"
+    """Microseconds of the pass over latents [simulated], beside those of its bytes and a dense cache's [estimated], and
+    of a whole step by the kernels there were before [measured]; - where it was not measured."""
+    line = "{:14} {:>6} {:>6} {:>8} {:>12} {:>10} {:>10} {:>10} {:>12} {:>8}"
     names = ("model", "bits", "batch", "tokens", "simulated us", "its bytes", "over them", "dense us", "dense / it")
-    lines = [line.format(*names)]
+    lines, old = [line.format(*names, "old us")], before(report.load(launches.PATH))
     for r in results["rows"]:
         bits = "/".join(map(str, r["bits"])) or "16"
         over, gain = r["simulated_us"] / r["bytes_us"], r["dense_us"] / r["simulated_us"]
-        cells = (r["simulated_us"], r["bytes_us"], f"{over:.2f}", r["dense_us"], f"{gain:.1f}")
+        us = old.get((r["model"], tuple(r["bits"]), r["batch"], r["tokens"]))
+        cells = (
+            r["simulated_us"],
+            r["bytes_us"],
+            f"{over:.2f}",
+            r["dense_us"],
+            f"{gain:.1f}",
+            f"{us:.1f}" if us else "-",
+        )
         lines.append(line.format(r["model"], bits, r["batch"], r["tokens"], *cells))
     return "\n".join(lines)
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 import lrattn
-from bench.decode.decode_shapes import Shape
+from bench.decode.decode_shapes import CHUNK, Shape
 from lrattn.attention.cache import stored
 from lrattn.factors.shapes import RANK_STEP, cdiv
 
-CHUNK = 8192  # tokens rebuilt at a time, in float32
+REBUILT = 8192  # tokens at a time, in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +53,7 @@ class Problem:
     def heads(self, b: int) -> tuple[Tensor, Tensor]:
         """Dense keys and values of one sequence, [T, Hkv, D], rebuilt in float32 and rounded."""
         parts = []
-        for t in torch.arange(self.tokens, device=self.q.device).split(CHUNK):
+        for t in torch.arange(self.tokens, device=self.q.device).split(REBUILT):
             zv = None if self.zv is None else self.zv[b, t].float()
             parts.append([x.to(self.q.dtype) for x in self.wide.rebuild(self.zk[b, t].float(), zv, t)])
         k, v = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -70,6 +70,10 @@ class Problem:
     def unrotated(self) -> Problem:
         """The same latents of a layer whose keys are not rotated."""
         return replace(self, layer=replace(self.layer, rope=None))
+
+    def chunked(self) -> Problem:
+        """The same latents of a layer whose keys are in chunks, rotated to any position with nothing rebuilt."""
+        return replace(self, layer=replace(self.layer, chunk=CHUNK))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

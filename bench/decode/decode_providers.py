@@ -1,4 +1,4 @@
-"""Everything a decode step is timed with: dense kernels on the dense cache, rebuilding all, and ours on latents.
+"""Everything a decode step is timed with: dense kernels on the dense cache, ours on latents, and rebuilding all.
 
 A provider takes tensors and returns a run, or raises Unavailable with the reason. Runs return heads [B, Hq, D]. Dense
 kernels get their cache as they like it best: in order, one sequence after the other.
@@ -6,9 +6,7 @@ kernels get their cache as they like it best: in order, one sequence after the o
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,15 +18,13 @@ from torch.nn.attention.flex_attention import flex_attention
 import lrattn
 from bench.decode import baselines, palu_scores, ways
 from bench.decode.decode_problem import Problem
+from bench.decode.installed import Unavailable, need
+from bench.decode.low_bit import LOW_BIT
 
 Run = Callable[[], Tensor]
 FLASHINFER_PAGE = 16
 FLASHINFER_WORKSPACE = 128 << 20  # bytes, what its documentation advises
 TENSOR_CORE_ROWS = 4  # query heads per kv head from which its tensor-core kernel is the faster
-
-
-class Unavailable(Exception):
-    """Why a provider is left out."""
 
 
 def flash_attention_3(q: Tensor, k: Tensor, v: Tensor) -> Run:
@@ -172,16 +168,6 @@ def ours_in_two_passes(x: Problem) -> Run:
     return inside
 
 
-def need(name: str) -> ModuleType:
-    """A module that may not be here."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise Unavailable(f"{error.name} is not installed") from error
-    except (ImportError, OSError) as error:
-        raise Unavailable(f"{name} cannot be loaded: {error}") from error
-
-
 DENSE: dict[str, Callable[[Tensor, Tensor, Tensor], Run]] = {
     "FlashAttention-3": flash_attention_3,
     "FlashInfer": flashinfer,
@@ -193,9 +179,10 @@ OURS: dict[str, Callable[[Problem], Run]] = {
     "lrattn": ours,
     "lrattn, two passes": ours_in_two_passes,
 }
-UNROTATED, SHARED = "lrattn, position-free", "lrattn, shared row"
+FREE, SHARED = "lrattn, position-free", "lrattn, shared row"
 REBUILDING: dict[str, Callable[[Problem], Run]] = {
     "Palu's scores, then PyTorch": palu,
     "rebuild all, then SDPA": rebuild_all,
 }
-NAMES = (*DENSE, *OURS, UNROTATED, SHARED, *REBUILDING)
+NAMES = (*DENSE, *OURS, FREE, SHARED, *LOW_BIT, *REBUILDING)
+PEERS = ("flash_attn_3", "flashinfer-python", "vllm")  # packages

@@ -7,13 +7,14 @@ again. flops: products alone, 2 a multiplication with its sum; rotation and soft
     dense                   2 Hkv D       0                              4 Hq D
     rebuild all, attend     Wk + Wv       2 * 2 Hkv D w                  2 Hkv D (Rk + Rv) + 4 Hq D
     lrattn, two passes      Wk + Wv       2 * 4 Hq + 2 * Hq D w / 64     2 Hkv D Rk + 2 Hq D + 2 Hq Rv
-    lrattn, position-free   Wk + Wv       0, or 2 * 4 Hq                 2 Hq Rk + 2 Hq Rv
+    lrattn, position-free   Wk + Wv       (2 * 4 Hq) + 2 * Hq Rk w / N   2 Hq Rk + 2 Hq Rv + 2 Hq D Rk / N
 
 w is 2, the bytes of a number; Wk and Wv are all columns of a cache row, Rk and Rv the rank one head uses. Of packed
 rows the bytes are those of their runs. Two passes keep float32 scores and the queries turned back for every 64 tokens;
-position-free keys are taken in one pass, which keeps neither, where values are grouped as keys are. The bases, read
-once a step whatever the length, are counted apart: (Rk + Rv) Hkv D w. Where a joint value latent is cut into column
-tiles, each tile reads the scores again; that is left out, as are partial results of splits.
+position-free keys, in chunks of N = 512 positions, keep queries absorbed for every chunk, and scores only where values
+are not grouped as keys are: else they take one pass. The bases, read once a step whatever the length, are counted
+apart: (Rk + Rv) Hkv D w. Where a joint value latent is cut into column tiles, each tile reads the scores again; that is
+left out, as are partial results of splits.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from lrattn.factors.shapes import RANK_STEP
 
 GROUP = 4  # kv heads that share a latent
 TILE = 64  # tokens for which a query is turned back once
+CHUNK = 512  # positions for which it is absorbed once
 GROUPINGS = ("ReCalKV", "Palu")
 KEEPS = (0.5, 0.3)
 PACKINGS = ((), (8, 4, 2), (4,))  # bits of the segments of latents; () is plain
@@ -143,14 +145,18 @@ def counts(shape: Shape) -> dict[str, Count]:
     heads, queries, dim = model.kv_heads, model.query_heads, model.head_dim
     rk, rv = shape.key_ranks[0], shape.value_ranks[0]
     dense, latents = 2 * heads * dim * ITEMSIZE, shape.row_bytes
-    scores, turned = 2 * 4 * queries, 2 * queries * dim * ITEMSIZE / TILE
+    scores, turned, absorbed = 2 * 4 * queries, 2 * queries * dim * ITEMSIZE / TILE, 2 * queries * rk * ITEMSIZE / CHUNK
     return {
         "dense": Count(dense, 0, 4 * queries * dim),
         "rebuild all, attend": Count(latents, 2 * dense, 2 * heads * dim * (rk + rv) + 4 * queries * dim),
         "lrattn, two passes": Count(
             latents, scores + turned, 2 * heads * dim * rk + 2 * queries * dim + 2 * queries * rv
         ),
-        "lrattn, position-free": Count(latents, 0 if shape.paired else scores, 2 * queries * (rk + rv)),
+        "lrattn, position-free": Count(
+            latents,
+            absorbed + (0 if shape.paired else scores),
+            2 * queries * (rk + rv) + 2 * queries * dim * rk // CHUNK,
+        ),
     }
 
 

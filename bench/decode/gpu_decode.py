@@ -1,8 +1,9 @@
 """The GPU half of bench.decode_latency: one layer's decode step by every provider, gated, then timed interleaved.
 
-Times are CUDA-graph replays with the L2 cache flushed. GB/s counts the bytes a way must read: the dense cache, or the
-rows of latents and both bases, once. The limit is dense bytes over latent bytes, what reading alone would give: a ratio
-of sizes, not a time of anything.
+Times are CUDA-graph replays with the L2 cache flushed. GB/s counts the bytes a way must read: the dense cache, one of
+few bits, or the rows of latents and both bases, once. A result on packed latents or on few bits is gated by what their
+codes stand for; what they cost a model is not asked here. The limit is dense bytes over latent bytes, what reading
+alone would give: a ratio of sizes, not a time of anything.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from bench.decode import decode_providers as providers
 from bench.decode import timing
-from bench.decode.decode_problem import Problem, attend, make
+from bench.decode.decode_problem import attend, make
 from bench.decode.decode_providers import Unavailable
 from bench.decode.decode_shapes import (
     GROUPINGS,
@@ -39,7 +40,7 @@ from bench.support import report
 
 TOKENS = (1024, 4096, 16384, 32768, 65536, 131072)
 BATCHES = (1, 4, 16, 64)
-HEADLINE = 32768, 1
+HEADLINE, FULL = (32768, 1), (32768, 16)  # tokens and sequences: what every shape is timed at, and packed ones first
 TOLERANCE = 2e-2
 TIMED = 0.6  # seconds of timing a case
 SPARE = 1 << 30  # bytes left free beside what is counted
@@ -101,7 +102,8 @@ def cases(dry: bool = False) -> list[Case]:
     first = [s for s in shapes if s.model in (LLAMA_31, LLAMA_2)]
     first.sort(key=lambda s: (KEEPS.index(s.keep), PACKINGS.index(s.bits), GROUPINGS.index(s.grouping),
                               MODELS.index(s.model)))  # fmt: skip
-    order = [Case(s, *HEADLINE) for s in first]
+    order = [Case(s, *FULL) for s in first if s.bits]
+    order += [Case(s, *HEADLINE) for s in first]
     swept = [*first[:2], *(s for s in first if s.bits == PACKINGS[1])]
     order += [Case(s, tokens, 1) for tokens in (4096, 131072, 16384, 1024, 65536) for s in swept]
     order += [Case(s, 32768, batch) for batch in BATCHES for s in swept]
@@ -125,7 +127,7 @@ def run(path: Path, minutes: float, bench: Bench, resume: bool) -> dict[str, Any
         if results["machine"] != machine:
             raise SystemExit(f"{path}: measured on another machine or commit: move it away, or run without --resume")
     else:
-        results |= memory_rates(bench)
+        results |= {"peers": {name: report.version(name) for name in providers.PEERS}, **memory_rates(bench)}
     done = {(r["shape"], r["keep"], r["tokens"], r["batch"]) for r in results["rows"]}
     todo = [c for c in cases(bench.dry) if (c.shape.name, c.shape.keep, c.tokens, c.batch) not in done]
     longest = 0.0
@@ -178,12 +180,12 @@ def measure(case: Case, bench: Bench) -> dict[str, Any]:
 
 
 class Entry(NamedTuple):
-    """A provider of a case. truth: results of some sequences."""
+    """A provider of a case. truth: results of some sequences, once it is built."""
 
     name: str
     build: Callable[[], providers.Run]
     must_read: int
-    truth: dict[int, Tensor]
+    truth: Callable[[], dict[int, Tensor]]
 
 
 def entries(case: Case, bench: Bench) -> Iterator[Entry]:
@@ -198,12 +200,19 @@ def entries(case: Case, bench: Bench) -> Iterator[Entry]:
         return partial(refuse, f"needs {gib(nbytes)}, {gib(free)} are free")
 
     if latent_bytes + truth_bytes > free:
-        yield from (Entry(name, too_large(latent_bytes + truth_bytes), 0, {}) for name in providers.NAMES)
+        yield from (Entry(name, too_large(latent_bytes + truth_bytes), 0, dict) for name in providers.NAMES)
         return
     free -= latent_bytes + truth_bytes
     x = make(shape, case.tokens, case.batch, bench.dtype, bench.device)
     cache = x.dense() if dense_bytes <= free else None
-    truth = truths(x, cache)
+    if cache is None:
+        true = truths(x.q, x.heads)
+    else:
+        true = {b: attend(x.q[b], cache[0][b], cache[1][b]) for b in range(x.batch)}
+
+    def truth() -> dict[int, Tensor]:
+        return true
+
     for name, provider in providers.DENSE.items():
         build = too_large(dense_bytes) if cache is None else partial(provider, x.q, *cache)
         if name == "FlexAttention" and (case.tokens, case.batch) != HEADLINE and not bench.dry:
@@ -212,16 +221,28 @@ def entries(case: Case, bench: Bench) -> Iterator[Entry]:
     free -= 0 if cache is None else dense_bytes
     for name, way in providers.OURS.items():
         yield Entry(name, partial(way, x), x.must_read, truth)
-    plain = x.unrotated()
-    yield Entry(providers.UNROTATED, partial(providers.ours, plain), x.must_read, truths(plain))
+    chunked = x.chunked()
+    yield Entry(providers.FREE, partial(providers.ours, chunked), x.must_read, partial(truths, x.q, chunked.heads))
     if len(shape.key_ranks) != len(shape.value_ranks):
         reason = "one row a group is the same with Palu's groups: timed there"
-        yield Entry(providers.SHARED, partial(refuse, reason), 0, {})
+        yield Entry(providers.SHARED, partial(refuse, reason), 0, dict)
     elif latent_bytes > free:
-        yield Entry(providers.SHARED, too_large(latent_bytes), 0, {})
+        yield Entry(providers.SHARED, too_large(latent_bytes), 0, dict)
     else:
         joint = make(shape, case.tokens, case.batch, bench.dtype, bench.device, shared=True)
-        yield Entry(providers.SHARED, partial(providers.ours, joint), joint.must_read, truths(joint))
+        yield Entry(
+            providers.SHARED, partial(providers.ours, joint), joint.must_read, partial(truths, joint.q, joint.heads)
+        )
+        free -= latent_bytes
+    for name, low_bit in providers.LOW_BIT.items():
+        if cache is None:  # it is made of that
+            yield Entry(name, too_large(dense_bytes), 0, dict)
+            continue
+        own = low_bit(x.q, *cache)
+        fits = own.nbytes <= free
+        build = own.build if fits else too_large(own.nbytes)
+        yield Entry(name, build, own.nbytes, partial(truths, x.q, own.heads))
+        free -= own.nbytes if fits else 0
     for name, way in providers.REBUILDING.items():  # last: their graphs hold what they rebuild
         build = partial(refuse, "reads plain latents") if shape.bits else partial(way, x)
         yield Entry(name, build, x.must_read, truth)
@@ -234,7 +255,8 @@ def ready(entry: Entry, bench: Bench, row: dict[str, Any]) -> timing.Prepared | 
         if name in bench.left_out:
             raise Unavailable("left out by --without")
         run = build()
-        some, expected = list(truth), torch.stack(list(truth.values()))
+        true = truth()
+        some, expected = list(true), torch.stack(list(true.values()))
         timing.gate(run()[some], expected, TOLERANCE)
         found = bench.clock.prepare(run)
         row["errors"][name] = timing.gate(found.result[some], expected, TOLERANCE)
@@ -253,11 +275,9 @@ def refuse(reason: str) -> providers.Run:
     raise Unavailable(reason)
 
 
-def truths(x: Problem, cache: tuple[Tensor, Tensor] | None = None) -> dict[int, Tensor]:
-    """The true result of every sequence of a dense cache; without one, of the first and the last sequence."""
-    if cache is not None:
-        return {b: attend(x.q[b], cache[0][b], cache[1][b]) for b in range(x.batch)}
-    return {b: attend(x.q[b], *x.heads(b)) for b in sorted({0, x.batch - 1})}
+def truths(q: Tensor, heads: Callable[[int], tuple[Tensor, Tensor]]) -> dict[int, Tensor]:
+    """The true result of the first and the last sequence, whose keys and values are made for that."""
+    return {b: attend(q[b], *heads(b)) for b in sorted({0, len(q) - 1})}
 
 
 def compile_all(jobs: int, dry: bool) -> None:

@@ -17,7 +17,7 @@ from bench.support.curves import curve, label_places
 
 Row = dict[str, Any]
 DRY_TITLE = "DRY RUN in Triton's interpreter on a CPU: these times say nothing about any kernel"
-COLOURS = dict(zip(NAMES, (*plt.get_cmap("tab10").colors, "gold"), strict=True)) | {"lrattn": "black"}
+COLOURS = dict(zip(NAMES, (*plt.get_cmap("tab10").colors, "gold", "navy", "tan"), strict=True)) | {"lrattn": "black"}
 STYLES = {("ReCalKV", 0): "-", ("ReCalKV", 1): "--", ("Palu", 0): "-.", ("Palu", 1): ":"}
 PACKED = {"8/4/2 bits": "s", "4 bits": "^"}  # markers
 

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from bench.decode import timing
 from bench.decode.decode_problem import Problem, attend, make
 from bench.decode.decode_providers import ours
-from bench.decode.decode_shapes import LLAMA_2, LLAMA_31, Shape
+from bench.decode.decode_shapes import CHUNK, LLAMA_2, LLAMA_31, Shape
 from bench.decode.gpu_decode import DRY_MODELS, TOLERANCE, Bench
 from bench.support import report
 from lrattn.kernels import launch, plan
@@ -37,7 +37,6 @@ from lrattn.kernels.launch import Launch
 
 PATH = report.RESULTS / "launches_gpu.json"
 TOKENS, FEW = 32768, 256  # timed; compiled and checked
-CHUNK = 512  # positions
 SECONDS = 1.5  # of timing a layer
 PROFILED = 5  # steps
 

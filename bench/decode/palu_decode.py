@@ -106,10 +106,10 @@ def entries(x: Problem) -> Iterator[Entry]:
     whole = {0: attend(x.q[0], k, v)}
     keys = x.zk.numel() * x.zk.itemsize + x.layer.keys.up.numel() * x.zk.itemsize
     for name, how in PALU.items():
-        yield Entry(f"scores, {name}", partial(providers.palu_scorer, x, how), keys, scores)
-        yield Entry(f"whole, {name}", partial(providers.palu, x, how), x.must_read, whole)
-    yield Entry(f"scores, {OURS}", partial(our_scores, x), keys, scores)
-    yield Entry(f"whole, {OURS}", partial(providers.ours, x), x.must_read, whole)
+        yield Entry(f"scores, {name}", partial(providers.palu_scorer, x, how), keys, lambda: scores)
+        yield Entry(f"whole, {name}", partial(providers.palu, x, how), x.must_read, lambda: whole)
+    yield Entry(f"scores, {OURS}", partial(our_scores, x), keys, lambda: scores)
+    yield Entry(f"whole, {OURS}", partial(providers.ours, x), x.must_read, lambda: whole)
 
 
 def our_scores(x: Problem) -> providers.Run:

@@ -28,23 +28,36 @@ def absorb_queries_kernel(
     uk,                      # [sum Rk, C * D]  key basis; pairs adjacent with CHUNK
     runs, heads,             # [G, 3], [Hkv]    int32: column, rank, first row of uk; place -> kv head
     bias,                    # [Hkv, D]         float32, by place, as uk; None without
-    a, a_strides,            # [B, chunks, Hq * S, Rk]  out, dtype of q; chunks of tokens only
-    constant, const_strides, # [B, chunks, Hq * S]      out, float32: the bias' share of each row's scores
-    bound, S, window, max_chunk, first_tile, tiles,
+    norms,                   # [Hkv]            float32, by place: of the longest row of a head's basis; for KEYS
+    packs,                   # [G, 3 n]         int32: segments; for KEYS
+    a, a_strides,            # [B, chunks, Hq * S, Rk | columns]  out, dtype of q or float16; chunks of tokens only
+    terms, terms_strides,    # [B, chunks, n, Hq * S]             out, float32; None without any
+    scale, bound, S, window, max_chunk, first_tile, tiles,
+    KEYS: tl.constexpr,
     C: tl.constexpr, M: tl.constexpr, D: tl.constexpr, Hkv: tl.constexpr,
     CHUNK: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, WINDOWED: tl.constexpr,
+    MAGIC: tl.constexpr, CHAINED: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
 ):
-    """a[b, c, h S + i] = x @ uk[k]^T,   constant[b, c, h S + i] = x . bias[k],   x = Rot(-p) q[b, i, h],   k = h // M
+    """a[b, c, h S + i] = x @ uk[k]^T,   terms[b, c, 0, h S + i] = x . bias[k],   x = Rot(-p) q[b, i, h],   k = h // M
 
     p is the first position of the c-th chunk, counted from that of the first of the tiles. Without CHUNK there is one,
-    and x = q.
+    and x = q. Of packed rows, whose pieces are KEYS,
 
-    Grid: (row blocks * Hkv, rank blocks, B). A program owns BLOCK_Q rows of one kv head, of all chunks, and BLOCK_R
-    latents: the basis is read once per row block.
+    a[b, c, h S + i, n, m] = log2(e) scale (x @ uk[k]^T)[latents of plane m of piece n] / (2^position(m) factor)
+    terms[b, c, n, h S + i] = sum_m middle a[.., n, m];  after those of all pieces: factor, log2(e) scale x . bias[k]
+
+    `factor`, a power of two of each row, brings its largest below 2^15: |x| max_r |uk[k, r]| is no smaller, and known
+    to each program alone. It takes in what codes, as float16, and scales lack: 2^24 (1 with MAGIC) and 2^-8.
+
+    Grid: (row blocks * Hkv, rank blocks or pieces, B). A program owns BLOCK_Q rows of one kv head, of all chunks, and
+    BLOCK_R latents, or one piece, BLOCK_R columns at a time: the basis is read once per row block. Columns past a
+    segment's end, or the key rank, are zero.
     Needs: BLOCK_D a power of two >= 32 and >= D. Sums are float32.
-    Reference: lrattn.attention.reference._absorbed_scores. Derivation: docs/kernels.md#absorbed-scores.
+    Reference: lrattn.attention.reference._absorbed_scores. Derivation: docs/kernels.md#absorbed-scores, #packed.
     """
+    if CHAINED:
+        tl.extra.cuda.gdc_launch_dependents()
     i_b = tl.program_id(2).to(tl.int64)
     first, chunks = chunks_of(
         lens, lens_stride, starts, starts_stride, offsets, offsets_stride, i_b, bound, S, window, first_tile, tiles,
@@ -55,113 +68,65 @@ def absorb_queries_kernel(
         return
     place, d = tl.program_id(0) % Hkv, tl.arange(0, BLOCK_D)
     head = tl.load(heads + place)
-    c, row, x, _ = turned_back(
-        q + i_b * q_strides[0], q_strides, turns, max_chunk, first, n, chunks, head, S,
-        M, D, CHUNK, ROTARY, INTERLEAVED, BLOCK_D,
-    )
-    in_q = c < chunks
-    _, rank, r0 = load_run(runs, place // C)
-    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    if bias is not None:
-        if tl.program_id(1) == 0:
-            share = tl.sum(x * tl.load(bias + place * D + d, mask=d < D, other=0.0)[None, :], 1)
-            tl.store(constant + i_b * const_strides[0] + c * const_strides[1] + row, share, mask=in_q)
-    u = load_rows(uk, C * D, r0, rank, place % C * D, d, D, r).to(q.dtype.element_ty)
-    got = tl.dot(x.to(q.dtype.element_ty), tl.trans(u), input_precision="ieee")
-    p_a = a + i_b * a_strides[0] + c * a_strides[1] + row * a_strides[2]
-    tl.store(p_a[:, None] + r[None, :], got.to(a.dtype.element_ty), mask=in_q[:, None] & (r < rank)[None, :])
-
-
-@launch.kernel
-def absorb_planes_kernel(
-    q, q_strides,            # [B, S, Hq, D]    query, model order
-    lens, lens_stride,       # [B]              int32, tokens held
-    starts, starts_stride,   # [B]              int32, first token attended to, or None
-    offsets, offsets_stride, # [B]              int32, token less position, or None
-    turns,                   # [max_chunk, ROTARY]  float32, cos and sin of a pair adjacent, of chunks' first positions
-    uk,                      # [sum Rk, C * D]  key basis; pairs adjacent with CHUNK
-    norms,                   # [Hkv]            float32, by place: of the longest row of a head's basis
-    runs, heads,             # [G, 3], [Hkv]    int32: column, rank, first row of uk; place -> kv head
-    packs,                   # [G, 3 n]         int32: segments
-    bias,                    # [Hkv, D]         float32, by place, as uk; None without
-    a, a_strides,            # [B, chunks, Hq * S, columns]  out, float16; chunks of tokens only
-    terms, terms_strides,    # [B, chunks, n, Hq * S]        out, float32: see below
-    scale, bound, S, window, max_chunk, first_tile, tiles,
-    KEYS: tl.constexpr,
-    C: tl.constexpr, M: tl.constexpr, D: tl.constexpr, Hkv: tl.constexpr,
-    CHUNK: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, WINDOWED: tl.constexpr, MAGIC: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
-):
-    """a[b, c, h S + i, n, m] = log2(e) scale (x @ uk[k]^T)[latents of plane m of piece n] / (2^position(m) factor)
-    terms[b, c, n, h S + i] = sum_m middle a[.., n, m];  after those of all pieces: factor, log2(e) scale x . bias[k]
-
-    x as in absorb_queries_kernel, c the chunk. `factor`, a power of two of each row, brings its largest below 2^15:
-    |x| max_r |uk[k, r]| is no smaller, and known to each program alone. It takes in what codes, as float16, and scales
-    lack: 2^24 (1 with MAGIC) and 2^-8.
-
-    Grid: (row blocks * Hkv, pieces, B). A program owns BLOCK_Q rows of one kv head, of all chunks, and one piece of the
-    row, BLOCK_R columns at a time; columns past a segment's end, or the key rank, are zero.
-    Needs: BLOCK_D a power of two >= 32 and >= D. Sums are float32.
-    Reference: lrattn.attention.reference._absorbed_scores. Derivation: docs/kernels.md#packed.
-    """
-    i_b = tl.program_id(2).to(tl.int64)
-    first, chunks = chunks_of(
-        lens, lens_stride, starts, starts_stride, offsets, offsets_stride, i_b, bound, S, window, first_tile, tiles,
-        CHUNK, WINDOWED, BLOCK_T,
-    )
-    n = tl.program_id(0) // Hkv * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    if tl.program_id(0) // Hkv * BLOCK_Q >= chunks * M * S:
-        return
-    place, d = tl.program_id(0) % Hkv, tl.arange(0, BLOCK_D)
-    head = tl.load(heads + place)
     c, row, x, squared = turned_back(
         q + i_b * q_strides[0], q_strides, turns, max_chunk, first, n, chunks, head, S,
         M, D, CHUNK, ROTARY, INTERLEAVED, BLOCK_D,
     )
     in_q = c < chunks
     _, rank, r0 = load_run(runs, place // C)
-    largest = tl.sqrt(squared) * tl.load(norms + place) * tl.abs(scale) * LOG2_E
-    exponent = ((largest.to(tl.int32, bitcast=True) >> 23) & 255) - 127  # of what is not finite 128
-    exponent = tl.minimum(tl.maximum(exponent, -40), 100)  # below that scores are nothing
-    up = tl.exp2((14 - exponent).to(tl.float32)) * (scale * LOG2_E)
-    p_terms = terms + i_b * terms_strides[0] + c * terms_strides[1] + row
-    if tl.program_id(1) == 0:
-        factor = tl.exp2((exponent + (2 - 24 * MAGIC)).to(tl.float32))
-        tl.store(p_terms + len(KEYS) * terms_strides[2], factor, mask=in_q)
-        if bias is not None:
-            share = tl.sum(x * tl.load(bias + place * D + d, mask=d < D, other=0.0)[None, :], 1) * (scale * LOG2_E)
-            tl.store(p_terms + (len(KEYS) + 1) * terms_strides[2], share, mask=in_q)
+    p_a = a + i_b * a_strides[0] + c * a_strides[1] + row * a_strides[2]
+    if terms is not None:
+        p_terms = terms + i_b * terms_strides[0] + c * terms_strides[1] + row
+    if bias is not None:
+        if tl.program_id(1) == 0:
+            share = tl.sum(x * tl.load(bias + place * D + d, mask=d < D, other=0.0)[None, :], 1)
+            if len(KEYS) > 0:
+                share *= scale * LOG2_E
+            last: tl.constexpr = len(KEYS) + (1 if len(KEYS) > 0 else 0)  # of the terms
+            tl.store(p_terms + last * terms_strides[2], share, mask=in_q)
     high = x.to(q.dtype.element_ty)
-    low = (x - high.to(tl.float32)).to(q.dtype.element_ty)  # what turning left of it
-    segment, bits, begin, size, column = 0, 16, 0, 1, 0
-    for k in tl.static_range(len(KEYS)):
-        if tl.program_id(1) == k:
-            segment, bits, begin = KEYS[k][SEGMENT], KEYS[k][BITS], KEYS[k][FIRST]
-            size, column = KEYS[k][SIZE], KEYS[k][COLUMN]
-    packs += place // C * 3 * KEYS[0][SEGMENTS]
-    halfwords, latent = tl.load(packs + 3 * segment + 1) * bits // 16, tl.load(packs + 3 * segment + 2)
-    p_a = a + i_b * a_strides[0] + c * a_strides[1] + row * a_strides[2] + column
-    middles = tl.zeros([BLOCK_Q], tl.float32)
-    for j0 in range(0, size * (16 // bits), BLOCK_R):
-        j = j0 + tl.arange(0, BLOCK_R)
-        m, h = j // size, begin + j % size
-        r = latent + m * halfwords + h
-        inside = j < size * (16 // bits)
-        there = inside & (h < halfwords) & (r < rank)
-        u = tl.load(uk + (r0 + r)[:, None] * (C * D) + (place % C * D + d)[None, :],
-                    mask=there[:, None] & (d < D)[None, :], other=0.0, eviction_policy="evict_last")
-        moved = tl.where(bits >= 8, 0, tl.where(bits == 4, m % 2 * 4, m * 2 % 10))
-        weight = tl.exp2(-moved.to(tl.float32))
-        u = tl.trans(u.to(high.dtype))
-        got = tl.dot(high, u, input_precision="ieee")
-        if CHUNK:
-            got = tl.dot(low, u, got, input_precision="ieee")
-        got = (got * up[:, None] * weight[None, :]).to(tl.float16)
-        tl.store(p_a[:, None] + j[None, :], got, mask=in_q[:, None] & inside[None, :])
-        middles += tl.sum(got.to(tl.float32) * (1.0 / weight)[None, :], 1)
-    middle = tl.where(bits == 16, 0.0, ((1 << bits) - 1) * 0.5)
-    middles *= middle * tl.where(MAGIC, 1.0, 2.0**-24)
-    tl.store(p_terms + tl.program_id(1) * terms_strides[2], middles, mask=in_q)
+    if len(KEYS) == 0:
+        r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+        u = load_rows(uk, C * D, r0, rank, place % C * D, d, D, r).to(high.dtype)
+        got = tl.dot(high, tl.trans(u), input_precision="ieee")
+        tl.store(p_a[:, None] + r[None, :], got.to(a.dtype.element_ty), mask=in_q[:, None] & (r < rank)[None, :])
+    else:
+        largest = tl.sqrt(squared) * tl.load(norms + place) * tl.abs(scale) * LOG2_E
+        exponent = ((largest.to(tl.int32, bitcast=True) >> 23) & 255) - 127  # of what is not finite 128
+        exponent = tl.minimum(tl.maximum(exponent, -40), 100)  # below that scores are nothing
+        up = tl.exp2((14 - exponent).to(tl.float32)) * (scale * LOG2_E)
+        if tl.program_id(1) == 0:
+            factor = tl.exp2((exponent + (2 - 24 * MAGIC)).to(tl.float32))
+            tl.store(p_terms + len(KEYS) * terms_strides[2], factor, mask=in_q)
+        low = (x - high.to(tl.float32)).to(high.dtype)  # what turning left of it
+        segment, bits, begin, size, column = 0, 16, 0, 1, 0
+        for k in tl.static_range(len(KEYS)):
+            if tl.program_id(1) == k:
+                segment, bits, begin = KEYS[k][SEGMENT], KEYS[k][BITS], KEYS[k][FIRST]
+                size, column = KEYS[k][SIZE], KEYS[k][COLUMN]
+        packs += place // C * 3 * KEYS[0][SEGMENTS]
+        halfwords, latent = tl.load(packs + 3 * segment + 1) * bits // 16, tl.load(packs + 3 * segment + 2)
+        middles = tl.zeros([BLOCK_Q], tl.float32)
+        for j0 in range(0, size * (16 // bits), BLOCK_R):
+            j = j0 + tl.arange(0, BLOCK_R)
+            m, h = j // size, begin + j % size
+            r = latent + m * halfwords + h
+            inside = j < size * (16 // bits)
+            there = inside & (h < halfwords) & (r < rank)
+            u = tl.load(uk + (r0 + r)[:, None] * (C * D) + (place % C * D + d)[None, :],
+                        mask=there[:, None] & (d < D)[None, :], other=0.0, eviction_policy="evict_last")
+            moved = tl.where(bits >= 8, 0, tl.where(bits == 4, m % 2 * 4, m * 2 % 10))
+            weight = tl.exp2(-moved.to(tl.float32))
+            u = tl.trans(u.to(high.dtype))
+            got = tl.dot(high, u, input_precision="ieee")
+            if CHUNK:
+                got = tl.dot(low, u, got, input_precision="ieee")
+            got = (got * up[:, None] * weight[None, :]).to(a.dtype.element_ty)
+            tl.store(p_a[:, None] + (column + j)[None, :], got, mask=in_q[:, None] & inside[None, :])
+            middles += tl.sum(got.to(tl.float32) * (1.0 / weight)[None, :], 1)
+        middle = tl.where(bits == 16, 0.0, ((1 << bits) - 1) * 0.5)
+        middles *= middle * tl.where(MAGIC, 1.0, 2.0**-24)
+        tl.store(p_terms + tl.program_id(1) * terms_strides[2], middles, mask=in_q)
 
 
 @triton.jit
@@ -207,30 +172,21 @@ def turned_back(
 # fmt: on
 
 
-def absorb_queries(call: Call, a: Tensor, constant: Tensor | None, span: Span) -> None:
-    """Queries [B, S, Hq, D] in the latents' space, to a [B, chunks, Hq S, Rk], and the bias' share of their scores, to
-    constant [B, chunks, Hq S], for each chunk that tiles of `span` are in; one where keys have no chunks."""
+def absorb_queries(call: Call, a: Tensor, terms: Tensor | None, span: Span, codes: launch.Launch | None = None) -> None:
+    """Queries [B, S, Hq, D] in the latents' space, to a [B, chunks, Hq S, Rk], and what goes with their scores, to
+    terms [B, chunks, n, Hq S], for each chunk that tiles of `span` are in; one where keys have no chunks.
+
+    codes: the launch of attend_packed that takes them, of rows in planes; a is [B, chunks, Hq S, columns] then.
+    """
     q, keys, tokens, size, (batch, chunks, rows, _) = call.q, call.keys, call.tokens, call.keys.sizes, a.shape
-    choice = launch.absorb_queries(launch.name(q.device), q.itemsize, chunked=size.chunk > 0)
-    rows = chunks * rows // size.num_heads
-    absorb_queries_kernel[cdiv(rows, choice.block_q) * size.num_heads, cdiv(size.rank, choice.block_r), batch](
+    row, rows = () if codes is None else pieces(size, PLANES), chunks * rows // size.num_heads
+    choice = launch.absorb_queries(launch.name(q.device), q.itemsize, chunked=size.chunk > 0 or codes is not None)
+    block_q = min(choice.block_q, launch.block_q(rows))
+    absorb_queries_kernel[cdiv(rows, block_q) * size.num_heads, len(row) or cdiv(size.rank, choice.block_r), batch](
         q, q.stride(), *tokens.seen, *tokens.lag, keys.turns, keys.rows, keys.runs, keys.heads, keys.bias,
-        a, a.stride(), constant, strides_of(constant, 3), *call.limits, size.max_position, *span[:2],
-        BLOCK_Q=choice.block_q, BLOCK_T=choice.block_t, **launch.constants(CONSTANTS, call.form, size, choice),
-    )  # fmt: skip
-
-
-def absorb_planes(call: Call, a: Tensor, terms: Tensor, span: Span, choice: launch.Launch) -> None:
-    """As absorb_queries, for rows in planes: a [B, chunks, Hq S, columns] float16, terms [B, chunks, n, Hq S].
-
-    choice: of attend_packed."""
-    q, keys, tokens, size, (batch, chunks, rows, _) = call.q, call.keys, call.tokens, call.keys.sizes, a.shape
-    own = launch.absorb_queries(launch.name(q.device), q.itemsize, chunked=True)
-    rows, row = chunks * rows // size.num_heads, pieces(size, PLANES)
-    block_q = min(own.block_q, launch.block_q(rows))
-    absorb_planes_kernel[cdiv(rows, block_q) * size.num_heads, len(row), batch](
-        q, q.stride(), *tokens.seen, *tokens.lag, keys.turns, keys.rows, keys.norms, keys.runs, keys.heads,
-        keys.packs, keys.bias, a, a.stride(), terms, terms.stride(), call.rule.scale, *call.limits, size.max_position,
-        *span[:2], KEYS=row, MAGIC=choice.magic, BLOCK_Q=block_q, BLOCK_T=choice.block_t,
-        **launch.constants(CONSTANTS, call.form, size, own),
+        keys.norms if row else None, keys.packs if row else None, a, a.stride(), terms, strides_of(terms, 4),
+        call.rule.scale, *call.limits, size.max_position, *span[:2],
+        KEYS=row, MAGIC=codes is not None and codes.magic, CHAINED=launch.chained(q.device), BLOCK_Q=block_q,
+        BLOCK_T=launch.BLOCK_T if codes is None else codes.block_t,
+        **launch.constants(CONSTANTS, call.form, size, choice),
     )  # fmt: skip

@@ -1,5 +1,4 @@
-"""Scores of absorbed queries against latents: of plain rows, and of packed ones in float32 or on devices whose products
-take no codes (kernels/plan.py)."""
+"""Scores of absorbed queries against the latents of plain rows."""
 
 import triton.language as tl
 from torch import Tensor
@@ -8,8 +7,7 @@ from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Call, Span, strides_of
 from lrattn.kernels.packed import SIZE, load_piece, located, segments
-from lrattn.kernels.pieces import columns, strides
-from lrattn.kernels.rows import load_row, load_row_queries, product, scores_streamed, transposed
+from lrattn.kernels.rows import load_row_queries
 from lrattn.kernels.tiles import chunk_of, lag_of, load_latents, load_run, part_of, reach, scaled, seen, slots
 
 
@@ -17,14 +15,13 @@ from lrattn.kernels.tiles import chunk_of, lag_of, load_latents, load_run, part_
 @launch.kernel
 def absorbed_scores_kernel(
     a, a_strides,            # [B, chunks, Hq * S, Rk]  absorbed queries, from the chunk of the first tile on
-    constant, const_strides, # [B, chunks, Hq * S]      float32, or None without a key bias
+    constant, const_strides, # [B, chunks, 1, Hq * S]   float32, or None without a key bias
     ck, ck_strides,          # [N, P, width]    key rows by page
     pages, pages_stride,     # [B, pages]       int32
     lens, lens_stride,       # [B]              int32, tokens held
     starts, starts_stride,   # [B]              int32, first token attended to, or None
     offsets, offsets_stride, # [B]              int32, token less position, or None
     runs, heads,             # [G, 3], [Hkv]    int32: column, rank, first row of uk; place -> kv head
-    packs,                   # [G, 3 n]         int32: segments of packed rows; None where they are plain
     s, s_strides,            # [B, Hq * S, T]   out, float32, T tokens of the tiles; -inf where not seen
     scale, softcap, bound, S, window, first_tile, tiles, parts,
     C: tl.constexpr, M: tl.constexpr, P: tl.constexpr, Hkv: tl.constexpr, CHUNK: tl.constexpr,
@@ -57,10 +54,9 @@ def absorbed_scores_kernel(
     in_q = i < C * M * S
     head = tl.load(heads + g * C + i // (M * S), mask=in_q, other=0)
     row = (head * M * S + i % (M * S)).to(tl.int64)
-    if packs is None:
-        r1 = tl.arange(0, ROW[0][SIZE])
+    r1 = tl.arange(0, ROW[0][SIZE])
     p_a = a + i_b * a_strides[0] + row * a_strides[2]
-    segs = segments(packs, g, column, rank, ROW)
+    segs = segments(None, g, column, rank, ROW)
     if constant is not None:
         p_constant = constant + i_b * const_strides[0] + row
     if CHUNK:
@@ -68,8 +64,6 @@ def absorbed_scores_kernel(
     else:
         if RESIDENT:
             x = load_row_queries(p_a, segs, in_q, ROW)
-            if packs is not None:
-                x = transposed(x)
         if constant is not None:
             share = tl.load(p_constant, mask=in_q, other=0.0)
     query = tl.where(in_q, i % S, -1)
@@ -79,27 +73,21 @@ def absorbed_scores_kernel(
         t = t0 + tl.arange(0, BLOCK_T)
         live = (t >= begin) & (t < t_end)
         page, offset = slots(pages + i_b * pages_stride, t0, t, live, P, BLOCK_T, offsets)
-        p_ck = located(ck, ck_strides, page, offset, packs, g, G, P)
+        p_ck = located(ck, ck_strides, page, offset, None, g, G, P)
         p_x = p_a
         if CHUNK:
             c = (tl.maximum(before + t0 - origin, 0) // CHUNK).to(tl.int64)
             p_x += c * a_strides[1]
             if RESIDENT:
                 x = load_row_queries(p_x, segs, in_q, ROW)
-                if packs is not None:
-                    x = transposed(x)
             if constant is not None:
                 share = tl.load(p_constant + c * const_strides[1], mask=in_q, other=0.0)
-        if RESIDENT and packs is not None:
-            score = product(load_row(p_ck, segs, live, ROW, a), x)
-        elif RESIDENT:
+        if RESIDENT:
             score = tl.dot(load_piece(p_ck[0], segs, live, ROW, 0), tl.trans(x[0]), input_precision="ieee")
             for n in tl.static_range(1, len(ROW)):
                 z = load_piece(p_ck[0], segs, live, ROW, n)
                 score = tl.dot(z, tl.trans(x[n]), score, input_precision="ieee")
-        elif packs is not None:
-            score = scores_streamed(p_ck, segs, live, p_x, in_q, ROW)
-        else:  # as scores_streamed but for the order of the loads, which registers depend on
+        else:
             score = tl.zeros([BLOCK_T, BLOCK_Q], tl.float32)
             for r in range(0, rank, ROW[0][SIZE]):
                 z = load_latents(p_ck[0], column, rank, live, r + r1)
@@ -118,11 +106,10 @@ def absorbed_scores(call: Call, a: Tensor, constant: Tensor | None, s: Tensor, s
     ck, keys, tokens, size = call.ck, call.keys, call.tokens, call.keys.sizes
     rows, names = a.shape[2] // size.groups, "C M P Hkv CHUNK CAUSAL WINDOWED CAPPED RESIDENT BLOCK_Q BLOCK_T"
     choice = launch.absorbed_scores(
-        launch.name(a.device), a.itemsize, rank=columns(size), rows=rows, packed=bool(size.packed),
-        chunked=bool(size.chunk),
+        launch.name(a.device), a.itemsize, rank=size.rank, rows=rows, chunked=bool(size.chunk)
     )  # fmt: skip
     absorbed_scores_kernel[cdiv(rows, choice.block_q) * size.groups, span.parts, a.shape[0]](
-        a, a.stride(), constant, strides_of(constant, 3), ck, strides(ck, keys), *tokens.paged, *tokens.seen,
-        *tokens.lag, keys.runs, keys.heads, keys.packs, s, s.stride(), *call.numbers, *span,
-        ROW=launch.scored(size, choice), **launch.constants(names, call.form, size, choice),
+        a, a.stride(), constant, strides_of(constant, 4), ck, ck.stride(), *tokens.paged, *tokens.seen, *tokens.lag,
+        keys.runs, keys.heads, s, s.stride(), *call.numbers, *span, ROW=launch.scored(size, choice),
+        **launch.constants(names, call.form, size, choice),
     )  # fmt: skip

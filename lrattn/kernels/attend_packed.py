@@ -25,19 +25,18 @@ from lrattn.kernels.packed import (
     SIZE,
     START,
 )
-from lrattn.kernels.pieces import PLANES, Pieces, pieces, words
-from lrattn.kernels.planes import middle, planes, scale_of, unit, weighed
+from lrattn.kernels.pieces import PLANES, parts, pieces, words
+from lrattn.kernels.planes import SCALE_UNIT, middle, planes, scale_of, unit, weighed
 from lrattn.kernels.tiles import chunk_of, lag_of, part_of, reach, soft_cap
 
 LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 NOTHING = tl.constexpr(-1e30)  # a peak below all scores
-SCALE_UNIT = tl.constexpr(2.0**-8)  # of scales
 
 
 # fmt: off
 @launch.kernel
 def attend_packed_kernel(
-    a, a_strides,            # [B, chunks, Hq * S, columns]  float16, absorbed queries by plane, see absorb
+    a, a_strides,            # [B, chunks, Hq * S, columns]  DTYPE, absorbed queries by plane, see absorb
     terms, terms_strides,    # [B, chunks, n, Hq * S]  float32: middles of KEYS' pieces, the factor, the bias' share
     ck, ck_page,             # [N, P, bytes]    uint8, key rows by page, and bytes from page to page
     cv, cv_page,             # [N, P, bytes]    value rows; ck where a row serves both
@@ -55,19 +54,20 @@ def attend_packed_kernel(
     VALUES: tl.constexpr, VALUE_RUN: tl.constexpr, VALUE_ROW: tl.constexpr, VALUE_WORDS: tl.constexpr,
     C: tl.constexpr, M: tl.constexpr, P: tl.constexpr, Hkv: tl.constexpr, CHUNK: tl.constexpr, BIASED: tl.constexpr,
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
-    MAGIC: tl.constexpr, ASM: tl.constexpr, BLOCK_T: tl.constexpr, W: tl.constexpr, T: tl.constexpr,
+    DTYPE: tl.constexpr, MAGIC: tl.constexpr, ASM: tl.constexpr, CHAINED: tl.constexpr,
+    BLOCK_T: tl.constexpr, W: tl.constexpr, T: tl.constexpr,
 ):
     """y[b, i, h S + j] = softmax_t(s[b, h S + j, t]) @ (scale[t] (codes[t] - middle)),   t in split i
     s[b, h S + j, t] = softcap(factor * sum_n scale[t] (sum_m a[b, c, h S + j, n, m] . plane[t, n, m] - middle) + bias)
 
     over pieces n of a row and planes m of a piece, t in chunk c; in base 2 within. KEYS and VALUES are the pieces of
     either side. Without KEYS scores are read, without VALUES they are written. RUN: bytes of a group's run, ROW: of all
-    runs of a token, WORDS: of all its words.
+    runs of a token, WORDS: of all its words. DTYPE: of operands, float16, or float32 in a layer of float32.
 
     Grid: (row blocks * G, splits, B). A program owns 16 of the C M S query rows of one group and one split of tiles of
     BLOCK_T tokens. It takes W T tokens at a time, T to a warp, whose products, peak and sums are its own till the end.
-    Needs: P a multiple of 16, W warps, chunks of whole tiles; groups of keys and of values that hold the same heads; at
-    most 256 columns of VALUES. Pages in reach alone are read, but all rows of them. Sums are float32.
+    Needs: P a multiple of 16, W warps, chunks of whole tiles; groups of keys and of values that hold the same heads;
+    VALUES of 256 columns and 7 scales at most. Pages in reach alone are read, but all rows of them. Sums are float32.
     Reference: lrattn.attention.reference._attend_span. Derivation: docs/kernels.md#packed.
     """
     G: tl.constexpr = Hkv // C
@@ -79,6 +79,9 @@ def attend_packed_kernel(
     begin, end = reach(lens, lens_stride, starts, starts_stride, i_b, bound, S, window, WINDOWED)
     lag, shift = lag_of(offsets, offsets_stride, i_b, BLOCK_T)
     origin, t_begin, t_end = part_of(begin, end, first_tile, tiles, tl.program_id(1), splits, BLOCK_T, shift)
+    if CHAINED:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     if t_begin >= t_end or t_end <= begin:
         if len(VALUES) > 0:
             p_lse = lse + i_b * lse_strides[0] + i_s * lse_strides[1] + row
@@ -139,7 +142,7 @@ def attend_packed_kernel(
                     column = KEYS[n][COLUMN] + m * KEYS[n][SIZE] + tl.arange(0, KEYS[n][SIZE])
                     x = tl.load(p_a[:, None] + column[None, :])
                     x = tl.broadcast_to(x[None], [W, 16, KEYS[n][SIZE]])
-                    part = tl.dot(x, tl.permute(z[m], (0, 2, 1)), part)
+                    part = _dot(x, tl.permute(z[m].to(DTYPE), (0, 2, 1)), part)
                 if KEYS[n][BITS] == 16:
                     if KEYS[n][CLOSES]:
                         score += part * 2.0 ** (24 * MAGIC - 16)  # which codes and scales lack, see absorb
@@ -179,8 +182,8 @@ def attend_packed_kernel(
                 p = tl.exp2(score * factor[None, :, None] - (above - share[None, :])[:, :, None])
             fade = tl.exp2(peak - above)[:, :, None]
             peak = above
-            p = p.to(tl.float16)
-            sums, new = tl.dot(p, (eight == 0).to(tl.float16), sums * fade), ()
+            p = p.to(DTYPE)
+            sums, new = _dot(p, (eight == 0).to(DTYPE), sums * fade), ()
             for n in tl.static_range(len(VALUES)):
                 z = planes(_halfwords(p_row, value_segs, VALUES, n), VALUES[n][BITS], MAGIC, ASM)
                 mine = ()
@@ -189,9 +192,9 @@ def attend_packed_kernel(
                 elif VALUES[n][OPENS]:
                     word = tl.where(live, vw[VALUES[n][SCALE] // 3], 0)
                     ps = weighed(p, scale_of(word, VALUES[n][SCALE] % 3, ASM)[:, None, :], ASM)
-                    sums = tl.dot(ps, (eight == 1 + VALUES[n][SCALE]).to(tl.float16), sums)
+                    sums = _dot(ps, (eight == 1 + VALUES[n][SCALE] - VALUES[0][SCALE]).to(DTYPE), sums)
                 for m in tl.static_range(16 // VALUES[n][BITS]):
-                    mine = mine + (tl.dot(ps, z[m], acc[n][m] * fade),)
+                    mine = mine + (_dot(ps, z[m].to(DTYPE), acc[n][m] * fade),)
                 new = new + (mine,)
             acc = new
 
@@ -211,7 +214,8 @@ def attend_packed_kernel(
                 held, latent = value_segs[3 * n + 1], value_segs[3 * n + 2]
             h = VALUES[n][FIRST] + tl.arange(0, VALUES[n][SIZE])
             if VALUES[n][OPENS] and VALUES[n][BITS] < 16:
-                less = _column(sums, 1 + VALUES[n][SCALE]) * share * (middle(VALUES[n][BITS]) * SCALE_UNIT)
+                weight = share * (middle(VALUES[n][BITS]) * SCALE_UNIT)
+                less = _column(sums, 1 + VALUES[n][SCALE] - VALUES[0][SCALE]) * weight
             for m in tl.static_range(16 // VALUES[n][BITS]):
                 if VALUES[n][BITS] == 16:
                     x = tl.sum(acc[n][m] * share[:, :, None], 0)
@@ -232,6 +236,11 @@ def _queries(heads, g, S, C: tl.constexpr, M: tl.constexpr, G: tl.constexpr, KIN
     in_q = i < C * M * S
     i, each = tl.where(in_q, i, 0).to(KIND), tl.cast(M * S, KIND)
     return in_q, tl.load(heads + g * C + (i // each).to(tl.int32)) * (M * S) + (i % each).to(tl.int32)
+
+
+@triton.jit
+def _dot(x, y, acc):
+    return tl.dot(x, y, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -296,7 +305,8 @@ def attend_packed(
             a, strides_of(a, 4), terms, strides_of(terms, 4), ck, ck.stride()[0], cv, cv.stride()[0],
             *tokens.paged, *tokens.seen, *tokens.lag, key_packs, value_packs, (keys if y is None else values).heads,
             s, strides_of(s, 3), y, strides_of(y, 4), lse, strides_of(lse, 3), call.rule.softcap, *call.limits, *span,
-            ASM=launch.assembles(ck.device), **fixed,
+            DTYPE=tl.float32 if q.itemsize == 4 else tl.float16, ASM=q.itemsize == 2 and launch.assembles(ck.device),
+            **launch.pdl(ck.device), **fixed,
         )  # fmt: skip
 
 
@@ -313,15 +323,4 @@ def _constants(
         "BIASED": bool(key.biased), "MASKED": (form.causal and form.num_queries > 1) or form.windowed,
         "W": choice.warps, "T": choice.block_n,
     }  # fmt: skip
-    return [fixed | {"VALUES": x} for x in ([()] if alone else parts(pieces(value, PLANES), launch.MOST_COLUMNS))]
-
-
-def parts(row: Pieces, most: int) -> list[Pieces]:
-    """A row in runs of pieces that have at most so many columns of operands; of whole segments where one fits."""
-    found: list[list[tuple[int, ...]]] = [[]]
-    for piece in row:
-        wide = sum(size * (16 // bits) for _, bits, _, size, *_ in (*found[-1], piece))
-        if found[-1] and wide > most:
-            found.append([])
-        found[-1].append(piece)
-    return [tuple((*p[:9], int(i == 0 or p[0] != own[i - 1][0]), *p[10:]) for i, p in enumerate(own)) for own in found]
+    return [fixed | {"VALUES": x} for x in ([()] if alone else parts(value))]

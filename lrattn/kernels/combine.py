@@ -27,6 +27,7 @@ def combine_kernel(
     B, S, first, last, width,
     C: tl.constexpr, M: tl.constexpr, Hkv: tl.constexpr, D: tl.constexpr, BLOCKS_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """out[b, i, h] = mass * ((sum_j w_j y[b, j, h S + i]) @ uv[k] + bias[k]) + rest * near[b, h S + i]
 
@@ -40,6 +41,8 @@ def combine_kernel(
     Needs: BLOCK_Q 1 or at least 16. Sums are float32, over BLOCK_S slots at a time.
     Reference: lrattn.attention.reference.merge_attention, _join_sinks, _project. Derivation: docs/kernels.md#combine.
     """
+    if CHAINED:
+        tl.extra.cuda.gdc_wait()
     i_d = tl.program_id(0) % BLOCKS_D
     head = tl.program_id(0) // BLOCKS_D % Hkv
     n = tl.program_id(0) // (BLOCKS_D * Hkv) * BLOCK_Q + tl.arange(0, BLOCK_Q)  # (b M + m) S + s
@@ -164,5 +167,5 @@ def combine(
         batch, num_queries, parts.start, parts.stop, width,
         C=size.group_size, M=query_heads // heads, Hkv=heads, D=size.head_dim, BLOCKS_D=blocks_d,
         BLOCK_Q=choice.block_q, BLOCK_S=choice.block_s, BLOCK_R=choice.block_r, BLOCK_D=choice.block_d,
-        num_warps=choice.warps, num_stages=choice.stages,
+        num_warps=choice.warps, num_stages=choice.stages, **launch.pdl(out.device),
     )  # fmt: skip

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lrattn.kernels import launch, plan
-from lrattn.kernels.absorb import absorb_planes, absorb_queries
+from lrattn.kernels.absorb import absorb_queries
 from lrattn.kernels.absorbed_scores import absorbed_scores
 from lrattn.kernels.arguments import Call, Span
 from lrattn.kernels.attend_packed import attend_packed
@@ -52,7 +52,8 @@ def decode_attention(
 
 def _allocate(call: Call, size: Cut) -> Workspace:
     x, *rest = size.shapes
-    queries = call.q.new_empty(*x, dtype=call.q.dtype if size.planes.keys is None else torch.float16)
+    halves = size.planes.keys is not None and call.q.itemsize == 2
+    queries = call.q.new_empty(*x, dtype=torch.float16 if halves else call.q.dtype)
     fp32 = call.keys.norms.new_empty  # a shape as numbers, and no dtype: both take time to read
     return Workspace(queries, *[None if shape is None else fp32(*shape) for shape in rest])
 
@@ -86,10 +87,8 @@ def _attend_tiles(call: Call, size: Cut, work: Workspace, y: Tensor, lse: Tensor
     keys, x, terms, codes = call.keys.sizes, work.x, work.terms, size.planes
     span = Span(first, size.tiles, size.splits)
     if size.turned or keys.chunk or not first:  # else they are ready
-        if codes.keys is not None:
-            absorb_planes(call, x, terms, span, codes.keys)
-        elif keys.absorbed:
-            absorb_queries(call, x, terms, span)
+        if keys.absorbed:
+            absorb_queries(call, x, terms, span, codes.keys)
         else:
             turn_queries(call, x, first, size.turned)
     if size.fused and codes.keys is not None:

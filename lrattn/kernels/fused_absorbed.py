@@ -27,7 +27,7 @@ from lrattn.kernels.tiles import (
 @launch.kernel
 def fused_absorbed_kernel(
     a, a_strides,            # [B, chunks, Hq * S, Rk]  absorbed queries, from the chunk of the first tile on
-    constant, const_strides, # [B, chunks, Hq * S]      float32, or None without a key bias
+    constant, const_strides, # [B, chunks, 1, Hq * S]   float32, or None without a key bias
     ck, ck_strides,          # [N, P, width]    key rows by page
     cv, cv_strides,          # [N, P, width]    value rows by page; None: a row serves both
     pages, pages_stride,     # [B, pages]       int32
@@ -117,7 +117,7 @@ def fused_absorbed_kernel(
     store_lse(p_lse, peak, total, in_q)
     some = total != 0
     p_y = y + i_b * y_strides[0] + i_s * y_strides[1] + row * y_strides[2]
-    store_row(p_y, acc, 1.0 / tl.where(some, total, 1.0), value_segs, in_q & some, VALUES)
+    store_row(p_y, acc, 1.0 / tl.where(some, total, 1.0), value_rank, in_q & some, VALUES)
 # fmt: on
 
 
@@ -128,7 +128,7 @@ def fused_absorbed(
     ck, cv, keys, values, tokens = call.ck, call.cv, call.keys, call.values, call.tokens
     key, value, names = keys.sizes, values.sizes, "C M P Hkv CHUNK CAUSAL WINDOWED CAPPED BLOCK_Q BLOCK_T"
     fused_absorbed_kernel[cdiv(a.shape[2] // key.groups, choice.block_q) * key.groups, span.parts, a.shape[0]](
-        a, a.stride(), constant, strides_of(constant, 3), ck, ck.stride(), cv, strides_of(cv, 2),
+        a, a.stride(), constant, strides_of(constant, 4), ck, ck.stride(), cv, strides_of(cv, 2),
         *tokens.paged, *tokens.seen, *tokens.lag, keys.runs, values.runs, keys.heads, y, y.stride(), lse, lse.stride(),
         *call.numbers, *span, KEYS=pieces(value if cv is None else key, choice.block_r),
         VALUES=pieces(value, choice.block_r), **launch.constants(names, call.form, key, choice),

@@ -14,6 +14,7 @@ from lrattn.factors.operands import KeySizes, ValueSizes
 from lrattn.kernels.arguments import Form
 from lrattn.kernels.pieces import ANY, Pieces, next_power_of_2, pieces, streamed
 
+WAITING, STARTING = {"CHAINED": True, "launch_pdl": True}, {"CHAINED": False}
 BLOCK_T = 64  # tokens of a tile: 64 rows make one wgmma of 4 warps
 
 
@@ -66,7 +67,8 @@ HOPPER = ("sm90", "sm100")
 BIG = ("sm80", "sm90", "sm100")  # more than 160 KiB of shared memory; gfx9 has 64
 
 LATENT_SCORES = (
-    Row(Launch(4, 2, block_d=64, resident=True), HOPPER, head=64, rank=384, queries=16),
+    Row(Launch(4, 2, block_d=64, resident=True), ("sm90",), head=64, rank=384, queries=16),
+    Row(Launch(4, 1, block_d=64, resident=True), ("sm100",), head=64, rank=384, queries=16),
     Row(Launch(8, 2, block_d=64, resident=True), HOPPER, head=64, rank=384, table=False),
     Row(Launch(8, 2, block_d=64, resident=True), HOPPER, head=64, rank=288),
     Row(Launch(4, 2, block_d=64, resident=True), ("sm80",), head=64, rank=256),
@@ -83,9 +85,10 @@ LATENT_SCORES = (
     Row(Launch(8, 1, block_r=32, block_d=64), (), itemsize=4),
     Row(Launch(4, 1, block_d=64, resident=True), ("sm90",), head=64, rank=384, queries=16, packed=True),
     Row(Launch(4, 1, block_d=128, resident=True), ("sm90",), head=128, rank=256, queries=16, table=False, packed=True),
-    Row(Launch(8, 1, block_r=64, block_d=128), HOPPER, queries=16, packed=True),
+    Row(Launch(8, 1, block_r=64, block_d=128), ("sm90",), queries=16, packed=True),
+    Row(Launch(8, 1, block_r=64, block_d=64), ("sm100",), queries=16, packed=True),
     Row(Launch(4, 1, block_r=32, block_d=32), ("gfx9",), packed=True),
-    Row(Launch(8, 1, block_r=16, block_d=32), ("sm80",), packed=True),
+    Row(Launch(8, 1, block_r=16, block_d=64), ("sm80",), packed=True),
     Row(Launch(8, 1, block_r=32, block_d=64), (), queries=32, packed=True),
     Row(Launch(8, 1, block_r=32, block_d=32), (), packed=True),
     Row(Launch(8, 1, block_r=32, block_d=64), (), itemsize=4, packed=True),
@@ -101,8 +104,6 @@ ABSORBED_SCORES = (
     Row(Launch(4, 2, block_r=64), (), queries=16),
     Row(Launch(8, 1, block_r=64), ()),
     Row(Launch(4, 1, block_r=32), (), itemsize=4),
-    Row(Launch(8, 1, block_r=32), ("gfx9",), packed=True),
-    Row(Launch(8, 1, block_r=32), (), itemsize=4, least_itemsize=4, packed=True),
 )
 LATENT_VALUES = (
     Row(Launch(4, 3, block_r=64), (), rank=64, queries=16),
@@ -114,14 +115,12 @@ LATENT_VALUES = (
     Row(Launch(8, 3, block_r=128), ("sm80",)),
     Row(Launch(8, 2, block_r=64), ()),
     Row(Launch(4, 1, block_r=64), (), itemsize=4),
-    Row(Launch(4, 1, block_r=16), ("gfx9",), packed=True),
-    Row(Launch(8, 1, block_r=16), (), packed=True),
-    Row(Launch(8, 1, block_r=32), (), itemsize=4, packed=True),
 )
 # One pass over keys and values; where no row fits there are two. rank: columns of keys, values: columns of values;
 # rank 0: one row serves both.
 FUSED_ABSORBED = (
-    Row(Launch(4, 2, block_r=128), ("sm90",), rank=256, values=256, queries=16),
+    Row(Launch(4, 2, block_r=128), ("sm90",), rank=256, values=256, queries=16, biased=False),
+    Row(Launch(4, 2, block_r=64), ("sm90",), rank=256, values=256, queries=16),
     Row(Launch(4, 2, block_r=128), ("sm90",), rank=0, values=384, queries=16, chunked=False),
     Row(Launch(4, 2, block_r=64), ("sm90",), rank=0, values=384, queries=16, chunked=True),
     Row(Launch(4, 2, block_r=128), ("sm90",), rank=0, values=512, queries=16, biased=False, chunked=False),
@@ -135,12 +134,13 @@ FUSED_ABSORBED = (
     Row(Launch(4, 1, block_r=128), (), rank=128, values=128, itemsize=4, least_itemsize=4),
 )
 # Packed rows by plane, 16 query rows a program.
-MOST_SCALES = 7  # of values: with the sum of p they are the columns of one product
-MOST_COLUMNS = 256  # of values in one pass: sums for 16 rows are half of a thread's registers
 ATTEND_PACKED = (
-    Row(Launch(4, 2, block_t=128, block_n=32), BIG, wide=False),
+    Row(Launch(4, 2, block_t=128, block_n=32), ("sm80", "sm90"), wide=False),
+    Row(Launch(4, 2, block_t=128, block_n=32), ("sm100",), wide=False, biased=False),
     Row(Launch(4, 2, block_t=128, block_n=16), BIG),
     Row(Launch(4, 2, block_t=64, block_n=16), BIG),
+    Row(Launch(4, 1, block_t=64, block_n=16, magic=True), ("gfx9",)),
+    Row(Launch(4, 1, block_t=64, block_n=16, magic=True), (), itemsize=4, least_itemsize=4),
 )
 PACKED_VALUES = tuple(row._replace(launch=row.launch._replace(stages=1)) for row in ATTEND_PACKED)  # of given scores
 FUSED_REBUILT = (
@@ -165,6 +165,7 @@ COMBINE = (
     Row(Launch(4, 1, block_q=16, block_s=8, block_r=32, block_d=32), (), itemsize=4),
 )
 COMBINE_MANY = (  # splits: a program takes one row
+    Row(Launch(8, 1, block_q=1, block_s=16, block_r=256, block_d=64), ("sm80",)),
     Row(Launch(8, 1, block_q=1, block_s=32, block_r=256, block_d=64), BIG),
     Row(Launch(8, 1, block_q=1, block_s=16, block_r=64, block_d=64), (), itemsize=4),
 )
@@ -242,12 +243,14 @@ latent_scores, absorbed_scores, latent_values = (
 fused_absorbed, fused_rebuilt = (cache(partial(find, table)) for table in (FUSED_ABSORBED, FUSED_REBUILT))
 
 
-def by_plane(table: tuple[Row, ...], device: str, itemsize: int, tile: int, wide: bool) -> Launch | None:
-    """The launch for rows in planes whose tiles divide so many tokens, or None: such rows are then unpacked."""
-    for row in table:
-        if itemsize == 2 and device in row.devices and not tile % row.launch.block_t and (row.wide or not wide):
-            return row.launch
-    return None
+def by_plane(
+    table: tuple[Row, ...], device: str, itemsize: int, tile: int, wide: bool, biased: bool = False
+) -> Launch:  # fmt: skip
+    """The launch for packed rows by plane whose tiles divide so many tokens."""
+    there = (row for row in table if row.least_itemsize <= itemsize <= row.itemsize)
+    there = (row for row in there if not row.devices or device in row.devices)
+    there = (row for row in there if (row.wide or not wide) and (row.biased or not biased))
+    return next(row.launch for row in there if not tile % row.launch.block_t)
 
 
 attend_packed, packed_values = (cache(partial(by_plane, table)) for table in (ATTEND_PACKED, PACKED_VALUES))
@@ -257,6 +260,17 @@ attend_packed, packed_values = (cache(partial(by_plane, table)) for table in (AT
 def assembles(device: torch.device) -> bool:
     """Whether kernels may hold NVIDIA's assembly there."""
     return device.type == "cuda" and torch.version.hip is None
+
+
+@cache
+def chained(device: torch.device) -> bool:
+    """Whether a launch there may begin before the one before it has ended, and waits for it itself: `launch_pdl`."""
+    return assembles(device) and name(device) in HOPPER
+
+
+def pdl(device: torch.device) -> dict[str, bool]:
+    """Words of a launch that waits."""
+    return WAITING if chained(device) else STARTING
 
 
 @cache
@@ -288,9 +302,8 @@ def constants(
         "BLOCK_T": choice.block_t, "RESIDENT": choice.resident, "MAGIC": choice.magic,
     }  # fmt: skip
     if isinstance(side, KeySizes):
-        known |= {
-            "CHUNK": side.chunk, "ROTARY": side.rotary_dim, "INTERLEAVED": bool(side.interleaved), "TABLE": not turned,
-        }  # fmt: skip
+        known |= {"CHUNK": side.chunk, "ROTARY": side.rotary_dim, "INTERLEAVED": side.interleaved > 0}
+        known["TABLE"] = not turned
     return {name: known[name] for name in names.split()} | {"num_warps": choice.warps, "num_stages": choice.stages}
 
 

@@ -26,7 +26,7 @@ def attend_near_kernel(
     lse, lse_strides,        # [B, Hq * S]      out, float32, natural log
     scale, softcap, bound, S, window, recent, sinks, slots, n,
     M: tl.constexpr, D: tl.constexpr, Hkv: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, CHAINED: tl.constexpr,
 ):
     """y[b, h S + i] = softmax_t(softcap(scale * q[b, i, h] . keys[b, place(t), k])) @ values[b, place(t), k]
 
@@ -38,6 +38,9 @@ def attend_near_kernel(
     are float32.
     Reference: lrattn.attention.near.attend_near. Derivation: docs/kernels.md#near.
     """
+    if CHAINED:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     head = tl.program_id(0) % Hkv
     i_b = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) // Hkv * BLOCK_Q + tl.arange(0, BLOCK_Q)  # row m S + s of the kv head
@@ -154,6 +157,7 @@ def attend_near(call: Call, near: Near, y: Tensor, lse: Tensor) -> None:
         q, q.stride(), *tensors(near), *tokens.seen, near.firsts, stride(near.firsts),
         y, y.stride(), lse, lse.stride(), *call.numbers[:4], rule.window, recent, near.sinks,
         max(width - near.sinks, 1), held, BLOCK_T=choice.block_n, **launch.constants(names, call.form, size, choice),
+        **launch.pdl(q.device),
     )  # fmt: skip
 
 

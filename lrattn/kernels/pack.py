@@ -4,14 +4,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrattn.factors.formats import ALIGNMENT, LARGEST, MEAN_BITS, SCALES, SMALLEST, WORD
+from lrattn.factors import formats
+from lrattn.factors.formats import SCALES, WORD
 from lrattn.factors.operands import Keys, Values
 from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
-from lrattn.kernels.packed import BROKEN, SCALE_FRACTION, SCALE_LEAST, segment
+from lrattn.kernels.packed import segment
 from lrattn.kernels.pieces import words
 from lrattn.kernels.tiles import load_run
 
+ALIGNMENT, MEAN_BITS = tl.constexpr(formats.ALIGNMENT), tl.constexpr(formats.MEAN_BITS)
+SMALLEST, LARGEST, BROKEN = (tl.constexpr(x) for x in (formats.SMALLEST, formats.LARGEST, formats.BROKEN))
+FRACTION, LEAST = tl.constexpr(formats.FRACTION), tl.constexpr(formats.LEAST)
 NEAREST, UPWARDS = tl.constexpr(1 << 19), tl.constexpr((1 << 20) - 1)  # added before a scale's fraction is cut
 
 
@@ -24,8 +28,7 @@ def pack_latents_kernel(
     runs,                    # [G, 3]           int32: first column in z
     packs,                   # [G, 3 n]         int32: segments
     n, num_slots,
-    P: tl.constexpr, ROW: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr, MEAN_BITS: tl.constexpr,
-    SMALLEST: tl.constexpr, LARGEST: tl.constexpr, ALIGNMENT: tl.constexpr,
+    P: tl.constexpr, ROW: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
     """scale = least that cuts nothing, or next to the root mean square up to MEAN_BITS bits
@@ -73,9 +76,9 @@ def pack_latents_kernel(
                 held = tl.sqrt_rn(size / rank).to(tl.int32, bitcast=True) + NEAREST
             else:
                 held = (size / 2 ** (BITS[s] - 1)).to(tl.int32, bitcast=True) + UPWARDS
-            held = (held - SCALE_LEAST) >> SCALE_FRACTION
+            held = (held - LEAST) >> FRACTION
             held = tl.minimum(tl.maximum(held, SMALLEST), LARGEST)
-            scale = ((held << SCALE_FRACTION) + SCALE_LEAST).to(tl.float32, bitcast=True)
+            scale = ((held << FRACTION) + LEAST).to(tl.float32, bitcast=True)
             held = tl.where(bad > 0, BROKEN, held)
             tl.store(p_words + scale_byte(BITS, s), held.to(tl.uint8), mask=live)
             padded = tl.cdiv(2 * halfwords, ALIGNMENT) * ALIGNMENT
@@ -116,6 +119,5 @@ def pack_latents(z: Tensor, cache: Tensor, slots: Tensor, side: Keys | Values) -
     pack_latents_kernel[cdiv(z.shape[0], choice.block_n), side.sizes.groups](
         z, z.stride(0), cache, cache.stride(), slots, slots.stride(0), side.runs, side.packs, z.shape[0],
         num_pages * page_size, P=page_size, ROW=side.sizes.runs, WORDS=words(side.sizes) // side.sizes.groups,
-        BITS=bits, MEAN_BITS=MEAN_BITS, SMALLEST=SMALLEST, LARGEST=LARGEST, ALIGNMENT=ALIGNMENT,
-        BLOCK_N=choice.block_n, BLOCK_R=choice.block_r, num_warps=choice.warps, num_stages=choice.stages,
+        BITS=bits, BLOCK_N=choice.block_n, BLOCK_R=choice.block_r, num_warps=choice.warps, num_stages=choice.stages,
     )  # fmt: skip

@@ -12,7 +12,7 @@ rounded by an eighth of a step at 8. Kernels whose queries meet the codes themse
 import triton
 import triton.language as tl
 
-from lrattn.kernels.planes import middle
+from lrattn.kernels.planes import SCALE_UNIT, middle, scale_of
 from lrattn.kernels.tiles import load_latents
 
 # What a piece says: its segment, bits (0: plain), the first of its columns or halfwords and how many, a power of two;
@@ -21,8 +21,6 @@ from lrattn.kernels.tiles import load_latents
 # the piece is the first, or the last, of its segment. SEGMENTS: how many a row has.
 SEGMENT, BITS, FIRST, SIZE, COLUMN, SCALE = (tl.constexpr(i) for i in range(6))
 START, LATENT, HELD, OPENS, CLOSES, SEGMENTS = (tl.constexpr(i) for i in range(6, 12))
-SCALE_FRACTION, SCALE_LEAST = tl.constexpr(20), tl.constexpr(104 << 23)  # see lrattn/factors/formats.py
-BROKEN = tl.constexpr(255)
 
 
 @triton.constexpr_function
@@ -69,9 +67,7 @@ def segments(packs, g, column, rank, ROW: tl.constexpr):
 def load_scale(words, live, N: tl.constexpr):
     """Scale N of the words that `words` points at, [BLOCK_T] float32; NaN where it is broken."""
     word = tl.load((tl.multiple_of(words, 4) + N // 3 * 4).to(tl.pointer_type(tl.int32)), mask=live, other=0)
-    held = (word >> N % 3 * 8) & 255
-    scale = ((held << SCALE_FRACTION) + SCALE_LEAST).to(tl.float32, bitcast=True)
-    return tl.where(held == BROKEN, float("nan"), scale)
+    return scale_of(word, N % 3, False).to(tl.float32) * SCALE_UNIT
 
 
 @triton.jit
@@ -128,10 +124,3 @@ def load_basis_piece(
         eviction_policy="evict_last",
     )
     return u.to(like.dtype.element_ty)
-
-
-@triton.jit
-def load_query_piece(a, segs, in_q, ROW: tl.constexpr, N: tl.constexpr, M, first=0):
-    """Absorbed queries [BLOCK_Q, Rk] that `a` points at, of operand M of a piece: [BLOCK_Q, size]."""
-    r, some = latents_of(segs, ROW, N, M, first)
-    return tl.load(a[:, None] + r[None, :], mask=in_q[:, None] & some[None, :], other=0.0)

@@ -6,14 +6,16 @@ from itertools import accumulate
 import triton
 from torch import Tensor
 
-from lrattn.factors.formats import ALIGNMENT, SCALES, WORD
+from lrattn.factors.formats import ALIGNMENT, words_of
 from lrattn.factors.operands import Keys, KeySizes, Values, ValueSizes
-from lrattn.factors.shapes import cdiv, round_up
+from lrattn.factors.shapes import round_up
 
 Pieces = tuple[tuple[int, ...], ...]  # of a row, what kernels/packed.py names
 next_power_of_2 = cache(triton.next_power_of_2)
 ANY = 1 << 30
 PLANES = 64  # halfwords of a piece whose planes are operands
+MOST_COLUMNS = 256  # of values in one pass: sums for 16 rows are half of a thread's registers
+MOST_SCALES = 7  # of values in one pass: with the sum of p they are the columns of one product
 
 
 @cache
@@ -59,20 +61,29 @@ def streamed(side: KeySizes | ValueSizes, size: int) -> Pieces:
 
 
 @cache
+def parts(side: ValueSizes) -> tuple[Pieces, ...]:
+    """Packed values in runs of pieces that one pass takes; of whole segments where one fits."""
+    found = list[list[tuple[int, ...]]]()
+    for piece in pieces(side, PLANES):
+        own = (*(found[-1] if found else ()), piece)
+        wide, counted = sum(size * (16 // bits) for _, bits, _, size, *_ in own), len({p[5] for p in own if p[1] < 16})
+        if not found or wide > MOST_COLUMNS or counted > MOST_SCALES:
+            found.append([])
+        found[-1].append(piece)
+    return tuple(tuple((*p[:9], int(i == 0 or p[0] != own[i - 1][0]), *p[10:]) for i, p in enumerate(own))
+                 for own in found)  # fmt: skip
+
+
+@cache
 def columns(side: KeySizes | ValueSizes) -> int:
     """Columns of all operands of a packed row, or the rank of a plain one: what a launch is chosen by."""
     return sum(p[3] * (16 // p[1]) for p in pieces(side, PLANES)) if side.packed else side.rank
 
 
-def scales(side: KeySizes | ValueSizes) -> int:
-    """Of a token in a group."""
-    return sum(bits < 16 for bits in side.packed[::2])
-
-
 @cache
 def words(side: KeySizes | ValueSizes) -> int:
     """Bytes of a token's words of scales, of all groups."""
-    return side.groups * WORD * cdiv(scales(side), SCALES)
+    return side.groups * words_of(sum(bits < 16 for bits in side.packed[::2]))
 
 
 def strides(cache: Tensor, side: Keys | Values) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ import torch
 from lrattn.factors.operands import KeySizes, ValueSizes
 from lrattn.factors.shapes import MAX_SPLITS, cdiv, round_up
 from lrattn.kernels import launch
-from lrattn.kernels.pieces import PLANES, columns, pieces, scales
+from lrattn.kernels.pieces import PLANES, columns, parts, pieces
 
 WAVES = 2  # programs a multiprocessor should get at least
 PART_TILES = 32  # most tiles of one program where the workspace allows, so that ragged batches balance
@@ -18,7 +18,7 @@ MOST_TILES = 32767  # at a time: times a number of parts they stay below 2^31
 
 
 class Planes(NamedTuple):
-    """How packed rows are attended to whose codes are operands of products; None where latents are."""
+    """How packed rows are attended to whose codes are operands of products; None of plain rows and of rebuilt keys."""
 
     keys: launch.Launch | None
     values: launch.Launch | None
@@ -28,9 +28,8 @@ class Workspace(NamedTuple):
     """Temporaries of the sequences taken at a time, B of them, or their shapes; None of what a call does without."""
 
     x: Any  # [B, tiles, Hq S, 2, D / 2] queries by tile, or absorbed ones [B, chunks, Hq S, Rk], in q's dtype; or
-    # [B, chunks, Hq S, columns] float16 for rows in planes
-    terms: Any  # float32, what absorbed queries add to scores: [B, chunks, Hq S padded] of a key bias; or
-    # [B, chunks, n, Hq S padded] for rows in planes
+    # [B, chunks, Hq S, columns] for rows in planes, float16 of 16-bit layers
+    terms: Any  # [B, chunks, n, Hq S padded] float32, what goes with absorbed queries
     s: Any  # [B, Hq S, tokens] float32 scores
     y: Any  # [B, slots, Hq S, Rv] float32 partial results, a slot each; two more for several spans
     lse: Any  # [B, slots, Hq S padded] float32
@@ -60,14 +59,13 @@ class Cut(NamedTuple):
 
 @lru_cache(maxsize=256)
 def planes(dtype: torch.dtype, device: str, keys: KeySizes, values: ValueSizes) -> Planes:
-    """The sides whose codes are operands: of 16-bit layers, on devices that have a launch. Tiles lie in one chunk, and
-    are as the other side's."""
-    own, other = bool(keys.packed and keys.absorbed), bool(values.packed) and scales(values) <= launch.MOST_SCALES
+    """Of either side whose codes are operands. Tiles lie in one chunk, and are as the other side's."""
+    own, other = bool(keys.packed and keys.absorbed), bool(values.packed)
     tile = keys.chunk if own and other else launch.BLOCK_T
     halves = 16 in (*(keys.packed[::2] if own else ()), *(values.packed[::2] if other else ()))
     wide = halves or (other and sum(piece[3] for piece in pieces(values, PLANES)) > PLANES)
     return Planes(
-        launch.attend_packed(device, dtype.itemsize, tile, halves) if own else None,
+        launch.attend_packed(device, dtype.itemsize, tile, halves, bool(keys.biased)) if own else None,
         launch.packed_values(device, dtype.itemsize, tile, wide) if other else None,
     )
 
@@ -86,7 +84,7 @@ def fused(
         return None
     codes = planes(dtype, device, keys, values)
     if codes.keys is not None and codes.values is not None:
-        return codes.keys if columns(values) <= launch.MOST_COLUMNS else None
+        return codes.keys if len(parts(values)) == 1 else None
     if keys.packed or values.packed:
         return None
     shape: dict[str, Any] = {
@@ -133,8 +131,7 @@ def cut(
     if one_pass is None and codes.values is not None:
         value_programs = cdiv(rows // values.groups, 16) * values.groups
     elif one_pass is None:
-        shape = {"rank": values.rank, "rows": rows // values.groups, "packed": bool(values.packed)}
-        block_r = launch.latent_values(device, dtype.itemsize, **shape).block_r
+        block_r = launch.latent_values(device, dtype.itemsize, rank=values.rank, rows=rows // values.groups).block_r
         value_programs = cdiv(values.rank, block_r) * _blocks(rows, values.groups)
 
     begin = 1 - block_t if keys.chunk and placed else 0  # of the first tile at the earliest
@@ -166,10 +163,10 @@ def cut(
     at_once = max(1, min(batch, limit // held, LARGEST_AXIS))
     parts = min(tiles, max(cdiv(fill, at_once * score_programs), cdiv(tiles, PART_TILES)))
     chunks = cdiv(tiles - 1, keys.chunk // block_t) + 1 if keys.chunk else 1
-    slots, each = splits + (0 if tiles >= total else 2), (terms, padded) if codes.keys is not None else (padded,)
+    slots = splits + (0 if tiles >= total else 2)
     shapes = Workspace(
         (at_once, chunks, rows, width) if keys.absorbed else (at_once, tiles if turned else 1, rows, 2, width // 2),
-        (at_once, chunks, *each) if terms else None,
+        (at_once, chunks, terms, padded) if terms else None,
         None if one_pass else (at_once, rows, tiles * block_t),
         (at_once, slots, rows, values.rank),
         (at_once, slots, padded),

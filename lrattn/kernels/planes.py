@@ -14,6 +14,8 @@ ASM is for NVIDIA's compiler, which does not pack two halfwords by itself. Witho
 import triton
 import triton.language as tl
 
+SCALE_UNIT = tl.constexpr(2.0**-8)  # of the float16 that a scale is
+
 
 @triton.constexpr_function
 def position(bits, i):
@@ -102,10 +104,10 @@ def scale_of(word, N: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def weighed(p, scale, ASM: tl.constexpr):
-    """p * scale, float16."""
+    """p * scale, in the dtype of p; float16 with ASM."""
     if ASM:
         p, scale = tl.broadcast(p, scale)
         return tl.inline_asm_elementwise(
             "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [p, scale], dtype=tl.float16, is_pure=True, pack=2
         )
-    return p * scale
+    return p * scale.to(p.dtype)

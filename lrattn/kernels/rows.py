@@ -9,17 +9,17 @@ import triton.language as tl
 
 from lrattn.kernels.packed import (
     BITS,
+    FIRST,
     OPENS,
     SCALE,
     SIZE,
-    latents_of,
     load_basis_piece,
     load_piece,
-    load_query_piece,
     load_scale,
     operands,
     unpacked,
 )
+from lrattn.kernels.tiles import load_latents
 
 
 @triton.jit
@@ -47,11 +47,10 @@ def load_row_basis(rows, width, row, segs, c, d, D, ROW: tl.constexpr, like):
 
 @triton.jit
 def load_row_queries(a, segs, in_q, ROW: tl.constexpr):
-    """Absorbed queries [BLOCK_Q, Rk] that `a` points at: [BLOCK_Q, size] each."""
+    """Absorbed queries [BLOCK_Q, Rk] that `a` points at, for plain rows: [BLOCK_Q, size] each."""
     x = ()
     for i in tl.static_range(len(ROW)):
-        for m in tl.static_range(operands(ROW[i][BITS])):
-            x = x + (load_query_piece(a, segs, in_q, ROW, i, m),)
+        x = x + (load_latents(a, 0, segs[4 * i + 1], in_q, ROW[i][FIRST] + tl.arange(0, ROW[i][SIZE])),)
     return x
 
 
@@ -89,27 +88,11 @@ def keys_streamed(located, segs, live, rows, width, row, c, d, D, ROW: tl.conste
 
 
 @triton.jit
-def scores_streamed(located, segs, live, a, in_q, ROW: tl.constexpr):
-    """latents @ absorbed queries [BLOCK_Q, Rk] that `a` points at, as keys_streamed: [BLOCK_T, BLOCK_Q] float32."""
-    score, scale = tl.zeros([live.shape[0], in_q.shape[0]], tl.float32), None
-    for i in tl.static_range(len(ROW)):
-        if ROW[i][BITS] % 16 != 0:
-            scale = load_scale(located[1], live, ROW[i][SCALE])
-        for first in range(0, segs[4 * i + 1], ROW[i][SIZE]):
-            x = load_piece(located[0], segs, live, ROW, i, first)
-            for m in range(operands(ROW[i][BITS])):
-                q = tl.trans(load_query_piece(a, segs, in_q, ROW, i, m, first))
-                score = tl.dot(unpacked(x, scale, ROW[i][BITS], m, a), q, score, input_precision="ieee")
-    return score
-
-
-@triton.jit
 def row_zeros(M: tl.constexpr, ROW: tl.constexpr):
-    """Sums to begin with: [M, size] each, float32."""
+    """Sums of plain rows to begin with: [M, size] each, float32."""
     acc = ()
     for i in tl.static_range(len(ROW)):
-        for _ in tl.static_range(operands(ROW[i][BITS])):
-            acc = acc + (_zeros(M, ROW[i][SIZE]),)
+        acc = acc + (_zeros(M, ROW[i][SIZE]),)
     return acc
 
 
@@ -128,16 +111,8 @@ def add_weighted(acc, fade, p, z):
 
 
 @triton.jit
-def store_row(y, acc, weight, segs, live, ROW: tl.constexpr, first=0):
-    """acc * weight to the latents of the live rows `y` points at."""
+def store_row(y, acc, weight, rank, live, ROW: tl.constexpr):
+    """acc * weight to the latents, up to `rank`, of the live rows `y` points at."""
     for i in tl.static_range(len(ROW)):
-        for m in tl.static_range(operands(ROW[i][BITS])):
-            r, some = latents_of(segs, ROW, i, m, first)
-            x = acc[column_of(ROW, i) + m] * weight[:, None]
-            tl.store(y[:, None] + r[None, :], x, mask=live[:, None] & some[None, :])
-
-
-@triton.constexpr_function
-def column_of(row, i):
-    """The first operand of piece i."""
-    return sum(1 if piece[1] == 0 else 16 // piece[1] for piece in row[:i])
+        r = ROW[i][FIRST] + tl.arange(0, ROW[i][SIZE])
+        tl.store(y[:, None] + r[None, :], acc[i] * weight[:, None], mask=live[:, None] & (r < rank)[None, :])

@@ -6,10 +6,8 @@ from torch import Tensor
 from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Call, Span
-from lrattn.kernels.packed import BITS, SCALE, SIZE, load_piece, load_scale, located, operands, segments, unpacked
-from lrattn.kernels.pieces import ANY, next_power_of_2, streamed, strides
-from lrattn.kernels.rows import add_weighted, row_zeros, store_row
-from lrattn.kernels.tiles import lag_of, load_run, part_of, reach, slots, softmax_step, store_lse
+from lrattn.kernels.pieces import next_power_of_2
+from lrattn.kernels.tiles import lag_of, load_latents, load_run, part_of, reach, slots, softmax_step, store_lse
 
 
 # fmt: off
@@ -22,19 +20,17 @@ def latent_values_kernel(
     starts, starts_stride,   # [B]              int32, first token attended to, or None
     offsets, offsets_stride, # [B]              int32, token less position, or None
     runs, heads,             # [G, 3], [Hkv]    int32: column, rank, first row of uv; place -> kv head
-    packs,                   # [G, 3 n]         int32: segments of packed rows; None where they are plain
-    uv,                      # value basis: its dtype is that of latents
     y, y_strides,            # [B, slots, Hq * S, Rv]  out, float32; rows whose lse is -inf are not written
     lse, lse_strides,        # [B, slots, Hq * S]      out, float32, natural log
     bound, S, window, first_tile, tiles, splits,
     C: tl.constexpr, M: tl.constexpr, P: tl.constexpr, Hkv: tl.constexpr, WINDOWED: tl.constexpr,
-    PIECES: tl.constexpr, ROW: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr,
+    PIECES: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
 ):
     """y[b, i, h S + j] = softmax_t(s[b, h S + j, t]) @ cv[b, t, g],   t in split i
 
-    Grid: (PIECES * row blocks * G, splits, B). A program owns one of the PIECES pieces like ROW's of one group, BLOCK_Q
-    of its C M S query rows and one split: with one row block each latent is read once. A joint latent (G = 1, thousands
-    wide) is the same with more pieces; the scores are read once a piece. Of packed rows a launch takes one segment.
+    Grid: (PIECES * row blocks * G, splits, B). A program owns one of the PIECES pieces of BLOCK_R latents of one group,
+    BLOCK_Q of its C M S query rows and one split: with one row block each latent is read once. A joint latent (G = 1,
+    thousands wide) is the same with more pieces; the scores are read once a piece.
     Needs: P a multiple of 16, BLOCK_T as in the scores. Online softmax, sums are float32.
     Reference: lrattn.attention.reference._attend_span. Derivation: docs/kernels.md#values.
     """
@@ -57,12 +53,11 @@ def latent_values_kernel(
         return
 
     column, rank, _ = load_run(runs, g)
-    segs = segments(packs, g, column, rank, ROW)
-    first = i_r * ROW[0][SIZE]
+    r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
     p_s = s + i_b * s_strides[0] + row * s_strides[1]
     peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
-    acc = row_zeros(BLOCK_Q, ROW)
+    acc = tl.zeros([BLOCK_Q, BLOCK_R], tl.float32)
     for t0 in range(t_begin, t_end, BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
         live = (t >= begin) & (t < t_end)
@@ -73,20 +68,15 @@ def latent_values_kernel(
             other=float("-inf"),
         )
         p, fade, peak, total = softmax_step(score, peak, total, 1)
-        p_cv = located(cv, cv_strides, page, offset, packs, g, G, P)
-        scale = None
-        if ROW[0][BITS] % 16 != 0:
-            scale = load_scale(p_cv[1], live, ROW[0][SCALE])
-        x, z = load_piece(p_cv[0], segs, live, ROW, 0, first), ()
-        for m in tl.static_range(operands(ROW[0][BITS])):
-            z = z + (unpacked(x, scale, ROW[0][BITS], m, uv),)
-        acc = add_weighted(acc, fade, p.to(uv.dtype.element_ty), z)
+        z = load_latents(cv + page * cv_strides[0] + offset * cv_strides[1], column, rank, live, r)
+        acc = tl.dot(p.to(z.dtype), z, acc * fade[:, None], input_precision="ieee")
 
     some = total != 0
-    if i_r == 0:  # of packed rows each segment's launch writes the same
+    if i_r == 0:
         store_lse(p_lse, peak, total, in_q)
     p_y = y + i_b * y_strides[0] + i_s.to(tl.int64) * y_strides[1] + row * y_strides[2]
-    store_row(p_y, acc, 1.0 / tl.where(some, total, 1.0), segs, in_q & some, ROW, first)
+    acc *= (1.0 / tl.where(some, total, 1.0))[:, None]
+    tl.store(p_y[:, None] + r[None, :], acc, mask=(in_q & some)[:, None] & (r < rank)[None, :])
 # fmt: on
 
 
@@ -94,15 +84,11 @@ def latent_values(call: Call, s: Tensor, y: Tensor, lse: Tensor, span: Span) -> 
     """Softmax of s [B, Hq S, T] times the latents of each split: y [B, slots, Hq S, Rv], lse [B, slots, Hq S]."""
     q, values, tokens, size = call.q, call.values, call.tokens, call.values.sizes
     cv, rows = call.ck if call.cv is None else call.cv, s.shape[1] // size.groups
-    for whole in streamed(size, ANY):
-        bits, held = whole[1], whole[8]  # the most of any group
-        rank = held * 16 // bits if bits else held
-        choice = launch.latent_values(launch.name(cv.device), q.itemsize, rank=rank, rows=rows, packed=bits > 0)
-        width = min(choice.block_r, max(16, next_power_of_2(held)))
-        row, pieces = (*whole[:3], width, *whole[4:]), cdiv(held, width)
-        latent_values_kernel[pieces * cdiv(rows, choice.block_q) * size.groups, span.parts, s.shape[0]](
-            s, s.stride(), cv, strides(cv, values), *tokens.paged, *tokens.seen, *tokens.lag,
-            values.runs, values.heads, values.packs, values.up, y, y.stride(), lse, lse.stride(),
-            *call.limits, *span, PIECES=pieces, ROW=(row,),
-            **launch.constants("C M P Hkv WINDOWED BLOCK_Q BLOCK_T", call.form, size, choice),
-        )  # fmt: skip
+    choice = launch.latent_values(launch.name(cv.device), q.itemsize, rank=size.rank, rows=rows)
+    width = min(choice.block_r, max(16, next_power_of_2(size.rank)))
+    pieces = cdiv(size.rank, width)
+    latent_values_kernel[pieces * cdiv(rows, choice.block_q) * size.groups, span.parts, s.shape[0]](
+        s, s.stride(), cv, cv.stride(), *tokens.paged, *tokens.seen, *tokens.lag, values.runs, values.heads,
+        y, y.stride(), lse, lse.stride(), *call.limits, *span, PIECES=pieces, BLOCK_R=width,
+        **launch.constants("C M P Hkv WINDOWED BLOCK_Q BLOCK_T", call.form, size, choice),
+    )  # fmt: skip

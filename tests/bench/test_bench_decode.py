@@ -13,6 +13,7 @@ from slowly import slow_unless
 
 import lrattn
 from bench import decode_latency
+from bench.compiled import resources
 from bench.decode import cpu_decode, decode_problem, decode_providers, decode_shapes, gpu_decode, gpu_plot
 from bench.decode.decode_providers import Unavailable
 from bench.decode.decode_shapes import LLAMA_2, LLAMA_31, QWEN_3, QWEN_25, Model, Shape
@@ -54,7 +55,7 @@ def test_counted_flops_by_hand():
     """Four query heads on two kv heads of 64 dimensions, ranks 64 for both."""
     count = decode_shapes.counts(Shape(Model("hand", 4, 2, 1e4, head_dim=64), "Palu", 0.5))
     rebuilt, side = 2 * 2 * 64 * 64, 2 * 4 * 64  # scores, or the sum of values
-    assert count["dense"].flops == count["lrattn, position-free"].flops == 2 * side
+    assert count["dense"].flops == count["lrattn, position-free"].flops - 2 * 4 * 64 * 64 // 512 == 2 * side
     assert count["lrattn, two passes"].flops == rebuilt + 2 * side
     assert count["rebuild all, attend"].flops == 2 * rebuilt + 2 * side
 
@@ -62,7 +63,7 @@ def test_counted_flops_by_hand():
 @pytest.mark.parametrize("device", ["sm80", "sm90", "sm100"])
 @pytest.mark.parametrize("shape", list(decode_shapes.all_shapes()), ids=lambda s: f"{s.name} {s.keep}")
 def test_the_ways_counted_are_those_taken(shape, device):
-    """Temporaries are counted for two passes where two are taken."""
+    """Scores are counted where two passes are taken."""
     if shape.bits and device != "sm90":
         pytest.skip("counted for an H100")
     model, dtype = shape.model, torch.bfloat16
@@ -70,17 +71,30 @@ def test_the_ways_counted_are_those_taken(shape, device):
         lrattn.Projection(torch.zeros(model.kv_heads, max(r), model.head_dim, dtype=dtype), r, format=shape.formats(r))
         for r in (shape.key_ranks, shape.value_ranks)
     )
-    for way, rope in (("two passes", lrattn.Rope(model.theta, model.head_dim, 64)), ("position-free", None)):
-        sizes = [side.sizes for side in lrattn.LayerFactors(keys, values, rope=rope).operands]
-        one_pass = plan.fused(model.query_heads, dtype, device, *sizes, rope is not None)
-        assert (decode_shapes.counts(shape)[f"lrattn, {way}"].temporaries == 0) == (one_pass is not None)
+    rope = lrattn.Rope(model.theta, model.head_dim, 64)
+    for way, chunk in (("two passes", None), ("position-free", decode_shapes.CHUNK)):
+        sizes = [side.sizes for side in lrattn.LayerFactors(keys, values, rope=rope, chunk=chunk).operands]
+        one_pass = plan.fused(model.query_heads, dtype, device, *sizes, chunk is None)
+        kept = decode_shapes.counts(shape)[f"lrattn, {way}"].temporaries
+        assert (kept < 2 * 4 * model.query_heads) == (one_pass is not None)
 
 
 def test_every_shape_of_the_design_is_a_case_and_the_most_valuable_come_first():
     cases = gpu_decode.cases()
     assert len(cases) == len(set(cases)) == len(gpu_decode.TOKENS) * len(gpu_decode.BATCHES) * 18
     assert {c.shape.model for c in cases[:2]} == {LLAMA_2, LLAMA_31}
-    assert {(c.tokens, c.batch) for c in cases[:8]} == {(32768, 1)}
+    assert [c.shape.bits for c in cases[:4]] == [(8, 4, 2), (8, 4, 2), (4,), (4,)]
+    assert {(c.tokens, c.batch, c.shape.kept // 0.01) for c in cases[:4]} == {(32768, 16, 12)}  # an eighth of the bytes
+    assert {(c.tokens, c.batch) for c in cases[4:12]} == {(32768, 1)}
+
+
+def test_position_free_keys_are_rotated_and_in_the_chunks_that_are_simulated():
+    """The library's own form, not keys without positions."""
+    (entry,) = (
+        e for e in gpu_decode.entries(gpu_decode.Case(TINY[3], 64, 1), dry()) if e.name == decode_providers.FREE
+    )
+    layer = entry.build.args[0].layer
+    assert layer.rope is not None and layer.chunk == resources.CHUNK == 512 and layer.operands.keys.sizes.absorbed
 
 
 def flash_attn_with_kvcache(q, k_cache, v_cache, k=None, v=None, qv=None, rotary_cos=None, rotary_sin=None,
@@ -112,13 +126,99 @@ class BatchDecodeWithPagedKVCacheWrapper:
         return torch.stack([decode_problem.attend(x, *own) for x, own in zip(q, sides)]).to(q.dtype)
 
 
+def unified_attention(q, k, v, out, cu_seqlens_q, max_seqlen_q, seqused_k, max_seqlen_k, softmax_scale, causal,
+                      window_size, block_table, softcap, q_descale, k_descale, v_descale, seq_threshold_3D=None,
+                      num_par_softmax_segments=None, softmax_segm_output=None, softmax_segm_max=None,
+                      softmax_segm_expsum=None, kv_quant_mode=0):  # fmt: skip
+    """As vLLM 0.32's: q [B, Hq, D], caches [pages, P, Hkv, D] in e4m3."""
+    assert k.dtype == v.dtype == torch.float8_e4m3fn and kv_quant_mode == 1 and causal and q_descale is None
+    assert cu_seqlens_q.tolist() == list(range(len(q) + 1)) and max_seqlen_q == 1 and window_size == (-1, -1)
+    assert softmax_segm_output.shape == (seq_threshold_3D, q.shape[1], num_par_softmax_segments, q.shape[2])
+    assert softmax_segm_max.shape == softmax_segm_expsum.shape == softmax_segm_output.shape[:3] and not softcap
+    assert k_descale.shape == v_descale.shape == (len(q), k.shape[2]) and softmax_scale == q.shape[2] ** -0.5
+    for b, (pages, length) in enumerate(zip(block_table, seqused_k.tolist(), strict=True)):
+        own = (x[pages].flatten(0, 1)[:length].float() * s[b, 0] for x, s in ((k, k_descale), (v, v_descale)))
+        out[b] = decode_problem.attend(q[b], *own)
+
+
+class TurboQuantConfig:
+    """As vLLM's for 3 bits: of a token and head, [codes | norm | codes | scale | least]."""
+
+    key_mse_bits = effective_value_quant_bits = 3
+    key_fp8, norm_correction = False, True
+
+    @staticmethod
+    def from_cache_dtype(cache_dtype, head_dim):
+        assert cache_dtype == "turboquant_3bit_nc"
+        found = TurboQuantConfig()
+        found.key_packed_size = 3 * head_dim // 8 + 2
+        found.slot_size_aligned = -(-(found.key_packed_size + 3 * head_dim // 8 + 4) // 2) * 2
+        return found
+
+
+class TurboQuantKernels:
+    """As vLLM's two; what is written is kept by slot, too, and attended to."""
+
+    def __init__(self):
+        self.held = {}
+
+    @staticmethod
+    def packed(codes):
+        bits = (codes[..., None] >> torch.arange(3)) & 1
+        return (bits.flatten(-2).unflatten(-1, (-1, 8)) << torch.arange(8)).sum(-1).byte()
+
+    def triton_turboquant_store(self, key, value, kv_cache, slot_mapping, PiT, midpoints, mse_bits, key_packed_size,
+                                value_quant_bits, key_fp8=False):  # fmt: skip
+        norm = key.float().norm(dim=-1, keepdim=True)
+        codes, least = torch.bucketize(key.float() / norm @ PiT, midpoints), value.float().amin(-1, keepdim=True)
+        step = (value.float().amax(-1, keepdim=True) - least) / 7
+        levels = ((value.float() - least) / step + 0.5).long().clamp(0, 7)
+        norm, step, least = (x.half() for x in (norm, step, least))
+        row = [
+            self.packed(codes),
+            norm.view(torch.uint8),
+            self.packed(levels),
+            *(x.view(torch.uint8) for x in (step, least)),
+        ]
+        row = torch.cat(row, -1)
+        kv_cache.flatten(0, 1)[slot_mapping, :, : row.shape[-1]] = row
+        for i, slot in enumerate(slot_mapping.tolist()):
+            self.held[slot] = codes[i], norm[i].float(), levels[i] * step[i].float() + least[i].float()
+
+    def triton_turboquant_decode_attention(
+        self, query, kv_cache, block_table, seq_lens, Pi, centroids, scale, mse_bits, key_packed_size, value_quant_bits,
+        key_fp8=False, norm_correction=False, PiT=None, mid_o_buf=None, output_buf=None, lse_buf=None, buf_holder=None,
+        max_num_kv_splits=32,
+    ):  # fmt: skip
+        assert norm_correction and scale == query.shape[2] ** -0.5
+        assert mid_o_buf.shape == (*query.shape[:2], max_num_kv_splits, query.shape[2] + 1)
+        for b, (pages, length) in enumerate(zip(block_table.tolist(), seq_lens.tolist(), strict=True)):
+            P = kv_cache.shape[1]
+            codes, norm, v = zip(*(self.held[pages[t // P] * P + t % P] for t in range(length)), strict=True)
+            k = F.normalize(centroids[torch.stack(codes)], dim=-1) * torch.stack(norm)
+            output_buf[b] = decode_problem.attend(query[b].float() @ PiT, k, torch.stack(v))
+        return output_buf
+
+
 @pytest.fixture
 def installed(monkeypatch):
     """Stand-ins with the published signatures: ours may only call what exists."""
-    flash = SimpleNamespace(flash_attn_with_kvcache=flash_attn_with_kvcache)
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", flash)
-    paged = SimpleNamespace(BatchDecodeWithPagedKVCacheWrapper=BatchDecodeWithPagedKVCacheWrapper)
-    monkeypatch.setitem(sys.modules, "flashinfer", paged)
+    ops, quantised = "vllm.v1.attention.ops", "vllm.model_executor.layers.quantization.turboquant"
+    kernels = TurboQuantKernels()
+    levels = {"get_centroids": lambda d, bits: torch.linspace(-2, 2, 2**bits) / d**0.5}
+    for module, names in {
+        "flash_attn_interface": {"flash_attn_with_kvcache": flash_attn_with_kvcache},
+        "flashinfer": {"BatchDecodeWithPagedKVCacheWrapper": BatchDecodeWithPagedKVCacheWrapper},
+        f"{ops}.triton_unified_attention": {"unified_attention": unified_attention},
+        "vllm.v1.kv_cache_interface": {"KVQuantMode": SimpleNamespace(FP8_PER_TENSOR=1)},
+        f"{ops}.triton_turboquant_decode": {
+            "triton_turboquant_decode_attention": kernels.triton_turboquant_decode_attention
+        },
+        f"{ops}.triton_turboquant_store": {"triton_turboquant_store": kernels.triton_turboquant_store},
+        f"{quantised}.config": {"TurboQuantConfig": TurboQuantConfig},
+        f"{quantised}.centroids": levels,
+    }.items():
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(**names))
 
 
 @pytest.mark.parametrize("shape", slow_unless({TINY[0], TINY[-1]}, TINY), ids=lambda s: s.name)
@@ -131,11 +231,28 @@ def test_every_provider_computes_the_same_step(shape, installed):
     assert row["speedup"][row["best_dense"]] == 1 and row["best_dense"] in decode_providers.DENSE
 
 
+@pytest.mark.parametrize("name", list(decode_providers.LOW_BIT))
+def test_a_cache_of_few_bits_is_gated_by_what_it_stands_for_and_read_at_its_size(name, installed):
+    """Not by the dense cache, from which 3 bits are a quarter of the result away; tokens fill no page."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, *size, 64, generator=g).half() for size in ((4,), (100, 2), (100, 2)))
+    own = decode_providers.LOW_BIT[name](q, k, v)
+    out = own.build()()
+    for b in range(2):
+        true, dense = decode_problem.attend(q[b], *own.heads(b)), decode_problem.attend(q[b], k[b], v[b])
+        assert (out[b] - true).norm() < 2e-3 * true.norm() < 1e-2 * dense.norm()
+        assert (out[b] - dense).norm() > 2e-2 * dense.norm()
+    assert own.nbytes == {"vLLM, FP8": 128, "vLLM, TurboQuant 3 bits": 54}[name] * 2 * 100 * 2
+    if hasattr(own, "cache"):
+        assert own.cache.shape[-1] == 54
+
+
 def test_what_is_not_installed_is_named_with_the_reason(monkeypatch):
-    for module in ("flash_attn_interface", "flashinfer"):
+    for module in ("flash_attn_interface", "flashinfer", "vllm"):
         monkeypatch.setitem(sys.modules, module, None)
     row = measured(TINY[2], 1, "lrattn, shared row", "FlexAttention")
     assert "flash_attn_interface" in row["skipped"]["FlashAttention-3"]
+    assert all("vllm" in row["skipped"][name] for name in decode_providers.LOW_BIT)
     assert row["skipped"]["FlexAttention"] == "left out by --without"
     assert "keys without an offset" in row["skipped"]["Palu's scores, then PyTorch"]
     assert not set(row["skipped"]) & set(row["times"])
@@ -160,11 +277,12 @@ def test_a_wrong_or_failing_provider_is_a_fault_and_the_others_are_timed(fault, 
     assert name not in row["times"] and "lrattn" in row["times"]
 
 
-DENSE, SHARED = set(decode_providers.DENSE), {decode_providers.SHARED}
+DENSE, SHARED = set(decode_providers.DENSE) | set(decode_providers.LOW_BIT), {decode_providers.SHARED}
 
 
 @pytest.mark.parametrize(
-    "share, refused", [(1.9, set(decode_providers.NAMES)), (2.6, DENSE | SHARED), (3.4, SHARED), (5.0, set())]
+    "share, refused",
+    [(1.9, set(decode_providers.NAMES)), (2.6, DENSE | SHARED), (3.4, SHARED | {"vLLM, FP8"}), (5.0, set())],
 )
 def test_what_does_not_fit_is_left_out_with_the_reason(share, refused, monkeypatch):
     """Memory for a share of the dense cache: for nothing, for the latents, for the dense cache too, for all."""

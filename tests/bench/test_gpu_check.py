@@ -29,7 +29,7 @@ def test_a_rehearsal_ends_well_and_leaves_one_small_folder(tmp_path):
     assert {"gpu", "driver", "torch", "triton", "commit"} <= set(found["machine"])
     sizes = {path.name: path.stat().st_size for path in out.iterdir()}
     assert len(sizes) <= 8 and max(sizes.values()) <= 16 << 20 and set(sizes) == {*found["files"], "gpu_check.json"}
-    assert {"host_cost.json", "decode_latency_dry.png", "palu_decode_dry.png"} <= set(sizes)
+    assert {"subnormals_dry.json", "host_cost.json", "decode_latency_dry.png", "palu_decode_dry.png"} <= set(sizes)
     assert "1 passed" in texts["tests.txt"]
     latency = json.loads(texts["decode_latency_dry.json"])
     assert latency["dry"] and latency["left_out"] == [] and latency["machine"] == found["machine"]

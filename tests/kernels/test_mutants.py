@@ -72,6 +72,7 @@ KILLERS = {
             "many splits", lens=(180, 3), starts=(126, 0), call={"num_splits": 40}, **HEADS | {"value_ranks": (96, 16)}
         ),
         paired("packed", lens=(100, 3), shared=True, key_bits=(8, 4, 2), dtype=HALF, **WIDE),
+        two("wide values", lens=(150, 20), value_ranks=(400, 272)),
         two("packed, five scales", lens=(20,), key_bits=MANY, value_bits=MANY, **WIDE),
         two("packed, streamed", lens=(20, 3), key_bits=(8, 4, 2), value_bits=(8, 2), **LARGE),
         two("piecemeal", lens=(300,), call={"workspace_limit": 1} | CUT),
@@ -158,7 +159,7 @@ MUTANTS = [
     Mutant("tiles.py", "total * fade + tl.sum(p, AXIS)", "total + tl.sum(p, AXIS)", "one pass"),
     Mutant("rows.py", "acc[n] * fade[:, None]", "acc[n]", "one pass"),
     Mutant("rows.py", "tl.static_range(1, len(z))", "tl.static_range(1, 1)", "one pass"),
-    Mutant("packed.py", "r < segs[4 * N + 3]", "r < segs[4 * N + 3] - 16", "one pass"),
+    Mutant("packed.py", "r < segs[4 * N + 3]", "r < segs[4 * N + 3] - 16", "packed"),
     Mutant("fused_absorbed.py", "load_run(value_runs, g)", "load_run(key_runs, g)", "one pass"),
     Mutant("fused_absorbed.py", "score += share[None, :]", "score -= share[None, :]", "one pass"),
     Mutant("fused_absorbed.py", "i_s * y_strides[1]", "0 * y_strides[1]", "one pass"),
@@ -185,7 +186,7 @@ MUTANTS = [
     Mutant("absorb.py", "load_turns(turns, first + c,", "load_turns(turns, c,", "chunks"),
     Mutant("absorb.py", "// CHUNK + 1, 0)", "// CHUNK, 0)", "chunks"),
     Mutant("absorb.py", "c * a_strides[1]", "0 * a_strides[1]", "chunks"),
-    Mutant("absorb.py", "c * const_strides[1]", "0 * const_strides[1]", "chunks"),
+    Mutant("absorb.py", "c * terms_strides[1]", "0 * terms_strides[1]", "chunks"),
     Mutant("absorbed_scores.py", "p_constant + c * const_strides[1]", "p_constant", "chunks, two passes"),
     Mutant("absorbed_scores.py", "before + t0 - origin", "before + t0 - t_begin", "chunks, two passes"),
     Mutant("fused_absorbed.py", "p_constant + c * const_strides[1]", "p_constant", "chunks"),
@@ -207,7 +208,8 @@ MUTANTS = [
     Mutant("rebuild.py", "k_low * sin + k_high * cos", "k_low * sin - k_high * cos", "rebuild"),
     Mutant("rebuild.py", "head * x_strides[1]", "place * x_strides[1]", "rebuild"),
     Mutant("rebuild.py", "(at < rows)", "(at < rows - 1)", "known rows"),
-    Mutant("rows.py", "ROW, i, m),)\n    return x", "ROW, i, m, 16),)\n    return x", "one pass"),
+    Mutant("rows.py", "ROW[i][SIZE])),)\n    return x", "ROW[i][SIZE]) + 16),)\n    return x", "one pass"),
+    Mutant("rows.py", "acc[i] * weight[:, None]", "acc[0] * weight[:, None]", "one pass"),
     Mutant("rows.py", "if ROW[i][OPENS] and", "if i == 0 and", "packed"),
     Mutant("rows.py", "range(0, segs[4 * i + 1], ROW[i][SIZE])", "range(0, 1)", "packed, streamed"),
     Mutant("rows.py", "load_piece(located[0], segs, live, ROW, i, first)", "load_piece(located[0], segs, live, ROW, i)",
@@ -239,16 +241,17 @@ MUTANTS = [
     Mutant("decode.py", "_attend(own.latents,", "_attend(own,", "near and window"),
     Mutant("packed.py", "23 - BITS - BITS * M", "23 - BITS - BITS * (1 - M)", "packed"),
     Mutant("packed.py", "(2**BITS + middle(BITS))", "2**BITS", "packed"),
-    Mutant("packed.py", "<< SCALE_FRACTION) +", "<< SCALE_FRACTION - 1) +", "packed"),
-    Mutant("packed.py", "N % 3 * 8", "N % 4 * 8", "packed, five scales"),
+    Mutant("packed.py", ".to(tl.float32) * SCALE_UNIT", ".to(tl.float32)", "packed"),
+    Mutant("packed.py", "word, N % 3, False", "word, N % 2, False", "packed"),
     Mutant("packed.py", "N // 3 * 4", "0 * N", "packed, five scales"),
     Mutant("packed.py", "g * (strides[2] // G)", "0 * g", "packed"),
-    Mutant("packed.py", "held == BROKEN", "held == 256", "broken"),
+    Mutant("planes.py", "& 255) << 7", "& 127) << 7", "broken"),
     Mutant("packed.py", "M * segs[4 * N + 1] + h", "h", "packed"),
     Mutant("packed.py", "return segs[4 * N + 2] + r,", "return r,", "packed"),
     Mutant("packed.py", "packs += g * 3", "packs += 0 * g", "packed"),
-    Mutant("values.py", "segments(packs, g, column", "segments(packs, 0, column", "packed, streamed"),
-    Mutant("values.py", "first = i_r * ROW[0][SIZE]", "first = 0 * i_r", "packed, streamed"),
+    Mutant("values.py", "r = i_r * BLOCK_R", "r = 0 * i_r", "wide values"),
+    Mutant("values.py", "acc * fade[:, None]", "acc", "wide values"),
+    Mutant("attend_packed.py", " - VALUES[0][SCALE]).to(DTYPE)", ").to(DTYPE)", "planes, a pass each"),
     Mutant("attend_packed.py", "COLUMN] + m * KEYS[n][SIZE]", "COLUMN]", "planes"),
     Mutant("attend_packed.py", "x = tl.load(p_a[:, None]", "x = tl.load(a + row[:, None] * a_strides[2]", "planes"),
     Mutant("attend_packed.py", "c * terms_strides[1]", "0 * c", "planes"),
@@ -309,7 +312,7 @@ MUTANTS = [
     Mutant("planes.py", "0 if magic else 24", "24", "planes, magic"),
     Mutant("planes.py", "bitcast=True) - 1024.0", "bitcast=True) - 1023.0", "planes, magic"),
     Mutant("planes.py", "& 255) << 7", "& 255) << 6", "planes"),
-    Mutant("planes.py", "return p * scale", "return scale + p * 0", "planes"),
+    Mutant("planes.py", "return p * scale.to(p.dtype)", "return scale + p * 0", "planes"),
     Mutant("planes.py", "(2**bits - 1) / 2", "2**bits / 2", "planes"),
     Mutant("absorb.py", "m * 2 % 10", "m * 2 % 8", "planes"),
     Mutant("absorb.py", "m % 2 * 4", "m * 0", "planes"),
@@ -387,6 +390,11 @@ def run(killer):
 
 def test_every_file_of_kernels_has_a_mutant():
     assert set(FIRST) >= {path.name for path in KERNELS.glob("*.py") if "triton.language" in path.read_text()}
+
+
+def test_every_fault_has_its_place():
+    texts = {path.name: path.read_text() for path in KERNELS.glob("*.py")}
+    assert not [str(m) for m in (*MUTANTS, *WILD) if m.old not in texts[m.file]]
 
 
 @pytest.mark.parametrize("mutant", slow_unless(set(FIRST.values()), MUTANTS), ids=str)

@@ -4,6 +4,7 @@ import math
 import re
 from functools import partial
 
+import cases
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,7 @@ from checks import attend, check, check_broken_scales, check_turned, exact
 from packing import plain
 
 import lrattn
-from lrattn.kernels import attend_packed, launch, pieces, plan, planes
+from lrattn.kernels import launch, pieces, plan, planes
 
 HALF = {"dtype": torch.float16, "M": 2, "D": 64, "lens": (150, 64, 1, 0)}
 MIXED = {"key_bits": (8, 4, 2), "value_bits": (8, 4, 2)}
@@ -91,11 +92,9 @@ def test_codes_as_normal_numbers(case, magic, device):
     check(case, case.dtype, device)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_float32_is_not_rounded_to_sixteen_bits(dtype):
-    """Its packed rows are unpacked: products in float32."""
+def test_float32_is_not_rounded_to_sixteen_bits():
+    """Codes are operands of products in float32."""
     problem = make(PLANES[0], torch.float32)
-    assert by_planes(problem) == (None, None)
     out, _ = attend(problem)
     true, _ = exact(problem)
     assert (out.double() - true).norm() < 2e-6 * true.norm()
@@ -304,14 +303,15 @@ def test_products_of_float16_are_weighed_alike():
 @pytest.mark.parametrize("rank", [16, 144, 528, 1024, 3072])
 def test_a_launch_has_sums_for_as_many_columns_as_registers_hold(bits, rank):
     own = case("columns", value_bits=bits, value_ranks=(rank,))
-    row = pieces.pieces(make_layer(own, own.dtype).operands.values.sizes, pieces.PLANES)
-    found = attend_packed.parts(row, launch.MOST_COLUMNS)
-    assert all(sum(p[3] * (16 // p[1]) for p in part) <= launch.MOST_COLUMNS for part in found)
-    assert [p[:9] for part in found for p in part] == [p[:9] for p in row]
+    side = make_layer(own, own.dtype).operands.values.sizes
+    found = pieces.parts(side)
+    assert all(sum(p[3] * (16 // p[1]) for p in part) <= pieces.MOST_COLUMNS for part in found)
+    assert [p[:9] for part in found for p in part] == [p[:9] for p in pieces.pieces(side, pieces.PLANES)]
 
 
-def test_rows_of_more_scales_than_a_product_has_columns_are_unpacked(device):
-    own = Case("nine scales", chunk=512, key_bits=(8, 4) * 4 + (2,), value_bits=(8, 4) * 4 + (2,), M=2,
-               key_ranks=(144,), value_ranks=(144,), dtype=torch.float16, lens=(40,))  # fmt: skip
-    assert by_planes(make(own, own.dtype)).values is None
+def test_rows_of_more_scales_than_a_product_has_columns_take_several_passes(device, monkeypatch):
+    monkeypatch.setattr(cases, "segments", lambda rank, widths: tuple((16, bits) for bits in widths))
+    own = case("nine scales", key_bits=(8, 4) * 4 + (2,), value_bits=(8,) * 9, key_ranks=(144,), value_ranks=(144,))
+    side = make_layer(own, own.dtype).operands.values.sizes
+    assert [len({p[5] for p in part}) for part in pieces.parts(side)] == [pieces.MOST_SCALES, 2]
     check(own, own.dtype, device)
