@@ -149,7 +149,7 @@ def test_a_call_reads_no_number_from_the_device(name, launches, monkeypatch):
     names = {n for n, _ in launches}
     assert name != "near" or names >= {"attend_near_kernel", "write_near_kernel"}
     assert names >= {"combine_kernel", "project_kernel", "rebuild_kernel"}
-    assert names & {"latent_values_kernel", "fused_absorbed_kernel", "fused_rebuilt_kernel", "attend_packed_kernel"}
+    assert names & {"latent_values_kernel", "attend_absorbed_kernel", "attend_rebuilt_kernel", "attend_packed_kernel"}
     assert all(0 < size < 65536 for _, grid in launches for size in grid[1:])
 
 
