@@ -22,10 +22,10 @@ from lrattn.kernels.packed import (
     START,
 )
 from lrattn.kernels.pieces import PLANES, parts, pieces, words
-from lrattn.kernels.planes import SCALE_UNIT, middle, planes, scale_of, unit, weighed
+from lrattn.kernels.planes import LOG2_E, SCALE_UNIT, middle, planes, scale_of, unit, weighed
 from lrattn.kernels.tiles import chunk_of, lag_of, part_of, reach, soft_cap
 
-LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+LN_2 = tl.constexpr(0.6931471805599453)
 NOTHING = tl.constexpr(-1e30)  # a peak below all scores
 
 

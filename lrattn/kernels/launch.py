@@ -221,22 +221,13 @@ def pick(table: tuple[Row, ...], device: str, itemsize: int, **shape: Any) -> La
 
 
 # launch of a kernel: device and itemsize, and what its table tells apart
-absorb_queries, turn_queries, combine, combine_many, project, write_latents, rebuild, attend_near, write_near = (
+absorb_queries, turn_queries, combine, combine_many, project, write_latents = (
     cache(partial(pick, table))
-    for table in (
-        ABSORB_QUERIES,
-        TURN_QUERIES,
-        COMBINE,
-        COMBINE_MANY,
-        PROJECT,
-        WRITE_LATENTS,
-        REBUILD,
-        ATTEND_NEAR,
-        WRITE_NEAR,
-    )
+    for table in (ABSORB_QUERIES, TURN_QUERIES, COMBINE, COMBINE_MANY, PROJECT, WRITE_LATENTS)
 )
-latent_scores, absorbed_scores, latent_values = (
-    cache(partial(pick, table)) for table in (LATENT_SCORES, ABSORBED_SCORES, LATENT_VALUES)
+rebuild, attend_near, write_near, latent_scores, absorbed_scores, latent_values = (
+    cache(partial(pick, table))
+    for table in (REBUILD, ATTEND_NEAR, WRITE_NEAR, LATENT_SCORES, ABSORBED_SCORES, LATENT_VALUES)
 )
 fused_absorbed, fused_rebuilt = (cache(partial(find, table)) for table in (FUSED_ABSORBED, FUSED_REBUILT))
 

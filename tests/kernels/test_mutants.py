@@ -330,7 +330,7 @@ MUTANTS = [
     Mutant("absorb.py", "begin + j % size", "j % size", "planes, even"),
     Mutant("absorb.py", "place // C * 3 * KEYS", "0 * place * KEYS", "planes"),
     Mutant("absorb.py", "c * terms_strides[1]", "0 * c", "planes"),
-    Mutant("absorb.py", "tl.dot(low, u, got", "tl.dot(0 * low, u, got", "turned"),
+    Mutant("absorb.py", "tl.dot(rest, u, got", "tl.dot(0 * rest, u, got", "turned"),
     Mutant("pieces.py", "max(first, 16), *(", "first, *(", "planes, even"),
     Mutant("pieces.py", "(widest,) * (n // widest)", "(widest,) * 0", "planes, wide"),
     Mutant("pieces.py", "round_up(2 * held, ALIGNMENT)", "2 * held", "planes, even"),
