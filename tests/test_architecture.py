@@ -27,8 +27,8 @@ ARROWS = {
 }
 ORDER = {
     "factors": "shapes rope safefile formats projection operands layer record summary",
-    "kernels": "arguments pieces launch plan tiles planes packed rows pack write rebuild absorb absorbed_scores scores "
-    "attend_packed values fused_absorbed fused_rebuilt near combine project decode",
+    "kernels": "arguments pieces launch plan tiles planes packed rows pack write rebuild absorb turn "
+    "attend_rebuilt attend_absorbed attend_packed values near combine project decode",
     "attention": "dense cache near reference operators checks ops",
     "models": "masks states interface layers ropes weights",
     "compression": "arguments moments substitute batches sums calibrate clusters ranks bits methods averages problem "

@@ -37,12 +37,11 @@ from bench.decode.decode_shapes import packing
 from bench.support import report
 from lrattn.factors.operands import Operands
 from lrattn.factors.shapes import round_up
-from lrattn.kernels import absorb, combine, decode, launch, near, plan, project, rebuild, scores, values, write
-from lrattn.kernels.absorbed_scores import absorbed_scores as absorbed_scores_of
+from lrattn.kernels import absorb, combine, decode, launch, near, plan, project, rebuild, turn, values, write
 from lrattn.kernels.arguments import Call, Near, Rule, Span, Tokens
+from lrattn.kernels.attend_absorbed import attend_absorbed
 from lrattn.kernels.attend_packed import attend_packed
-from lrattn.kernels.fused_absorbed import fused_absorbed
-from lrattn.kernels.fused_rebuilt import fused_rebuilt
+from lrattn.kernels.attend_rebuilt import attend_rebuilt
 
 PATH = report.RESULTS / "resources.json"
 SOURCES = sorted((Path(lrattn.__file__).parent / "kernels").glob("*.py"))
@@ -203,11 +202,11 @@ def fp32(*shape: int) -> torch.Tensor:
 
 
 def latent_scores(p: Problem) -> None:
-    scores.latent_scores(p.call(), p.turned(), p.scores(), SPAN, not p.has("positions"))
+    attend_rebuilt(p.call(), p.turned(), p.scores(), None, None, SPAN, not p.has("positions"))
 
 
 def turn_queries(p: Problem) -> None:
-    scores.turn_queries(p.call(), p.turned(), 0, not p.has("positions"))
+    turn.turn_queries(p.call(), p.turned(), 0, not p.has("positions"))
 
 
 def absorb_queries(p: Problem) -> None:
@@ -215,7 +214,7 @@ def absorb_queries(p: Problem) -> None:
 
 
 def absorbed_scores(p: Problem) -> None:
-    absorbed_scores_of(p.call(), *p.absorbed(), p.scores(), SPAN)
+    attend_absorbed(p.call(), *p.absorbed(), p.scores(), None, None, SPAN)
 
 
 def latent_values(p: Problem) -> None:
@@ -231,7 +230,7 @@ def one_pass(p: Problem, turned: bool) -> launch.Launch:
 
 
 def absorbed_pass(p: Problem) -> None:
-    fused_absorbed(p.call(), *p.absorbed(), *p.partial(), SPAN, one_pass(p, False))
+    attend_absorbed(p.call(), *p.absorbed(), None, *p.partial(), SPAN, one_pass(p, False))
 
 
 def absorb_planes(p: Problem) -> None:
@@ -256,7 +255,7 @@ def packed_values(p: Problem) -> None:
 
 def rebuilt_pass(p: Problem) -> None:
     turned = not p.has("positions")
-    fused_rebuilt(p.call(), p.turned(), *p.partial(), SPAN, turned, one_pass(p, turned))
+    attend_rebuilt(p.call(), p.turned(), None, *p.partial(), SPAN, turned, one_pass(p, turned))
 
 
 def combine_heads(p: Problem, splits: int = 2) -> None:

@@ -30,8 +30,8 @@ from bench.compiled.sass import loop
 from bench.decode import launches
 from bench.support import report
 from lrattn.kernels import launch, plan
+from lrattn.kernels.attend_absorbed import attend_absorbed
 from lrattn.kernels.attend_packed import attend_packed
-from lrattn.kernels.fused_absorbed import fused_absorbed
 
 PATH = report.RESULTS / "simulated.json"
 PROCESSORS, MEMORY, SHARE = 132, 3.08e12, 0.92  # of an H100; bytes a second; of it that a dense kernel reaches
@@ -59,7 +59,7 @@ def compiled(model: Model, bits: tuple[int, ...]) -> Any:
             attend_packed(problem.call(), a, terms, None, *problem.partial(), resources.SPAN, codes.keys)
         else:
             choice = resources.one_pass(problem, False)
-            fused_absorbed(problem.call(), *problem.absorbed(), *problem.partial(), resources.SPAN, choice)
+            attend_absorbed(problem.call(), *problem.absorbed(), None, *problem.partial(), resources.SPAN, choice)
     ((_, binary),) = found
     return binary
 

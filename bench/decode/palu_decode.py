@@ -35,8 +35,9 @@ from bench.support import report
 from bench.support.curves import curve, label_places
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Call, Rule, Span, Tokens
+from lrattn.kernels.attend_rebuilt import attend_rebuilt
 from lrattn.kernels.plan import cut
-from lrattn.kernels.scores import latent_scores, turn_queries
+from lrattn.kernels.turn import turn_queries
 
 TOKENS = (32768, 4096, 131072, 16384, 65536, 1024)
 KEEPS = (0.5, 0.25)  # ranks 256 and 128: what uniform ranks and what Fisher ranks leave the keys at keep 0.5
@@ -126,7 +127,7 @@ def our_scores(x: Problem) -> providers.Run:
 
     def run() -> Tensor:
         turn_queries(call, turned, 0, True)
-        latent_scores(call, turned, s, Span(0, size.tiles, size.parts), True)
+        attend_rebuilt(call, turned, s, None, None, Span(0, size.tiles, size.parts), True)
         return s[:, :, : x.tokens]
 
     return run

@@ -158,7 +158,7 @@ def dispatch(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `attend`, through torch.ops."""
     tokens, rule, near = call.tokens, call.rule, call.tokens.near
-    window = ([], []) if near is None else ([*near.tensors], [*near.numbers])
+    window = ([], []) if near is None else ([*near.tensors], [near.sinks, near.recent])
     arguments = (
         call.q, call.ck, call.cv, tokens.pages, tokens.lens, tokens.starts, tokens.positions, tokens.offsets, sinks,
         *lists(call.keys, call.values), *window, wo, project, rule.scale, rule.softcap, rule.causal, tokens.bound,

@@ -209,7 +209,7 @@ def decode_attention(
     if near is not None:
         check_kind(near)
         tensors = *tensors, *near.tensors
-    watched, held = operators.watched(q), None if near is None else near.numbers
+    watched, held = operators.watched(q), None if near is None else (near.sinks, near.recent)
     chosen = _checked(layer, check_decode, tensors, held, project, backend, watched=watched)
     if window_size is not None:
         check_integer("window_size", window_size, 1)

@@ -2,7 +2,6 @@
 call, or once for each chunk of positions, by whose first one they are turned back.
 """
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -11,10 +10,8 @@ from lrattn.kernels import launch
 from lrattn.kernels.arguments import Call, Span, strides_of
 from lrattn.kernels.packed import BITS, COLUMN, FIRST, SEGMENT, SEGMENTS, SIZE
 from lrattn.kernels.pieces import PLANES, pieces
+from lrattn.kernels.planes import LOG2_E
 from lrattn.kernels.tiles import chunk_of, lag_of, load_rows, load_run, load_turns, pair_columns, part_of, reach
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-CONSTANTS = "C M D Hkv CHUNK ROTARY INTERLEAVED WINDOWED BLOCK_D BLOCK_R"
 
 
 # fmt: off
@@ -59,20 +56,33 @@ def absorb_queries_kernel(
     if CHAINED:
         tl.extra.cuda.gdc_launch_dependents()
     i_b = tl.program_id(2).to(tl.int64)
-    first, chunks = chunks_of(
-        lens, lens_stride, starts, starts_stride, offsets, offsets_stride, i_b, bound, S, window, first_tile, tiles,
-        CHUNK, WINDOWED, BLOCK_T,
-    )
+    first, chunks = 0, 1  # that the tiles are in
+    if CHUNK:
+        lag, shift = lag_of(offsets, offsets_stride, i_b, BLOCK_T)
+        begin, end = reach(lens, lens_stride, starts, starts_stride, i_b, bound, S, window, WINDOWED)
+        origin, _, t_end = part_of(begin, end, first_tile, tiles, 0, 1, BLOCK_T, shift)
+        first, before = chunk_of(origin, lag, CHUNK)
+        chunks = tl.where(t_end > origin, tl.maximum(before + t_end - 1 - origin, 0) // CHUNK + 1, 0)
     n = tl.program_id(0) // Hkv * BLOCK_Q + tl.arange(0, BLOCK_Q)  # row of the kv head: c (M S) + m S + s
     if tl.program_id(0) // Hkv * BLOCK_Q >= chunks * M * S:
         return
     place, d = tl.program_id(0) % Hkv, tl.arange(0, BLOCK_D)
-    head = tl.load(heads + place)
-    c, row, x, squared = turned_back(
-        q + i_b * q_strides[0], q_strides, turns, max_chunk, first, n, chunks, head, S,
-        M, D, CHUNK, ROTARY, INTERLEAVED, BLOCK_D,
-    )
-    in_q = c < chunks
+    head, i = tl.load(heads + place), n % (M * S)
+    c, s, h = (n // (M * S)).to(tl.int64), (i % S).to(tl.int64), (head * M + i // S).to(tl.int64)
+    in_q, row = c < chunks, h * S + s
+    p_q = q + i_b * q_strides[0] + s * q_strides[1] + h * q_strides[2]
+    if CHUNK:
+        low, high = pair_columns(tl.arange(0, BLOCK_D // 2), ROTARY, INTERLEAVED)
+        x_low = tl.load(p_q[:, None] + low[None, :], mask=in_q[:, None] & (low < D)[None, :], other=0.0).to(tl.float32)
+        x_high = tl.load(p_q[:, None] + high[None, :], mask=in_q[:, None] & (high < D)[None, :], other=0.0)
+        x_high = x_high.to(tl.float32)
+        squared = tl.sum(x_low * x_low + x_high * x_high, 1)
+        cos, sin = load_turns(turns, first + c, max_chunk, d, ROTARY)
+        x = tl.join(x_low * cos + x_high * sin, x_high * cos - x_low * sin)
+        x = tl.reshape(x, [BLOCK_Q, BLOCK_D])
+    else:
+        x = tl.load(p_q[:, None] + d[None, :], mask=in_q[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+        squared = tl.sum(x * x, 1)
     _, rank, r0 = load_run(runs, place // C)
     p_a = a + i_b * a_strides[0] + c * a_strides[1] + row * a_strides[2]
     if terms is not None:
@@ -84,11 +94,11 @@ def absorb_queries_kernel(
                 share *= scale * LOG2_E
             last: tl.constexpr = len(KEYS) + (1 if len(KEYS) > 0 else 0)  # of the terms
             tl.store(p_terms + last * terms_strides[2], share, mask=in_q)
-    high = x.to(q.dtype.element_ty)
+    rounded = x.to(q.dtype.element_ty)
     if len(KEYS) == 0:
         r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-        u = load_rows(uk, C * D, r0, rank, place % C * D, d, D, r).to(high.dtype)
-        got = tl.dot(high, tl.trans(u), input_precision="ieee")
+        u = load_rows(uk, C * D, r0, rank, place % C * D, d, D, r).to(rounded.dtype)
+        got = tl.dot(rounded, tl.trans(u), input_precision="ieee")
         tl.store(p_a[:, None] + r[None, :], got.to(a.dtype.element_ty), mask=in_q[:, None] & (r < rank)[None, :])
     else:
         largest = tl.sqrt(squared) * tl.load(norms + place) * tl.abs(scale) * LOG2_E
@@ -98,7 +108,7 @@ def absorb_queries_kernel(
         if tl.program_id(1) == 0:
             factor = tl.exp2((exponent + (2 - 24 * MAGIC)).to(tl.float32))
             tl.store(p_terms + len(KEYS) * terms_strides[2], factor, mask=in_q)
-        low = (x - high.to(tl.float32)).to(high.dtype)  # what turning left of it
+        rest = (x - rounded.to(tl.float32)).to(rounded.dtype)  # what turning left of it
         segment, bits, begin, size, column = 0, 16, 0, 1, 0
         for k in tl.static_range(len(KEYS)):
             if tl.program_id(1) == k:
@@ -117,58 +127,16 @@ def absorb_queries_kernel(
                         mask=there[:, None] & (d < D)[None, :], other=0.0, eviction_policy="evict_last")
             moved = tl.where(bits >= 8, 0, tl.where(bits == 4, m % 2 * 4, m * 2 % 10))
             weight = tl.exp2(-moved.to(tl.float32))
-            u = tl.trans(u.to(high.dtype))
-            got = tl.dot(high, u, input_precision="ieee")
+            u = tl.trans(u.to(rounded.dtype))
+            got = tl.dot(rounded, u, input_precision="ieee")
             if CHUNK:
-                got = tl.dot(low, u, got, input_precision="ieee")
+                got = tl.dot(rest, u, got, input_precision="ieee")
             got = (got * up[:, None] * weight[None, :]).to(a.dtype.element_ty)
             tl.store(p_a[:, None] + (column + j)[None, :], got, mask=in_q[:, None] & inside[None, :])
             middles += tl.sum(got.to(tl.float32) * (1.0 / weight)[None, :], 1)
         middle = tl.where(bits == 16, 0.0, ((1 << bits) - 1) * 0.5)
         middles *= middle * tl.where(MAGIC, 1.0, 2.0**-24)
         tl.store(p_terms + tl.program_id(1) * terms_strides[2], middles, mask=in_q)
-
-
-@triton.jit
-def chunks_of(
-    lens, lens_stride, starts, starts_stride, offsets, offsets_stride, i_b, bound, S, window, first_tile, tiles,
-    CHUNK: tl.constexpr, WINDOWED: tl.constexpr, BLOCK_T: tl.constexpr,
-):
-    """The first chunk of the tiles of sequence i_b, and how many they are in; 0, 1 without CHUNK."""
-    first, chunks = 0, 1
-    if CHUNK:
-        lag, shift = lag_of(offsets, offsets_stride, i_b, BLOCK_T)
-        begin, end = reach(lens, lens_stride, starts, starts_stride, i_b, bound, S, window, WINDOWED)
-        origin, _, t_end = part_of(begin, end, first_tile, tiles, 0, 1, BLOCK_T, shift)
-        first, before = chunk_of(origin, lag, CHUNK)
-        chunks = tl.where(t_end > origin, tl.maximum(before + t_end - 1 - origin, 0) // CHUNK + 1, 0)
-    return first, chunks
-
-
-@triton.jit
-def turned_back(
-    q, q_strides, turns, max_chunk, first, n, chunks, head, S,
-    M: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Of rows n = c (M S) + m S + s of a kv head: c, the row h S + s of all heads, the query turned back by the first
-    position of chunk first + c, [len(n), BLOCK_D], and the query's square; rows from `chunks` on are zero."""
-    i = n % (M * S)
-    c, s, h = (n // (M * S)).to(tl.int64), (i % S).to(tl.int64), (head * M + i // S).to(tl.int64)
-    in_q, d = (c < chunks)[:, None], tl.arange(0, BLOCK_D)
-    p_q = q + s * q_strides[1] + h * q_strides[2]
-    if CHUNK:
-        low, high = pair_columns(tl.arange(0, BLOCK_D // 2), ROTARY, INTERLEAVED)
-        x_low = tl.load(p_q[:, None] + low[None, :], mask=in_q & (low < D)[None, :], other=0.0).to(tl.float32)
-        x_high = tl.load(p_q[:, None] + high[None, :], mask=in_q & (high < D)[None, :], other=0.0).to(tl.float32)
-        squared = tl.sum(x_low * x_low + x_high * x_high, 1)
-        cos, sin = load_turns(turns, first + c, max_chunk, d, ROTARY)
-        x = tl.join(x_low * cos + x_high * sin, x_high * cos - x_low * sin)
-        x = tl.reshape(x, [x_low.shape[0], BLOCK_D])
-    else:
-        x = tl.load(p_q[:, None] + d[None, :], mask=in_q & (d < D)[None, :], other=0.0).to(tl.float32)
-        squared = tl.sum(x * x, 1)
-    return c, h * S + s, x, squared
 # fmt: on
 
 
@@ -182,11 +150,12 @@ def absorb_queries(call: Call, a: Tensor, terms: Tensor | None, span: Span, code
     row, rows = () if codes is None else pieces(size, PLANES), chunks * rows // size.num_heads
     choice = launch.absorb_queries(launch.name(q.device), q.itemsize, chunked=size.chunk > 0 or codes is not None)
     block_q = min(choice.block_q, launch.block_q(rows))
+    names = "C M D Hkv CHUNK ROTARY INTERLEAVED WINDOWED BLOCK_D BLOCK_R"
     absorb_queries_kernel[cdiv(rows, block_q) * size.num_heads, len(row) or cdiv(size.rank, choice.block_r), batch](
         q, q.stride(), *tokens.seen, *tokens.lag, keys.turns, keys.rows, keys.runs, keys.heads, keys.bias,
         keys.norms if row else None, keys.packs if row else None, a, a.stride(), terms, strides_of(terms, 4),
         call.rule.scale, *call.limits, size.max_position, *span[:2],
         KEYS=row, MAGIC=codes is not None and codes.magic, CHAINED=launch.chained(q.device), BLOCK_Q=block_q,
         BLOCK_T=launch.BLOCK_T if codes is None else codes.block_t,
-        **launch.constants(CONSTANTS, call.form, size, choice),
+        **launch.constants(names, call.form, size, choice),
     )  # fmt: skip

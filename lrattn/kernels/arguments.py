@@ -42,13 +42,9 @@ class Near:
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self.keys, self.values, self.rows, self.firsts
 
-    @property
-    def numbers(self) -> tuple[int, int]:
-        return self.sinks, self.recent
-
     @classmethod
     def of_lists(cls, tensors: Any, numbers: Any) -> Near:
-        """From what `tensors` and `numbers` give."""
+        """From what `tensors` gives, and sinks and recent."""
         return cls(*tensors[:2], *numbers, *tensors[2:])
 
     @property
@@ -81,14 +77,10 @@ class Tokens:
         self.seen = self.lens, self.lens.stride()[0], self.starts, stride(self.starts)
         self.lag = self.offsets, stride(self.offsets)
         self.placed = self.positions, (0, 0) if self.positions is None else self.positions.stride()
+        self.placed_apart = self.positions is not None or self.offsets is not None  # not by index in the sequence
         self.recent = 0 if near is None else min(near.recent, self.bound)  # last tokens a query sees as they are
         # The first tokens from `starts` on that are seen as they are; 0 where `latents` has them in starts.
         self.skipped = 0 if near is None or near.firsts is not None else near.sinks
-
-    @property
-    def placed_apart(self) -> bool:
-        """Whether positions are not the indices in the sequence."""
-        return self.positions is not None or self.offsets is not None
 
     @property
     def latents(self) -> Tokens:

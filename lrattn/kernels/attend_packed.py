@@ -26,10 +26,10 @@ from lrattn.kernels.packed import (
     START,
 )
 from lrattn.kernels.pieces import PLANES, parts, pieces, words
-from lrattn.kernels.planes import SCALE_UNIT, middle, planes, scale_of, unit, weighed
+from lrattn.kernels.planes import LOG2_E, SCALE_UNIT, middle, planes, scale_of, unit, weighed
 from lrattn.kernels.tiles import chunk_of, lag_of, part_of, reach, soft_cap
 
-LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+LN_2 = tl.constexpr(0.6931471805599453)
 NOTHING = tl.constexpr(-1e30)  # a peak below all scores
 
 
@@ -295,8 +295,7 @@ def attend_packed(
     """Absorbed queries by plane `a` over the tiles of each split: y [B, slots, Hq S, Rv] and its lse; without y scores,
     to s [B, Hq S, T]. Without `a` scores come from there."""
     q, ck, keys, values, tokens = call.q, call.ck, call.keys, call.values, call.tokens
-    cv = ck if call.cv is None else call.cv
-    side = values if a is None else keys
+    side, cv = values if a is None else keys, ck if call.cv is None else call.cv
     blocks = cdiv(q.shape[1] * q.shape[2] // side.sizes.groups, 16) * side.sizes.groups
     key_packs = None if a is None or keys.sizes.even else keys.packs
     value_packs = None if y is None or values.sizes.even else values.packs

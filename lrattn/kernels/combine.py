@@ -102,11 +102,8 @@ def combine_kernel(
             for j0 in range(first, last, BLOCK_S):
                 part = load_parts(p_lse, lse_strides[1], j0 + j, last, in_n)
                 latent += merged(p_y, y_strides[1], j0 + j, part, merged_lse, r, rank)
-            u = tl.load(
-                uv + head * uv_strides[0] + r[:, None] * uv_strides[1] + c[None, :] * uv_strides[2],
-                mask=(r < rank)[:, None] & (c < D)[None, :],
-                other=0.0,
-            )
+            u = tl.load(uv + head * uv_strides[0] + r[:, None] * uv_strides[1] + c[None, :] * uv_strides[2],
+                        mask=(r < rank)[:, None] & (c < D)[None, :], other=0.0)
             if BLOCK_Q == 1:
                 result += tl.sum(tl.reshape(latent, [BLOCK_R, 1]) * u.to(tl.float32), 0)[None, :]
             else:
@@ -124,11 +121,8 @@ def combine_kernel(
 @triton.jit
 def load_parts(p_lse, stride, j, last, in_n):
     """lse of slots j: [BLOCK_Q, BLOCK_S]; -inf from `last` on."""
-    return tl.load(
-        p_lse[:, None] + j[None, :] * stride,
-        mask=in_n[:, None] & (j < last)[None, :],
-        other=float("-inf"),
-    )
+    there = in_n[:, None] & (j < last)[None, :]
+    return tl.load(p_lse[:, None] + j[None, :] * stride, mask=there, other=float("-inf"))
 
 
 @triton.jit
@@ -136,11 +130,8 @@ def merged(p_y, stride, j, part, merged_lse, r, rank):
     """sum_j exp(part_j - merged_lse) y_j over splits j, latents r: [BLOCK_Q, len(r)]. What has no part is not read."""
     some = part != float("-inf")
     weight = tl.where(some, tl.exp(part - merged_lse[:, None]), 0.0)
-    x = tl.load(
-        (p_y[:, None] + j[None, :] * stride)[:, :, None] + r[None, None, :],
-        mask=some[:, :, None] & (r < rank)[None, None, :],
-        other=0.0,
-    )
+    there = some[:, :, None] & (r < rank)[None, None, :]
+    x = tl.load((p_y[:, None] + j[None, :] * stride)[:, :, None] + r[None, None, :], mask=there, other=0.0)
     return tl.sum(weight[:, :, None] * x, 1)
 # fmt: on
 

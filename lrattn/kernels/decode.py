@@ -5,16 +5,15 @@ from torch import Tensor
 
 from lrattn.kernels import launch, plan
 from lrattn.kernels.absorb import absorb_queries
-from lrattn.kernels.absorbed_scores import absorbed_scores
 from lrattn.kernels.arguments import Call, Span
+from lrattn.kernels.attend_absorbed import attend_absorbed
 from lrattn.kernels.attend_packed import attend_packed
+from lrattn.kernels.attend_rebuilt import attend_rebuilt
 from lrattn.kernels.combine import combine
-from lrattn.kernels.fused_absorbed import fused_absorbed
-from lrattn.kernels.fused_rebuilt import fused_rebuilt
 from lrattn.kernels.near import attend_near
 from lrattn.kernels.plan import Cut, Workspace
 from lrattn.kernels.project import project
-from lrattn.kernels.scores import latent_scores, turn_queries
+from lrattn.kernels.turn import turn_queries
 from lrattn.kernels.values import latent_values
 
 
@@ -94,17 +93,17 @@ def _attend_tiles(call: Call, size: Cut, work: Workspace, y: Tensor, lse: Tensor
     if size.fused and codes.keys is not None:
         attend_packed(call, x, terms, None, y, lse, span, codes.keys)
     elif size.fused and keys.absorbed:
-        fused_absorbed(call, x, terms, y, lse, span, size.fused)
+        attend_absorbed(call, x, terms, None, y, lse, span, size.fused)
     elif size.fused:
-        fused_rebuilt(call, x, y, lse, span, size.turned, size.fused)
+        attend_rebuilt(call, x, None, y, lse, span, size.turned, size.fused)
     else:
         scored = Span(first, size.tiles, size.parts)
         if codes.keys is not None:
             attend_packed(call, x, terms, work.s, None, None, scored, codes.keys)
         elif keys.absorbed:
-            absorbed_scores(call, x, terms, work.s, scored)
+            attend_absorbed(call, x, terms, work.s, None, None, scored)
         else:
-            latent_scores(call, x, work.s, scored, size.turned)
+            attend_rebuilt(call, x, work.s, None, None, scored, size.turned)
         if codes.values is not None:
             attend_packed(call, None, None, work.s, y, lse, span, codes.values)
         else:

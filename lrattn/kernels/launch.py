@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from lrattn.factors.operands import KeySizes, ValueSizes
+from lrattn.factors.operands import KeySizes
 from lrattn.kernels.arguments import Form
 from lrattn.kernels.pieces import ANY, Pieces, next_power_of_2, pieces, streamed
 
-WAITING, STARTING = {"CHAINED": True, "launch_pdl": True}, {"CHAINED": False}
 BLOCK_T = 64  # tokens of a tile: 64 rows make one wgmma of 4 warps
 
 
@@ -223,22 +222,13 @@ def pick(table: tuple[Row, ...], device: str, itemsize: int, **shape: Any) -> La
 
 
 # launch of a kernel: device and itemsize, and what its table tells apart
-absorb_queries, turn_queries, combine, combine_many, project, write_latents, rebuild, attend_near, write_near = (
+absorb_queries, turn_queries, combine, combine_many, project, write_latents = (
     cache(partial(pick, table))
-    for table in (
-        ABSORB_QUERIES,
-        TURN_QUERIES,
-        COMBINE,
-        COMBINE_MANY,
-        PROJECT,
-        WRITE_LATENTS,
-        REBUILD,
-        ATTEND_NEAR,
-        WRITE_NEAR,
-    )
+    for table in (ABSORB_QUERIES, TURN_QUERIES, COMBINE, COMBINE_MANY, PROJECT, WRITE_LATENTS)
 )
-latent_scores, absorbed_scores, latent_values = (
-    cache(partial(pick, table)) for table in (LATENT_SCORES, ABSORBED_SCORES, LATENT_VALUES)
+rebuild, attend_near, write_near, latent_scores, absorbed_scores, latent_values = (
+    cache(partial(pick, table))
+    for table in (REBUILD, ATTEND_NEAR, WRITE_NEAR, LATENT_SCORES, ABSORBED_SCORES, LATENT_VALUES)
 )
 fused_absorbed, fused_rebuilt = (cache(partial(find, table)) for table in (FUSED_ABSORBED, FUSED_REBUILT))
 
@@ -270,7 +260,7 @@ def chained(device: torch.device) -> bool:
 
 def pdl(device: torch.device) -> dict[str, bool]:
     """Words of a launch that waits."""
-    return WAITING if chained(device) else STARTING
+    return {"CHAINED": True, "launch_pdl": True} if chained(device) else {"CHAINED": False}
 
 
 @cache
@@ -291,19 +281,16 @@ def scored(side: KeySizes, choice: Launch) -> Pieces:
 
 
 @lru_cache(maxsize=1024)
-def constants(
-    names: str, form: Form, side: KeySizes | ValueSizes, choice: Launch, turned: bool = False
-) -> dict[str, Any]:
-    """Those that a kernel names, as "C M Hkv", of a side of a layer and of its launch; once for all calls."""
+def constants(names: str, form: Form, side: Any, choice: Launch, turned: bool = False) -> dict[str, Any]:
+    """Those that a kernel names, as "C M Hkv", of the sizes of a side and of its launch; once for all calls."""
     known = {
         "C": side.group_size, "M": form.query_heads // side.num_heads, "Hkv": side.num_heads, "D": side.head_dim,
         "P": form.page_size, "CAUSAL": form.causal, "WINDOWED": form.windowed, "CAPPED": form.capped,
         "BLOCK_Q": choice.block_q, "BLOCK_R": choice.block_r, "BLOCK_D": choice.block_d or block_d(side.head_dim),
-        "BLOCK_T": choice.block_t, "RESIDENT": choice.resident, "MAGIC": choice.magic,
+        "BLOCK_T": choice.block_t, "RESIDENT": choice.resident, "MAGIC": choice.magic, "TABLE": not turned,
     }  # fmt: skip
     if isinstance(side, KeySizes):
         known |= {"CHUNK": side.chunk, "ROTARY": side.rotary_dim, "INTERLEAVED": side.interleaved > 0}
-        known["TABLE"] = not turned
     return {name: known[name] for name in names.split()} | {"num_warps": choice.warps, "num_stages": choice.stages}
 
 

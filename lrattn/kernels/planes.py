@@ -14,6 +14,7 @@ ASM is for NVIDIA's compiler, which does not pack two halfwords by itself. Witho
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
 SCALE_UNIT = tl.constexpr(2.0**-8)  # of the float16 that a scale is
 
 

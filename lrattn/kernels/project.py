@@ -32,17 +32,10 @@ def project_kernel(
     for k0 in range(0, Hq * D, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         in_k = k < Hq * D
-        a = tl.load(
-            p_x[:, None] + (k // D * x_strides[2] + k % D)[None, :],
-            mask=(n < B * S)[:, None] & in_k[None, :],
-            other=0.0,
-        )
-        w = tl.load(
-            wo + (k // D).to(tl.int64)[:, None] * wo_strides[0] + (k % D)[:, None] * wo_strides[1]
-            + e[None, :] * wo_strides[2],
-            mask=in_k[:, None] & (e < E)[None, :],
-            other=0.0,
-        )
+        a = tl.load(p_x[:, None] + (k // D * x_strides[2] + k % D)[None, :],
+                    mask=(n < B * S)[:, None] & in_k[None, :], other=0.0)
+        p_wo = wo + (k // D).to(tl.int64) * wo_strides[0] + k % D * wo_strides[1]
+        w = tl.load(p_wo[:, None] + e[None, :] * wo_strides[2], mask=in_k[:, None] & (e < E)[None, :], other=0.0)
         result = tl.dot(a, w, result, input_precision="ieee")
     p_out = out + b * out_strides[0] + i * out_strides[1]
     tl.store(p_out[:, None] + e[None, :], result.to(out.dtype.element_ty), mask=(n < B * S)[:, None] & (e < E)[None, :])

@@ -62,11 +62,8 @@ def latent_values_kernel(
         t = t0 + tl.arange(0, BLOCK_T)
         live = (t >= begin) & (t < t_end)
         page, offset = slots(pages + i_b * pages_stride, t0, t, live, P, BLOCK_T, offsets)
-        score = tl.load(
-            p_s[:, None] + tl.multiple_of(t - origin, BLOCK_T)[None, :],
-            mask=in_q[:, None] & live[None, :],
-            other=float("-inf"),
-        )
+        score = tl.load(p_s[:, None] + tl.multiple_of(t - origin, BLOCK_T)[None, :],
+                        mask=in_q[:, None] & live[None, :], other=float("-inf"))
         p, fade, peak, total = softmax_step(score, peak, total, 1)
         z = load_latents(cv + page * cv_strides[0] + offset * cv_strides[1], column, rank, live, r)
         acc = tl.dot(p.to(z.dtype), z, acc * fade[:, None], input_precision="ieee")

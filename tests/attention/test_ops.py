@@ -35,7 +35,7 @@ def arguments(problem, project="heads"):
     sides = lists(*layer.operands)
     numbers = (project, 0.125, 0.0, True, 48, 0, 0, 1 << 28)
     near = kwargs.get("near")
-    window = ([], []) if near is None else ([*near.tensors], [*near.numbers])
+    window = ([], []) if near is None else ([*near.tensors], [near.sinks, near.recent])
     tables = (kwargs["block_table"], kwargs["seq_lens"], *optional)
     return (q, k_cache, v_cache, *tables, *sides, *window, layer.wo, *numbers)
 
@@ -149,7 +149,7 @@ def test_a_call_reads_no_number_from_the_device(name, launches, monkeypatch):
     names = {n for n, _ in launches}
     assert name != "near" or names >= {"attend_near_kernel", "write_near_kernel"}
     assert names >= {"combine_kernel", "project_kernel", "rebuild_kernel"}
-    assert names & {"latent_values_kernel", "fused_absorbed_kernel", "fused_rebuilt_kernel", "attend_packed_kernel"}
+    assert names & {"latent_values_kernel", "attend_absorbed_kernel", "attend_rebuilt_kernel", "attend_packed_kernel"}
     assert all(0 < size < 65536 for _, grid in launches for size in grid[1:])
 
 

@@ -274,7 +274,7 @@ def asked(case, two, tile):
 @pytest.mark.parametrize("two", [False, True])
 def test_absorbed_queries_are_written_once_and_read_once_a_tile(two):
     _, counts, written, read = asked(QUERIES, two, 64)
-    reader = "absorbed_scores_kernel" if two else "fused_absorbed_kernel"
+    reader = "attend_absorbed_kernel"
     for name, size in (("a", QUERIES.dtype.itemsize * sum(QUERIES.key_ranks) // 2), ("constant", 4)):
         assert counts["absorb_queries_kernel", "terms" if name == "constant" else name, "writes"] == written * size
         assert counts[reader, name, "reads"] == read * size
@@ -338,15 +338,15 @@ MUTANTS = [
     Mutant("values.py", LIVE, "live = t < t_end", "starts"),
     Mutant("values.py", "        acc = tl.dot(",
            "        load_latents(cv + page * cv_strides[0], column, rank, live, r)\n        acc = tl.dot(", "splits"),
-    Mutant("scores.py", LIVE, "live = (t >= begin) & (t < tl.cdiv(t_end, P) * P)", "page"),
+    Mutant("attend_rebuilt.py", LIVE, "live = (t >= begin) & (t < tl.cdiv(t_end, P) * P)", "page"),
     Mutant("tiles.py", "tl.load(pages + t // P, mask=live, other=0)",
            "tl.load(pages + t // P, mask=live | (t % P == P - 1), other=0)", "empty split"),
     Mutant("values.py", 'tl.store(p_lse, tl.full([BLOCK_Q], float("-inf")', "tl.store(p_lse, tl.full([BLOCK_Q], -1e30",
            "empty split"),
-    Mutant("fused_absorbed.py", LIVE, "live = t < t_end", "one pass"),
-    Mutant("fused_absorbed.py", "if cv is not None:\n            p_cv = located(cv, cv_strides",
-           "if True:\n            p_cv = located(ck, ck_strides", "one pass"),
-    Mutant("fused_rebuilt.py", LIVE, "live = (t >= begin) & (t < tl.cdiv(t_end, P) * P)", "one pass, rebuilt"),
+    Mutant("attend_absorbed.py", LIVE, "live = t < t_end", "one pass"),
+    Mutant("attend_absorbed.py", "if cv is not None:\n                p_cv = located(cv, cv_strides",
+           "if True:\n                p_cv = located(ck, ck_strides", "one pass"),
+    Mutant("attend_rebuilt.py", LIVE, "live = (t >= begin) & (t < tl.cdiv(t_end, P) * P)", "one pass, rebuilt"),
     Mutant("packed.py", "first + ROW[N][FIRST] + tl", "first + ROW[N][FIRST] // 2 + tl", "one pass"),
     Mutant("attend_packed.py", "tl.minimum(at // P, last_page)", "at // P", "by tiles"),
     Mutant("attend_packed.py", "(t_end - 1) // P", "t_end // P", "by tiles"),
