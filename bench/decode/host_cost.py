@@ -114,6 +114,7 @@ class Timed(NamedTuple):
 
     def round(self) -> float:
         """Microseconds of one call, the mean of CALLS."""
+        self.call()  # which may be a first one: others have forgotten
         total = 0.0
         for _ in range(CALLS):
             self.before()
