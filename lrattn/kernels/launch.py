@@ -92,9 +92,7 @@ LATENT_SCORES = (
     Row(Launch(8, 1, block_r=32, block_d=64), (), itemsize=4, packed=True),
 )
 ABSORBED_SCORES = (
-    Row(Launch(4, 2, resident=True), ("sm80", "sm90"), rank=256, queries=16),
-    Row(Launch(4, 2, resident=True), ("sm100",), rank=256, queries=16, chunked=False),
-    Row(Launch(8, 2, resident=True), ("sm100",), rank=256, queries=16, chunked=True),
+    Row(Launch(4, 2, resident=True), BIG, rank=256, queries=16),
     Row(Launch(4, 3, block_r=128), BIG, queries=16),
     Row(Launch(8, 2, resident=True), BIG, rank=256),
     Row(Launch(8, 3, block_r=128), HOPPER),
