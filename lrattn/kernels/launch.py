@@ -134,6 +134,7 @@ ATTEND_PACKED = (
     Row(Launch(4, 2, block_t=128, block_n=32), ("sm80", "sm90"), wide=False),
     Row(Launch(4, 2, block_t=128, block_n=32), ("sm100",), wide=False, biased=False),
     Row(Launch(4, 2, block_t=128, block_n=16), BIG),
+    Row(Launch(2, 2, block_t=64, block_n=32), ("sm80", "sm90"), wide=False, biased=False),
     Row(Launch(4, 2, block_t=64, block_n=16), BIG),
     Row(Launch(4, 1, block_t=64, block_n=16, magic=True), ("gfx9",)),
     Row(Launch(4, 1, block_t=64, block_n=16, magic=True), (), itemsize=4, least_itemsize=4),
