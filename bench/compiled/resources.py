@@ -2,8 +2,9 @@
 
 Every row of the launch table is compiled for every device it names, at the largest shapes it is for, plain and with
 every option. Registers, bytes spilled, shared memory and tensor-core instructions go to results/resources.json with a
-hash of the kernel sources. A spill (but for fp32, and what `spills` allows), too much shared memory, or a
-product that should be wgmma and is not fails the run. `--quick` compiles a few and writes nothing.
+hash of the kernel sources. A spill (but for fp32, and what `spills` allows), too much shared memory, or a product that
+should be wgmma and is not fails the run. `--quick` compiles a few and writes nothing. `--by-plane` compiles packed rows
+for sm_90 alone, to resources_by_plane.json: by the Triton that they were written against.
 
 No GPU is used and nothing is executed: these figures say what fits, not how fast it is.
 """
@@ -43,7 +44,7 @@ from lrattn.kernels.attend_absorbed import attend_absorbed
 from lrattn.kernels.attend_packed import attend_packed
 from lrattn.kernels.attend_rebuilt import attend_rebuilt
 
-PATH = report.RESULTS / "resources.json"
+PATH, BY_PLANE_PATH = report.RESULTS / "resources.json", report.RESULTS / "resources_by_plane.json"
 SOURCES = sorted((Path(lrattn.__file__).parent / "kernels").glob("*.py"))
 META = torch.device("meta")
 SPAN = Span(0, 2, 2)
@@ -512,9 +513,15 @@ def compiling(device: str) -> Iterator[list[tuple[str, Any]]]:
 
 def compile_for(c: Compilation) -> list[dict[str, Any]]:
     """Resources of each kernel that a launch compiles."""
+    told: dict[str, Any] = {}
     with compiling(c.device) as compiled:
         c.kernel(c.problem)
-    return [{"kernel": kernel, "device": c.device, **describe(c), **resources(binary)} for kernel, binary in compiled]
+        if c.kernel in (packed_pass, packed_scores, packed_values):
+            codes, _, _ = c.problem.codes()
+            choice = codes.values if c.kernel is packed_values else codes.keys
+            told = {"pass": c.kernel.__name__, "tokens": choice.block_n}  # of a warp
+    told |= {"device": c.device, **describe(c)}
+    return [{"kernel": kernel, **told, **resources(binary)} for kernel, binary in compiled]
 
 
 def recompiled() -> list[str]:
@@ -615,12 +622,30 @@ def format_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def plane_table(results: dict[str, Any]) -> str:
+    """Packed rows on sm90: instructions of the loop a token and group, of each 16 query rows."""
+    line = "{:13} {:>5} {:>5} {:>2} {:>5}  {:22} {:>9} {:>7} {:>12}"
+    lines = [line.format("pass", "bits", "rank", "S", "chunk", "options", "registers", "spilled", "instructions")]
+    for row in results["rows"]:
+        if "tokens" in row and row["dtype"] != "float32":
+            bits = row["bits"].replace(" ", "/")
+            cells = (row["rank"], row["S"], row["chunk"], row["options"], row["registers"], row["spilled"])
+            lines.append(line.format(row["pass"], bits, *cells, f"{a_token(row):.1f}"))
+    return "\n".join(lines)
+
+
+def a_token(row: dict[str, Any]) -> float:
+    """Instructions of a loop's trip, over the tokens that a warp takes in it."""
+    return sum(row["instructions"].values()) / row["tokens"]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a few launches, nothing written")
-    quick = parser.parse_args().quick
+    parser.add_argument("--by-plane", action="store_true", help="packed rows for sm_90 alone")
+    args = parser.parse_args()
     rows, bad = [], []
-    chosen = QUICK if quick else list(dict.fromkeys(compilations()))
+    chosen = QUICK if args.quick else list(dict.fromkeys(by_plane("sm90") if args.by_plane else compilations()))
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         made = tqdm(pool.map(compile_for, chosen), total=len(chosen), unit="kernel", disable=None)
         for c, compiled in zip(chosen, made, strict=True):
@@ -628,11 +653,13 @@ def main() -> int:
                 rows.append(row)
                 if found := faults(c, row):
                     bad.append(f"{row['kernel']} {describe(c)} on {c.device}: {'; '.join(found)}")
-    bad += [f"compiled anew for other lengths: {kernel}" for kernel in recompiled()]
+    if not args.by_plane:
+        bad += [f"compiled anew for other lengths: {kernel}" for kernel in recompiled()]
     print(*bad, sep="\n")
     print(f"{len(rows)} kernels compiled, {len(bad)} unfit")
-    if not quick:
-        report.save(PATH, {"sources": sources_hash(), "triton": triton.__version__, "rows": rows})
+    if not args.quick:
+        path = BY_PLANE_PATH if args.by_plane else PATH
+        report.save(path, {"sources": sources_hash(), "triton": triton.__version__, "rows": rows})
     return 1 if bad else 0
 
 

@@ -67,10 +67,10 @@ def absorb_queries_kernel(
     if tl.program_id(0) // Hkv * BLOCK_Q >= chunks * M * S:
         return
     place, d = tl.program_id(0) % Hkv, tl.arange(0, BLOCK_D)
-    head, i = tl.load(heads + place), n % (M * S)
-    c, s, h = (n // (M * S)).to(tl.int64), (i % S).to(tl.int64), (head * M + i // S).to(tl.int64)
-    in_q, row = c < chunks, h * S + s
-    p_q = q + i_b * q_strides[0] + s * q_strides[1] + h * q_strides[2]
+    i = n % (M * S)
+    c, s, head = (n // (M * S)).to(tl.int64), (i % S).to(tl.int64), (tl.load(heads + place) * M + i // S).to(tl.int64)
+    in_q, row = c < chunks, head * S + s
+    p_q = q + i_b * q_strides[0] + s * q_strides[1] + head * q_strides[2]
     if CHUNK:
         low, high = pair_columns(tl.arange(0, BLOCK_D // 2), ROTARY, INTERLEAVED)
         x_low = tl.load(p_q[:, None] + low[None, :], mask=in_q[:, None] & (low < D)[None, :], other=0.0).to(tl.float32)

@@ -93,9 +93,7 @@ LATENT_SCORES = (
     Row(Launch(8, 1, block_r=32, block_d=64), (), itemsize=4, packed=True),
 )
 ABSORBED_SCORES = (
-    Row(Launch(4, 2, resident=True), ("sm80", "sm90"), rank=256, queries=16),
-    Row(Launch(4, 2, resident=True), ("sm100",), rank=256, queries=16, chunked=False),
-    Row(Launch(8, 2, resident=True), ("sm100",), rank=256, queries=16, chunked=True),
+    Row(Launch(4, 2, resident=True), BIG, rank=256, queries=16),
     Row(Launch(4, 3, block_r=128), BIG, queries=16),
     Row(Launch(8, 2, resident=True), BIG, rank=256),
     Row(Launch(8, 3, block_r=128), HOPPER),
@@ -137,6 +135,7 @@ ATTEND_PACKED = (
     Row(Launch(4, 2, block_t=128, block_n=32), ("sm80", "sm90"), wide=False),
     Row(Launch(4, 2, block_t=128, block_n=32), ("sm100",), wide=False, biased=False),
     Row(Launch(4, 2, block_t=128, block_n=16), BIG),
+    Row(Launch(2, 2, block_t=64, block_n=32), ("sm80", "sm90"), wide=False, biased=False),
     Row(Launch(4, 2, block_t=64, block_n=16), BIG),
     Row(Launch(4, 1, block_t=64, block_n=16, magic=True), ("gfx9",)),
     Row(Launch(4, 1, block_t=64, block_n=16, magic=True), (), itemsize=4, least_itemsize=4),

@@ -10,7 +10,7 @@ from lrattn.factors.shapes import MAX_SPLITS, cdiv, round_up
 from lrattn.kernels import launch
 from lrattn.kernels.pieces import PLANES, columns, parts, pieces
 
-WAVES = 2  # programs a multiprocessor should get at least
+WAVES, WARPS = 2, 4  # programs a multiprocessor should get at least, and warps of one; of fewer warps more programs
 PART_TILES = 32  # most tiles of one program where the workspace allows, so that ragged batches balance
 COMBINED = 8  # most splits that are combined 16 rows at a time: of more a program takes one row
 LARGEST_AXIS = 65535  # of a CUDA grid, but for the first
@@ -138,7 +138,8 @@ def cut(
     total = cdiv(bound - begin, block_t)
     if window:  # a window may begin and end inside a tile
         total = min(total, cdiv(window + num_queries - 2, block_t) + 1)
-    fill = WAVES * processors
+    by_plane = codes.values if one_pass is None else codes.keys
+    fill = WAVES * processors * (WARPS // by_plane.warps if by_plane else 1)
     per_split = (rows * values.rank + padded) * 4  # a partial result and its lse
     width, terms = launch.block_d(keys.head_dim), 0
     if keys.absorbed:
