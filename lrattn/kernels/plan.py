@@ -155,7 +155,9 @@ def cut(
     balanced = min(cdiv(total, PART_TILES), room // max(batch, 1))
     wanted = max(cdiv(fill, max(batch, 1) * value_programs), balanced)
     if codes.keys is not None and one_pass is not None:
-        wanted = max(_whole(wanted * max(batch, 1) * value_programs, fill) // (max(batch, 1) * value_programs), 1)
+        each = max(batch, 1) * value_programs
+        whole = wanted * each // fill * fill or wanted * each  # programs, but for a last wave that is not full
+        wanted = max(whole // each, 1)
         wanted = cdiv(total, cdiv(total, wanted)) if total else 1  # as few as take no more tiles each
     splits = num_splits or max(1, min(wanted, total, room))
     fixed += (splits + 2) * per_split
@@ -182,11 +184,6 @@ def absorbed(keys: KeySizes, codes: Planes) -> tuple[int, int]:
     if codes.keys is None:
         return keys.rank, int(keys.biased)
     return columns(keys), len(pieces(keys, PLANES)) + 1 + keys.biased
-
-
-def _whole(programs: int, wave: int) -> int:
-    """So many programs, but for those of a last wave that is not full; those of one that is the first stay."""
-    return programs // wave * wave or programs
 
 
 def _blocks(rows: int, owners: int) -> int:

@@ -79,11 +79,7 @@ def load_run(runs, g):
 @triton.jit
 def load_latents(cache, column, rank, live, r):
     """Columns column + r (r < rank) of the rows `cache` points at: [BLOCK_T, len(r)]; dead tokens give zeros."""
-    return tl.load(
-        cache[:, None] + (column + r)[None, :],
-        mask=live[:, None] & (r < rank)[None, :],
-        other=0.0,
-    )
+    return tl.load(cache[:, None] + (column + r)[None, :], mask=live[:, None] & (r < rank)[None, :], other=0.0)
 
 
 @triton.jit
