@@ -115,6 +115,7 @@ def test_what_the_readme_gains_and_costs_is_measured():
         ("memory.md", scale, scale.table),
         ("kernels.md", resources, resources.table),
         ("kernels.md", resources, resources.format_table),
+        ("kernels.md", resources, lambda _: resources.plane_table(report.load(resources.BY_PLANE_PATH))),
         ("kernels.md", traffic, traffic.table),
         ("kernels.md", launches, launches.table),
         ("kernels.md", simulated, simulated.table),

@@ -623,14 +623,15 @@ def format_table(results: dict[str, Any]) -> str:
 
 
 def plane_table(results: dict[str, Any]) -> str:
-    """Packed rows on sm90: instructions of the loop a token and group, of each 16 query rows."""
-    line = "{:13} {:>5} {:>5} {:>2} {:>5}  {:22} {:>9} {:>7} {:>12}"
-    lines = [line.format("pass", "bits", "rank", "S", "chunk", "options", "registers", "spilled", "instructions")]
+    """One pass over packed rows in chunks, on sm90: instructions of its loop a token and group, for 16 query rows."""
+    line = "{:>5} {:>2}  {:22} {:>15} {:>9} {:>7} {:>12}"
+    lines = [line.format("bits", "S", "options", "tokens of a warp", "registers", "spilled", "instructions")]
+    shown = {"pass": "packed_pass", "rank": 256, "chunk": CHUNK, "dtype": "bfloat16"}
     for row in results["rows"]:
-        if "tokens" in row and row["dtype"] != "float32":
+        if shown.items() <= row.items():
             bits = row["bits"].replace(" ", "/")
-            cells = (row["rank"], row["S"], row["chunk"], row["options"], row["registers"], row["spilled"])
-            lines.append(line.format(row["pass"], bits, *cells, f"{a_token(row):.1f}"))
+            cells = (row["S"], row["options"], row["tokens"], row["registers"], row["spilled"])
+            lines.append(line.format(bits, *cells, f"{a_token(row):.1f}"))
     return "\n".join(lines)
 
 
