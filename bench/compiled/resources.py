@@ -105,6 +105,7 @@ class Problem(NamedTuple):
     shared: bool = False  # one row serves keys and values
     values: int = 0  # the rank of values, where it is not the keys'
     bits: tuple[int, ...] = ()  # widths of packed latents, see decode_shapes.packing; (): plain
+    uneven: bool = False  # the groups of packed rows have formats of their own
 
     def has(self, word: str) -> bool:
         return word in self.options.split()
@@ -116,11 +117,11 @@ class Problem(NamedTuple):
         keys, values = (
             lrattn.Projection(
                 up=torch.zeros(heads, rank, self.head, dtype=self.dtype),
-                ranks=(rank,) * 2,
+                ranks=(rank,) * 2 if found is None else tuple(own.rank for own in found),
                 offset=offset,
-                format=self.format(rank),
+                format=found,
             )
-            for rank in (self.rank, self.value_rank())
+            for rank, found in ((rank, self.formats(rank)) for rank in (self.rank, self.value_rank()))
         )
         if self.shared:
             keys = replace(keys, format=None)
@@ -138,6 +139,14 @@ class Problem(NamedTuple):
 
     def format(self, rank: int) -> lrattn.Format | None:
         return packing(rank, self.bits) if self.bits else None
+
+    def formats(self, rank: int) -> tuple[lrattn.Format, ...] | None:
+        """Of the two groups; where they are uneven one has half of the first segment."""
+        whole = self.format(rank)
+        if whole is None:
+            return None
+        (first, bits), *rest = whole.segments
+        return whole, lrattn.Format(((first // 2, bits), *rest)) if self.uneven else whole
 
     def rows(self) -> int:
         """Hq S, query rows of a sequence."""
@@ -254,6 +263,13 @@ def packed_values(p: Problem) -> None:
     attend_packed(p.call(), None, None, p.scores(), *p.partial(), SPAN, codes.values)
 
 
+def values_alone(p: Problem) -> None:
+    """Of packed rows whose keys are rebuilt."""
+    keys, side = p.sides()
+    choice = plan.planes(p.dtype, launch.name(META), keys.sizes, side.sizes).values
+    attend_packed(p.call(), None, None, p.scores(), *p.partial(), SPAN, choice)
+
+
 def rebuilt_pass(p: Problem) -> None:
     turned = not p.has("positions")
     attend_rebuilt(p.call(), p.turned(), None, *p.partial(), SPAN, turned, one_pass(p, turned))
@@ -267,14 +283,18 @@ def combine_heads(p: Problem, splits: int = 2) -> None:
     combine.combine(*p.partial(), range(splits), side, p.query(), lse, sinks, True, *near)
 
 
-def combine_latents(p: Problem) -> None:
+def combine_latents(p: Problem, splits: int = 2) -> None:
     _, side = p.sides()
     y, part, lse = fp32(BATCH, 2, p.rows(), p.rank), fp32(BATCH, 2, p.rows()), fp32(BATCH, *p.query().shape[1:3])
-    combine.combine(y, part, range(2), side, fp32(*lse.shape, p.rank), lse)
+    combine.combine(y, part, range(splits), side, fp32(*lse.shape, p.rank), lse)
 
 
 def combine_many(p: Problem) -> None:
     combine_heads(p, plan.COMBINED + 1)
+
+
+def combine_many_latents(p: Problem) -> None:
+    combine_latents(p, plan.COMBINED + 1)
 
 
 def project_heads(p: Problem) -> None:
@@ -373,7 +393,8 @@ def compilations() -> Iterator[Compilation]:
                         yield Compilation(rebuild_values, device, large._replace(head=head, bits=bits))
             for options in ("", f"{ALL} near"):
                 yield Compilation(combine_many, device, Problem(256, 256, 16, 3, 1, dtype, options))
-            yield Compilation(combine_latents, device, Problem(96, 256, 16, 3, 1, dtype))
+            for latents in (combine_latents, combine_many_latents):
+                yield Compilation(latents, device, Problem(96, 256, 16, 3, 1, dtype, "latents"))
     yield from formats()
 
 
@@ -397,6 +418,15 @@ def by_plane(device: str) -> Iterator[Compilation]:
         for problem in (packed, most):
             yield Compilation(packed_pass, device, problem._replace(chunk=launch.BLOCK_T))
         yield Compilation(packed_scores, device, packed._replace(rank=512, shared=True))
+        rebuilt, many = packed._replace(chunk=0), most._replace(chunk=0, options=f"{ALL} near")
+        for problem in (rebuilt, many):
+            yield Compilation(values_alone, device, problem)
+    packed = Problem(256, 128, 4, 1, 4, chunk=CHUNK, bits=PACKED)
+    for problem in (packed._replace(uneven=True), packed._replace(shared=True), packed._replace(options="bias offsets"),
+                    packed._replace(bits=(16, 8))):  # fmt: skip
+        yield Compilation(packed_pass, device, problem)
+    yield Compilation(packed_values, device, packed._replace(rank=512))  # several times 256 columns
+    yield Compilation(absorb_planes, device, packed._replace(rope=False, chunk=0))
 
 
 def formats() -> Iterator[Compilation]:
@@ -545,7 +575,7 @@ def describe(c: Compilation) -> dict[str, Any]:
     dtype = str(p.dtype).split(".")[-1]
     names = {"rank": p.rank, "values": p.value_rank(), "one_row": p.shared, "head": p.head, "M": p.heads, "S": p.steps}
     told = {"dtype": dtype, "options": p.options or "none", "bits": " ".join(map(str, p.bits)), "chunk": p.chunk}
-    return {**names, **told}
+    return {**names, **told, "uneven": p.uneven}
 
 
 def resources(binary: Any) -> dict[str, Any]:

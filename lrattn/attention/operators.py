@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from lrattn.attention.reference import empty_result
 from lrattn.factors.layer import LayerFactors
 from lrattn.factors.operands import Keys, Operands, Values, lists
-from lrattn.kernels.arguments import Call, Near, Rule, Tokens
+from lrattn.kernels.arguments import Call, Near, Rule, Tokens, far
 
 SIDES = "Tensor?[] key_tensors, int[] key_numbers, Tensor?[] value_tensors, int[] value_numbers"
 DECODE = f"""Tensor q, Tensor k_cache, Tensor? v_cache, Tensor block_table, Tensor seq_lens, Tensor? seq_starts,
@@ -36,14 +36,17 @@ SCHEMAS = (
 
 
 def workspace_bytes(
-    layer: LayerFactors, q_shape: tuple[int, int, int], bound: int, window: int, num_splits: int, limit: int, near: bool
-) -> int:
+    layer: LayerFactors, q_shape: tuple[int, int, int], bound: int, window: int, num_splits: int, limit: int,
+    near: Near | None,
+) -> int:  # fmt: skip
     """Bytes of temporaries of decode_attention for q of B, S, Hq, with positions or without."""
     from lrattn.kernels import launch, plan
 
     sizes = [side.sizes for side in layer.operands]
     where = (layer.dtype, launch.name(layer.device), launch.processors(layer.device), *sizes)
-    call = bound, window, num_splits, limit, near
+    if near is not None:
+        bound, window = far(bound, window, near.recent, 0 if near.firsts is not None else near.sinks)
+    call = bound, window, num_splits, limit, near is not None
     return max(plan.cut(*q_shape, *where, placed, *call).nbytes for placed in (False, True))
 
 

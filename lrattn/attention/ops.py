@@ -311,7 +311,7 @@ def workspace_bytes(
         return reference.blocks(layer, query_heads, num_queries, page_size, workspace_limit, held).nbytes
     q_shape = batch_size, num_queries, query_heads
     bound = 1 << 24 if max_seq_len is None else max_seq_len
-    given = bound, window_size or 0, num_splits, workspace_limit, near is not None
+    given = bound, window_size or 0, num_splits, workspace_limit, near
     return operators.workspace_bytes(layer, q_shape, *given)
 
 

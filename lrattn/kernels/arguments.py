@@ -152,11 +152,7 @@ class Call:
     @property
     def far(self) -> tuple[int, int]:
         """A bound of the tokens that are seen by their latents, 0 where none is, and their window, 0 without one."""
-        tokens, window = self.tokens, self.rule.window
-        bound = tokens.bound - tokens.recent
-        if bound <= tokens.skipped or 0 < window <= tokens.recent:
-            return 0, 0
-        return bound, max(window - tokens.recent, 0)
+        return far(self.tokens.bound, self.rule.window, self.tokens.recent, self.tokens.skipped)
 
     @property
     def latents(self) -> Call:
@@ -177,3 +173,11 @@ def stride(x: Tensor | None) -> int:
 def strides_of(x: Tensor | None, axes: int) -> tuple[int, ...]:
     """Of an operand of so many axes that may be missing."""
     return (0,) * axes if x is None else x.stride()
+
+
+def far(bound: int, window: int, recent: int, skipped: int) -> tuple[int, int]:
+    """As Call.far, where a query sees its last `recent` tokens as they are, and the first `skipped` of the sequence."""
+    recent = min(recent, bound)
+    if bound - recent <= skipped or 0 < window <= recent:
+        return 0, 0
+    return bound - recent, max(window - recent, 0)

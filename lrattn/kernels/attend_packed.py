@@ -24,6 +24,7 @@ from lrattn.kernels.packed import (
     SEGMENTS,
     SIZE,
     START,
+    padded,
 )
 from lrattn.kernels.pieces import PLANES, parts, pieces, words
 from lrattn.kernels.planes import LOG2_E, SCALE_UNIT, middle, planes, scale_of, unit, weighed
@@ -283,7 +284,7 @@ def _halfwords(rows, segs, PIECES: tl.constexpr, N: tl.constexpr):
         x = tl.load((rows + PIECES[N][START]).to(tl.pointer_type(tl.int16))[:, :, None] + h)
     else:
         p = (rows + segs[3 * N]).to(tl.pointer_type(tl.int16))
-        x = tl.load(p[:, :, None] + h, mask=h < segs[3 * N + 1], other=0)
+        x = tl.load(p[:, :, None] + h, mask=h < padded(segs[3 * N + 1]), other=0)
     return x
 # fmt: on
 

@@ -49,11 +49,12 @@ class Row(NamedTuple):
     chunked: bool | None = None  # for keys in chunks, or for others; None: for both
     packed: bool = False  # for packed rows, or for plain ones
     wide: bool = True  # also where packed rows have segments of 16 bits, or values alone more halfwords than a piece
+    uneven: bool = True  # also where groups have segments of their own
 
 
 # Numbers that change from call to call: a kernel is not compiled anew for some of their values.
 LENGTHS = (
-    "bound", "window", "first_tile", "tiles", "parts", "splits", "first", "last", "rows", "n", "num_slots", "B",
+    "bound", "window", "first_tile", "tiles", "splits", "first", "last", "rows", "n", "num_slots", "B",
     "pages_stride", "lens_stride", "starts_stride", "offsets_stride", "slots_stride", "firsts_stride", "recent",
 )  # fmt: skip
 
@@ -132,11 +133,13 @@ FUSED_ABSORBED = (
 )
 # Packed rows by plane, 16 query rows a program.
 ATTEND_PACKED = (
-    Row(Launch(4, 2, block_t=128, block_n=32), ("sm80", "sm90"), wide=False),
-    Row(Launch(4, 2, block_t=128, block_n=32), ("sm100",), wide=False, biased=False),
-    Row(Launch(4, 2, block_t=128, block_n=16), BIG),
-    Row(Launch(2, 2, block_t=64, block_n=32), ("sm80", "sm90"), wide=False, biased=False),
-    Row(Launch(4, 2, block_t=64, block_n=16), BIG),
+    Row(Launch(4, 2, block_t=128, block_n=32), ("sm80", "sm90"), wide=False, uneven=False),
+    Row(Launch(4, 2, block_t=128, block_n=32), ("sm100",), wide=False, biased=False, uneven=False),
+    Row(Launch(4, 2, block_t=128, block_n=16), BIG, uneven=False),
+    Row(Launch(4, 1, block_t=128, block_n=16), BIG),
+    Row(Launch(2, 2, block_t=64, block_n=32), ("sm80", "sm90"), wide=False, biased=False, uneven=False),
+    Row(Launch(4, 2, block_t=64, block_n=16), BIG, uneven=False),
+    Row(Launch(4, 1, block_t=64, block_n=16), BIG),
     Row(Launch(4, 1, block_t=64, block_n=16, magic=True), ("gfx9",)),
     Row(Launch(4, 1, block_t=64, block_n=16, magic=True), (), itemsize=4, least_itemsize=4),
 )
@@ -232,13 +235,11 @@ rebuild, attend_near, write_near, latent_scores, absorbed_scores, latent_values 
 fused_absorbed, fused_rebuilt = (cache(partial(find, table)) for table in (FUSED_ABSORBED, FUSED_REBUILT))
 
 
-def by_plane(
-    table: tuple[Row, ...], device: str, itemsize: int, tile: int, wide: bool, biased: bool = False
-) -> Launch:  # fmt: skip
-    """The launch for packed rows by plane whose tiles divide so many tokens."""
+def by_plane(table: tuple[Row, ...], device: str, itemsize: int, tile: int, **shape: bool) -> Launch:
+    """The launch for packed rows by plane whose tiles divide so many tokens. shape: what a row must be for, too."""
     there = (row for row in table if row.least_itemsize <= itemsize <= row.itemsize)
     there = (row for row in there if not row.devices or device in row.devices)
-    there = (row for row in there if (row.wide or not wide) and (row.biased or not biased))
+    there = (row for row in there if all(getattr(row, name) for name, needed in shape.items() if needed))
     return next(row.launch for row in there if not tile % row.launch.block_t)
 
 

@@ -81,8 +81,14 @@ def load_piece(rows, segs, live, ROW: tl.constexpr, N: tl.constexpr, first=0):
         x = load_latents(rows, segs[4 * N], segs[4 * N + 1], live, h)
     else:
         p = (rows + segs[4 * N]).to(tl.pointer_type(tl.int16))
-        x = load_latents(p, 0, segs[4 * N + 1], live, h)
+        x = load_latents(p, 0, padded(segs[4 * N + 1]), live, h)
     return x
+
+
+@triton.jit
+def padded(halfwords):
+    """A segment's, up to 16 bytes: what it is filled with is zeros, and loads are not cut short."""
+    return tl.multiple_of(tl.cdiv(halfwords, 8) * 8, 8)
 
 
 @triton.jit

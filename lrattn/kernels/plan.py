@@ -62,11 +62,14 @@ def planes(dtype: torch.dtype, device: str, keys: KeySizes, values: ValueSizes) 
     """Of either side whose codes are operands. Tiles lie in one chunk, and are as the other side's."""
     own, other = bool(keys.packed and keys.absorbed), bool(values.packed)
     tile = keys.chunk if own and other else launch.BLOCK_T
-    halves = 16 in (*(keys.packed[::2] if own else ()), *(values.packed[::2] if other else ()))
-    wide = halves or (other and sum(piece[3] for piece in pieces(values, PLANES)) > PLANES)
+    sides = [side for side, there in ((keys, own), (values, other)) if there]
+    shape = {"wide": any(16 in side.packed[::2] for side in sides), "uneven": not all(side.even for side in sides)}
+    long = other and sum(piece[3] for piece in pieces(values, PLANES)) > PLANES
     return Planes(
-        launch.attend_packed(device, dtype.itemsize, tile, halves, bool(keys.biased)) if own else None,
-        launch.packed_values(device, dtype.itemsize, tile, wide) if other else None,
+        launch.attend_packed(device, dtype.itemsize, tile, biased=bool(keys.biased), **shape) if own else None,
+        launch.packed_values(device, dtype.itemsize, tile, **shape | {"wide": shape["wide"] or long})
+        if other
+        else None,
     )
 
 
@@ -138,8 +141,7 @@ def cut(
     total = cdiv(bound - begin, block_t)
     if window:  # a window may begin and end inside a tile
         total = min(total, cdiv(window + num_queries - 2, block_t) + 1)
-    by_plane = codes.values if one_pass is None else codes.keys
-    fill = WAVES * processors * (WARPS // by_plane.warps if by_plane else 1)
+    fill = _fill(processors, codes.values if one_pass is None else codes.keys)
     per_split = (rows * values.rank + padded) * 4  # a partial result and its lse
     width, terms = launch.block_d(keys.head_dim), 0
     if keys.absorbed:
@@ -151,7 +153,7 @@ def cut(
     if keys.chunk:  # n tiles can be in (n - 2) BLOCK_T / chunk + 2 chunks
         per_tile += cdiv(query * block_t, keys.chunk)
         fixed += query
-    room = min((limit - fixed - per_tile) // per_split - 2, limit // (2 * per_split), MAX_SPLITS)
+    room = min((limit - fixed - per_tile) // per_split - 2, limit // (2 * per_split))  # splits
     balanced = min(cdiv(total, PART_TILES), room // max(batch, 1))
     wanted = max(cdiv(fill, max(batch, 1) * value_programs), balanced)
     if codes.keys is not None and one_pass is not None:
@@ -159,12 +161,12 @@ def cut(
         whole = wanted * each // fill * fill or wanted * each  # programs, but for a last wave that is not full
         wanted = max(whole // each, 1)
         wanted = cdiv(total, cdiv(total, wanted)) if total else 1  # as few as take no more tiles each
-    splits = num_splits or max(1, min(wanted, total, room))
+    splits = num_splits or max(1, min(wanted, total, room, MAX_SPLITS))
     fixed += (splits + 2) * per_split
     tiles = max(1, min(total, (limit - fixed) // per_tile if per_tile else total, MOST_TILES))
     held = fixed + tiles * per_tile
     at_once = max(1, min(batch, limit // held, LARGEST_AXIS))
-    parts = min(tiles, max(cdiv(fill, at_once * score_programs), cdiv(tiles, PART_TILES)))
+    parts = min(tiles, max(cdiv(_fill(processors, codes.keys), at_once * score_programs), cdiv(tiles, PART_TILES)))
     chunks = cdiv(tiles - 1, keys.chunk // block_t) + 1 if keys.chunk else 1
     slots = splits + (0 if tiles >= total else 2)
     shapes = Workspace(
@@ -184,6 +186,11 @@ def absorbed(keys: KeySizes, codes: Planes) -> tuple[int, int]:
     if codes.keys is None:
         return keys.rank, int(keys.biased)
     return columns(keys), len(pieces(keys, PLANES)) + 1 + keys.biased
+
+
+def _fill(processors: int, choice: launch.Launch | None) -> int:
+    """Programs for all multiprocessors."""
+    return WAVES * processors * (WARPS // choice.warps if choice else 1)
 
 
 def _blocks(rows: int, owners: int) -> int:

@@ -26,14 +26,14 @@ def position(bits, i):
 
 @triton.constexpr_function
 def unit(bits, i, magic):
-    """What code 1 of plane i is; of 16 bits, the number itself."""
-    return 1.0 if bits == 16 else 2.0 ** (position(bits, i) - (0 if magic else 24))
+    """What code 1 of plane i is."""
+    return 2.0 ** (position(bits, i) - (0 if magic else 24))
 
 
 @triton.constexpr_function
 def middle(bits):
     """Taken from every code."""
-    return 0.0 if bits == 16 else (2**bits - 1) / 2
+    return (2**bits - 1) / 2
 
 
 @triton.constexpr_function

@@ -11,8 +11,10 @@ from slowly import slow_unless
 from torch import library
 
 import lrattn
+from bench.decode.host_cost import without_kernels
 from lrattn.attention import operators
 from lrattn.factors.operands import lists
+from lrattn.kernels import plan
 
 FORMS = {"rebuilt": {}, "absorbed": {"rope": None}, "chunks": {"chunk": 64, "offset": True, "offsets": (37, -90, 0)}}
 SMALL = {"Hkv": 2, "lens": (20, 3)}
@@ -225,3 +227,23 @@ def test_a_cpu_outside_the_interpreter_is_refused(monkeypatch):
     problem = make(Case("cpu", lens=(5,)), torch.float32)
     with pytest.raises(ValueError, match="backend: expected 'reference' on a CPU"):
         attend(problem)
+
+
+@pytest.mark.parametrize("recent", [1, 64, 512])
+@pytest.mark.parametrize("batch", [1, 2, 16])
+def test_workspace_of_packed_rows_beside_a_window_is_what_was_said(recent, batch, monkeypatch):
+    """Splits are rounded to whole waves: fewer tokens may take more of them."""
+    case = Case("workspace", Hkv=4, M=4, key_ranks=(64,), value_ranks=(64,), chunk=512, key_bits=(8, 4, 2),
+                value_bits=(8, 4, 2), dtype=torch.float16, lens=(1,) * batch)  # fmt: skip
+    layer, q, k_cache, v_cache, _ = make(case, case.dtype)
+    held = (torch.zeros(batch, 4 + recent, 4, case.D, dtype=case.dtype) for _ in range(2))
+    near, cuts, cut = lrattn.Near(*held, sinks=4, recent=recent), [], plan.cut
+    monkeypatch.setattr(plan, "cut", lambda *shapes: cuts.append(cut(*shapes)) or cuts[-1])
+    with without_kernels(torch.device("cpu")):
+        for pages in (*range(1, 40, 6), *range(40, 2000, 123)):
+            table = torch.zeros(batch, pages, dtype=torch.int32)
+            lens = torch.ones(batch, dtype=torch.int32)
+            lrattn.decode_attention(q, k_cache, v_cache, layer, block_table=table, seq_lens=lens, near=near,
+                                    backend="triton")  # fmt: skip
+            sizes = {"query_heads": 16, "batch_size": batch, "max_seq_len": pages * case.P, "near": near}
+            assert cuts[-1].nbytes <= lrattn.workspace_bytes(layer, **sizes, backend="triton")

@@ -23,7 +23,7 @@ def test_a_few_launches_compile_and_fit():
 def test_the_committed_resources_are_of_these_sources_and_of_every_launch_of_the_table():
     assert RESULTS["sources"] == resources.sources_hash(), "the kernels changed: run make resources"
     expected = {(c.device, *resources.describe(c).values()) for c in resources.compilations()}
-    names = ("device", "rank", "values", "one_row", "head", "M", "S", "dtype", "options", "bits", "chunk")
+    names = ("device", "rank", "values", "one_row", "head", "M", "S", "dtype", "options", "bits", "chunk", "uneven")
     assert {tuple(row[n] for n in names) for row in RESULTS["rows"]} == expected
     assert {row["device"] for row in RESULTS["rows"]} == set(resources.DEVICES)
 
@@ -44,7 +44,7 @@ def test_packed_rows_fit_by_the_triton_that_they_were_written_against():
     assert results["sources"] == resources.sources_hash(), "the kernels changed: run it with --by-plane"
     assert results["triton"].startswith("3.6.")
     expected = {(c.device, *resources.describe(c).values()) for c in resources.by_plane("sm90")}
-    names = ("device", "rank", "values", "one_row", "head", "M", "S", "dtype", "options", "bits", "chunk")
+    names = ("device", "rank", "values", "one_row", "head", "M", "S", "dtype", "options", "bits", "chunk", "uneven")
     assert {tuple(row[n] for n in names) for row in results["rows"]} == expected
     rows = [row for row in results["rows"] if row["dtype"] != "float32"]
     assert not any(row["spilled"] for row in rows)

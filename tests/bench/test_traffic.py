@@ -283,7 +283,9 @@ def test_absorbed_queries_are_written_once_and_read_once_a_tile(two):
 @pytest.mark.parametrize("two", [False, True])
 def test_absorbed_queries_by_plane_too_and_their_terms(two):
     """One term for each piece of a row, the factor and the bias' share; the factor is read once a program."""
-    case = replace(QUERIES, M=8, **BOTH | {"key_ranks": (96, 96)}, call={"num_splits": 1})  # 16 query rows a group
+    case = replace(
+        QUERIES, M=8, **BOTH | {"key_ranks": (96, 96), "value_ranks": (128, 128)}, call={"num_splits": 1}
+    )  # 16 query rows a group
     layer, counts, written, read = asked(case, two, 128)
     keys = layer.operands.keys.sizes
     width, terms = columns(keys), len(pieces(keys, PLANES))

@@ -304,7 +304,7 @@ MUTANTS = [
     Mutant("attend_packed.py", "(latent + m * held + h)", "(latent + h)", "planes"),
     Mutant("attend_packed.py", "heads + g * C", "heads + g", "planes"),
     Mutant("attend_packed.py", "packs += g * 3", "packs += 0 * g", "planes"),
-    Mutant("attend_packed.py", "mask=h < segs[3 * N + 1]", "mask=h < 8", "planes"),
+    Mutant("attend_packed.py", "mask=h < padded(segs[3 * N + 1])", "mask=h < 8", "planes"),
     Mutant("attend_packed.py", "(PIECES[N][FIRST] + tl", "(0 * PIECES[N][FIRST] + tl", "planes, even"),
     Mutant("planes.py", "2 * i % 10", "2 * i % 8", "planes"),
     Mutant("planes.py", "4 * (i % 2)", "0 * i", "planes"),
