@@ -1,7 +1,8 @@
 """A group's latents in a row, plain or packed, as the operands of its pieces (kernels/packed.py): [.., size] each.
 
-ROW has the pieces: a rank of 160 is pieces of 128 and 32. None is wider than 128, so that only one at a time has to be
-in registers. What goes along a row instead, `streamed`, takes one piece for each segment.
+ROW has the pieces: a rank of 160 is pieces of 128 and 32. Of packed rows, and where values are summed, none is wider
+than 128, so that only one at a time has to be in registers. What goes along a row instead, `streamed`, takes one piece
+for each segment.
 """
 
 import triton

@@ -9,7 +9,16 @@ import lrattn
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
-FORMS = {"rebuilt": {}, "absorbed": {"rope": None}, "chunks": {"chunk": 64, "offsets": (37, -100, 0)}}
+BITS = {"key_bits": (8, 4, 2), "value_bits": (8, 4, 2), "value_ranks": (128, 64)}
+PACKED = {"chunk": 128, "offsets": (37, -100, 0), **BITS}
+FORMS = {
+    "rebuilt": {},
+    "absorbed": {"rope": None},
+    "chunks": {"chunk": 64, "offsets": (37, -100, 0)},
+    "packed": PACKED,
+    "packed, near": {**PACKED, "near": (64, 4, 0, False, False)},
+    "all near": {**PACKED, "near": (256, 4, 0, False, False)},
+}
 DTYPES = [torch.bfloat16, torch.float16]
 
 
@@ -17,8 +26,8 @@ DTYPES = [torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("limit", [256 << 20, 300_000], ids=["whole", "piecemeal"])
 @pytest.mark.parametrize("form", FORMS)
 def test_a_captured_step_is_right_for_the_next(form, limit, dtype):
-    case = Case("graph", M=4, D=128, key_ranks=(64, 96), value_ranks=(128,), lens=(200, 90, 1),
-                call={"workspace_limit": limit}, **FORMS[form])  # fmt: skip
+    case = Case("graph", M=4, D=128, key_ranks=(64, 96), lens=(200, 90, 1), call={"workspace_limit": limit},
+                **{"value_ranks": (128,)} | FORMS[form])  # fmt: skip
     layer, q, k_cache, v_cache, kwargs = on(CUDA, *make(case, dtype))
     problem = (layer, q, k_cache, v_cache, kwargs)
     out = torch.empty_like(q)
