@@ -656,7 +656,7 @@ def plane_table(results: dict[str, Any]) -> str:
     """One pass over packed rows in chunks, on sm90: instructions of its loop a token and group, for 16 query rows."""
     line = "{:>5} {:>2}  {:22} {:>15} {:>9} {:>7} {:>12}"
     lines = [line.format("bits", "S", "options", "tokens of a warp", "registers", "spilled", "instructions")]
-    shown = {"pass": "packed_pass", "rank": 256, "chunk": CHUNK, "dtype": "bfloat16"}
+    shown = {"pass": "packed_pass", "rank": 256, "chunk": CHUNK, "dtype": "bfloat16", "uneven": False, "one_row": False}
     for row in results["rows"]:
         if shown.items() <= row.items():
             bits = row["bits"].replace(" ", "/")

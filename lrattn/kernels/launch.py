@@ -86,10 +86,11 @@ LATENT_SCORES = (
     Row(Launch(4, 1, block_d=64, resident=True), ("sm90",), head=64, rank=384, queries=16, packed=True),
     Row(Launch(4, 1, block_d=128, resident=True), ("sm90",), head=128, rank=256, queries=16, table=False, packed=True),
     Row(Launch(8, 1, block_r=64, block_d=128), ("sm90",), queries=16, packed=True),
-    Row(Launch(8, 1, block_r=64, block_d=64), ("sm100",), queries=16, packed=True),
+    Row(Launch(4, 1, block_r=32, block_d=32), ("sm100",), queries=16, packed=True),
     Row(Launch(4, 1, block_r=32, block_d=32), ("gfx9",), packed=True),
     Row(Launch(8, 1, block_r=16, block_d=64), ("sm80",), packed=True),
     Row(Launch(8, 1, block_r=32, block_d=64), (), queries=32, packed=True),
+    Row(Launch(8, 1, block_r=16, block_d=64), ("sm100",), packed=True),
     Row(Launch(8, 1, block_r=32, block_d=32), (), packed=True),
     Row(Launch(8, 1, block_r=32, block_d=64), (), itemsize=4, packed=True),
 )
