@@ -60,8 +60,10 @@ def check(case, dtype, device):
     own, own_lse = (x.cpu() for x in attend_densely(problem))
     some = true_lse.isfinite()
     assert torch.equal(lse == -torch.inf, ~some)
-    # exp2 of a GPU takes x log2(e), rounded: in float32 that is |x| times as much as PyTorch's exp is off by
-    rounding = 16 * torch.finfo(dtype).eps if device.type == "cuda" and dtype == torch.float32 else 0.0
+    # exp2 of a GPU takes x log2(e), rounded: in float32 that is |x| times as much as PyTorch's exp is off by. So are
+    # scores of packed rows anywhere, of which the codes' middle is taken away after the sum
+    steps = 0 if dtype != torch.float32 else 16 if device.type == "cuda" else 4 if problem[0].packed else 0
+    rounding = steps * torch.finfo(dtype).eps
     assert_no_worse(out, own, true, slack=rounding * true.abs().max().item())
     assert_no_worse(lse[some], own_lse[some], true_lse[some], dtype, slack=rounding)
 
