@@ -34,7 +34,7 @@ from triton.runtime.jit import JITFunction
 
 import lrattn
 from bench.compiled.sass import TOOLS, loop, mix
-from bench.decode.decode_shapes import packing
+from bench.decode.decode_shapes import CHUNK, packing
 from bench.support import report
 from lrattn.factors.operands import Operands
 from lrattn.factors.shapes import round_up
@@ -49,7 +49,6 @@ SOURCES = sorted((Path(lrattn.__file__).parent / "kernels").glob("*.py"))
 META = torch.device("meta")
 SPAN = Span(0, 2, 2)
 PAGE, BATCH = 16, 2
-CHUNK = 512  # positions of a chunk
 ALL = "bias rule"
 COUNTED = ("attend_packed_kernel",)  # whose loop's instructions are told
 PACKED = (8, 4, 2)  # widths of packed rows

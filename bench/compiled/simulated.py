@@ -25,9 +25,10 @@ import triton
 from tqdm import tqdm
 
 from bench.compiled import resources
-from bench.compiled.resources import CHUNK, Problem, compiling
+from bench.compiled.resources import Problem, compiling
 from bench.compiled.sass import loop
 from bench.decode import launches
+from bench.decode.decode_shapes import CHUNK
 from bench.support import report
 from lrattn.kernels import launch, plan
 from lrattn.kernels.attend_absorbed import attend_absorbed
@@ -131,15 +132,8 @@ def table(results: dict[str, Any]) -> str:
         bits = "/".join(map(str, r["bits"])) or "16"
         over, gain = r["simulated_us"] / r["bytes_us"], r["dense_us"] / r["simulated_us"]
         us = old.get((r["model"], tuple(r["bits"]), r["batch"], r["tokens"]))
-        cells = (
-            r["simulated_us"],
-            r["bytes_us"],
-            f"{over:.2f}",
-            r["dense_us"],
-            f"{gain:.1f}",
-            f"{us:.1f}" if us else "-",
-        )
-        lines.append(line.format(r["model"], bits, r["batch"], r["tokens"], *cells))
+        cells = (r["simulated_us"], r["bytes_us"], f"{over:.2f}", r["dense_us"], f"{gain:.1f}")
+        lines.append(line.format(r["model"], bits, r["batch"], r["tokens"], *cells, f"{us:.1f}" if us else "-"))
     return "\n".join(lines)
 
 

@@ -30,12 +30,12 @@ from triton.runtime.jit import KernelInterface
 import lrattn
 from bench.decode import timing
 from bench.decode.decode_problem import make
-from bench.decode.decode_shapes import LLAMA_31, Shape
+from bench.decode.decode_shapes import CHUNK, LLAMA_31, PACKINGS, Shape
 from bench.support import report
 from lrattn.attention import operators
 from lrattn.kernels import launch
 
-TOKENS, CHUNK, BITS, SINKS, RECENT = 1024, 512, (8, 4, 2), 4, 64  # of a Llama-3.1-8B layer
+TOKENS, BITS, SINKS, RECENT = 1024, PACKINGS[1], 4, 64  # of a Llama-3.1-8B layer
 CALLS = 50  # in a row, timed together
 TARGET = 20.0  # microseconds
 

@@ -20,11 +20,15 @@ def test_a_few_launches_compile_and_fit():
     assert run.returncode == 0 and " 0 unfit" in run.stdout, run.stdout + run.stderr
 
 
+def shapes_of(results):
+    """What was compiled, as `describe` says it."""
+    names = ("device", "rank", "values", "one_row", "head", "M", "S", "dtype", "options", "bits", "chunk", "uneven")
+    return {tuple(row[n] for n in names) for row in results["rows"]}
+
+
 def test_the_committed_resources_are_of_these_sources_and_of_every_launch_of_the_table():
     assert RESULTS["sources"] == resources.sources_hash(), "the kernels changed: run make resources"
-    expected = {(c.device, *resources.describe(c).values()) for c in resources.compilations()}
-    names = ("device", "rank", "values", "one_row", "head", "M", "S", "dtype", "options", "bits", "chunk", "uneven")
-    assert {tuple(row[n] for n in names) for row in RESULTS["rows"]} == expected
+    assert shapes_of(RESULTS) == {(c.device, *resources.describe(c).values()) for c in resources.compilations()}
     assert {row["device"] for row in RESULTS["rows"]} == set(resources.DEVICES)
 
 
@@ -43,9 +47,7 @@ def test_packed_rows_fit_by_the_triton_that_they_were_written_against():
     results = report.load(resources.BY_PLANE_PATH)
     assert results["sources"] == resources.sources_hash(), "the kernels changed: run it with --by-plane"
     assert results["triton"].startswith("3.6.")
-    expected = {(c.device, *resources.describe(c).values()) for c in resources.by_plane("sm90")}
-    names = ("device", "rank", "values", "one_row", "head", "M", "S", "dtype", "options", "bits", "chunk", "uneven")
-    assert {tuple(row[n] for n in names) for row in results["rows"]} == expected
+    assert shapes_of(results) == {(c.device, *resources.describe(c).values()) for c in resources.by_plane("sm90")}
     rows = [row for row in results["rows"] if row["dtype"] != "float32"]
     assert not any(row["spilled"] for row in rows)
     counted = [row for row in rows if "tokens" in row]
