@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -148,12 +148,29 @@ def heads_given(
 def sample(module: nn.Module) -> Tensor | None:
     """A few numbers of every parameter of an attention module, [n] in their dtype; None where there are none to read,
     or not all, as of quantised or offloaded weights."""
-    parameters = [p.detach() for _, p in sorted(module.named_parameters())]
-    coded = any(_is_coded(x) for x in (*parameters, *module.buffers()))
-    if not parameters or coded or any(p.is_meta or not p.numel() for p in parameters):
+    parameters = {name: p.detach() for name, p in module.named_parameters()}
+    coded = any(_is_coded(x) for x in (*parameters.values(), *module.buffers()))
+    if not parameters or coded or any(p.is_meta or not p.numel() for p in parameters.values()):
         return None
-    found = [p.reshape(-1)[:: max(p.numel() // SAMPLED, 1)][:SAMPLED] for p in parameters]
+    return sample_of(parameters)
+
+
+def sample_of(parameters: Mapping[str, Tensor]) -> Tensor:
+    """The same of parameters by name."""
+    ordered = [p for _, p in sorted(parameters.items())]
+    found = [p.reshape(-1)[:: max(p.numel() // SAMPLED, 1)][:SAMPLED] for p in ordered]
     return torch.cat([x.to(found[0].dtype) for x in found]).cpu()
+
+
+def alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two samples are of the same weights, each rounded to a dtype of its own."""
+    if a.shape != b.shape:
+        return False
+    narrower = max(a.dtype, b.dtype, key=lambda kind: torch.finfo(kind).eps)
+    twice = a.dtype != b.dtype and a.dtype.itemsize == b.dtype.itemsize  # bfloat16 and float16: neither holds the other
+    slack = torch.finfo(narrower).eps if twice else 0.0
+    a, b = (x.to(narrower).double() for x in (a, b))
+    return torch.allclose(a, b, rtol=slack, atol=slack * 1e-5, equal_nan=True)
 
 
 def _is_coded(x: Tensor) -> bool:

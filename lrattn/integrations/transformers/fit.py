@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lrattn.attention.checks import check_backend
 from lrattn.factors.layer import LayerFactors
 from lrattn.factors.record import Factors
-from lrattn.models.layers import sample
+from lrattn.models.layers import alike, sample
 
 # Modules whose weights were held against factors: a comparison is made once.
 _COMPARED: WeakKeyDictionary[nn.Module, WeakSet[LayerFactors]] = WeakKeyDictionary()
@@ -60,7 +60,7 @@ def check_fit(factors: Factors, i: int, key: Tensor, value: Tensor, module: nn.M
     if layer not in compared:
         compared.add(layer)
         own = sample(module)
-        if own is not None and not _alike(own, factors.samples[i].cpu()):
+        if own is not None and not alike(own, factors.samples[i].cpu()):
             warnings.warn(
                 f"factors: these are factors of other weights than {name} layer {i} has; a fine-tune, an adapter or "
                 "another model?",
@@ -93,14 +93,3 @@ def warn_untold(factors: Factors, module: nn.Module, told: bool) -> None:
         "lose more; factors of method 'lrattn-rotated' turn none",
         stacklevel=2,
     )
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    """Whether two samples are of the same weights, each rounded to a dtype of its own."""
-    if a.shape != b.shape:
-        return False
-    narrower = max(a.dtype, b.dtype, key=lambda kind: torch.finfo(kind).eps)
-    twice = a.dtype != b.dtype and a.dtype.itemsize == b.dtype.itemsize  # bfloat16 and float16: neither holds the other
-    slack = torch.finfo(narrower).eps if twice else 0.0
-    a, b = (x.to(narrower).double() for x in (a, b))
-    return torch.allclose(a, b, rtol=slack, atol=slack * 1e-5, equal_nan=True)

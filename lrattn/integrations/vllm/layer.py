@@ -1,0 +1,205 @@
+"""One layer's attention in vLLM: new tokens to latents and to the dense window, decode, prefill."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import AttentionImpl, AttentionType, CommonAttentionMetadata
+
+from lrattn.attention.ops import decode_attention, write_latents
+from lrattn.factors.layer import LayerFactors
+from lrattn.factors.projection import Projection
+from lrattn.integrations.vllm import prefill, source
+from lrattn.integrations.vllm.backend import backend_of
+from lrattn.integrations.vllm.batch import Batch
+from lrattn.integrations.vllm.window import REPLAY, Window
+
+
+class Engine:
+    """What the layers of an engine share.
+
+    near: recent and sinks, of the factors. slots: of the window, with room for drafts and for those that are taken
+    back. replay: tokens that are computed anew after a prefix hit. common, batch: the last batch that was built.
+    """
+
+    def __init__(self, config: VllmConfig) -> None:
+        self.config, self.factors = config, source.load(config)
+        self.near = recent, _ = self.factors.near
+        drafts = config.num_speculative_tokens
+        self.slots = recent + 2 * drafts if recent else 0
+        self.replay = REPLAY * recent if config.cache_config.enable_prefix_caching else 0
+        self.common: CommonAttentionMetadata | None = None
+        self.batch: Batch | None = None
+
+    def layer(self, i: int, name: str) -> LayerFactors:
+        """This rank's part of a layer, in the model's dtype and on its device.
+
+        Raises: ValueError for a layer that the factors do not have, such as a draft model's, or a group of heads that
+        two ranks would share.
+        """
+        if i >= len(self.factors.layers):
+            raise ValueError(
+                f"lrattn: expected factors of {name}, got those of {len(self.factors.layers)} layers (a "
+                "draft model has none: use method 'ngram')"
+            )
+        rank, world = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        layer = self.factors.layers[i]
+        try:
+            layer = layer if world == 1 else layer.shard(rank, world)
+        except ValueError as error:
+            raise ValueError(f"lrattn: tensor_parallel_size={world}: {error}") from error
+        return layer.to(self.config.device_config.device, self.config.model_config.dtype)
+
+    def reserve(self, nbytes: int) -> None:
+        """Takes the window's bytes from those of the cache, where a number of them was asked for."""
+        cache = self.config.cache_config
+        if cache.kv_cache_memory_bytes is not None:
+            if cache.kv_cache_memory_bytes <= nbytes:
+                raise ValueError(
+                    f"lrattn: kv_cache_memory_bytes: expected room for the dense window of {nbytes} bytes a layer, got "
+                    f"{cache.kv_cache_memory_bytes} left of it: set a smaller max_num_seqs"
+                )
+            cache.kv_cache_memory_bytes -= nbytes
+
+
+class LatentImpl(AttentionImpl[Batch]):
+    """vLLM makes it with the model, before weights, when the first one reads the factors; and tells it that weights
+    are there, before it asks how many bytes a token takes."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: Tensor | None = None,
+    ) -> None:
+        for what, wrong in (
+            ("alibi_slopes", alibi_slopes),
+            ("attn_type", attn_type if attn_type != AttentionType.DECODER else None),
+            ("kv_sharing_target_layer_name", kv_sharing_target_layer_name),
+        ):
+            if wrong is not None:
+                raise ValueError(f"lrattn: {what}: expected none in a layer that attends on latents, got {wrong!r}")
+        self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
+        self.num_kv_heads, self.sliding_window = num_kv_heads or num_heads, sliding_window
+        self.kv_cache_dtype, self.softcap, self.sinks = kv_cache_dtype, logits_soft_cap or 0.0, sinks
+        self.neighbours = get_current_vllm_config().compilation_config.static_forward_context
+        impls = (getattr(layer, "impl", None) for layer in self.neighbours.values())
+        others = (impl.engine for impl in impls if isinstance(impl, LatentImpl))
+        self.engine: Engine = next(others, None) or Engine(get_current_vllm_config())
+        self.factors: LayerFactors | None = None
+        self.window: Window | None = None
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Raises ValueError for factors that do not fit the layer."""
+        if self.factors is not None:  # weights were loaded again
+            return
+        name, owner = next((n, x) for n, x in self.neighbours.items() if getattr(x, "impl", None) is self)
+        engine, i = self.engine, extract_layer_index(name)
+        self.factors = layer = engine.layer(i, name)
+        if (got := (layer.num_kv_heads, layer.head_dim)) != (expected := (self.num_kv_heads, self.head_size)):
+            raise ValueError(
+                f"lrattn: expected factors of (Hkv, D) = {expected}, as {name} has, got {got} in layer {i}"
+            )
+        if self.sinks is not None:
+            self.sinks = self.sinks.to(torch.float32)
+        if any(engine.near):
+            self.window = Window(layer, engine.near, engine.slots, engine.config.scheduler_config.max_num_seqs)
+            engine.reserve(self.window.nbytes)
+        widths = row_bytes(layer.row_side), 0 if layer.shared else row_bytes(layer.values)
+        owner.attn_backend = backend_of(widths, engine.replay)
+
+    def pages(self, kv_cache: Tensor) -> tuple[Tensor, Tensor | None]:
+        """vLLM's [N, 1, P, bytes] as caches [N, P, k_width] and [N, P, v_width]: a page holds the rows of all its
+        keys, then those of its values."""
+        layer = self.factors
+        assert layer is not None
+        pages, size = kv_cache[:, 0].flatten(1), kv_cache.shape[2]
+        cut = size * row_bytes(layer.row_side)
+        k = pages[:, :cut].view(layer.k_dtype).unflatten(1, (size, layer.k_width))
+        if layer.shared:
+            return k, None
+        return k, pages[:, cut:].view(layer.v_dtype).unflatten(1, (size, layer.v_width))
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Batch | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """query [n, Hq, D], key and value [n, Hkv, D], rotated -> output [n, Hq, D]."""
+        factors, batch = self.factors, attn_metadata
+        assert factors is not None
+        if batch is None:  # to see how much memory a pass takes
+            prefill.reserve(factors, self.engine.config.model_config.max_model_len)
+            return output.fill_(0)
+        n, window = batch.tokens, self.window
+        q, k, v, caches = query[:n], key[:n], value[:n], self.pages(kv_cache)
+        positions = None if factors.rope is None else batch.positions
+        write_latents(factors, *factors.project(k, v, positions), *caches, batch.slots)
+        prefills = [chunk for chunk in batch.chunks if chunk.prefills]
+        if prefills:
+            rule = prefill.Rule(self.scale, self.sliding_window, self.softcap, self.sinks)
+            prefill.attend(q, k, v, caches, factors, window, batch, prefills, rule, output)
+        if window is not None and batch.places is not None:
+            window.write(batch.places, k, v)
+            if batch.settled is not None:
+                tokens, homes = batch.settled
+                window.store(homes, k[tokens], v[tokens])
+        if batch.decodes:
+            self._decode(q, caches, batch, slice(0, batch.decodes), slice(0, batch.decodes * batch.queries), output)
+        for chunk in batch.chunks:
+            if not chunk.prefills:  # drafts, of which there are not as many as of the others
+                own = slice(chunk.index, chunk.index + 1)
+                self._decode(q, caches, batch, own, slice(chunk.first, chunk.last), output)
+        return output
+
+    def _decode(
+        self,
+        q: Tensor,
+        caches: tuple[Tensor, Tensor | None],
+        batch: Batch,
+        requests: slice,
+        tokens: slice,
+        output: Tensor,
+    ) -> None:
+        """Of requests that have as many tokens each."""
+        shape = requests.stop - requests.start, -1, *q.shape[1:]
+        near = None if self.window is None or batch.rows is None else self.window.near(batch.rows[requests])
+        decode_attention(
+            q[tokens].reshape(shape),
+            *caches,
+            self.factors,  # type: ignore[arg-type]  # there since weights are
+            block_table=batch.table[requests],
+            seq_lens=batch.lens[requests],
+            softmax_scale=self.scale,
+            max_seq_len=batch.most,
+            window_size=self.sliding_window,
+            softcap=self.softcap,
+            sinks=self.sinks,
+            near=near,
+            out=output[tokens].view(shape),
+        )
+
+
+def row_bytes(side: Projection) -> int:
+    """Of a token's row in a cache."""
+    return side.cache_width * side.cache_dtype.itemsize
