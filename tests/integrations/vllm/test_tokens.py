@@ -20,6 +20,8 @@ pytestmark = pytest.mark.vllm
 
 GEMMA2 = Gemma2Config(**tiny.SIZES, sliding_window=12, query_pre_attn_scalar=32, attn_logit_softcapping=3.0)
 CHUNKS, BEFORE = {"ropes": True, "chunk": 64}, {"ropes": True}
+NO_HITS = {"enable_prefix_caching": False}
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
 TOKENS = (12, 9, 15, 10, 14, 11, 9, 13)
 # Family, form of the factors, share of the numbers, the dense window, and what the engine is told.
 CASES = {
@@ -27,22 +29,22 @@ CASES = {
     "exact, windows": ("gemma3", BEFORE, 1.0, (0, 0), {}),
     "exact, as given": ("qwen2", {}, 1.0, (6, 2), {}),
     "chunks": ("llama3", CHUNKS, 0.4, (0, 0), {}),
-    "chunks, window": ("llama3", CHUNKS, 0.4, (8, 2), {"enable_prefix_caching": False}),
-    "packed, window": ("qwen2", CHUNKS | {"bits": 4}, 0.5, (5, 4), {"enable_prefix_caching": False}),
-    "packed row": ("llama3", CHUNKS | {"bits": 4, "shared": True}, 0.4, (20, 4), {"enable_prefix_caching": False}),
+    "chunks, window": ("llama3", CHUNKS, 0.4, (8, 2), NO_HITS),
+    "packed, window": ("qwen2", CHUNKS | {"bits": 4}, 0.5, (5, 4), NO_HITS),
+    "packed row": ("llama3", CHUNKS | {"bits": 4, "shared": True}, 0.4, (20, 4), NO_HITS),
     "before RoPE": ("qwen3", BEFORE, 0.5, (0, 0), {}),
-    "before RoPE, window": ("qwen3", BEFORE, 0.5, (16, 4), {"enable_prefix_caching": False}),
-    "one row": ("qwen2", {"shared": True}, 0.5, (0, 3), {"enable_prefix_caching": False}),
+    "before RoPE, window": ("qwen3", BEFORE, 0.5, (16, 4), NO_HITS),
+    "one row": ("qwen2", {"shared": True}, 0.5, (0, 3), NO_HITS),
     "as given": ("qwen3", {}, 0.5, (0, 0), {"block_size": 48}),
     "sliding": ("mistral", BEFORE, 0.5, (0, 0), {}),
-    "sliding, window": ("mistral", CHUNKS, 0.5, (5, 2), {"enable_prefix_caching": False}),
+    "sliding, window": ("mistral", CHUNKS, 0.5, (5, 2), NO_HITS),
     "sliding and not": ("gemma3", CHUNKS, 0.5, (0, 0), {}),
-    "sliding and not, window": ("gemma3", BEFORE, 0.5, (5, 2), {"enable_prefix_caching": False}),
-    "softcap": ("gemma2", CHUNKS, 0.5, (6, 2), {"enable_prefix_caching": False}),
-    "one head": ("mqa", CHUNKS, 0.5, (6, 2), {"enable_prefix_caching": False}),
+    "sliding and not, window": ("gemma3", BEFORE, 0.5, (5, 2), NO_HITS),
+    "softcap": ("gemma2", CHUNKS, 0.5, (6, 2), NO_HITS),
+    "one head": ("mqa", CHUNKS, 0.5, (6, 2), NO_HITS),
     "few pages": ("llama3", CHUNKS, 0.5, (0, 0), {"num_gpu_blocks_override": 19}),
-    "few pages, window": ("llama3", CHUNKS, 0.5, (8, 2), {"num_gpu_blocks_override": 19, "enable_prefix_caching": False}),
-    "drafts": ("llama3", CHUNKS, 0.5, (8, 2), {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}, "enable_prefix_caching": False}),
+    "few pages, window": ("llama3", CHUNKS, 0.5, (8, 2), {"num_gpu_blocks_override": 19} | NO_HITS),
+    "drafts": ("llama3", CHUNKS, 0.5, (8, 2), {"speculative_config": NGRAM} | NO_HITS),
 }  # fmt: skip
 DENSE = ("llama3", "gemma3")
 
