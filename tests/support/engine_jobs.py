@@ -1,8 +1,9 @@
 """Runs vLLM engines one after the other: python engine_jobs.py JOBS.json RESULTS.json
 
-A job is {name, model, engine: arguments of LLM, rounds: [prompts, ..], tokens: of each prompt of a round, record}. Its
-result: ids of each round, cached tokens, preemptions, the pool's tokens; or error, its message. Prompts of a round are
-lists of ids, and run together. record: a file for the keys and values that attention was given, by layer.
+A job is {name, model, engine: arguments of LLM, rounds: [prompts, ..], tokens: of each prompt of a round}. Its result:
+ids of each round, cached tokens, preemptions, the pool's tokens; or error, its message. Prompts of a round are lists of
+ids, and run together. With `record`, a file, it keeps the keys and values that attention was given, by layer; with
+`numbered` builders are told each request's number, as by vLLM's newer model runner, which needs a GPU.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 ALWAYS = {
@@ -23,6 +25,9 @@ ALWAYS = {
 def run(job: dict) -> dict:
     from vllm import LLM, SamplingParams
 
+    if job.get("numbered"):
+        with numbered():
+            return run({**job, "numbered": False})
     llm = LLM(model=job["model"], **ALWAYS | job["engine"])
     heads = recorded() if job.get("record") else None
     ids, cached = [], []
@@ -44,6 +49,38 @@ def run(job: dict) -> dict:
         "preemptions": int(counts.get("vllm:num_preemptions", -1)),
         "pool": cache.num_gpu_blocks * cache.block_size,
     }
+
+
+@contextmanager
+def numbered():
+    """Inside, each request has a number while it runs; the one that became free last is given first."""
+    import numpy as np
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    from lrattn.integrations.vllm.batch import BatchBuilder
+
+    build, start, runners, numbers = BatchBuilder.build, GPUModelRunner.__init__, [], {}
+    free = list(range(ALWAYS["max_num_seqs"]))
+
+    def started(self, *args, **kwargs):
+        runners.append(self)
+        start(self, *args, **kwargs)
+
+    def told(self, common_prefix_len, m, fast_build=False):
+        runner = runners[-1]
+        for gone in [name for name in numbers if name not in runner.requests]:
+            free.append(numbers.pop(gone))
+        for name in runner.input_batch.req_ids[: m.num_reqs]:
+            if name not in numbers:
+                numbers[name] = free.pop()
+        m.req_idx = np.array([numbers[name] for name in runner.input_batch.req_ids[: m.num_reqs]])
+        return build(self, common_prefix_len, m, fast_build)
+
+    BatchBuilder.build, GPUModelRunner.__init__ = told, started
+    try:
+        yield
+    finally:
+        BatchBuilder.build, GPUModelRunner.__init__ = build, start
 
 
 def recorded() -> dict[int, list]:

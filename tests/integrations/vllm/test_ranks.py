@@ -15,13 +15,11 @@ import lrattn
 pytestmark = pytest.mark.vllm
 
 SEVERAL = {"distributed_executor_backend": "mp", "enable_prefix_caching": False}
-# Stages make room for what they are sent in a first pass, which vLLM leaves out on a CPU unless it compiles and sizes the
-# pool itself.
-FIRST_PASS = {"enforce_eager": False, "compilation_config": {"mode": 2, "backend": "eager"}, "kv_cache_memory_bytes": None}
-RANKS = {
-    "heads": {"tensor_parallel_size": 2},
-    "layers": {"pipeline_parallel_size": 2, "gpu_memory_utilization": 0.1} | FIRST_PASS,
-}
+# Stages make room for what they are sent in a first pass, which vLLM leaves out on a CPU unless it compiles and sizes
+# the pool itself.
+COMPILED = {"enforce_eager": False, "compilation_config": {"mode": 2, "backend": "eager"}}
+SIZED = {"kv_cache_memory_bytes": None, "gpu_memory_utilization": 0.1}
+RANKS = {"heads": {"tensor_parallel_size": 2}, "layers": {"pipeline_parallel_size": 2} | COMPILED | SIZED}
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +36,13 @@ def sharded(model, near):
     return lrattn.compress(model, batches, keep=0.5, bits=16, far=near, shards=2, progress=False)
 
 
-def test_ranks_answer_as_one(model, monkeypatch):
+def test_ranks_answer_as_one(model):
     made, folder = model
     factors = sharded(made, (8, 2))
     factors.save(folder / "factors")
     told = {"attention_backend": "CUSTOM", "additional_config": {"lrattn": str(folder / "factors")}}
-    jobs = [
-        {"name": name, "model": str(folder / "model"), "engine": told | SEVERAL | more, "rounds": [prompts()], "tokens": TOKENS}
-        for name, more in RANKS.items()
-    ]
+    common = {"model": str(folder / "model"), "rounds": [prompts()], "tokens": TOKENS}
+    jobs = [common | {"name": name, "engine": told | SEVERAL | more} for name, more in RANKS.items()]
     results = run_jobs(folder, jobs, VLLM_ENABLE_V1_MULTIPROCESSING="1")
     want = expected(made, factors)
     assert {name: ids_of(results[name]) == want for name in RANKS} == dict.fromkeys(RANKS, True)
