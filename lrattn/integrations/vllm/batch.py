@@ -10,12 +10,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
-from vllm.v1.attention.backend import (
-    AttentionCGSupport,
-    AttentionMetadata,
-    AttentionMetadataBuilder,
-    CommonAttentionMetadata,
-)
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadata, AttentionMetadataBuilder
+from vllm.v1.attention.backend import CommonAttentionMetadata as Common
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
 
@@ -23,7 +19,7 @@ from lrattn.integrations.vllm.window import Came, Rows, Window
 
 
 class Chunk(NamedTuple):
-    """A request that is no decode: tokens first .. last of the batch, begin .. end of its own; its row of the window.
+    """A request's tokens first .. last of a batch, begin .. end of its own; its row of the window.
 
     prefills: whether the host knows begin and end; else it only knows how many they are, as of drafts.
     """
@@ -47,6 +43,7 @@ class Batch(AttentionMetadata):
         most: bound of lens.
         rows: [requests] int32, places: [tokens] int64, of the dense window; None without one.
         settled: tokens [n, sinks] of the batch that are the first of their sequence, and their homes [n]; or None.
+        came, twins: whose rows have to be filled or copied before.
     """
 
     tokens: int
@@ -66,7 +63,8 @@ class Batch(AttentionMetadata):
 
 
 class BatchBuilder(AttentionMetadataBuilder[Batch]):
-    """One for each width of rows; those whose layers share a block table are given the same batch, and share it."""
+    """One for each width of rows. Those whose layers share a block table are told of the same batch, and share what the
+    first of them makes of it."""
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
 
@@ -75,17 +73,14 @@ class BatchBuilder(AttentionMetadataBuilder[Batch]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-        layers = vllm_config.compilation_config.static_forward_context
+        layers, scheduler = vllm_config.compilation_config.static_forward_context, vllm_config.scheduler_config
         self.layers = [layers[name] for name in layer_names]
         self.engine = self.layers[0].impl.engine
         self.rows: Rows | None = None
-        scheduler = vllm_config.scheduler_config
         self.row_buffer = torch.zeros(scheduler.max_num_seqs + 1, dtype=torch.int32, device=device)
         self.token_buffers = torch.zeros(2, scheduler.max_num_batched_tokens + 1, dtype=torch.int64, device=device)
 
-    def build(
-        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> Batch:
+    def build(self, common_prefix_len: int, common_attn_metadata: Common, fast_build: bool = False) -> Batch:
         engine, m = self.engine, common_attn_metadata
         if engine.common is not m:
             engine.common, engine.batch = m, self._batch(m)
@@ -96,79 +91,56 @@ class BatchBuilder(AttentionMetadataBuilder[Batch]):
                 layer.impl.window.fill(batch.came, layer.impl.pages(layer.kv_cache), batch.table)
         return batch
 
-    def _batch(self, m: CommonAttentionMetadata) -> Batch:
+    def _batch(self, m: Common) -> Batch:
         starts: list[int] = m.query_start_loc_cpu.tolist()
+        spans, window, n = list(pairwise(starts)), self.layers[0].impl.window, m.num_actual_tokens
         decodes = split_decodes_and_prefills(m, self.reorder_batch_threshold or 1, require_uniform=True)[0]
-        queries = max((b - a for a, b in pairwise(starts[: decodes + 1])), default=0)
-        window = self.layers[0].impl.window
-        rows = self._rows_of(m, starts) if window is not None else [0] * (len(starts) - 1)
-        ends, told = padded(m.seq_lens_cpu_upper_bound, m.seq_lens, len(rows)), padded(m.is_prefilling, None, len(rows))
-        chunks = [
-            Chunk(b, starts[b], starts[b + 1], ends[b] - starts[b + 1] + starts[b], ends[b], rows[b], told[b])
-            for b in range(decodes, len(rows))
-            if starts[b] < starts[b + 1]
-        ]
-        assert m.positions is not None
-        n = m.num_actual_tokens
-        positions = m.positions[..., :n]
-        batch = Batch(
-            n, decodes, queries, chunks, m.block_table_tensor, m.seq_lens, positions, m.slot_mapping[:n], m.max_seq_len
-        )
+        queries = max((b - a for a, b in spans[:decodes]), default=0)
+        rows = [0] * len(spans) if window is None else self._rows(m).of(m, starts)
+        ends = padded(m.seq_lens if m.seq_lens_cpu_upper_bound is None else m.seq_lens_cpu_upper_bound, len(rows))
+        told = zip(spans, ends, rows, padded(m.is_prefilling, len(rows)), strict=True)
+        chunks = [Chunk(i, a, b, end - b + a, end, *rest) for i, ((a, b), end, *rest) in enumerate(told)]
+        live = [c for c in chunks if c.first < c.last]
+        positions: Any = m.positions
+        where = m.block_table_tensor, m.seq_lens, positions[..., :n], m.slot_mapping[:n], m.max_seq_len
+        batch = Batch(n, decodes, queries, [c for c in live if c.index >= decodes], *where)
         if window is not None:
-            self._place(batch, m, window, rows, starts, ends, told)
+            self._place(batch, m, window, rows, live)
         return batch
 
-    def _rows_of(self, m: CommonAttentionMetadata, starts: list[int]) -> list[int]:
+    def _rows(self, m: Common) -> Rows:
         if self.rows is None:
             pages, _, size, _ = self.layers[0].kv_cache.shape
             self.rows = Rows(self.engine.rows, pages, size, self.engine.drafts, self.device)
-        return self.rows.of(m, starts)
+        return self.rows
 
-    def _place(
-        self,
-        batch: Batch,
-        m: CommonAttentionMetadata,
-        window: Window,
-        rows: list[int],
-        starts: list[int],
-        ends: list[int],
-        told: list[bool],
-    ) -> None:
-        """Rows of the window, and where the batch's tokens go in them; which latents are held already; who came."""
-        assert self.rows is not None and m.positions is not None
-        n, count, sinks, slots, device = batch.tokens, len(rows), window.sinks, window.slots, self.device
-        batch.rows = self.row_buffer[:count]
+    def _place(self, batch: Batch, m: Common, window: Window, rows: list[int], live: list[Chunk]) -> None:
+        """Rows of the window, and where the tokens go in them; who came, and which latents are there already."""
+        held, n, sinks, device = self._rows(m), batch.tokens, window.sinks, self.device
+        batch.rows = self.row_buffer[: len(rows)]
         batch.rows.copy_(torch.tensor(rows, dtype=torch.int32), non_blocking=True)
-        own = batch.rows.long()
-        lens = m.query_start_loc[1:] - m.query_start_loc[:-1]
-        computed = m.seq_lens.long() - lens
-        self.rows.hit[torch.where(computed > 0, self.rows.count, own)] = 0
-        before = [end - b + a for end, (a, b) in zip(ends, pairwise(starts), strict=True)]
-        live = (b for b in range(count) if starts[b] < starts[b + 1] and before[b] > 0)
-        index = [b for b in live if told[b] or rows[b] in self.rows.new]
-        if index:
-            replay = [self.engine.replay if told[b] else 0 for b in index]
-            batch.came = self.rows.came(m, index, own, computed, replay)
-        fresh = [c for c in batch.chunks if not c.begin and c.end >= sinks and c.prefills] if sinks else []
-        if fresh:
-            first = torch.tensor([c.first for c in fresh], device=device)
-            pages = m.block_table_tensor[torch.tensor([c.index for c in fresh], device=device), 0].long()
-            batch.settled = first[:, None] + torch.arange(sinks, device=device), self.rows.settle(pages)
+        own, lens = batch.rows.long(), m.seq_lens.long()
+        computed = lens - m.query_start_loc[1:] + m.query_start_loc[:-1]
+        held.hit[torch.where(computed > 0, held.count, own)] = 0
+        if behind := [c for c in live if c.begin > 0 and (c.prefills or c.row in held.new)]:
+            replay = [self.engine.replay * c.prefills for c in behind]
+            batch.came = held.came(m, [c.index for c in behind], own, computed, replay)
+        if sinks and (fresh := [c for c in batch.chunks if not c.begin and c.end >= sinks and c.prefills]):
+            index, first = torch.tensor([(c.index, c.first) for c in fresh], device=device).T
+            homes = held.settle(m.block_table_tensor[index, 0].long())
+            batch.settled = first[:, None] + torch.arange(sinks, device=device), homes
         at = torch.arange(n, device=device)
-        of = torch.searchsorted(m.query_start_loc[1:].contiguous(), at, right=True).clamp_max(count - 1)
-        row_of = torch.where(batch.slots < 0, self.rows.count, own[of])
-        t = computed[of] + at - m.query_start_loc[of]
-        kept = (t < sinks) | (t >= m.seq_lens.long()[of] - slots)
-        place = torch.where(t < sinks, t, sinks + t % max(slots, 1))
-        batch.places, held = self.token_buffers[:, :n]
-        batch.places.copy_(torch.where(kept, row_of * (sinks + slots) + place, self.rows.count * (sinks + slots)))
-        held.copy_(torch.where(t < self.rows.hit[row_of], -1, batch.slots))
-        batch.slots, batch.twins = held, self.rows.twins
-        self.rows.wrote(m, own, held)
+        of = torch.searchsorted(m.query_start_loc[1:].contiguous(), at, right=True).clamp_max(len(rows) - 1)
+        row, t = torch.where(batch.slots < 0, held.count, own[of]), computed[of] + at - m.query_start_loc[of]
+        kept, width = (t < sinks) | (t >= lens[of] - window.slots), sinks + window.slots
+        batch.places, slots = self.token_buffers[:, :n]  # whose address a captured step knows
+        batch.places.copy_(torch.where(kept, row * width + window.place(t), held.count * width))
+        slots.copy_(torch.where(t < held.hit[row], -1, batch.slots))
+        batch.slots, batch.twins = slots, held.twins
+        held.wrote(m, own, slots)
 
 
-def padded(x: Tensor | None, instead: Tensor | None, count: int) -> list[Any]:
+def padded(x: Tensor | None, count: int) -> list[Any]:
     """Of each request, on the host; of those that only pad a batch 0."""
-    x = instead if x is None else x
-    assert x is not None
-    return x.tolist()[:count] + [0] * (count - len(x))
+    found = [] if x is None else x.tolist()[:count]
+    return found + [0] * (count - len(found))

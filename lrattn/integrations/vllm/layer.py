@@ -23,19 +23,17 @@ from lrattn.integrations.vllm.window import REPLAY, Window
 class Engine:
     """What the layers of an engine share.
 
-    near: recent and sinks, of the factors. drafts: tokens a step may take back. slots: of the window, with room for
-    these and new ones. replay: tokens that are computed anew after a prefix hit. rows: of
-    the window. common, batch: the last batch that was built.
+    near: recent and sinks, of the factors. drafts: tokens that a step may take back. slots, rows: of the window.
+    replay: tokens that are computed anew after a prefix hit. common, batch: what was built last, and of what.
     """
 
     def __init__(self, config: VllmConfig) -> None:
-        self.config, self.factors = config, source.load(config)
+        self.config, self.factors, self.drafts = config, source.load(config), config.num_speculative_tokens
         self.near = recent, _ = self.factors.near
-        self.drafts = config.num_speculative_tokens
-        self.slots = recent + 2 * self.drafts if recent else 0
+        self.slots = recent + 2 * self.drafts if recent else 0  # room for new ones behind some that are taken back
         self.replay = REPLAY * recent if config.cache_config.enable_prefix_caching else 0
-        parallel, requests = config.parallel_config.pipeline_parallel_size, config.scheduler_config.max_num_seqs
-        self.rows = requests * (parallel + 1 if parallel > 1 else 1)  # some requests are on their way through stages
+        stages, requests = config.parallel_config.pipeline_parallel_size, config.scheduler_config.max_num_seqs
+        self.rows = requests * (stages + 1 if stages > 1 else 1)  # some requests are on their way through stages
         self.common: CommonAttentionMetadata | None = None
         self.batch: Batch | None = None
 
@@ -45,49 +43,40 @@ class Engine:
         Raises: ValueError for a layer that the factors do not have, such as a draft model's, or a group of heads that
         two ranks would share.
         """
-        if i >= len(self.factors.layers):
+        layers, world = self.factors.layers, get_tensor_model_parallel_world_size()
+        if i >= len(layers):
             raise ValueError(
-                f"lrattn: expected factors of {name}, got those of {len(self.factors.layers)} layers (a "
-                "draft model has none: use method 'ngram')"
+                f"lrattn: expected factors of {name}, got those of {len(layers)} layers (draft models have none: use "
+                "the speculative method 'ngram')"
             )
-        rank, world = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        layer = self.factors.layers[i]
         try:
-            layer = layer if world == 1 else layer.shard(rank, world)
+            layer = layers[i] if world == 1 else layers[i].shard(get_tensor_model_parallel_rank(), world)
         except ValueError as error:
             raise ValueError(f"lrattn: tensor_parallel_size={world}: {error}") from error
         return layer.to(self.config.device_config.device, self.config.model_config.dtype)
 
     def reserve(self, nbytes: int) -> None:
-        """Takes the window's bytes from those of the cache, where a number of them was asked for."""
+        """Takes a layer's window from the bytes of the cache, where a number of them was asked for."""
         cache = self.config.cache_config
-        if cache.kv_cache_memory_bytes is not None:
-            if cache.kv_cache_memory_bytes <= nbytes:
+        if (held := cache.kv_cache_memory_bytes) is not None:
+            if held <= nbytes:
                 raise ValueError(
-                    f"lrattn: kv_cache_memory_bytes: expected room for the dense window of {nbytes} bytes a layer, got "
-                    f"{cache.kv_cache_memory_bytes} left of it: set a smaller max_num_seqs"
+                    f"lrattn: kv_cache_memory_bytes: expected more than the dense window's {nbytes} bytes a layer, got "
+                    f"{held} left: set a smaller max_num_seqs"
                 )
-            cache.kv_cache_memory_bytes -= nbytes
+            cache.kv_cache_memory_bytes = held - nbytes
 
 
 class LatentImpl(AttentionImpl[Batch]):
     """vLLM makes it with the model, before weights, when the first one reads the factors; and tells it that weights
-    are there, before it asks how many bytes a token takes."""
+    are there before it asks how many bytes a token takes."""
 
     def __init__(
-        self,
-        num_heads: int,
-        head_size: int,
-        scale: float,
-        num_kv_heads: int | None = None,
-        alibi_slopes: list[float] | None = None,
-        sliding_window: int | None = None,
-        kv_cache_dtype: str = "auto",
-        logits_soft_cap: float | None = None,
-        attn_type: str = AttentionType.DECODER,
-        kv_sharing_target_layer_name: str | None = None,
-        sinks: Tensor | None = None,
-    ) -> None:
+        self, num_heads: int, head_size: int, scale: float, num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None, sliding_window: int | None = None, kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None, attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None, sinks: Tensor | None = None,
+    ) -> None:  # fmt: skip
         for what, wrong in (
             ("alibi_slopes", alibi_slopes),
             ("attn_type", attn_type if attn_type != AttentionType.DECODER else None),
@@ -106,18 +95,15 @@ class LatentImpl(AttentionImpl[Batch]):
         self.window: Window | None = None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Raises ValueError for factors that do not fit the layer."""
+        """Raises: ValueError for factors that do not fit the layer."""
         if self.factors is not None:  # weights were loaded again
             return
         name, owner = next((n, x) for n, x in self.neighbours.items() if getattr(x, "impl", None) is self)
         engine, i = self.engine, extract_layer_index(name)
         self.factors = layer = engine.layer(i, name)
         if (got := (layer.num_kv_heads, layer.head_dim)) != (expected := (self.num_kv_heads, self.head_size)):
-            raise ValueError(
-                f"lrattn: expected factors of (Hkv, D) = {expected}, as {name} has, got {got} in layer {i}"
-            )
-        if self.sinks is not None:
-            self.sinks = self.sinks.to(torch.float32)
+            raise ValueError(f"lrattn: expected factors of (Hkv, D) = {expected}, as {name} has, got {got}")
+        self.sinks = None if self.sinks is None else self.sinks.float()
         if any(engine.near):
             self.window = Window(layer, engine.near, engine.slots, engine.rows)
             engine.reserve(self.window.nbytes)
@@ -127,41 +113,28 @@ class LatentImpl(AttentionImpl[Batch]):
     def pages(self, kv_cache: Tensor) -> tuple[Tensor, Tensor | None]:
         """vLLM's [N, 1, P, bytes] as caches [N, P, k_width] and [N, P, v_width]: a page holds the rows of all its
         keys, then those of its values."""
-        layer = self.factors
-        assert layer is not None
+        layer: Any = self.factors
         pages, size = kv_cache[:, 0].flatten(1), kv_cache.shape[2]
-        cut = size * row_bytes(layer.row_side)
-        k = pages[:, :cut].view(layer.k_dtype).unflatten(1, (size, layer.k_width))
-        if layer.shared:
-            return k, None
-        return k, pages[:, cut:].view(layer.v_dtype).unflatten(1, (size, layer.v_width))
+        k, v = pages.split([cut := size * row_bytes(layer.row_side), pages.shape[1] - cut], 1)
+        k = k.view(layer.k_dtype).unflatten(1, (size, layer.k_width))
+        return k, None if layer.shared else v.view(layer.v_dtype).unflatten(1, (size, layer.v_width))
 
     def forward(
-        self,
-        layer: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        attn_metadata: Batch | None,
-        output: Tensor,
-        output_scale: Tensor | None = None,
-        output_block_scale: Tensor | None = None,
-    ) -> Tensor:
+        self, layer: Any, query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, attn_metadata: Batch | None,
+        output: Tensor, output_scale: Tensor | None = None, output_block_scale: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """query [n, Hq, D], key and value [n, Hkv, D], rotated -> output [n, Hq, D]."""
-        factors, batch = self.factors, attn_metadata
-        assert factors is not None
-        if batch is None:  # to see how much memory a pass takes
+        factors: Any = self.factors
+        if (batch := attn_metadata) is None:  # to see how much memory a pass takes
             prefill.reserve(factors, self.engine.config.model_config.max_model_len)
             return output.fill_(0)
-        n, window = batch.tokens, self.window
-        q, k, v, caches = query[:n], key[:n], value[:n], self.pages(kv_cache)
+        window, caches = self.window, self.pages(kv_cache)
+        q, k, v = (x[: batch.tokens] for x in (query, key, value))
         positions = None if factors.rope is None else batch.positions
         write_latents(factors, *factors.project(k, v, positions), *caches, batch.slots)
-        prefills = [chunk for chunk in batch.chunks if chunk.prefills]
-        if prefills:
-            rule = prefill.Rule(self.scale, self.sliding_window, self.softcap, self.sinks)
-            prefill.attend(q, k, v, caches, factors, window, batch, prefills, rule, output)
+        if prefills := [chunk for chunk in batch.chunks if chunk.prefills]:
+            rule = self.scale, self.sliding_window, self.softcap, self.sinks
+            prefill.attend(prefill.Pass(q, k, v, caches, factors, window, batch, *rule), prefills, output)
         if window is not None and batch.places is not None:
             window.write(batch.places, k, v)
             if batch.settled is not None:
@@ -176,31 +149,17 @@ class LatentImpl(AttentionImpl[Batch]):
         return output
 
     def _decode(
-        self,
-        q: Tensor,
-        caches: tuple[Tensor, Tensor | None],
-        batch: Batch,
-        requests: slice,
-        tokens: slice,
-        output: Tensor,
+        self, q: Tensor, caches: tuple[Tensor, Tensor | None], batch: Batch, own: slice, tokens: slice, output: Tensor
     ) -> None:
         """Of requests that have as many tokens each."""
-        shape = requests.stop - requests.start, -1, *q.shape[1:]
-        near = None if self.window is None or batch.rows is None else self.window.near(batch.rows[requests])
+        factors: Any = self.factors
+        shape = own.stop - own.start, -1, *q.shape[1:]
+        near = None if self.window is None or batch.rows is None else self.window.near(batch.rows[own])
         decode_attention(
-            q[tokens].reshape(shape),
-            *caches,
-            self.factors,  # type: ignore[arg-type]  # there since weights are
-            block_table=batch.table[requests],
-            seq_lens=batch.lens[requests],
-            softmax_scale=self.scale,
-            max_seq_len=batch.most,
-            window_size=self.sliding_window,
-            softcap=self.softcap,
-            sinks=self.sinks,
-            near=near,
-            out=output[tokens].view(shape),
-        )
+            q[tokens].reshape(shape), *caches, factors, block_table=batch.table[own], seq_lens=batch.lens[own],
+            softmax_scale=self.scale, max_seq_len=batch.most, window_size=self.sliding_window, softcap=self.softcap,
+            sinks=self.sinks, near=near, out=output[tokens].view(shape),
+        )  # fmt: skip
 
 
 def row_bytes(side: Projection) -> int:

@@ -7,9 +7,9 @@ flash-attention twice, over what is far of each query and over what is near, mer
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,58 +17,46 @@ from lrattn.attention.dense import Pair, Sight, dense_attention, with_sinks
 from lrattn.attention.ops import merge_attention, rebuild
 from lrattn.factors.layer import LayerFactors
 from lrattn.integrations.vllm.batch import Batch, Chunk
-from lrattn.integrations.vllm.window import Window, places_of
-
-Caches = tuple[Tensor, Tensor | None]
+from lrattn.integrations.vllm.window import Window
 
 
-class Rule(NamedTuple):
-    """scale of scores; window: tokens a query sees back, or None; softcap; sinks: [Hq] logits, or None."""
+class Pass(NamedTuple):
+    """What a layer is given of a batch: q [n, Hq, D], k and v [n, Hkv, D], its caches and window, and its rule.
 
+    reach: tokens a query sees back, or None. sinks: [Hq] logits, or None.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    caches: tuple[Tensor, Tensor | None]
+    layer: LayerFactors
+    window: Window | None
+    batch: Batch
     scale: float
-    window: int | None
+    reach: int | None
     softcap: float
     sinks: Tensor | None
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    caches: Caches,
-    layer: LayerFactors,
-    window: Window | None,
-    batch: Batch,
-    chunks: Sequence[Chunk],
-    rule: Rule,
-    output: Tensor,
-) -> None:
-    """Of the batch's tokens q [n, Hq, D], k and v [n, Hkv, D], those of `chunks` -> output [n, Hq, D].
-
-    Their latents are written, but they are not in the window yet.
-    """
-    if q.device.type != "cpu":
+def attend(x: Pass, chunks: Sequence[Chunk], output: Tensor) -> None:
+    """The tokens of `chunks` -> output [n, Hq, D]. Their latents are written, but they are not in the window yet."""
+    if x.q.device.type != "cpu":
         from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
 
-        version = get_flash_attn_version(head_size=q.shape[2])
-        for some in groups(chunks, batch.most):
-            by_flash(
-                flash_attn_varlen_func, q, k, v, caches, layer, window, batch, some, rule, output, fa_version=version
-            )
+        version = get_flash_attn_version(head_size=x.q.shape[2])
+        for some in groups(chunks, x.batch.most):
+            by_flash(flash_attn_varlen_func, x, some, output, fa_version=version)
         return
-    recent, sinks = (0, 0) if window is None else (window.recent, window.sinks)
+    near = (0, 0) if x.window is None else (x.window.recent, x.window.sinks)
     for chunk in chunks:
-        own = slice(chunk.first, chunk.last)
-        sight = Sight(chunk.begin, chunk.end, recent, sinks, rule.window)
-        far = None
-        if not sight.all_near:
-            ours = slice(chunk.index, chunk.index + 1)
-            far = by_head(*rebuild(*caches, layer, batch.table[ours], batch.lens[ours], num_tokens=chunk.end))
-        near = (None, None) if window is None else near_pairs(window, chunk, k[own], v[own])
-        out = dense_attention(
-            q[own].transpose(0, 1)[None], sight, far, *near, scale=rule.scale, softcap=rule.softcap, sinks=rule.sinks
-        )
-        output[own] = out[0].transpose(0, 1)
+        own, request = slice(chunk.first, chunk.last), slice(chunk.index, chunk.index + 1)
+        sight = Sight(chunk.begin, chunk.end, *near, x.reach)
+        table, lens = x.batch.table[request], x.batch.lens[request]
+        far = None if sight.all_near else rebuild(*x.caches, x.layer, table, lens, num_tokens=chunk.end)
+        parts = (None if pair is None else by_head(*pair) for pair in (far, *near_of(x, chunk)))
+        rule = {"scale": x.scale, "softcap": x.softcap, "sinks": x.sinks}
+        output[own] = dense_attention(x.q[own].transpose(0, 1)[None], sight, *parts, **rule)[0].transpose(0, 1)
 
 
 def by_head(k: Tensor, v: Tensor) -> Pair:
@@ -76,20 +64,22 @@ def by_head(k: Tensor, v: Tensor) -> Pair:
     return k.transpose(0, 1)[None], v.transpose(0, 1)[None]
 
 
-def near_pairs(window: Window, chunk: Chunk, k: Tensor, v: Tensor) -> tuple[Pair | None, Pair | None]:
-    """The recent tokens of a chunk's first query and its own, k and v [n, Hkv, D]; and the sequence's first ones."""
-    old = np.arange(max(chunk.begin - window.recent + 1, 0), chunk.begin)
-    at = torch.from_numpy(places_of(window.sinks, window.slots, old)).to(k.device)
-    held = window.keys[chunk.row], window.values[chunk.row]
-    recent = by_head(*(torch.cat((x[at], own)) for x, own in zip(held, (k, v), strict=True))) if window.recent else None
-    if not window.sinks:
-        return recent, None
-    first = [x[: window.sinks].clone() for x in held]
-    for x, own in zip(first, (k, v), strict=True):
-        x[chunk.begin :] = 0
-        new = own[: max(window.sinks - chunk.begin, 0)]
-        x[chunk.begin : chunk.begin + len(new)] = new
-    return recent, by_head(*first)
+def near_of(x: Pass, c: Chunk) -> tuple[Pair | None, Pair | None]:
+    """Keys and values [n, Hkv, D] of the tokens that a chunk's first query sees as recent and of its own; and of the
+    first ones of its sequence."""
+    if x.window is None:
+        return None, None
+    window, own = x.window, (x.k[c.first : c.last], x.v[c.first : c.last])
+    row, new = window.both[:, c.row], slice(c.begin, min(window.sinks, c.end))
+    recent = first = None
+    if window.recent:
+        old = torch.arange(max(c.begin - window.recent + 1, 0), c.begin, device=row.device)
+        recent = tuple(torch.cat(pair) for pair in zip(row[:, window.place(old)], own, strict=True))
+    if window.sinks:
+        first = row[:, : window.sinks].clone()
+        first[0, new], first[1, new] = (side[: max(new.stop - c.begin, 0)] for side in own)
+        first[:, c.end :] = 0  # which nobody sees
+    return recent, None if first is None else (first[0], first[1])  # type: ignore[return-value]
 
 
 def groups(chunks: Sequence[Chunk], most: int) -> Iterator[list[Chunk]]:
@@ -100,85 +90,45 @@ def groups(chunks: Sequence[Chunk], most: int) -> Iterator[list[Chunk]]:
             yield some
             some = []
         some.append(chunk)
-    if some:
-        yield some
+    yield some
 
 
-def by_flash(
-    flash: Callable[..., Any],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    caches: Caches,
-    layer: LayerFactors,
-    window: Window | None,
-    batch: Batch,
-    chunks: Sequence[Chunk],
-    rule: Rule,
-    output: Tensor,
-    **more: Any,
-) -> None:
+def by_flash(flash: Callable[..., Any], x: Pass, chunks: Sequence[Chunk], output: Tensor, **more: Any) -> None:
     """`attend` by flash_attn_varlen_func, whose masks end with the last query and key of each sequence.
 
     Query i sees the far tokens j <= i - recent, which are causal against as many keys less; exact first tokens stand in
     their places. It sees the near ones, i - recent < j <= i, by a sliding window over them.
     """
-    device, recent = q.device, 0 if window is None else window.recent
-    own = torch.from_numpy(np.concatenate([np.arange(c.first, c.last) for c in chunks])).to(device)
+    device, recent = x.q.device, 0 if x.window is None else x.window.recent
+    own = torch.cat([torch.arange(c.first, c.last, device=device) for c in chunks])
     queries, far = [c.last - c.first for c in chunks], [max(c.end - recent, 0) for c in chunks]
-    reach = rule.window or max(c.end for c in chunks)
+    near = [near_of(x, c) for c in chunks]
+    reach = x.reach or max(c.end for c in chunks)
 
     def part(keys: Tensor, values: Tensor, lens: list[int], back: int) -> tuple[Tensor, Tensor]:
+        starts = (torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=device) for n in (queries, lens))
+        (q_starts, k_starts), longest = starts, (max(queries), max(lens))
         out, lse = flash(
-            q[own], keys, values, max(queries), ends_of(queries, device), max(lens), ends_of(lens, device),
-            softmax_scale=rule.scale, causal=True, window_size=[back, 0], softcap=rule.softcap, return_softmax_lse=True,
-            **more,
+            x.q[own], keys, values, longest[0], q_starts, longest[1], k_starts, softmax_scale=x.scale, causal=True,
+            window_size=[back, 0], softcap=x.softcap, return_softmax_lse=True, **more,
         )  # fmt: skip
         return out, lse.transpose(0, 1)
 
     parts = []
     if any(far) and reach > recent:
-        ours = torch.tensor([c.index for c in chunks], device=device)
         lens = torch.tensor(far, dtype=torch.int32, device=device)
-        keys, values = rebuild(*caches, layer, batch.table[ours], lens, num_tokens=sum(far))
-        if window is not None and window.sinks:
-            _put_first(window, chunks, far, k, v, keys, values)
-        parts.append(part(keys, values, far, reach - recent - 1))
-    if window is not None and recent:
-        keys, values = _near_rows(window, chunks, k, v)
-        near = [c.end - max(c.begin - recent + 1, 0) for c in chunks]
-        parts.append(part(keys, values, near, min(recent, reach) - 1))
+        table = x.batch.table[torch.tensor([c.index for c in chunks], device=device)]
+        rebuilt = rebuild(*x.caches, x.layer, table, lens, num_tokens=sum(far))
+        for begin, n, (_, first) in zip(accumulate(far, initial=0), far, near, strict=False):
+            for side, exact in zip(rebuilt, first or (), strict=False):
+                side[begin : begin + min(n, len(exact))] = exact[:n]
+        parts.append(part(*rebuilt, far, reach - recent - 1))
+    if recent:
+        keys, values = (torch.cat(side) for side in zip(*(pair for pair, _ in near), strict=True))  # type: ignore[misc]
+        parts.append(part(keys, values, [c.end - max(c.begin - recent + 1, 0) for c in chunks], min(recent, reach) - 1))
     outs, lses = zip(*parts, strict=True)
     out, lse = merge_attention(outs, lses) if len(parts) > 1 else parts[0]
-    output[own] = with_sinks(out, lse, rule.sinks)
-
-
-def ends_of(lens: list[int], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.concatenate(([0], np.cumsum(lens)))).to(device, torch.int32)
-
-
-def _put_first(
-    window: Window, chunks: Sequence[Chunk], far: list[int], k: Tensor, v: Tensor, keys: Tensor, values: Tensor
-) -> None:
-    """Exact first tokens in the places of those rebuilt, of which each chunk has `far`."""
-    begin = 0
-    for c, n in zip(chunks, far, strict=True):
-        old, all_ = min(c.begin, window.sinks, n), min(window.sinks, n)
-        for x, held, own in ((keys, window.keys, k), (values, window.values, v)):
-            x[begin : begin + old] = held[c.row, :old]
-            x[begin + old : begin + all_] = own[c.first : c.first + all_ - old]
-        begin += n
-
-
-def _near_rows(window: Window, chunks: Sequence[Chunk], k: Tensor, v: Tensor) -> Pair:
-    """Exact tokens from the first one that is recent to each chunk's first query on, chunk by chunk: [n, Hkv, D]."""
-    parts: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for c in chunks:
-        old = places_of(window.sinks, window.slots, np.arange(max(c.begin - window.recent + 1, 0), c.begin))
-        at = torch.from_numpy(old).to(k.device)
-        for side, held, own in zip(parts, (window.keys, window.values), (k, v), strict=True):
-            side += held[c.row, at], own[c.first : c.last]
-    return torch.cat(parts[0]), torch.cat(parts[1])
+    output[own] = with_sinks(out, lse, x.sinks)
 
 
 def reserve(layer: LayerFactors, tokens: int) -> None:

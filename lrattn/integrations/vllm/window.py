@@ -11,7 +11,6 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -153,6 +152,10 @@ class Window:
     def nbytes(self) -> int:
         return self.both.nbytes + self.stored.nbytes
 
+    def place(self, t: Tensor) -> Tensor:
+        """Of tokens t of a sequence, in its row."""
+        return torch.where(t < self.sinks, t, self.sinks + t % max(self.slots, 1))
+
     def near(self, rows: Tensor) -> Near:
         """For a call whose sequences have these rows, int32."""
         return Near(self.keys[:-1], self.values[:-1], self.sinks, self.recent, rows)
@@ -181,7 +184,6 @@ class Window:
         t = torch.cat((leading.expand(len(computed), -1), last), 1)  # [n, sinks + recent]
         live = came.missing[:, None] & (t < computed) & (t >= 0)
         live[:, self.sinks :] &= last >= self.sinks
-        place = torch.where(t < self.sinks, t, self.sinks + t % max(self.slots, 1))
         rows = torch.where(live, came.rows[:, None], len(self.keys) - 1)
         at = t.clamp_min(0)
         size = caches[0].shape[1]
@@ -192,14 +194,9 @@ class Window:
         known = (came.homes >= 0)[:, None, None, None]
         for x, held in zip((k, v), self.stored, strict=True):
             x[:, : self.sinks] = torch.where(known, held[came.homes], x[:, : self.sinks])
-        self.write((rows * self.keys.shape[1] + place).flatten(), k.flatten(0, 1), v.flatten(0, 1))
+        self.write((rows * self.keys.shape[1] + self.place(t)).flatten(), k.flatten(0, 1), v.flatten(0, 1))
 
 
 def latents(side: Projection, cache: Tensor, pages: Tensor, offsets: Tensor) -> Tensor:
     """Of tokens at offsets [..] of pages [..], whatever lies between them: [.., sum R]."""
     return unpack(side, [x[pages, offsets] for x in sections(side, cache)])
-
-
-def places_of(sinks: int, slots: int, t: np.ndarray) -> np.ndarray:
-    """Of tokens t of a sequence, where they lie in its row."""
-    return np.where(t < sinks, t, sinks + t % max(slots, 1))

@@ -58,11 +58,10 @@ PLANS = {  # chunks of requests with pages of their own, step by step
 PAGES = {b: list(range(1 + 5 * b, 6 + 5 * b)) for b in range(3)}
 
 
-def by_flash(*given):
+def by_flash(x, chunks, output):
     """`prefill.attend` as on a GPU."""
-    q, k, v, caches, layer, window, batch, chunks, rule, output = given
     for some in prefill.groups(chunks, 60):
-        prefill.by_flash(flash, q, k, v, caches, layer, window, batch, some, rule, output)
+        prefill.by_flash(flash, x, some, output)
 
 
 @pytest.mark.parametrize("plan", PLANS)
