@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from bench.support import models, report, texts, vllm_runs
+from bench.support import report, texts, vllm_runs
 from bench.support.vllm_runs import Server
 
 POOL = 1 << 30  # bytes of the cache, the window's included
@@ -53,9 +53,8 @@ def main() -> int:
 
 
 def measure() -> dict[str, Any]:
-    begin = time.perf_counter()
-    models.smollm2()
     vllm_runs.make_factors("lrattn")
+    begin = time.perf_counter()
     passage = texts.wikipedia("evaluation")[:PASSAGE]
     questions = [*QUESTIONS, f"{passage}\n\n{OF_TEXT}"]
     rows = [ask_all(way, questions) for way in ("dense", "lrattn")]
@@ -84,8 +83,8 @@ def ask_all(way: str, questions: list[str]) -> dict[str, Any]:
 def answer(server: Server, model: str, question: str) -> dict[str, Any]:
     body = {"model": model, "messages": [{"role": "user", "content": question}]}
     found = server.ask("/v1/chat/completions", body | {"temperature": 0, "max_tokens": TOKENS})
-    text = found["choices"][0]["message"]["content"]
-    return {"text": text, "prompt_tokens": found["usage"]["prompt_tokens"], "tokens": found["usage"]["completion_tokens"]}
+    text, usage = found["choices"][0]["message"]["content"], found["usage"]
+    return {"text": text, "prompt_tokens": usage["prompt_tokens"], "tokens": usage["completion_tokens"]}
 
 
 def alike(one: str, other: str) -> int:
@@ -97,8 +96,9 @@ def alike(one: str, other: str) -> int:
 def faults(results: dict[str, Any]) -> list[str]:
     """What is wrong with a run, a sentence each."""
     (dense, ours), found = results["rows"], []
-    if not ours["tokens"] >= TIMES * dense["tokens"]:
-        found.append(f"{ours['name']} holds {ours['tokens']:,} tokens, dense {dense['tokens']:,}: not {TIMES} times them")
+    a, b = ours["tokens"], dense["tokens"]
+    if not a >= TIMES * b:
+        found.append(f"{ours['name']} holds {a:,} tokens, dense {b:,}: not {TIMES} times as many")
     for i, question in enumerate(results["questions"]):
         a, b = (row["answers"][i]["text"] or "" for row in (dense, ours))
         if not a.strip() or not b.strip():
@@ -111,8 +111,8 @@ def faults(results: dict[str, Any]) -> list[str]:
 def table(results: dict[str, Any]) -> str:
     rows, dense = results["rows"], results["rows"][0]
     about = (
-        f"{results['model']} in {results['dtype']}, served by vLLM {results['vllm']} with {results['pool'] >> 20:,} MiB "
-        "for its cache, the dense window included. As vLLM reports:"
+        f"{results['model']} in {results['dtype']}, served by vLLM {results['vllm']} with {results['pool'] >> 20:,} "
+        "MiB for its cache, the dense window included. As vLLM reports:"
     )
     line = "{:10} {:>12} {:>12} {:>32}"
     lines = ["", *textwrap.wrap(about, COLUMNS), ""]

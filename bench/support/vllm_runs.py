@@ -39,9 +39,9 @@ WAYS: dict[str, dict[str, Any] | None] = {  # what compress is told
 }
 WINDOWS, LENGTH = 8, 1024  # of the calibration
 QUIET = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "VLLM_HOST_IP": "127.0.0.1"}
-# A CPU's: threads that are not bound to cores, which are not counted rightly in a container; and no compilation, which
-# takes minutes there.
-CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+# Threads that are not bound to cores, of which a container may own others than vLLM thinks, and no compilation, which
+# takes minutes on a CPU.
+CPU_ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 CPU_OPTIONS = {"enforce_eager": True, "gpu_memory_utilization": 0.3, "distributed_executor_backend": "uni"}
 SIZE = re.compile(r"KV cache size: ([\d,]+) tokens, Maximum concurrency for ([\d,]+) tokens per request: ([\d.]+)x")
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -69,10 +69,11 @@ def file_of(way: str) -> Path:
 
 
 def make_factors(way: str) -> None:
-    """`compress` of SmolLM2 on articles, once: two minutes on two cores. Its folder under .cache is there then, too."""
+    """`compress` of SmolLM2 on articles, once, which takes two minutes; its own folder is made there, too."""
     told, path = WAYS[way], file_of(way)
     if path.is_file() or told is None:
         return
+    print(f"compressing SmolLM2 for {path.name}, once", flush=True)
     model, tokenizer = models.smollm2()
     calibration = read_windows(tokenizer, texts.wikipedia("calibration"), LENGTH, WINDOWS)
     with models.written_once(path) as new:
@@ -94,7 +95,7 @@ def capacity(log: str) -> Capacity:
     """
     found = SIZE.search(log)
     if found is None:
-        raise ValueError(f"expected a line like 'KV cache size: 1,024 tokens, Maximum ..' of vLLM's, got {log[-500:]!r}")
+        raise ValueError(f"expected a line 'KV cache size: 1,024 tokens, Maximum ..' of vLLM's, got {log[-500:]!r}")
     tokens, length, concurrency = (x.replace(",", "") for x in found.groups())
     return Capacity(int(tokens), int(length), float(concurrency))
 
