@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
@@ -61,6 +62,7 @@ class Batch(AttentionMetadata):
     places: Tensor | None = None
     settled: tuple[Tensor, Tensor] | None = None
     came: Came | None = None
+    twins: Sequence[tuple[int, int]] = ()
 
 
 class BatchBuilder(AttentionMetadataBuilder[Batch]):
@@ -88,8 +90,9 @@ class BatchBuilder(AttentionMetadataBuilder[Batch]):
         if engine.common is not m:
             engine.common, engine.batch = m, self._batch(m)
         batch: Batch = engine.batch
-        if batch.came is not None:
-            for layer in self.layers:
+        for layer in self.layers if batch.twins or batch.came is not None else ():
+            layer.impl.window.copy(batch.twins)
+            if batch.came is not None:
                 layer.impl.window.fill(batch.came, layer.impl.pages(layer.kv_cache), batch.table)
         return batch
 
@@ -117,8 +120,8 @@ class BatchBuilder(AttentionMetadataBuilder[Batch]):
 
     def _rows_of(self, m: CommonAttentionMetadata, starts: list[int]) -> list[int]:
         if self.rows is None:
-            count, cache = self.vllm_config.scheduler_config.max_num_seqs, self.layers[0].kv_cache
-            self.rows = Rows(count, cache.shape[0], cache.shape[2], self.device)
+            pages, _, size, _ = self.layers[0].kv_cache.shape
+            self.rows = Rows(self.engine.rows, pages, size, self.engine.drafts, self.device)
         return self.rows.of(m, starts)
 
     def _place(
@@ -144,7 +147,8 @@ class BatchBuilder(AttentionMetadataBuilder[Batch]):
         live = (b for b in range(count) if starts[b] < starts[b + 1] and before[b] > 0)
         index = [b for b in live if told[b] or rows[b] in self.rows.new]
         if index:
-            batch.came = self.rows.came(m, index, own, computed, self.engine.replay)
+            replay = [self.engine.replay if told[b] else 0 for b in index]
+            batch.came = self.rows.came(m, index, own, computed, replay)
         fresh = [c for c in batch.chunks if not c.begin and c.end >= sinks and c.prefills] if sinks else []
         if fresh:
             first = torch.tensor([c.first for c in fresh], device=device)
@@ -156,11 +160,11 @@ class BatchBuilder(AttentionMetadataBuilder[Batch]):
         t = computed[of] + at - m.query_start_loc[of]
         kept = (t < sinks) | (t >= m.seq_lens.long()[of] - slots)
         place = torch.where(t < sinks, t, sinks + t % max(slots, 1))
-        self.rows.wrote(m, own, batch.slots, row_of)
         batch.places, held = self.token_buffers[:, :n]
-        batch.places.copy_(torch.where(kept, row_of, self.rows.count) * (sinks + slots) + place)
+        batch.places.copy_(torch.where(kept, row_of * (sinks + slots) + place, self.rows.count * (sinks + slots)))
         held.copy_(torch.where(t < self.rows.hit[row_of], -1, batch.slots))
-        batch.slots = held
+        batch.slots, batch.twins = held, self.rows.twins
+        self.rows.wrote(m, own, held)
 
 
 def padded(x: Tensor | None, instead: Tensor | None, count: int) -> list[Any]:

@@ -23,16 +23,19 @@ from lrattn.integrations.vllm.window import REPLAY, Window
 class Engine:
     """What the layers of an engine share.
 
-    near: recent and sinks, of the factors. slots: of the window, with room for drafts and for those that are taken
-    back. replay: tokens that are computed anew after a prefix hit. common, batch: the last batch that was built.
+    near: recent and sinks, of the factors. drafts: tokens a step may take back. slots: of the window, with room for
+    these and new ones. replay: tokens that are computed anew after a prefix hit. rows: of
+    the window. common, batch: the last batch that was built.
     """
 
     def __init__(self, config: VllmConfig) -> None:
         self.config, self.factors = config, source.load(config)
         self.near = recent, _ = self.factors.near
-        drafts = config.num_speculative_tokens
-        self.slots = recent + 2 * drafts if recent else 0
+        self.drafts = config.num_speculative_tokens
+        self.slots = recent + 2 * self.drafts if recent else 0
         self.replay = REPLAY * recent if config.cache_config.enable_prefix_caching else 0
+        parallel, requests = config.parallel_config.pipeline_parallel_size, config.scheduler_config.max_num_seqs
+        self.rows = requests * (parallel + 1 if parallel > 1 else 1)  # some requests are on their way through stages
         self.common: CommonAttentionMetadata | None = None
         self.batch: Batch | None = None
 
@@ -116,7 +119,7 @@ class LatentImpl(AttentionImpl[Batch]):
         if self.sinks is not None:
             self.sinks = self.sinks.to(torch.float32)
         if any(engine.near):
-            self.window = Window(layer, engine.near, engine.slots, engine.config.scheduler_config.max_num_seqs)
+            self.window = Window(layer, engine.near, engine.slots, engine.rows)
             engine.reserve(self.window.nbytes)
         widths = row_bytes(layer.row_side), 0 if layer.shared else row_bytes(layer.values)
         owner.attn_backend = backend_of(widths, engine.replay)

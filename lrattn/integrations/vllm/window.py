@@ -21,11 +21,12 @@ from lrattn.factors.layer import LayerFactors
 from lrattn.factors.projection import Projection
 
 STORED = 4  # prefixes whose first tokens are kept, for each request that may run
+NEVER = 1 << 62
 REPLAY = 2  # windows that are computed anew after a hit: in the second one tokens have seen the first one's exactly
 
 
 class Came(NamedTuple):
-    """Requests that are here for the first time, or seem so, and go on behind tokens that they did not compute.
+    """Requests that go on behind tokens which they may not have computed.
 
     index: of the batch. rows: of the window. computed: tokens before. missing: [n] bool, whose row is not theirs yet.
     homes: rows of the store that hold their first tokens, or -1.
@@ -39,87 +40,100 @@ class Came(NamedTuple):
 
 
 class Rows:
-    """Which row of the window each request has; a group of caches with one block table has one of these.
+    """Which row of the window each request has; caches with one block table have one of these.
 
-    A row is a request's own if the page of its last token was last written from that row, which held as many tokens.
-    vLLM's newer model runner numbers requests; without that number they are found by these pages, on the host.
+    A row is still a request's own if it held as many tokens, the last of them in the same page, which nobody has
+    written to since. vLLM's newer model runner numbers requests; for the older one, on a CPU, rows are found like that.
 
     Args:
-        count: requests at most. One more row takes what nobody reads.
+        count: rows; one more takes what nobody reads.
         pages: of the caches, of `size` tokens.
+        drafts: tokens of a batch at most that a request may give back.
     """
 
-    def __init__(self, count: int, pages: int, size: int, device: torch.device) -> None:
-        self.count, self.size, self.now = count, size, 0
+    def __init__(self, count: int, pages: int, size: int, drafts: int, device: torch.device) -> None:
+        self.count, self.size, self.drafts, self.now = count, size, drafts, 0
+        self.held: dict[int, list[tuple[int, int]]] = {}  # of rows: what goes on from them, by last page and length
         self.free = list(range(count))  # the one that was used longest ago first
-        self.new: set[int] = set()  # those that changed hands with this batch, where the host knows
+        self.new: set[int] = set()  # those that changed hands with this batch, where it was not told
+        self.twins: list[
+            tuple[int, int]
+        ] = []  # rows of two requests that are one so far, and of the second from now on
 
         def table(n: int, value: int = -1) -> Tensor:
             return torch.full((n + 1,), value, dtype=torch.int64, device=device)
 
-        self.owner, self.home = table(pages), table(pages)  # of a page: the row it was written from; of a first page
-        self.last, self.length, self.hit = table(count), table(count, 0), table(count, 0)
-        self.first, self.seen = table(STORED * count), table(STORED * count, 0)  # of a home: its page; when it was used
-        self.seen[-1] = 1 << 62  # nobody's
+        self.last, self.length, self.step, self.hit = table(count), table(count), table(count), table(count, 0)
+        self.home, self.written = table(pages), table(pages)  # of a first page, in the store; of a page, when
+        self.first, self.used = table(STORED * count), table(STORED * count)  # of a home: its page, and when
+        self.used[-1] = NEVER
 
     def of(self, m: Any, starts: list[int]) -> list[int]:
-        """Rows of a batch, on the host; m: vLLM's CommonAttentionMetadata; starts: of its query tokens, and the end."""
+        """Rows of a batch, on the host. m: vLLM's CommonAttentionMetadata. starts: of its requests, and the end."""
         lens = [b - a for a, b in pairwise(starts)]
+        self.now, self.new, self.twins = self.now + 1, set(), []
         if m.req_idx is not None:
-            rows = [int(i) for i in m.req_idx[: len(lens)]]
-            return [r if n else self.count for r, n in zip(rows, lens, strict=False)] + [self.count] * (
-                len(lens) - len(rows)
-            )
+            told = [int(i) for i in m.req_idx] + [self.count] * len(lens)
+            return [row if n else self.count for row, n in zip(told, lens, strict=False)]
         if m.seq_lens.device.type != "cpu":
             raise ValueError(
-                "lrattn: expected vLLM's model runner V2 for factors with a dense window, got V1: unset "
-                "VLLM_USE_V2_MODEL_RUNNER, or use factors made with far=(0, 0)"
+                "lrattn: expected vLLM's model runner V2 on a GPU, for factors with a dense window, got V1: do without "
+                "what asks for V1, or make factors with far=(0, 0)"
             )
-        rows = [self.count] * len(lens)
-        for b, (end, n) in enumerate(zip(m.seq_lens.tolist(), lens, strict=True)):
-            if n and (computed := end - n):
-                page = int(m.block_table_tensor[b, (computed - 1) // self.size])
-                r = int(self.owner[page])
-                if r not in rows and r >= 0 and self.last[r] == page and self.length[r] == computed:
-                    rows[b] = r
-        self.new = set()
-        for b, n in enumerate(lens):
-            if n and rows[b] == self.count:
-                rows[b] = next(r for r in self.free if r not in rows)
-                self.new.add(rows[b])
-        used = set(rows)
-        self.free = [r for r in self.free if r not in used] + [r for r in self.free if r in used]
+        owners = {key: row for row, keys in self.held.items() for key in keys}
+        rows, ends = [self.count] * len(lens), m.seq_lens.tolist()
+        for b, (end, n) in enumerate(zip(ends, lens, strict=True)):
+            page = int(m.block_table_tensor[b, max(end - n - 1, 0) // self.size])
+            row = owners.get((page, end - n), self.count) if n else self.count
+            known = row < self.count and self.written[page] <= self.step[row]
+            if known and row not in rows:
+                rows[b] = row
+            elif n:
+                rows[b] = -1 - row if known else -1 - self.count  # a free one, which the others come before
+        for b, row in enumerate(rows):
+            if row < 0:
+                rows[b] = next(free for free in self.free if free not in rows)
+                if (twin := -1 - row) < self.count:
+                    self.twins.append((twin, rows[b]))
+                else:
+                    self.new.add(rows[b])
+        for a, b in self.twins:
+            for x in (self.last, self.length, self.step, self.hit):
+                x[b] = x[a]
+        for b, row in enumerate(rows):
+            lengths = range(max(ends[b] - self.drafts, 1), ends[b] + 1)
+            self.held[row] = [(int(m.block_table_tensor[b, (n - 1) // self.size]), n) for n in lengths]
+        self.held.pop(self.count, None)
+        self.free = [r for r in self.free if r not in rows] + [r for r in self.free if r in rows]
         return rows
 
-    def came(self, m: Any, index: list[int], rows: Tensor, computed: Tensor, replay: int) -> Came:
-        """Of requests `index` of the batch, which did not compute what is before them. A first chunk behind a hit is
-        followed by chunks that look like it: their rows are theirs."""
-        at = torch.tensor(index, device=rows.device)
+    def came(self, m: Any, index: list[int], rows: Tensor, computed: Tensor, replay: list[int]) -> Came:
+        """Of requests `index` of the batch, behind tokens that they may not have computed; if they did not, as many as
+        `replay` come again, whose latents are there. A chunk that follows one of its own looks alike."""
+        device = rows.device
+        at = torch.tensor(index, device=device)
         own, before, table = rows[at], computed[at], m.block_table_tensor[at].long()
         page = table.gather(1, (before[:, None] - 1) // self.size)[:, 0]
-        missing = (self.owner[page] != own) | (self.last[own] != page) | (self.length[own] != before)
-        self.hit[own] = torch.where(missing, before + replay, self.hit[own])
+        same = (self.last[own] == page) & (self.length[own] == before) & (self.written[page] <= self.step[own])
+        self.hit[own] = torch.where(same, self.hit[own], before + torch.tensor(replay, device=device))
         homes = self.home[table[:, 0]]
-        self.now += 1
-        self.seen[homes] = torch.where(homes < 0, self.seen[-1], self.now)
-        return Came(at, own, before, missing, homes)
+        self.used[homes] = torch.where(homes < 0, NEVER, self.now)
+        return Came(at, own, before, ~same, homes)
 
     def settle(self, pages: Tensor) -> Tensor:
-        """Homes for the first tokens of new requests, whose first pages these are: those used longest ago."""
-        self.now += 1
-        homes = self.seen.topk(len(pages), largest=False).indices
+        """Homes in the store for new requests, whose first pages these are: those used longest ago."""
+        homes = self.used.topk(len(pages), largest=False).indices
         old = self.first[homes]
         self.home[torch.where(self.home[old] == homes, old, -1)] = -1  # what stands last is nobody's
-        self.home[pages], self.first[homes], self.seen[homes] = homes, pages, self.now
+        self.home[pages], self.first[homes], self.used[homes] = homes, pages, self.now
         return homes
 
-    def wrote(self, m: Any, rows: Tensor, slots: Tensor, row_of: Tensor) -> None:
-        """The batch's tokens are about to be written: to these slots, of a row each."""
+    def wrote(self, m: Any, rows: Tensor, slots: Tensor) -> None:
+        """The batch's tokens are about to be written to these slots."""
         lens = m.seq_lens.long()
         page = m.block_table_tensor.long().gather(1, (lens[:, None] - 1).clamp_min(0) // self.size)[:, 0]
-        self.last[rows], self.length[rows] = page, lens
-        at = torch.where(slots < 0, len(self.owner) - 1, slots // self.size)
-        self.owner[at] = row_of
+        self.last[rows], self.length[rows], self.step[rows] = page, lens, self.now
+        self.written[torch.where(slots < 0, -1, slots // self.size)] = self.now
 
 
 class Window:
@@ -152,6 +166,11 @@ class Window:
         """First tokens [n, sinks, Hkv, D] of prefixes."""
         for to, x in zip(self.stored, (k, v), strict=True):
             to.index_copy_(0, homes, x)
+
+    def copy(self, twins: list[tuple[int, int]]) -> None:
+        """Rows to others."""
+        for a, b in twins:
+            self.both[:, b] = self.both[:, a]
 
     def fill(self, came: Came, caches: tuple[Tensor, Tensor | None], table: Tensor) -> None:
         """Rows of requests that come by a prefix hit: their first tokens from the store, or as their latents say, and
