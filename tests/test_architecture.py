@@ -33,7 +33,7 @@ ORDER = {
     "models": "masks states interface layers ropes weights",
     "compression": "arguments moments substitute batches sums calibrate clusters ranks bits methods averages problem "
     " propagate nested refine older compress compressibility",
-    "integrations": "transformers",
+    "integrations": "transformers vllm",
 }
 DUMPING_GROUNDS = {"utils", "helpers", "common", "misc", "base", "tools", "core"}
 UNSAID = {"return", "progress", "backend", "layer", "num_pages", "workspace_limit", "num_queries"}  # of every call
@@ -66,6 +66,7 @@ def test_imports_point_one_way_and_each_library_has_its_place(path):
     libraries = {name.split(".")[0] for name in names}
     assert "triton" not in libraries or folder == "kernels"
     assert "transformers" not in libraries or folder in ("integrations", "models")
+    assert "vllm" not in libraries or (folder, own) == ("integrations", "vllm")
     assert not libraries & {"pickle", "marshal", "shelve"} and not {folder, own} & DUMPING_GROUNDS
     if not folder or own == "__init__":
         return

@@ -92,10 +92,10 @@ def recorded() -> dict[int, list]:
     found: dict[int, list] = {}
     forward = LatentImpl.forward
 
-    def keeping(self, layer, query, key, value, kv_cache, attn_metadata, output, *more):
+    def keeping(self, layer, query, key, value, kv_cache, attn_metadata, output, **more):
         if attn_metadata is not None:
             found.setdefault(extract_layer_index(layer.layer_name), []).append((key.clone(), value.clone()))
-        return forward(self, layer, query, key, value, kv_cache, attn_metadata, output, *more)
+        return forward(self, layer, query, key, value, kv_cache, attn_metadata, output=output, **more)
 
     LatentImpl.forward = keeping
     return found

@@ -14,7 +14,7 @@ from lrattn.factors.shapes import RANK_STEP
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatentSpec(FullAttentionSpec):
+class LatentSpec(FullAttentionSpec):  # type: ignore[misc]
     """Pages of all tokens. After a prefix hit vLLM computes the last `replay` tokens of it anew: with them the dense
     window is filled."""
 
@@ -29,7 +29,7 @@ class LatentSpec(FullAttentionSpec):
         return replace(super().merge(specs), replay=specs[0].replay)
 
 
-class LatentBackend(AttentionBackend):
+class LatentBackend(AttentionBackend):  # type: ignore[misc]
     """`widths`, bytes of a token's key row and value row, and `replay` are those of a layer's subclass."""
 
     forward_includes_kv_cache_update: bool = True  # latents of keys that are turned back need positions

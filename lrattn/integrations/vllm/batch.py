@@ -24,7 +24,7 @@ class Chunk(NamedTuple):
     prefills: whether the host knows begin and end; else it only knows how many they are, as of drafts.
     """
 
-    index: int
+    request: int
     first: int
     last: int
     begin: int
@@ -34,7 +34,7 @@ class Chunk(NamedTuple):
 
 
 @dataclass(eq=False)
-class Batch(AttentionMetadata):
+class Batch(AttentionMetadata):  # type: ignore[misc]
     """Requests that decode come first.
 
     Args:
@@ -62,7 +62,7 @@ class Batch(AttentionMetadata):
     twins: Sequence[tuple[int, int]] = ()
 
 
-class BatchBuilder(AttentionMetadataBuilder[Batch]):
+class BatchBuilder(AttentionMetadataBuilder[Batch]):  # type: ignore[misc]
     """One for each width of rows. Those whose layers share a block table are told of the same batch, and share what the
     first of them makes of it."""
 
@@ -103,7 +103,7 @@ class BatchBuilder(AttentionMetadataBuilder[Batch]):
         live = [c for c in chunks if c.first < c.last]
         positions: Any = m.positions
         where = m.block_table_tensor, m.seq_lens, positions[..., :n], m.slot_mapping[:n], m.max_seq_len
-        batch = Batch(n, decodes, queries, [c for c in live if c.index >= decodes], *where)
+        batch = Batch(n, decodes, queries, [c for c in live if c.request >= decodes], *where)
         if window is not None:
             self._place(batch, m, window, rows, live)
         return batch
@@ -124,9 +124,9 @@ class BatchBuilder(AttentionMetadataBuilder[Batch]):
         held.hit[torch.where(computed > 0, held.count, own)] = 0
         if behind := [c for c in live if c.begin > 0 and (c.prefills or c.row in held.new)]:
             replay = [self.engine.replay * c.prefills for c in behind]
-            batch.came = held.came(m, [c.index for c in behind], own, computed, replay)
+            batch.came = held.came(m, [c.request for c in behind], own, computed, replay)
         if sinks and (fresh := [c for c in batch.chunks if not c.begin and c.end >= sinks and c.prefills]):
-            index, first = torch.tensor([(c.index, c.first) for c in fresh], device=device).T
+            index, first = torch.tensor([(c.request, c.first) for c in fresh], device=device).T
             homes = held.settle(m.block_table_tensor[index, 0].long())
             batch.settled = first[:, None] + torch.arange(sinks, device=device), homes
         at = torch.arange(n, device=device)

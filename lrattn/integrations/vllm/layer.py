@@ -67,7 +67,7 @@ class Engine:
             cache.kv_cache_memory_bytes = held - nbytes
 
 
-class LatentImpl(AttentionImpl[Batch]):
+class LatentImpl(AttentionImpl[Batch]):  # type: ignore[misc]
     """vLLM makes it with the model, before weights, when the first one reads the factors; and tells it that weights
     are there before it asks how many bytes a token takes."""
 
@@ -131,7 +131,8 @@ class LatentImpl(AttentionImpl[Batch]):
         window, caches = self.window, self.pages(kv_cache)
         q, k, v = (x[: batch.tokens] for x in (query, key, value))
         positions = None if factors.rope is None else batch.positions
-        write_latents(factors, *factors.project(k, v, positions), *caches, batch.slots)
+        zk, zv = factors.project(k, v, positions)
+        write_latents(factors, zk, zv, *caches, batch.slots)
         if prefills := [chunk for chunk in batch.chunks if chunk.prefills]:
             rule = self.scale, self.sliding_window, self.softcap, self.sinks
             prefill.attend(prefill.Pass(q, k, v, caches, factors, window, batch, *rule), prefills, output)
@@ -144,7 +145,7 @@ class LatentImpl(AttentionImpl[Batch]):
             self._decode(q, caches, batch, slice(0, batch.decodes), slice(0, batch.decodes * batch.queries), output)
         for chunk in batch.chunks:
             if not chunk.prefills:  # drafts, of which there are not as many as of the others
-                own = slice(chunk.index, chunk.index + 1)
+                own = slice(chunk.request, chunk.request + 1)
                 self._decode(q, caches, batch, own, slice(chunk.first, chunk.last), output)
         return output
 

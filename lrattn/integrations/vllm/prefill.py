@@ -50,13 +50,13 @@ def attend(x: Pass, chunks: Sequence[Chunk], output: Tensor) -> None:
         return
     near = (0, 0) if x.window is None else (x.window.recent, x.window.sinks)
     for chunk in chunks:
-        own, request = slice(chunk.first, chunk.last), slice(chunk.index, chunk.index + 1)
+        own, request = slice(chunk.first, chunk.last), slice(chunk.request, chunk.request + 1)
         sight = Sight(chunk.begin, chunk.end, *near, x.reach)
         table, lens = x.batch.table[request], x.batch.lens[request]
         far = None if sight.all_near else rebuild(*x.caches, x.layer, table, lens, num_tokens=chunk.end)
         parts = (None if pair is None else by_head(*pair) for pair in (far, *near_of(x, chunk)))
-        rule = {"scale": x.scale, "softcap": x.softcap, "sinks": x.sinks}
-        output[own] = dense_attention(x.q[own].transpose(0, 1)[None], sight, *parts, **rule)[0].transpose(0, 1)
+        q, rule = x.q[own].transpose(0, 1)[None], {"softcap": x.softcap, "sinks": x.sinks}
+        output[own] = dense_attention(q, sight, *parts, scale=x.scale, **rule)[0].transpose(0, 1)  # type: ignore[arg-type]
 
 
 def by_head(k: Tensor, v: Tensor) -> Pair:
@@ -117,14 +117,14 @@ def by_flash(flash: Callable[..., Any], x: Pass, chunks: Sequence[Chunk], output
     parts = []
     if any(far) and reach > recent:
         lens = torch.tensor(far, dtype=torch.int32, device=device)
-        table = x.batch.table[torch.tensor([c.index for c in chunks], device=device)]
+        table = x.batch.table[torch.tensor([c.request for c in chunks], device=device)]
         rebuilt = rebuild(*x.caches, x.layer, table, lens, num_tokens=sum(far))
         for begin, n, (_, first) in zip(accumulate(far, initial=0), far, near, strict=False):
             for side, exact in zip(rebuilt, first or (), strict=False):
                 side[begin : begin + min(n, len(exact))] = exact[:n]
         parts.append(part(*rebuilt, far, reach - recent - 1))
     if recent:
-        keys, values = (torch.cat(side) for side in zip(*(pair for pair, _ in near), strict=True))  # type: ignore[misc]
+        keys, values = (torch.cat(side) for side in zip(*(pair for pair, _ in near), strict=True))
         parts.append(part(keys, values, [c.end - max(c.begin - recent + 1, 0) for c in chunks], min(recent, reach) - 1))
     outs, lses = zip(*parts, strict=True)
     out, lse = merge_attention(outs, lses) if len(parts) > 1 else parts[0]

@@ -84,7 +84,7 @@ def check_model(config: VllmConfig, factors: Factors) -> None:
     expected = model.get_total_num_kv_heads(), model.get_head_size()
     if len(shapes) == 1 and expected not in shapes:  # others are asked for layer by layer
         raise ValueError(f"expected (Hkv, D) = {expected}, as the model has, got {shapes.pop()}")
-    for rope in {layer.rope for layer in layers} - {None}:
+    for rope in {layer.rope for layer in layers if layer.rope is not None}:
         if model.uses_mrope:
             raise ValueError(
                 "expected keys as attention is given them (method 'lrattn-rotated'), got some that are "
@@ -123,7 +123,7 @@ def is_rope_of(config: Any, rope: Rope) -> bool:
 
 def first_weights(folder: Path) -> dict[str, torch.Tensor]:
     """Parameters of the first layer's attention, by name, in a folder of safetensors; empty where there are none."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             own = (name for name in file.keys() if ".layers.0.self_attn." in name and "vision" not in name)  # noqa: SIM118

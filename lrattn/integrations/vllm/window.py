@@ -27,11 +27,11 @@ REPLAY = 2  # windows that are computed anew after a hit: in the second one toke
 class Came(NamedTuple):
     """Requests that go on behind tokens which they may not have computed.
 
-    index: of the batch. rows: of the window. computed: tokens before. missing: [n] bool, whose row is not theirs yet.
-    homes: rows of the store that hold their first tokens, or -1.
+    requests: of the batch. rows: of the window. computed: tokens before. missing: [n] bool, whose row is not theirs
+    yet. homes: rows of the store that hold their first tokens, or -1.
     """
 
-    index: Tensor
+    requests: Tensor
     rows: Tensor
     computed: Tensor
     missing: Tensor
@@ -55,9 +55,7 @@ class Rows:
         self.held: dict[int, list[tuple[int, int]]] = {}  # of rows: what goes on from them, by last page and length
         self.free = list(range(count))  # the one that was used longest ago first
         self.new: set[int] = set()  # those that changed hands with this batch, where it was not told
-        self.twins: list[
-            tuple[int, int]
-        ] = []  # rows of two requests that are one so far, and of the second from now on
+        self.twins: list[tuple[int, int]] = []  # of two requests that were one so far: its row, and one for the other
 
         def table(n: int, value: int = -1) -> Tensor:
             return torch.full((n + 1,), value, dtype=torch.int64, device=device)
@@ -187,7 +185,7 @@ class Window:
         rows = torch.where(live, came.rows[:, None], len(self.keys) - 1)
         at = t.clamp_min(0)
         size = caches[0].shape[1]
-        pages = table[came.index].long().gather(1, at // size)
+        pages = table[came.requests].long().gather(1, at // size)
         zk = latents(self.layer.row_side, caches[0], pages, at % size).to(self.layer.dtype)
         zv = None if caches[1] is None else latents(self.layer.values, caches[1], pages, at % size).to(self.layer.dtype)
         k, v = self.layer.rebuild(zk, zv, at if self.layer.rope is not None else None)
