@@ -9,10 +9,10 @@ import torch
 from transformers import LlamaConfig
 
 import lrattn
-from bench import architectures, demo, memory, positions, quality, scale
+from bench import architectures, demo, demo_vllm, memory, positions, quality, scale, serve
 from bench.compiled import resources, simulated, traffic
 from bench.decode import launches
-from bench.evaluation import head_groups, method_check, quality_plot, quality_table
+from bench.evaluation import head_groups, method_check, prefix_hits, quality_plot, quality_table
 from bench.support import report
 from lrattn.compression.moments import GATHERED
 
@@ -168,3 +168,19 @@ def test_the_readme_speed_up_is_the_committed_run():
         found = [row[key] for row in rows]
         assert f"{min(found):.1f} to {max(found):.1f} times faster than the {than}" in WORDS
     assert min(row["speedup"] for row in rows) >= 3
+
+
+@pytest.mark.parametrize(
+    "made, path",
+    [(serve, serve.PATH), (demo_vllm, report.RESULTS / "demo_vllm.json"), (prefix_hits, prefix_hits.PATH)],
+    ids=["serve", "demo", "hits"],
+)
+def test_the_page_of_vllm_is_of_the_committed_runs(made, path):
+    blocks = re.findall(r"```text\n(.*?)\n```", (ROOT / "docs" / "vllm.md").read_text(), re.S)
+    assert made.table(report.load(path)).strip("\n") in blocks
+
+
+def test_what_the_pages_say_of_capacity_is_of_the_committed_run():
+    times = {row["way"]: row["tokens"] for row in report.load(serve.PATH)["capacity"] if row["length"] == 8192}
+    said = f"{times['lrattn'] / times['dense']:.2f} times the tokens"
+    assert all(said in " ".join((ROOT / page).read_text().split()) for page in ("README.md", "docs/changelog.md"))

@@ -17,7 +17,7 @@ from lrattn.factors.projection import Projection
 from lrattn.integrations.vllm import prefill, source
 from lrattn.integrations.vllm.backend import backend_of
 from lrattn.integrations.vllm.batch import Batch
-from lrattn.integrations.vllm.window import REPLAY, Window
+from lrattn.integrations.vllm.window import REPLAY, STORED, Window
 
 
 class Engine:
@@ -29,13 +29,15 @@ class Engine:
 
     def __init__(self, config: VllmConfig) -> None:
         self.config, self.factors, self.drafts = config, source.load(config), config.num_speculative_tokens
-        self.near = recent, _ = self.factors.near
+        self.near = recent, sinks = self.factors.near
         self.slots = recent + 2 * self.drafts if recent else 0  # room for new ones behind some that are taken back
         self.replay = REPLAY * recent if config.cache_config.enable_prefix_caching else 0
         stages, requests = config.parallel_config.pipeline_parallel_size, config.scheduler_config.max_num_seqs
         self.rows = requests * (stages + 1 if stages > 1 else 1)  # some requests are on their way through stages
         self.common: CommonAttentionMetadata | None = None
         self.batch: Batch | None = None
+        told = self.factors, self.rows * (self.slots + (1 + STORED) * sinks), requests
+        source.logger.info("lrattn: attention on %s; dense windows of %d tokens together, for %d requests", *told)
 
     def layer(self, i: int, name: str) -> LayerFactors:
         """This rank's part of a layer, in the model's dtype and on its device.

@@ -66,6 +66,7 @@ def check_engine(config: VllmConfig) -> None:
         ("decode_context_parallel_size", parallel.decode_context_parallel_size == 1, "1", "more"),
         ("prefill_context_parallel_size", parallel.prefill_context_parallel_size == 1, "1", "more"),
         ("enable_dbo", not parallel.enable_dbo, "False", True),
+        ("enable_sleep_mode", not model.enable_sleep_mode, "False, as its second level forgets the factors", True),
         ("model", decoder, "a decoder with a causal mask", model.model),
     ):  # fmt: skip
         if not right:

@@ -21,7 +21,7 @@ from lrattn.factors.projection import Projection
 
 STORED = 4  # prefixes whose first tokens are kept, for each request that may run
 NEVER = 1 << 62
-REPLAY = 2  # windows that are computed anew after a hit: in the second one tokens have seen the first one's exactly
+REPLAY = 1  # windows that are computed anew after a hit: docs/vllm.md#the-dense-window
 
 
 class Came(NamedTuple):
