@@ -35,6 +35,8 @@ class LatentBackend(AttentionBackend):  # type: ignore[misc]
     forward_includes_kv_cache_update: bool = True  # latents of keys that are turned back need positions
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16"]
+    supports_sliding_window = supports_sink = classmethod(lambda cls: True)
+    supports_kv_connector = supports_device_cpu_query_lens_mismatch = classmethod(lambda cls: False)
     widths: ClassVar[tuple[int, int] | None] = None
     replay: ClassVar[int] = 0
 
@@ -62,22 +64,6 @@ class LatentBackend(AttentionBackend):  # type: ignore[misc]
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         """A page's bytes lie together; with blocks outermost, pages of layers of several widths share a block."""
         return (KVCacheLayout.BLNHC, KVCacheLayout.BLHNC, KVCacheLayout.LBNHC, KVCacheLayout.LBHNC)
-
-    @classmethod
-    def supports_sliding_window(cls) -> bool:
-        return True
-
-    @classmethod
-    def supports_sink(cls) -> bool:
-        return True
-
-    @classmethod
-    def supports_kv_connector(cls) -> bool:
-        return False
-
-    @classmethod
-    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
-        return False
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
