@@ -21,7 +21,7 @@ from lrattn.integrations.vllm.window import Came, Rows, Window
 class Chunk(NamedTuple):
     """A request's tokens first .. last of a batch, begin .. end of its own; its row of the window.
 
-    prefills: whether the host knows begin and end; else it only knows how many they are, as of drafts.
+    known: whether the host knows begin and end; else it only knows how many they are, as of drafts.
     """
 
     request: int
@@ -30,7 +30,7 @@ class Chunk(NamedTuple):
     begin: int
     end: int
     row: int
-    prefills: bool
+    known: bool
 
 
 @dataclass(eq=False)
@@ -98,8 +98,9 @@ class BatchBuilder(AttentionMetadataBuilder[Batch]):  # type: ignore[misc]
         queries = max((b - a for a, b in spans[:decodes]), default=0)
         rows = [0] * len(spans) if window is None else self._rows(m).of(m, starts)
         ends = padded(m.seq_lens if m.seq_lens_cpu_upper_bound is None else m.seq_lens_cpu_upper_bound, len(rows))
-        told = zip(spans, ends, rows, padded(m.is_prefilling, len(rows)), strict=True)
-        chunks = [Chunk(i, a, b, end - b + a, end, *rest) for i, ((a, b), end, *rest) in enumerate(told)]
+        exact = not self.engine.drafts or self.device.type == "cpu"
+        each = zip(spans, ends, rows, padded(m.is_prefilling, len(rows)), strict=True)
+        chunks = [Chunk(i, a, b, t - b + a, t, row, exact or told) for i, ((a, b), t, row, told) in enumerate(each)]
         live = [c for c in chunks if c.first < c.last]
         positions: Any = m.positions
         where = m.block_table_tensor, m.seq_lens, positions[..., :n], m.slot_mapping[:n], m.max_seq_len
@@ -122,10 +123,9 @@ class BatchBuilder(AttentionMetadataBuilder[Batch]):  # type: ignore[misc]
         own, lens = batch.rows.long(), m.seq_lens.long()
         computed = lens - m.query_start_loc[1:] + m.query_start_loc[:-1]
         held.hit[torch.where(computed > 0, held.count, own)] = 0
-        if behind := [c for c in live if c.begin > 0 and (c.prefills or c.row in held.new)]:
-            replay = [self.engine.replay * c.prefills for c in behind]
-            batch.came = held.came(m, [c.request for c in behind], own, computed, replay)
-        if sinks and (fresh := [c for c in batch.chunks if not c.begin and c.end >= sinks and c.prefills]):
+        if behind := [c.request for c in live if c.begin > 0 and c.row in held.new]:
+            batch.came = held.came(m, behind, own, computed, self.engine.replay)
+        if sinks and (fresh := [c for c in batch.chunks if not c.begin and c.end >= sinks]):
             index, first = torch.tensor([(c.request, c.first) for c in fresh], device=device).T
             homes = held.settle(m.block_table_tensor[index, 0].long())
             batch.settled = first[:, None] + torch.arange(sinks, device=device), homes

@@ -135,7 +135,7 @@ class LatentImpl(AttentionImpl[Batch]):  # type: ignore[misc]
         positions = None if factors.rope is None else batch.positions
         zk, zv = factors.project(k, v, positions)
         write_latents(factors, zk, zv, *caches, batch.slots)
-        if prefills := [chunk for chunk in batch.chunks if chunk.prefills]:
+        if prefills := [chunk for chunk in batch.chunks if chunk.known]:
             rule = self.scale, self.sliding_window, self.softcap, self.sinks
             prefill.attend(prefill.Pass(q, k, v, caches, factors, window, batch, *rule), prefills, output)
         if window is not None and batch.places is not None:
@@ -146,7 +146,7 @@ class LatentImpl(AttentionImpl[Batch]):  # type: ignore[misc]
         if batch.decodes:
             self._decode(q, caches, batch, slice(0, batch.decodes), slice(0, batch.decodes * batch.queries), output)
         for chunk in batch.chunks:
-            if not chunk.prefills:  # drafts, of which there are not as many as of the others
+            if not chunk.known:  # drafts, of which there are not as many as of the others
                 own = slice(chunk.request, chunk.request + 1)
                 self._decode(q, caches, batch, own, slice(chunk.first, chunk.last), output)
         return output

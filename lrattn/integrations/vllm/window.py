@@ -54,7 +54,7 @@ class Rows:
         self.count, self.size, self.drafts, self.now = count, size, drafts, 0
         self.held: dict[int, list[tuple[int, int]]] = {}  # of rows: what goes on from them, by last page and length
         self.free = list(range(count))  # the one that was used longest ago first
-        self.new: set[int] = set()  # those that changed hands with this batch, where it was not told
+        self.new: set[int] = set()  # those whose request may be here for the first time
         self.twins: list[tuple[int, int]] = []  # of two requests that were one so far: its row, and one for the other
 
         def table(n: int, value: int = -1) -> Tensor:
@@ -70,8 +70,9 @@ class Rows:
         lens = [b - a for a, b in pairwise(starts)]
         self.now, self.new, self.twins = self.now + 1, set(), []
         if m.req_idx is not None:
-            told = [int(i) for i in m.req_idx] + [self.count] * len(lens)
-            return [row if n else self.count for row, n in zip(told, lens, strict=False)]
+            told = [int(i) for i in m.req_idx]
+            self.new = {row for row, prefills in zip(told, m.is_prefilling.tolist(), strict=False) if prefills}
+            return [row if n else self.count for row, n in zip(told + [self.count] * len(lens), lens, strict=False)]
         if m.seq_lens.device.type != "cpu":
             raise ValueError(
                 "lrattn: expected vLLM's model runner V2 on a GPU, for factors with a dense window, got V1: do without "
@@ -104,7 +105,7 @@ class Rows:
         self.free = [r for r in self.free if r not in rows] + [r for r in self.free if r in rows]
         return rows
 
-    def came(self, m: Any, index: list[int], rows: Tensor, computed: Tensor, replay: list[int]) -> Came:
+    def came(self, m: Any, index: list[int], rows: Tensor, computed: Tensor, replay: int) -> Came:
         """Of requests `index` of the batch, behind tokens that they may not have computed; if they did not, as many as
         `replay` come again, whose latents are there. A chunk that follows one of its own looks alike."""
         device = rows.device
@@ -112,7 +113,7 @@ class Rows:
         own, before, table = rows[at], computed[at], m.block_table_tensor[at].long()
         page = table.gather(1, (before[:, None] - 1) // self.size)[:, 0]
         same = (self.last[own] == page) & (self.length[own] == before) & (self.written[page] <= self.step[own])
-        self.hit[own] = torch.where(same, self.hit[own], before + torch.tensor(replay, device=device))
+        self.hit[own] = torch.where(same, self.hit[own], before + replay)
         homes = self.home[table[:, 0]]
         self.used[homes] = torch.where(homes < 0, NEVER, self.now)
         return Came(at, own, before, ~same, homes)

@@ -46,6 +46,7 @@ CASES = {
     "few pages, window": ("llama3", CHUNKS, 0.5, (8, 2), {"num_gpu_blocks_override": 19} | NO_HITS),
     "drafts": ("llama3", CHUNKS, 0.5, (8, 2), {"speculative_config": NGRAM} | NO_HITS),
 }  # fmt: skip
+LONG = 90  # tokens of an answer
 DENSE = ("llama3", "gemma3")
 
 
@@ -86,14 +87,21 @@ def found(tmp_path_factory):
         factors[name].save(path)
         told = {"attention_backend": "CUSTOM", "additional_config": {"lrattn": str(path)}}
         jobs.append({"name": name, "model": str(folder / family), "engine": told | engine} | common)
+    few = next(job for job in jobs if job["name"] == "few pages, window")
+    long = few | {"name": "long answers", "rounds": [short()], "tokens": [LONG] * 4}
+    jobs.insert(-1, long)  # an engine after one with drafts does not start in this process
     return run_jobs(folder, jobs), models, factors
 
 
-def expected(model, factors):
+def short():
+    return [prompt[:20] for prompt in prompts()[1:5]]
+
+
+def expected(model, factors, asked=None, tokens=TOKENS):
     """Greedy tokens of transformers: on latents, or dense where there are no factors."""
     model.set_attn_implementation("sdpa" if factors is None else "lrattn")
     out = []
-    for prompt, n in zip(prompts(), TOKENS):
+    for prompt, n in zip(prompts() if asked is None else asked, tokens):
         cache = {} if factors is None else cache_argument(LatentCache(factors))
         ids = torch.tensor([prompt])
         told = {"max_new_tokens": n, "min_new_tokens": n, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -112,6 +120,14 @@ def test_exact_factors_give_the_tokens_of_dense_attention(found, family):
     results, models, _ = found
     exact = next(name for name, case in CASES.items() if case[0] == family and case[2] == 1.0)
     assert ids_of(results[exact]) == ids_of(results[f"dense {family}"]) == expected(models[family], None)
+
+
+def test_requests_that_were_put_off_far_behind_their_prompts_go_on(found):
+    """What they had answered is read again, in chunks."""
+    results, models, factors = found
+    result, name = results["long answers"], "few pages, window"
+    assert result["preemptions"] > 0
+    assert ids_of(result) == expected(models[CASES[name][0]], factors[name], short(), [LONG] * 4)
 
 
 def test_what_was_meant_to_happen_happened(found):
