@@ -58,6 +58,15 @@ def test_a_row_is_of_who_wrote_to_the_page_last():
     assert builder.engine.batch.rows.tolist() == [0] and builder.engine.batch.came is None
 
 
+def test_a_row_that_might_have_had_drafts_stands_for_a_shorter_request():
+    """Both have all of the first page; what comes next is written."""
+    owner, builder = stub(layer_of("chunks"), (4, 2), 2)
+    passed(owner, builder, [Step([1], 8, 8), Step([1, 2], 0, 17)], heads(25))
+    passed(owner, builder, [Step([1, 3], 16, 5), Step([1, 2], 17, 5)], heads(10))
+    batch = builder.engine.batch
+    assert batch.came.missing.tolist() == [False, False] and min(batch.slots.tolist()) >= 0
+
+
 def test_two_requests_that_were_one_have_a_row_each():
     owner, builder = stub(layer_of("chunks"), (16, 2))
     begun, more = heads(8), heads(30, 1)
