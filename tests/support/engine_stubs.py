@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from lrattn.integrations.vllm import source
 from lrattn.integrations.vllm.batch import BatchBuilder
-from lrattn.integrations.vllm.layer import LatentImpl, row_bytes
-from lrattn.integrations.vllm.window import REPLAY, Window
+from lrattn.integrations.vllm.layer import Engine, LatentImpl, row_bytes
+from lrattn.integrations.vllm.window import Window
 
 PAGES, SIZE, REQUESTS, WIDTH = 40, 16, 4, 12
 
@@ -28,14 +30,17 @@ class Step(NamedTuple):
 
 def stub(layer, near, drafts=0, *, replay=True, sliding=None, softcap=0.0, sinks=None):
     """A layer of these factors, and the builder of its batches."""
-    recent, _ = near
-    slots = recent + 2 * drafts if recent else 0
-    told = {"near": near, "slots": slots, "rows": REQUESTS, "drafts": drafts, "common": None, "batch": None}
+    told = SimpleNamespace(
+        num_speculative_tokens=drafts, cache_config=SimpleNamespace(enable_prefix_caching=replay),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+        scheduler_config=SimpleNamespace(max_num_seqs=REQUESTS),
+    )  # fmt: skip
+    with mock.patch.object(source, "load", lambda _: SimpleNamespace(near=near)):
+        engine = Engine(told)
     impl = object.__new__(LatentImpl)
     vars(impl).update(
         factors=layer, scale=layer.head_dim**-0.5, sliding_window=sliding, softcap=softcap, sinks=sinks,
-        engine=SimpleNamespace(**told, replay=REPLAY * recent if replay else 0),
-        window=Window(layer, near, slots, REQUESTS) if any(near) else None,
+        engine=engine, window=Window(layer, near, engine.slots, engine.rows) if any(near) else None,
     )  # fmt: skip
     width = row_bytes(layer.row_side) + (0 if layer.shared else row_bytes(layer.values))
     owner = SimpleNamespace(impl=impl, kv_cache=torch.zeros(PAGES, 1, SIZE, width, dtype=torch.uint8))

@@ -21,18 +21,22 @@ CASES = {  # family, form, dense window, what the engine is told
     "before RoPE, norms": ("qwen3", BEFORE, (24, 4), {}),
     "sliding and not": ("gemma3", CHUNKS, (8, 3), {}),
     "no recent ones": ("llama3", CHUNKS, (0, 4), {}),
+    "whole prompts": ("llama3", CHUNKS, (8, 2), {"max_num_batched_tokens": 512}),
     "small steps": ("llama3", BEFORE, (8, 2), {"max_num_batched_tokens": 9, "max_num_seqs": 2}),
 }
 
 
 def rounds():
-    """A long prompt; then some that begin like it, two of them together, and the same again."""
+    """A long prompt; then some that begin like it, two of them together, and the same again; three that are new, of
+    which two begin like one that may be read in the same step."""
     long = tiny.tokens(1, 130, seed=3)[0]
     ends = [tiny.tokens(1, n, seed=n)[0] for n in (1, 33, 20, 50)]
     first = [long, tiny.tokens(1, 100, seed=4)[0]]
     second = [torch.cat((long[:113], ends[0])), torch.cat((long[:80], ends[1])), torch.cat((first[1][:70], ends[2]))]
     third = [long, torch.cat((long[:128], ends[3])), torch.cat((second[1], ends[2]))]
-    return [[x.tolist() for x in part] for part in (first, second, third)]
+    new = tiny.tokens(1, 100, seed=8)[0]
+    fourth = [new, new, torch.cat((new[:90], ends[1]))]
+    return [[x.tolist() for x in part] for part in (first, second, third, fourth)]
 
 
 @pytest.fixture(scope="module")
