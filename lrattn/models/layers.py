@@ -149,7 +149,7 @@ def sample(module: nn.Module) -> Tensor | None:
     """A few numbers of every parameter of an attention module, [n] in their dtype; None where there are none to read,
     or not all, as of quantised or offloaded weights."""
     parameters = {name: p.detach() for name, p in module.named_parameters()}
-    coded = any(_is_coded(x) for x in (*parameters.values(), *module.buffers()))
+    coded = any(is_coded(x) for x in (*parameters.values(), *module.buffers()))
     if not parameters or coded or any(p.is_meta or not p.numel() for p in parameters.values()):
         return None
     return sample_of(parameters)
@@ -173,6 +173,6 @@ def alike(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=slack, atol=slack * 1e-5, equal_nan=True)
 
 
-def _is_coded(x: Tensor) -> bool:
+def is_coded(x: Tensor) -> bool:
     """Whether numbers stand for others: integers or 8-bit floats, as quantisers have them in parameters or buffers."""
     return x.dtype != torch.bool and (not x.is_floating_point() or x.dtype.itemsize == 1)

@@ -87,7 +87,7 @@ class BatchBuilder(AttentionMetadataBuilder[Batch]):  # type: ignore[misc]
         batch: Batch = engine.batch
         for layer in self.layers if batch.twins or batch.came is not None else ():
             layer.impl.window.copy(batch.twins)
-            if batch.came is not None:
+            if batch.came is not None and not batch.chunks:
                 layer.impl.window.fill(batch.came, layer.impl.pages(layer.kv_cache), batch.table)
         return batch
 
@@ -120,15 +120,19 @@ class BatchBuilder(AttentionMetadataBuilder[Batch]):  # type: ignore[misc]
         held, n, sinks, device = self._rows(m), batch.tokens, window.sinks, self.device
         batch.rows = self.row_buffer[: len(rows)]
         batch.rows.copy_(torch.tensor(rows, dtype=torch.int32), non_blocking=True)
-        own, lens = batch.rows.long(), m.seq_lens.long()
+        lens, last = m.seq_lens.long(), (m.query_start_loc[1:] - 1).clamp_min(0)
+        own = torch.where(m.slot_mapping[last] < 0, held.count, batch.rows.long())  # of a dummy batch: nobody's
         computed = lens - m.query_start_loc[1:] + m.query_start_loc[:-1]
         held.hit[torch.where(computed > 0, held.count, own)] = 0
+        held.home[torch.where(computed > 0, -1, m.block_table_tensor[:, 0].long())] = -1
         if behind := [c.request for c in live if c.begin > 0 and c.row in held.new]:
             batch.came = held.came(m, behind, own, computed, self.engine.replay)
         if sinks and (fresh := [c for c in batch.chunks if not c.begin and c.end >= sinks]):
             index, first = torch.tensor([(c.request, c.first) for c in fresh], device=device).T
             homes = held.settle(m.block_table_tensor[index, 0].long())
             batch.settled = first[:, None] + torch.arange(sinks, device=device), homes
+            if batch.came is not None:
+                batch.came = batch.came._replace(homes=held.home[m.block_table_tensor[batch.came.requests, 0].long()])
         at = torch.arange(n, device=device)
         of = torch.searchsorted(m.query_start_loc[1:].contiguous(), at, right=True).clamp_max(len(rows) - 1)
         row, t = torch.where(batch.slots < 0, held.count, own[of]), computed[of] + at - m.query_start_loc[of]

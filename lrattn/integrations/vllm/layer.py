@@ -30,7 +30,7 @@ class Engine:
     def __init__(self, config: VllmConfig) -> None:
         self.config, self.factors, self.drafts = config, source.load(config), config.num_speculative_tokens
         self.near = recent, sinks = self.factors.near
-        self.slots = recent + 2 * self.drafts if recent else 0  # room for new ones behind some that are taken back
+        self.slots = recent + self.drafts if recent else 0
         self.replay = REPLAY * recent if config.cache_config.enable_prefix_caching else 0
         stages, requests = config.parallel_config.pipeline_parallel_size, config.scheduler_config.max_num_seqs
         self.rows = requests * (stages + 1 if stages > 1 else 1)  # some requests are on their way through stages
@@ -135,14 +135,16 @@ class LatentImpl(AttentionImpl[Batch]):  # type: ignore[misc]
         positions = None if factors.rope is None else batch.positions
         zk, zv = factors.project(k, v, positions)
         write_latents(factors, zk, zv, *caches, batch.slots)
+        if window is not None and batch.settled is not None:
+            tokens, homes = batch.settled
+            window.store(homes, k[tokens], v[tokens])
+        if window is not None and batch.came is not None and batch.chunks:
+            window.fill(batch.came, caches, batch.table)
         if prefills := [chunk for chunk in batch.chunks if chunk.known]:
             rule = self.scale, self.sliding_window, self.softcap, self.sinks
             prefill.attend(prefill.Pass(q, k, v, caches, factors, window, batch, *rule), prefills, output)
         if window is not None and batch.places is not None:
             window.write(batch.places, k, v)
-            if batch.settled is not None:
-                tokens, homes = batch.settled
-                window.store(homes, k[tokens], v[tokens])
         if batch.decodes:
             self._decode(q, caches, batch, slice(0, batch.decodes), slice(0, batch.decodes * batch.queries), output)
         for chunk in batch.chunks:

@@ -16,10 +16,11 @@ from vllm.logger import init_logger
 from lrattn.factors.layer import LayerFactors
 from lrattn.factors.record import Factors
 from lrattn.factors.rope import Rope
-from lrattn.models.layers import alike, sample_of
+from lrattn.models.layers import alike, is_coded, sample_of
 
 FILE = "lrattn.factors"  # in a model's folder: a name that no loader of weights reads
 KEY = "lrattn"  # of additional_config
+DRAFTS = ("ngram", "ngram_gpu", "suffix")  # speculation without layers of its own
 logger = init_logger(f"vllm.{__name__}")
 
 
@@ -56,10 +57,10 @@ def path_of(config: VllmConfig) -> Path:
 def check_engine(config: VllmConfig) -> None:
     """Raises: ValueError for what an engine does that latents do not serve, whatever the factors."""
     parallel, cache, model = config.parallel_config, config.cache_config, config.model_config
-    decoder = not model.is_encoder_decoder and not model.is_mm_prefix_lm
+    decoder, drafts = not model.is_encoder_decoder and not model.is_mm_prefix_lm, config.speculative_config
     for name, right, expected, got in (
         ("kv_cache_dtype", cache.cache_dtype in ("auto", str(model.dtype).removeprefix("torch.")),
-         "'auto', as the factors say how values are held", cache.cache_dtype),
+         "'auto' or the model's dtype, as the factors say how values are held", cache.cache_dtype),
         ("kv_transfer_config", config.kv_transfer_config is None,
          "None, as pages say nothing of the factors that they were written by", "one"),
         ("kv_sharing_fast_prefill", not cache.kv_sharing_fast_prefill, "False", True),
@@ -67,10 +68,14 @@ def check_engine(config: VllmConfig) -> None:
         ("prefill_context_parallel_size", parallel.prefill_context_parallel_size == 1, "1", "more"),
         ("enable_dbo", not parallel.enable_dbo, "False", True),
         ("enable_sleep_mode", not model.enable_sleep_mode, "False, as its second level forgets the factors", True),
+        ("speculative_config", drafts is None or drafts.method in DRAFTS,
+         f"a method of {', '.join(DRAFTS)}, as drafting layers have no factors", drafts and drafts.method),
         ("model", decoder, "a decoder with a causal mask", model.model),
     ):  # fmt: skip
         if not right:
             raise ValueError(f"lrattn: {name}: expected {expected}, got {got!r}")
+    if config.lora_config is not None:
+        logger.warning("lrattn: the factors are of the model without adapters; those of keys and values lose more")
 
 
 def check_model(config: VllmConfig, factors: Factors) -> None:
@@ -123,10 +128,11 @@ def is_rope_of(config: Any, rope: Rope) -> bool:
 
 
 def first_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Parameters of the first layer's attention, by name, in a folder of safetensors; empty where there are none."""
+    """Of the first layer's attention, by name, in a folder of safetensors; empty where there are none, or codes."""
     found: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            own = (name for name in file.keys() if ".layers.0.self_attn." in name and "vision" not in name)  # noqa: SIM118
+            names = (name for name in file.keys() if ".layers.0.self_attn." in name)  # noqa: SIM118
+            own = [name for name in names if not any(other in name for other in ("vision", "audio"))]
             found |= {name.split(".self_attn.")[1]: file.get_tensor(name) for name in own}
-    return found
+    return {} if any(map(is_coded, found.values())) else found

@@ -78,12 +78,18 @@ class Rows:
                 "lrattn: expected vLLM's model runner V2 on a GPU, for factors with a dense window, got V1: do without "
                 "what asks for V1, or make factors with far=(0, 0)"
             )
-        owners = {key: row for row, keys in self.held.items() for key in keys}
+        owners = {  # who wrote last stands last, and behind all whose drafts it would take back
+            key: row
+            for back in range(self.drafts, -1, -1)
+            for row in self.free
+            for key in self.held.get(row, ())[back : back + 1]
+            if self.written[key[0]] <= self.step[row]
+        }
         rows, ends = [self.count] * len(lens), m.seq_lens.tolist()
         for b, (end, n) in enumerate(zip(ends, lens, strict=True)):
             page = int(m.block_table_tensor[b, max(end - n - 1, 0) // self.size])
             row = owners.get((page, end - n), self.count) if n else self.count
-            known = row < self.count and self.written[page] <= self.step[row]
+            known = row < self.count
             if known and row not in rows:
                 rows[b] = row
             elif n:
@@ -99,7 +105,7 @@ class Rows:
             for x in (self.last, self.length, self.step, self.hit):
                 x[b] = x[a]
         for b, row in enumerate(rows):
-            lengths = range(max(ends[b] - self.drafts, 1), ends[b] + 1)
+            lengths = range(ends[b], max(ends[b] - self.drafts, 1) - 1, -1)
             self.held[row] = [(int(m.block_table_tensor[b, (n - 1) // self.size]), n) for n in lengths]
         self.held.pop(self.count, None)
         self.free = [r for r in self.free if r not in rows] + [r for r in self.free if r in rows]
@@ -193,7 +199,7 @@ class Window:
         known = (came.homes >= 0)[:, None, None, None]
         for x, held in zip((k, v), self.stored, strict=True):
             x[:, : self.sinks] = torch.where(known, held[came.homes], x[:, : self.sinks])
-        self.write((rows * self.keys.shape[1] + self.place(t)).flatten(), k.flatten(0, 1), v.flatten(0, 1))
+        self.write((rows * self.keys.shape[1] + self.place(at)).flatten(), k.flatten(0, 1), v.flatten(0, 1))
 
 
 def latents(side: Projection, cache: Tensor, pages: Tensor, offsets: Tensor) -> Tensor:
