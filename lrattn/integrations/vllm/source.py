@@ -47,10 +47,9 @@ def path_of(config: VllmConfig) -> Path:
     if not isinstance(given, str | None):
         raise ValueError(f"lrattn: additional_config['{KEY}']: expected the path of a file of factors, got {given!r}")
     if not (path := beside if given is None else Path(given)).is_file():
-        raise FileNotFoundError(
-            f"lrattn: expected a file of factors as additional_config={{'{KEY}': FILE}} says, or {beside}, got none at "
-            f"{path}"
-        )
+        where = "" if given is None else f"additional_config['{KEY}']: "
+        more = f" (or one that additional_config={{'{KEY}': FILE}} names)" if given is None else ""
+        raise FileNotFoundError(f"lrattn: {where}expected a file of factors{more}, got none at {path}")
     return path
 
 

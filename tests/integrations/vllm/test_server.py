@@ -106,7 +106,7 @@ def test_a_file_that_is_not_the_model_s_ends_the_server_before_it_reads_weights(
     random_factors(tiny.model("mqa")).save(tmp_path / "other")
     expected = {
         "other": r"/other: expected \(Hkv, D\) = \(4, 32\), as the model has, got \(1, 32\)",
-        "missing": r"additional_config\['lrattn'\]: expected a file of factors, got .*/missing",
+        "missing": r"additional_config\['lrattn'\]: expected a file of factors, got none at .*/missing",
     }
     with ExitStack() as running:
         servers = {
