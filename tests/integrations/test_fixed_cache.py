@@ -11,8 +11,8 @@ from passes import exact_ropes, fed
 from slowly import slow_unless
 from torch._dynamo.utils import counters
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
+from waits import Waits
 
 from lrattn.integrations.transformers import LatentCache
 from lrattn.models.interface import cache_argument
@@ -54,22 +54,6 @@ def alike(got, want, live=None):
 def addresses(cache):
     held = [*cache.columns.tensors, *(x for layer in cache.layers for x in layer.tensors)]
     return [(x.data_ptr(), x.shape, x.stride()) for x in held]
-
-
-class Waits(TorchDispatchMode):
-    """Counts what a host would wait for the device for."""
-
-    KINDS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.__name__.split(".")[0]
-        if name in self.KINDS or (name == "index" and any(getattr(x, "dtype", None) == torch.bool for x in args[1])):
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 # ------------------------------------------------------------------------------------------- what a growing one gives

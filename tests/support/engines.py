@@ -9,14 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "OMP_NUM_THREADS": "1",
-}
+from bench.support import vllm_runs
+
+ENVIRONMENT = vllm_runs.QUIET | vllm_runs.CPU_ENVIRONMENT
+ENVIRONMENT |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
 LIMIT = 600  # seconds
 
 

