@@ -24,6 +24,61 @@ from lrattn.kernels.tiles import load_latents
 
 
 @triton.jit
+def columns_within(column, rank, ROW: tl.constexpr):
+    """Columns of the pieces of a plain row whose latents are `column` + 0 .. rank: [size] each. Past the rank they are
+    those of the group's first latents again, so that they are loaded without a mask; what they meet is zero, or not
+    stored."""
+    found = ()
+    for i in tl.static_range(len(ROW)):
+        r = ROW[i][FIRST] + tl.arange(0, ROW[i][SIZE])
+        found = found + (tl.max_contiguous(tl.multiple_of(column + tl.where(r < rank, r, r % 16), 16), 16),)
+    return found
+
+
+@triton.jit
+def tile_rows(cache, stride, pages, t0, TOKEN: tl.constexpr, P: tl.constexpr, BLOCK_T: tl.constexpr,
+              STEP: tl.constexpr):  # fmt: skip
+    """Pointers [BLOCK_T] to the rows of the tile from token t0 on, TOKEN apart; pages: of `tile_pages`, `stride` apart.
+
+    STEP: rows that are loaded at a time. What is left of a row's number is then a constant of its register, and goes
+    into the instruction.
+    """
+    t = tl.arange(0, BLOCK_T)
+    if len(pages[0].shape) > 0:
+        rows = cache + pages[0].to(tl.int64) * stride + tl.maximum(t0 + t, 0) % P * TOKEN
+    elif P % BLOCK_T == 0:
+        rows = cache + (pages[0].to(tl.int64) * stride + t0 % P * TOKEN)
+        rows += t // STEP * (STEP * TOKEN) + t % STEP * TOKEN
+    else:
+        first = tl.zeros([BLOCK_T], tl.int64) + pages[0].to(tl.int64) * stride
+        for n in tl.static_range(1, BLOCK_T // P):
+            first = tl.where(t // P >= n, pages[n].to(tl.int64) * stride, first)
+        PART: tl.constexpr = min(STEP, P)
+        rows = cache + first + (t % P // PART * (PART * TOKEN) + t % P % PART * TOKEN)
+    return rows
+
+
+@triton.constexpr_function
+def at_a_time(cache, columns, warps):
+    """Rows of so many columns that so many warps load at a time, 16 bytes a lane."""
+    return max(warps * 4096 // cache.dtype.element_ty.primitive_bitwidth // columns.shape[0], 1)
+
+
+@triton.jit
+def load_tile(cache, stride, pages, t0, columns, TOKEN: tl.constexpr, P: tl.constexpr, BLOCK_T: tl.constexpr,
+              WARPS: tl.constexpr, live=None):  # fmt: skip
+    """Latents of the tile from token t0 on: [BLOCK_T, size] each. Dead tokens give zeros where `live` is given."""
+    z = ()
+    for i in tl.static_range(len(columns)):
+        rows = tile_rows(cache, stride, pages, t0, TOKEN, P, BLOCK_T, at_a_time(cache, columns[i], WARPS))
+        if live is None:
+            z = z + (tl.load(rows[:, None] + columns[i][None, :]),)
+        else:
+            z = z + (tl.load(rows[:, None] + columns[i][None, :], mask=live[:, None], other=0.0),)
+    return z
+
+
+@triton.jit
 def load_row(located, segs, live, ROW: tl.constexpr, like):
     """Latents of the rows located: [BLOCK_T, size] each."""
     z, scale = (), None

@@ -69,6 +69,24 @@ def slots(pages, t0, t, live, P: tl.constexpr, BLOCK_T: tl.constexpr, offsets=No
 
 
 @triton.jit
+def tile_pages(pages, t0, begin, t_end, P: tl.constexpr, BLOCK_T: tl.constexpr, offsets=None):
+    """Pages of the tile from token t0 on: a number each where they meet its ends, else [BLOCK_T], of each token.
+
+    In the place of those whose tokens are all out of begin .. t_end stand others that are not. pages: one sequence's
+    row of the table.
+    """
+    first, last = begin // P, (t_end - 1) // P
+    if offsets is None and (P % BLOCK_T == 0 or BLOCK_T % P == 0):
+        found = ()
+        for n in tl.static_range(max(BLOCK_T // P, 1)):
+            found = found + (tl.load(pages + tl.minimum(tl.maximum(t0 // P + n, first), last)),)  # type: ignore
+    else:
+        t = t0 + tl.arange(0, BLOCK_T)
+        found = (tl.load(pages + tl.minimum(tl.maximum(t // P, first), last)),)  # type: ignore[assignment]
+    return found
+
+
+@triton.jit
 def load_run(runs, g):
     """Of group g: first column in a cache row, rank, first row of the basis. All are multiples of 16."""
     column = tl.multiple_of(tl.load(runs + g * 3), 16)
