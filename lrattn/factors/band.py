@@ -76,7 +76,7 @@ def find(frequencies: tuple[float, ...], head_dim: int, dtype: torch.dtype) -> B
         return f"{str(dtype).removeprefix('torch.')} has no tolerance"
     if fast >= head_dim:
         return f"all {head_dim} dims are among the {fast} that are rebuilt"
-    with torch.inference_mode(False):  # it outlives the caller's mode
+    with torch.inference_mode(False), torch.device("cpu"):  # it outlives the caller's modes
         slow = torch.tensor(frequencies[fast // 2 :], dtype=torch.float64)
         angles = torch.zeros(BLOCK, head_dim // 2, dtype=torch.float64)
         angles[:, fast // 2 : len(frequencies)] = torch.arange(BLOCK)[:, None] * slow
