@@ -26,7 +26,7 @@ ARROWS = {
     "integrations": ("factors", "attention", "models"),
 }
 ORDER = {
-    "factors": "shapes rope safefile formats projection operands layer record summary",
+    "factors": "shapes band rope safefile formats projection operands layer record summary",
     "kernels": "arguments pieces launch plan tiles planes packed rows pack write rebuild absorb turn "
     "attend_rebuilt attend_absorbed attend_packed values near combine project decode",
     "attention": "dense cache near reference operators checks ops",

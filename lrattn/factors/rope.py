@@ -17,6 +17,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from lrattn.factors.band import Band, find
 from lrattn.factors.shapes import accumulator, cdiv
 
 KINDS = ("default", "linear", "yarn", "llama3", "longrope")
@@ -137,6 +138,15 @@ class Rope:
         """
         chunks = cdiv(max(self.max_position, MOST_CHUNKED), chunk)
         return self._table(chunk, chunks, False, str(device), accumulator(dtype))
+
+    def band(self, head_dim: int, dtype: torch.dtype) -> Band | str:
+        """What turns the slow pairs of keys within a block of tokens, on the CPU, or why nothing does: see band.py.
+
+        head_dim, dtype: of the layer. Equal Ropes share one band.
+        """
+        if self.fp32_angles and dtype == torch.float32:
+            return "each token's own rounded angle is part of the result"
+        return find(tuple(self.frequencies()[0].tolist()), head_dim, dtype)
 
     def _table(self, step: int, count: int, whole: bool, device: str, dtype: torch.dtype) -> Tensor:
         """Of positions 0, step, .., `count` of them; whole: with the attention factor, as the model rounds angles."""
