@@ -5,24 +5,31 @@
 
 FILE is as for bench.compiled.simulated. A call of the library is made on tensors without memory, cut as for an H100,
 and each launch of it compiled for sm_90 and simulated [simulated]: as many programs as its grid has, of as many tiles
-as the call's span gives one. A call [estimated] is their sum and what is not simulated:
+as the second axis leaves each where it reads a cache, and of one trip where it does not. A loop inside that of the
+tiles is run once. A call [estimated] is the sum of its kernels, and what is not simulated:
 
-* combination and the gaps between launches, as an H100 had them for the same layer in results/launches_gpu.json
-  [measured]: merge and combine, two kernels then and one now; a step less its kernels, where batch 1 has both;
-* what a kernel reads of temporaries that no cache can hold, once, at the rate of memory.
+* combination and gaps, as an H100 had them in results/launches_gpu.json for the same layer [measured]: merge and
+  combine, which were two kernels and are one; a graph's step less its kernels, of batch 1, where both were timed;
+* what a kernel reads of temporaries that are too large for the L2 cache, once, at the rate of memory.
 
 It goes to results/simulated_calls.json, beside the time of a dense 16-bit cache's bytes at 92 % of that rate
-[estimated]. With a choice of rows nothing is written: to see what an edit of a kernel does. --report lists where the
-clocks of each kernel go, by its N slowest instructions.
+[estimated]. With chosen rows nothing is written: to see what an edit of a kernel does. --report lists where the clocks
+of each kernel go, by its N slowest instructions.
+
+What the simulator does not know is named there. The kernel that turned queries took 2 to 3 times as long on the H100 as
+it gives the present one.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import product
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -45,10 +52,11 @@ from lrattn.kernels.arguments import Call, Rule, Tokens
 
 PATH = report.RESULTS / "simulated_calls.json"
 BEFORE = "b398a1b"  # the commit whose steps and kernels were measured
-KEEPS = (0.5, 0.3)  # ranks 256 and 160 of four heads
-PAGE = 64
-CACHED = 30 << 20  # bytes of temporaries that stay in an H100's L2 cache
-COMBINE = "combine_kernel"  # the one that is not simulated
+SHAPES = [Shape(model, "Palu", keep) for model in (LLAMA_2, LLAMA_31) for keep in (0.5, 0.3)]  # ranks 256 and 160
+DTYPE, PAGE = torch.bfloat16, 64
+CACHED = 30 << 20  # bytes of a temporary that stay in an H100's L2 cache of 50 MiB, through which latents go
+UNSIMULATED = ("combine_kernel",)
+PARTS = ("queries", "attend", "values")  # of a call: what reads no cache, keys or both sides, values alone
 
 
 class Case(NamedTuple):
@@ -65,16 +73,35 @@ class Case(NamedTuple):
         return f"{self.shape.model.name}, keep {self.shape.keep}"
 
     def told(self) -> dict[str, Any]:
-        rank = self.shape.key_ranks[0]
-        return {"model": self.shape.model.name, "rank": rank, "batch": self.batch, "tokens": self.tokens,
-                "page": self.page}  # fmt: skip
+        sizes = {"batch": self.batch, "tokens": self.tokens, "page": self.page}
+        return {"layer": self.layer, "model": self.shape.model.name, "rank": self.shape.key_ranks[0], **sizes}
+
+    def call(self) -> Call:
+        """On tensors without memory."""
+        keys, values = layer_of(self.shape).operands
+        model, pages = self.shape.model, cdiv(self.tokens, self.page)
+        ck, cv = (
+            empty(self.batch * pages, self.page, sum(ranks), dtype=DTYPE)
+            for ranks in (self.shape.key_ranks, self.shape.value_ranks)
+        )
+        q = empty(self.batch, 1, model.query_heads, model.head_dim, dtype=DTYPE)
+        tokens = Tokens(empty(self.batch, pages), empty(self.batch), None, None, self.tokens)
+        return Call(q, ck, cv, keys, values, tokens, Rule(model.head_dim**-0.5, 0.0, True, 0))
 
 
-SHAPES = [Shape(model, "Palu", keep) for model in (LLAMA_2, LLAMA_31) for keep in KEEPS]
-CASES = [
-    *(Case(shape, batch, tokens) for shape in SHAPES for batch in BATCHES for tokens in LENGTHS),
-    Case(SHAPES[0], 1, 32768, 16),
-]
+CASES = [*map(Case._make, product(SHAPES, BATCHES, LENGTHS, [PAGE])), Case(SHAPES[0], 1, 32768, 16)]
+
+
+@cache
+def layer_of(shape: Shape) -> lrattn.LayerFactors:
+    """No numbers of the bases, only shapes; the rope is the model's."""
+    model = shape.model
+    keys, values = (
+        lrattn.Projection(torch.zeros(model.kv_heads, ranks[0], model.head_dim, dtype=DTYPE), ranks)
+        for ranks in (shape.key_ranks, shape.value_ranks)
+    )
+    rope = lrattn.Rope(model.theta, model.head_dim, max(LENGTHS), scaling=dict(model.scaling))
+    return lrattn.LayerFactors(keys, values, rope).to(META)
 
 
 class Launched(NamedTuple):
@@ -85,25 +112,14 @@ class Launched(NamedTuple):
     grid: tuple[int, ...]
     arguments: dict[str, Any]
 
-    @property
-    def programs(self) -> int:
-        count = 1
-        for axis in self.grid:
-            count *= axis
-        return count
+    def tensors(self) -> list[Tensor]:
+        """Those that its code does not only name as arguments."""
+        code = self.binary.asm["ttir"]
+        given = {name: x for name, x in self.arguments.items() if isinstance(x, Tensor)}
+        return [x for name, x in given.items() if len(re.findall(rf"%{name}\b", code)) > 1]
 
-    @property
-    def tiles(self) -> int:
-        """Of a sequence, that the programs share; 0 where none goes through several."""
-        return self.arguments["tiles"] if "splits" in self.arguments else 0
-
-    @property
-    def trips(self) -> float:
-        """Tiles of a program, on average."""
-        return self.tiles / self.arguments["splits"] if self.tiles else 1
-
-    def reads(self, cached: Tensor | None) -> bool:
-        return any(x is cached for x in self.arguments.values())
+    def reads(self, cached: Tensor) -> bool:
+        return any(x is cached for x in self.tensors())
 
 
 @contextmanager
@@ -121,174 +137,156 @@ def recording() -> Iterator[list[Launched]]:
             yield found
 
 
-@cache
-def layer(shape: Shape) -> lrattn.LayerFactors:
-    """No numbers, only shapes."""
-    model = shape.model
-    keys, values = (
-        lrattn.Projection(torch.zeros(model.kv_heads, ranks[0], model.head_dim, dtype=torch.bfloat16), ranks)
-        for ranks in (shape.key_ranks, shape.value_ranks)
-    )
-    rope = lrattn.Rope(model.theta, model.head_dim, max(LENGTHS), scaling=dict(model.scaling))
-    return lrattn.LayerFactors(keys, values, rope).to(META)
-
-
-def call_of(case: Case) -> Call:
-    keys, values = layer(case.shape).operands
-    pages = cdiv(case.tokens, case.page)
-    ck, cv = (
-        empty(case.batch * pages, case.page, sum(ranks), dtype=torch.bfloat16)
-        for ranks in (case.shape.key_ranks, case.shape.value_ranks)
-    )
-    q = empty(case.batch, 1, case.shape.model.query_heads, case.shape.model.head_dim, dtype=torch.bfloat16)
-    tokens = Tokens(empty(case.batch, pages), empty(case.batch), None, None, case.tokens)
-    return Call(q, ck, cv, keys, values, tokens, Rule(case.shape.model.head_dim**-0.5, 0.0, True, 0))
-
-
 def launched(call: Call) -> list[Launched]:
-    """The launches of one call."""
+    """The launches of one call, in order: of all its sequences, or of some after others."""
     with recording() as found:
         decode.decode_attention(call, None, None, "heads", 0, LIMIT, torch.empty_like(call.q), fp32(*call.q.shape[:3]))
     return found
 
 
-def own(call: Call) -> list[Tensor]:
-    """The tensors that a call comes with."""
-    parts = call.keys, call.values, tuple(vars(call.tokens).values()), tuple(vars(call).values())
-    return [x for part in parts for x in part if isinstance(x, Tensor)]
+class Work(NamedTuple):
+    """What a launch does, as far as it is not in its code. tiles: that the programs of a sequence share, or 0."""
+
+    tiles: int
+    nbytes: int  # through memory
+    unique: float  # share of the latents' bytes that no program beside has read, too
+    page: int
+
+    @classmethod
+    def of(cls, x: Launched, call: Call, temporaries: list[Tensor]) -> Work:
+        """Of latents the bytes that are read, once; of queries those that are written."""
+        read = [cached for cached in (call.ck, call.cv) if cached is not None and x.reads(cached)]
+        page = call.ck.shape[1]
+        if not read:
+            return cls(0, sum(t.nbytes for t in temporaries), 1.0, page)
+        tokens = min(x.arguments["tiles"] * x.arguments["BLOCK_T"], call.tokens.bound) * x.grid[2]
+        nbytes = tokens * sum(cached.shape[2] * cached.itemsize for cached in read)
+        owners = call.keys.sizes.groups * x.arguments.get("PIECES", 1)  # whose programs read what is theirs
+        return cls(x.arguments["tiles"], nbytes, min(1.0, owners / x.grid[0]), page)
 
 
-class Simulated:
-    """What a simulator says of launches. Those that are alike are simulated once."""
+class Simulation:
+    """What a simulator says of launches; of those that are alike, once. sites: instructions to list, or 0."""
 
     def __init__(self, simulator: Any, sites: int = 0) -> None:
         self.simulator, self.sites = simulator, sites
         self.code: dict[str, Any] = {}
-        self.seen: dict[tuple[Any, ...], Any] = {}
+        self.found: dict[tuple[Any, ...], tuple[Any, int]] = {}
 
-    def __call__(self, x: Launched, nbytes: int, groups: int, page: int) -> dict[str, Any]:
-        """Of one launch. nbytes: that it moves through memory. groups: of heads that share latents."""
-        found = self.code.get(x.binary.hash)
-        if found is None:
-            found = self.code[x.binary.hash] = parsed(self.simulator, x.binary.asm["cubin"])
-        code, usage = found
-        block_t = x.arguments.get("BLOCK_T", launch.BLOCK_T)
-        given = {
-            "warps": x.binary.metadata.num_warps, "reg": usage["REG"], "shared": x.binary.metadata.shared,
-            "programs": x.programs, "dram_bytes": nbytes, "stages": x.binary.metadata.num_stages,
-            "lookup_lines": max(1, 8 * page // block_t),  # trips that 32 bytes of the page table are for
+    def __call__(self, x: Launched, work: Work) -> dict[str, Any]:
+        code, usage = self.code.get(x.binary.hash) or parsed(self.simulator, x.binary.asm["cubin"])
+        self.code[x.binary.hash] = code, usage
+        key = x.binary.hash, x.grid, work
+        if key not in self.found:
+            self.found[key] = self.predict(x, work, code, usage["REG"])
+        result, trips = self.found[key]
+        return {
+            "kernel": x.kernel.removesuffix("_kernel"), "us": round(result.us, 1), "programs": math.prod(x.grid),
+            "trips": trips, "bytes": work.nbytes, "registers": usage["REG"], "spilled": usage["STACK"],
         }  # fmt: skip
-        if x.tiles:
-            pieces = x.arguments.get("PIECES", 1)  # of latents, each read by other programs
-            given["unique"] = min(1.0, groups * pieces / x.grid[0])  # of the bytes of programs side by side
-        trips = cdiv(x.tiles, x.arguments["splits"]) if x.tiles else 1
-        key = (x.binary.hash, trips, *given.values())
-        if key not in self.seen:
-            result = self.simulator.predict(code, self.simulator.Machine(), trips=trips, **given)
-            if result.waves > 1 and round(x.trips) < trips:  # a program with fewer tiles makes room for another
-                trips = round(x.trips)
-                result = self.simulator.predict(code, self.simulator.Machine(), trips=trips, **given)
-            self.seen[key] = result, trips
-            if self.sites:
-                print(f"{x.kernel}: {x.programs} programs of {trips} trips, {given['warps']} warps, "
-                      f"{given['shared']} bytes of shared memory")  # fmt: skip
-                print(self.simulator.report(result, code, block_t, self.sites))
-        result, trips = self.seen[key]
-        return {"kernel": x.kernel.removesuffix("_kernel"), "us": round(result.us, 1), "programs": x.programs,
-                "trips": trips, "bytes": nbytes, "registers": usage["REG"], "spilled": usage["STACK"]}  # fmt: skip
+
+    def predict(self, x: Launched, work: Work, code: Any, registers: int) -> tuple[Any, int]:
+        """The simulator's result, and the tiles of a program that it is of."""
+        meta, block_t = x.binary.metadata, x.arguments.get("BLOCK_T", launch.BLOCK_T)
+        given = {
+            "warps": meta.num_warps, "reg": registers, "shared": meta.shared, "programs": math.prod(x.grid),
+            "dram_bytes": work.nbytes, "unique": work.unique, "stages": meta.num_stages,
+            "lookup_lines": max(1, 8 * work.page // block_t),  # trips that 32 bytes of the page table are for
+        }  # fmt: skip
+        machine, trips = self.simulator.Machine(), cdiv(work.tiles, x.grid[1]) if work.tiles else 1
+        result = self.simulator.predict(code, machine, trips=trips, **given)
+        if work.tiles and result.waves > 1 and (mean := round(work.tiles / x.grid[1])) < trips:
+            trips = mean  # where programs follow each other, those of fewer tiles make up for the others
+            result = self.simulator.predict(code, machine, trips=trips, **given)
+        if self.sites:
+            print(f"\n{x.kernel}, grid {x.grid}, {trips} trips, {meta.num_warps} warps, {meta.shared} bytes shared")
+            print(self.simulator.report(result, code, block_t if work.tiles else 0, self.sites))
+        return result, trips
 
 
-def simulate(simulated: Simulated, case: Case) -> dict[str, Any]:
-    """A row of the results: of a call, kernel by kernel in the order of their launches."""
-    call = call_of(case)
-    caches, given, done = (call.ck, call.cv), own(call), []
-    kernels, combined, again = [], 0, 0
+def simulate(simulation: Simulation, case: Case) -> dict[str, Any]:
+    """A row of the results: of a call, kernel by kernel in the order of the launches."""
+    call, kernels, combined, again = case.call(), [], 0, 0
+    records = *call.keys, *call.values, *vars(call.tokens).values(), *vars(call).values()
+    given = [x for x in records if isinstance(x, Tensor)]
+    written: list[Tensor] = []
     for x in launched(call):
-        if x.kernel == COMBINE:
+        if x.kernel in UNSIMULATED:
             combined += 1
             continue
-        temporary = [a for a in x.arguments.values() if isinstance(a, Tensor) and not any(a is b for b in given)]
-        temporary = [a for a in temporary if a.dim() > 2]
-        read = [cached for cached in caches if x.reads(cached)]
-        if x.tiles:
-            tokens = min(x.tiles * x.arguments["BLOCK_T"], case.tokens) * x.grid[-1]
-            nbytes = tokens * sum(cached.shape[2] * cached.itemsize for cached in read)
-        else:
-            nbytes = sum(a.nbytes for a in temporary)
-        reread = [a.nbytes for a in temporary if any(a is b for b in done)]
-        again += sum(n for n in reread if n > CACHED)
-        done += temporary
-        part = "prepare" if not read else "values" if read == [call.cv] else "attend"
-        kernels.append({"part": part, **simulated(x, nbytes, call.keys.sizes.groups, case.page)})
+        temporaries = [t for t in x.tensors() if not any(t is own or t._base is own for own in given)]
+        again += sum(t.nbytes for t in temporaries if t.nbytes > CACHED and any(t is old for old in written))
+        written += temporaries
+        part = PARTS[1] if x.reads(call.ck) else PARTS[2] if x.reads(call.cv) else PARTS[0]
+        kernels.append({"part": part, **simulation(x, Work.of(x, call, temporaries))})
+    total = sum(kernel["us"] for kernel in kernels)
+    rest = {**unsimulated(case, combined), "temporaries_us": again / MEMORY * 1e6}
     model = case.shape.model
     dense = case.batch * case.tokens * 2 * model.kv_heads * model.head_dim * ITEMSIZE
-    constants = {name: round(us, 1) for name, us in unsimulated(case, combined).items()}
-    constants["temporaries_us"] = round(again / MEMORY * 1e6, 1)
-    total = sum(kernel["us"] for kernel in kernels)
-    return {
-        **case.told(), "kernels": kernels, "simulated_us": round(total, 1), **constants,
-        "call_us": round(total + sum(constants.values()), 1), "dense_us": round(dense / (SHARE * MEMORY) * 1e6, 1),
-    }  # fmt: skip
+    times = {"sum_us": total, **rest, "call_us": total + sum(rest.values()), "dense_us": dense / (SHARE * MEMORY) * 1e6}
+    return {**case.told(), "kernels": kernels, **{name: round(us, 1) for name, us in times.items()}}
 
 
 @cache
 def measured() -> dict[tuple[str, int], dict[str, Any]]:
-    """Rows of bench.decode.launches, by layer and batch."""
+    """Rows of bench.decode.launches, by layer and batch [measured]."""
     rows = report.load(launches.PATH)["rows"]
     return {(row["layer"], row["batch"]): row for row in rows if row["commit"] == BEFORE}
 
 
-def unsimulated(case: Case, combined: int) -> dict[str, float]:
-    """Microseconds of `combined` times merge and combine, and of the gaps between launches, of the same layer."""
-    kernels, alone = measured()[case.layer, case.batch]["kernels"], measured()[case.layer, 1]
+def unsimulated(case: Case, times: int) -> dict[str, float]:
+    """Microseconds of combination and of gaps [measured], of so many times that some of the sequences are attended to;
+    of batches that were not measured as of the largest that was."""
+    alone, many = (measured()[case.layer, batch] for batch in (min(BATCHES), max(BATCHES)))
+    kernels = (alone if case.batch == min(BATCHES) else many)["kernels"]
     gaps = alone["us"][launches.TABLE] - sum(alone["kernels"].values())
-    return {"combine_us": combined * (kernels["merge"] + kernels["combine"]), "gaps_us": gaps}
+    return {"combine_us": times * (kernels["merge"] + kernels["combine"]), "gaps_us": times * gaps}
 
 
-def step(row: dict[str, Any]) -> float:
-    """Microseconds that the same step took by the kernels there were before [measured]: where only its kernels were
-    timed, their sum."""
-    return row["us"][launches.TABLE] if row["us"] else sum(row["kernels"].values())
+def step(layer: str, batch: int) -> float | None:
+    """Microseconds that the step took by the kernels there were before [measured], or None; of the kernels alone where
+    nothing else was timed."""
+    row = measured().get((layer, batch))
+    return row and (row["us"][launches.TABLE] if row["us"] else sum(row["kernels"].values()))
 
 
 def table(results: dict[str, Any]) -> str:
-    """Microseconds of a call's kernels [simulated], of what is not simulated [measured], and of the call and a dense
-    cache's bytes [estimated]; of a step by the kernels there were before [measured], - where it was not measured.
-    prepare: of the queries. attend: scores, or one pass over both. rest: combination, gaps, and temporaries."""
-    line = "{:14} {:>4} {:>4} {:>5} {:>6} {:>8} {:>8} {:>8} {:>8} {:>6} {:>8} {:>8} {:>10} {:>9} {:>7} {:>7}"
-    names = ("model", "rank", "page", "batch", "tokens", "prepare", "attend", "values", "sum", "rest", "call us",
-             "dense us", "dense / it", "registers", "spilled", "old us")  # fmt: skip
-    lines = [line.format(*names)]
-    old = {(case.told()["model"], case.told()["rank"], case.batch, case.tokens): case.layer for case in CASES}
-    timed = report.load(launches.PATH)["tokens"]
+    """Microseconds of a call: of its kernels and their sum [simulated]; with the rest, combination, gaps and what is
+    read again, the whole, and a dense cache's bytes [estimated]; a step by the kernels there were before [measured], -
+    where it was not measured. Registers and bytes spilled are those of the kernel that takes longest."""
+    line = "{:14} {:>4} {:>5} {:>7} {:>4} {:>8} {:>8} {:>8} {:>8} {:>7} {:>8} {:>8} {:>10} {:>9} {:>7} {:>7}"
+    names = ("model", "rank", "batch", "tokens", "page", *PARTS, "sum us", "rest", "call us", "dense us", "dense / it",
+             "registers", "spilled", "old us")  # fmt: skip
+    lines, timed = [line.format(*names)], report.load(launches.PATH)["tokens"]
     for r in results["rows"]:
-        parts = [sum(k["us"] for k in r["kernels"] if k["part"] == name) for name in ("prepare", "attend", "values")]
+        parts = [[k["us"] for k in r["kernels"] if k["part"] == part] for part in PARTS]
         main = max(r["kernels"], key=lambda kernel: kernel["us"])
-        before = measured().get((old[r["model"], r["rank"], r["batch"], r["tokens"]], r["batch"]))
-        us = f"{step(before):.1f}" if before and r["tokens"] == timed and r["page"] == PAGE else "-"
-        lines.append(line.format(
-            r["model"], r["rank"], r["page"], r["batch"], r["tokens"], *(f"{part:.1f}" if part else "-" for part in parts),
-            f"{r['simulated_us']:.1f}", f"{r['call_us'] - r['simulated_us']:.1f}", f"{r['call_us']:.1f}",
-            f"{r['dense_us']:.1f}", f"{r['dense_us'] / r['call_us']:.2f}", main["registers"], main["spilled"], us,
-        ))  # fmt: skip
+        us = step(r["layer"], r["batch"]) if (r["tokens"], r["page"]) == (timed, PAGE) else None
+        times = (*(sum(part) if part else None for part in parts), r["sum_us"], r["call_us"] - r["sum_us"])
+        cells = ["-" if x is None else f"{x:.1f}" for x in (*times, r["call_us"], r["dense_us"], us)]
+        cells[-1:-1] = [f"{r['dense_us'] / r['call_us']:.2f}", main["registers"], main["spilled"]]
+        lines.append(line.format(*(r[name] for name in names[:5]), *cells))
     return "\n".join(lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = CASES[0].told()
-    for name, value in names.items():
-        parser.add_argument(f"--{name}", nargs="+", type=type(value), help="rows to simulate; nothing is written")
-    parser.add_argument("--report", type=int, default=0, metavar="N", help="instructions to list of each kernel")
+    parser.add_argument("--model", nargs="+", choices=sorted({shape.model.name for shape in SHAPES}))
+    parser.add_argument("--rank", nargs="+", type=int, choices=sorted({shape.key_ranks[0] for shape in SHAPES}))
+    for name in ("batch", "tokens", "page"):
+        parser.add_argument(f"--{name}", nargs="+", type=int)
+    parser.add_argument("--report", type=int, default=0, metavar="N", help="list the N slowest instructions, too")
     simulator, args = loaded(parser)
-    wanted = {name: getattr(args, name) for name in names if getattr(args, name)}
-    chosen = [case for case in CASES if all(case.told()[name] in wanted[name] for name in wanted)]
+    shapes = [s for s in SHAPES if s.model.name in (args.model or [s.model.name])]
+    shapes = [s for s in shapes if s.key_ranks[0] in (args.rank or s.key_ranks)]
+    sizes = args.batch or BATCHES, args.tokens or LENGTHS, args.page or [PAGE]
+    chosen = any((args.model, args.rank, args.batch, args.tokens, args.page))
+    cases = [*map(Case._make, product(shapes, *sizes))] if chosen else CASES
+    simulation = Simulation(simulator, args.report)
+    rows = [simulate(simulation, case) for case in tqdm(cases, unit="call", disable=None)]
+    of = {"file": launches.PATH.name, "commit": BEFORE, "combine_us": "merge + combine", "gaps_us": "step - kernels"}
+    results = {"sources": resources.sources_hash(), "triton": triton.__version__, "unsimulated": of, "rows": rows}
     if not chosen:
-        parser.error(f"expected rows that there are, got {wanted}")
-    simulated = Simulated(simulator, args.report)
-    rows = [simulate(simulated, case) for case in tqdm(chosen, unit="call", disable=None)]
-    results = {"sources": resources.sources_hash(), "triton": triton.__version__, "rows": rows}
-    if not wanted:
         report.save(PATH, results)
     print(table(results))
     return 0
