@@ -73,16 +73,22 @@ def sizes(model: Model, bits: tuple[int, ...]) -> tuple[Any, Any]:
     return keys.sizes._replace(**heads), values.sizes._replace(**heads)
 
 
+def parsed(simulator: Any, cubin: bytes) -> tuple[Any, dict[str, int]]:
+    """Machine code as a simulator takes it, and the registers and the bytes of stack that it says it uses."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return simulator.parse(file.name), simulator.usage(file.name)
+
+
 def simulate(simulator: Any, model: Model, bits: tuple[int, ...]) -> list[dict[str, Any]]:
     binary, (keys, values) = compiled(model, bits), sizes(model, bits)
     cubin, warps = binary.asm["cubin"], binary.metadata.num_warps
     token = 2 * model.groups * (Problem(bits=bits).format(RANK).nbytes if bits else 2 * RANK)  # type: ignore[union-attr]
     dense = 4 * model.groups * GROUP * HEAD_DIM
     rows = []
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        code, registers = simulator.parse(file.name), simulator.usage(file.name)["REG"]
+    code, usage = parsed(simulator, cubin)
+    registers = usage["REG"]
     query_heads = model.groups * GROUP * model.query_heads
     for batch in BATCHES:
         for length in LENGTHS:
@@ -137,16 +143,22 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def loaded(parser: argparse.ArgumentParser) -> tuple[Any, argparse.Namespace]:
+    """The simulator that --simulator names, and the arguments of the command line."""
     parser.add_argument("--simulator", type=Path, required=True, help="a Python module, see above")
-    path = parser.parse_args().simulator
-    spec = importlib.util.spec_from_file_location("simulator", path)
-    if not path.is_file() or spec is None or spec.loader is None:
-        parser.error(f"--simulator: expected a Python file, got {path}")
+    args = parser.parse_args()
+    spec = importlib.util.spec_from_file_location("simulator", args.simulator)
+    if not args.simulator.is_file() or spec is None or spec.loader is None:
+        parser.error(f"--simulator: expected a Python file, got {args.simulator}")
     simulator = importlib.util.module_from_spec(spec)
     sys.modules["simulator"] = simulator  # its dataclasses look themselves up
     spec.loader.exec_module(simulator)
+    return simulator, args
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    simulator, _ = loaded(parser)
     rows: list[dict[str, Any]] = []
     for model in MODELS:
         for bits in tqdm(FORMATS, desc=model.name, unit="format", disable=None):
