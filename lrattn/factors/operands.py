@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lrattn.factors.band import Band
 from lrattn.factors.formats import Format, table, widest
 from lrattn.factors.projection import Projection
 from lrattn.factors.rope import Rope
@@ -30,6 +31,9 @@ class KeySizes(NamedTuple):
     groups: int  # G
     group_size: int  # C
     chunk: int  # tokens of a chunk, whose keys are turned to their place in it; 0: they are not
+    fast: int = 0  # dimensions that are rebuilt beside a band
+    terms: int = 0  # T of the band; 0: there is none
+    block: int = 0  # tokens that it is for
     runs: int = 0  # bytes of a packed row's runs, of all groups
     even: int = 1  # 1: all groups have the same segments
     packed: tuple[int, ...] = ()  # of the row's segments: bits, and the most latents of a group; () where it is plain
@@ -66,6 +70,8 @@ class Keys(NamedTuple):
     bias: Tensor | None  # [Hkv, D] float32
     turns: Tensor | None  # [max_position, rotary_dim] float32, cos and sin of a pair adjacent; None: no rotation
     offset_turns: Tensor | None  # [MAX_BLOCK, rotary_dim] float32, of keys that are rebuilt
+    functions: Tensor | None  # [block, T] of the band, float16, or float32 in a layer of float32
+    coefficients: Tensor | None  # [2, T, D / 2] float32, of the band
     sizes: KeySizes
 
 
@@ -96,13 +102,20 @@ class Operands(NamedTuple):
         formats = (values if shared else keys).formats
         tables = turns, None if rope is None or chunk else rope.offset_turns(keys.up.device)
         turned = [None if x is None else torch.view_as_real(x).flatten(1) for x in tables]
+        band = None if rope is None or chunk else rope.band(keys.head_dim, keys.up.dtype)
+        if not isinstance(band, Band):
+            slow, banded = (None, None), (0, 0, 0)
+        else:
+            kind = torch.float32 if keys.up.dtype == torch.float32 else torch.float16
+            slow = band.functions.to(keys.up.device, kind), band.coefficients.to(keys.up.device)
+            banded = band.fast, band.terms, band.block
         rotation = (0, 0, 0) if rope is None else (rope.rotary_dim, int(rope.interleaved), int(rope.fp32_angles))
         key = _basis(keys, columns, formats, pairs)
         value = _basis(values, values.columns, values.formats, torch.arange(values.head_dim, device=pairs.device))
         paired = [set(members) for members in keys.groups] == [set(members) for members in values.groups]
         key_sizes = KeySizes(
             keys.head_dim, max(keys.ranks), *rotation, int(keys.offset is not None), 0 if turns is None else len(turns),
-            *_heads(keys), chunk or 0, *_packed(formats),
+            *_heads(keys), chunk or 0, *banded, *_packed(formats),
         )  # fmt: skip
         value_sizes = ValueSizes(
             max(values.ranks), int(paired), int(shared), values.head_dim, *_heads(values), *_packed(values.formats)
@@ -110,7 +123,15 @@ class Operands(NamedTuple):
         places = value["heads"].argsort().int()
         norms = keys.up.float().norm(dim=2).amax(1)[key["heads"].long()]
         return cls(
-            Keys(**key, norms=norms, turns=turned[0], offset_turns=turned[1], sizes=key_sizes),
+            Keys(
+                **key,
+                norms=norms,
+                turns=turned[0],
+                offset_turns=turned[1],
+                functions=slow[0],
+                coefficients=slow[1],
+                sizes=key_sizes,
+            ),
             Values(**value, places=places, up=values.up, sizes=value_sizes),
         )
 

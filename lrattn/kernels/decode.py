@@ -6,9 +6,11 @@ from torch import Tensor
 from lrattn.kernels import launch, plan
 from lrattn.kernels.absorb import absorb_queries
 from lrattn.kernels.arguments import Call, Span
+from lrattn.kernels.attend import attend
 from lrattn.kernels.attend_absorbed import attend_absorbed
 from lrattn.kernels.attend_packed import attend_packed
 from lrattn.kernels.attend_rebuilt import attend_rebuilt
+from lrattn.kernels.bands import absorb_band
 from lrattn.kernels.combine import combine
 from lrattn.kernels.near import attend_near
 from lrattn.kernels.plan import Cut, Workspace
@@ -50,11 +52,15 @@ def decode_attention(
 
 
 def _allocate(call: Call, size: Cut) -> Workspace:
-    x, *rest = size.shapes
-    halves = size.planes.keys is not None and call.q.itemsize == 2
-    queries = call.q.new_empty(*x, dtype=torch.float16 if halves else call.q.dtype)
+    x, a, *rest = size.shapes
+    kind = call.q.dtype
+    if size.planes.keys is not None and call.q.itemsize == 2:
+        kind = torch.float16
+    elif size.banded is not None and size.banded.by_lane:
+        kind = torch.float32
+    queries = call.q.new_empty(*x, dtype=kind), None if a is None else call.q.new_empty(*a)
     fp32 = call.keys.norms.new_empty  # a shape as numbers, and no dtype: both take time to read
-    return Workspace(queries, *[None if shape is None else fp32(*shape) for shape in rest])
+    return Workspace(*queries, *[None if shape is None else fp32(*shape) for shape in rest])
 
 
 def _attend(call: Call, size: Cut, work: Workspace) -> range:
@@ -83,15 +89,19 @@ def _attend(call: Call, size: Cut, work: Workspace) -> range:
 
 def _attend_tiles(call: Call, size: Cut, work: Workspace, y: Tensor, lse: Tensor, first: int) -> None:
     """Tiles first .. first + size.tiles of every sequence, to slots 0 .. size.splits of y and lse."""
-    keys, x, terms, codes = call.keys.sizes, work.x, work.terms, size.planes
+    keys, x, terms, codes, band = call.keys.sizes, work.x, work.terms, size.planes, size.banded
     span = Span(first, size.tiles, size.splits)
     if size.turned or keys.chunk or not first:  # else they are ready
         if keys.absorbed:
             absorb_queries(call, x, terms, span, codes.keys)
+        elif band is not None:
+            absorb_band(call, x, work.a, terms, span, band)
         else:
             turn_queries(call, x, first, size.turned)
     if size.fused and codes.keys is not None:
         attend_packed(call, x, terms, None, y, lse, span, codes.keys)
+    elif size.fused and band is not None:
+        attend(call, x, work.a, terms, None, y, lse, span, band)
     elif size.fused and keys.absorbed:
         attend_absorbed(call, x, terms, None, y, lse, span, size.fused)
     elif size.fused:
@@ -100,6 +110,8 @@ def _attend_tiles(call: Call, size: Cut, work: Workspace, y: Tensor, lse: Tensor
         scored = Span(first, size.tiles, size.parts)
         if codes.keys is not None:
             attend_packed(call, x, terms, work.s, None, None, scored, codes.keys)
+        elif band is not None:
+            attend(call, x, work.a, terms, work.s, None, None, scored, band)
         elif keys.absorbed:
             attend_absorbed(call, x, terms, work.s, None, None, scored)
         else:

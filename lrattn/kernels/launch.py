@@ -156,9 +156,21 @@ FUSED_REBUILT = (
     Row(Launch(8, 1, block_r=128), ("sm100",), head=128, rank=0, values=256, queries=16),
     Row(Launch(4, 1, block_r=128), HOPPER, head=128, rank=128, values=128, queries=16, itemsize=4, least_itemsize=4),
 )
+# Keys before RoPE by a band: a group of heads in a program, to 16 query rows. values 0: scores alone.
+ATTEND = (
+    Row(Launch(4, 1, block_r=128), ("sm90",), rank=160, values=160),
+    Row(Launch(8, 1, block_r=128, block_t=128), ("sm90",), rank=256, values=256),
+    Row(Launch(4, 1, block_r=128), ("sm90",), rank=256, values=0),
+    Row(Launch(8, 1, block_r=128), ("sm100",), rank=256, values=256),
+    Row(Launch(4, 1, block_r=128), (), rank=128, values=128, itemsize=4, least_itemsize=4),
+)
 ABSORB_QUERIES = (
     Row(Launch(4, 1, block_q=16, block_r=64), (), chunked=False),
     Row(Launch(8, 1, block_q=64, block_r=64), (), chunked=True),  # rows of many chunks
+    Row(Launch(4, 1, block_q=16, block_r=32), (), itemsize=4),
+)
+ABSORB_BAND = (
+    Row(Launch(4, 1, block_q=64, block_r=32), ()),
     Row(Launch(4, 1, block_q=16, block_r=32), (), itemsize=4),
 )
 TURN_QUERIES = (Row(Launch(4, 1, block_q=16), (), itemsize=4),)
@@ -225,15 +237,17 @@ def pick(table: tuple[Row, ...], device: str, itemsize: int, **shape: Any) -> La
 
 
 # launch of a kernel: device and itemsize, and what its table tells apart
-absorb_queries, turn_queries, combine, combine_many, project, write_latents = (
+absorb_queries, absorb_band, turn_queries, combine, combine_many, project, write_latents = (
     cache(partial(pick, table))
-    for table in (ABSORB_QUERIES, TURN_QUERIES, COMBINE, COMBINE_MANY, PROJECT, WRITE_LATENTS)
+    for table in (ABSORB_QUERIES, ABSORB_BAND, TURN_QUERIES, COMBINE, COMBINE_MANY, PROJECT, WRITE_LATENTS)
 )
 rebuild, attend_near, write_near, latent_scores, absorbed_scores, latent_values = (
     cache(partial(pick, table))
     for table in (REBUILD, ATTEND_NEAR, WRITE_NEAR, LATENT_SCORES, ABSORBED_SCORES, LATENT_VALUES)
 )
-fused_absorbed, fused_rebuilt = (cache(partial(find, table)) for table in (FUSED_ABSORBED, FUSED_REBUILT))
+fused_absorbed, fused_rebuilt, attend = (
+    cache(partial(find, table)) for table in (FUSED_ABSORBED, FUSED_REBUILT, ATTEND)
+)
 
 
 def by_plane(table: tuple[Row, ...], device: str, itemsize: int, tile: int, **shape: bool) -> Launch:

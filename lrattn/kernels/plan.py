@@ -1,5 +1,6 @@
 """How a decode call is run: in one pass or two, and cut into what sequences, tiles and splits; from shapes alone."""
 
+import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -8,11 +9,12 @@ import torch
 from lrattn.factors.operands import KeySizes, ValueSizes
 from lrattn.factors.shapes import MAX_SPLITS, cdiv, round_up
 from lrattn.kernels import launch
-from lrattn.kernels.pieces import PLANES, columns, parts, pieces
+from lrattn.kernels.pieces import PLANES, columns, next_power_of_2, parts, pieces, powers
 
 WAVES, WARPS = 2, 4  # programs a multiprocessor should get at least, and warps of one; of fewer warps more programs
 PART_TILES = 32  # most tiles of one program where the workspace allows, so that ragged batches balance
 COMBINED = 8  # most splits that are combined 16 rows at a time: of more a program takes one row
+BAND_ROWS, BAND_COLUMNS = 16, 192  # most query rows and columns of fast pairs of a program
 LARGEST_AXIS = 65535  # of a CUDA grid, but for the first
 MOST_TILES = 32767  # at a time: times a number of parts they stay below 2^31
 
@@ -24,12 +26,26 @@ class Planes(NamedTuple):
     values: launch.Launch | None
 
 
+class Banded(NamedTuple):
+    """How keys before RoPE are attended to whose slow pairs are absorbed by block."""
+
+    launch: launch.Launch
+    one_pass: bool  # over keys and values; else scores alone
+    heads: int  # kv heads of a program, a divisor of the group's
+    rows: int  # query rows of these, padded
+    by_lane: bool  # one query row a head: see attend.py
+    fast: tuple[int, ...]  # pieces of the dimensions that are rebuilt
+
+
 class Workspace(NamedTuple):
     """Temporaries of the sequences taken at a time, B of them, or their shapes; None of what a call does without."""
 
     x: Any  # [B, tiles, Hq S, 2, D / 2] queries by tile, or absorbed ones [B, chunks, Hq S, Rk], in q's dtype; or
-    # [B, chunks, Hq S, columns] for rows in planes, float16 of 16-bit layers
-    terms: Any  # [B, chunks, n, Hq S padded] float32, what goes with absorbed queries
+    # [B, chunks, Hq S, columns] for rows in planes, float16 of 16-bit layers; by a band fast pairs [B, tiles, owners,
+    # rows, F], float32 by lane
+    a: Any  # [B, blocks, owners, rows T, R] slow pairs by a band
+    terms: Any  # [B, chunks, n, Hq S padded] float32, what goes with absorbed queries; by a band
+    # [B, blocks, owners, rows T]
     s: Any  # [B, Hq S, tokens] float32 scores
     y: Any  # [B, slots, Hq S, Rv] float32 partial results, a slot each; two more for several spans
     lse: Any  # [B, slots, Hq S padded] float32
@@ -51,8 +67,8 @@ class Cut(NamedTuple):
     block_t: int  # tokens of a tile
     fused: launch.Launch | None  # of the one pass
     planes: Planes  # of packed rows
+    banded: Banded | None
     turned: bool  # queries are turned back by tile
-    chunks: int  # that those tiles can be in, for each of which queries are absorbed; 1 without chunks
     shapes: Workspace
     nbytes: int  # of temporaries
 
@@ -102,6 +118,27 @@ def fused(
     return launch.fused_rebuilt(device, dtype.itemsize, rows=rows, head=keys.head_dim, turned=turned, **shape)
 
 
+@lru_cache(maxsize=256)
+def banded(rows: int, dtype: torch.dtype, device: str, keys: KeySizes, values: ValueSizes) -> Banded | None:
+    """How keys go by a band, where that has less work than to rebuild them: at least two heads a program.
+
+    rows: M S, query rows of a kv head.
+    """
+    if not keys.terms or keys.packed or (values.packed and values.paired):
+        return None
+    fast = powers(keys.fast, 128)
+    fits = [n for n in range(2, keys.group_size + 1) if keys.group_size % n == 0 and n * rows <= BAND_ROWS]
+    fits = [n for n in fits if next_power_of_2(n) * sum(fast) <= BAND_COLUMNS]
+    if not fits:
+        return None
+    heads, by_lane = fits[-1], rows == 1
+    padded = next_power_of_2(heads) if by_lane else max(16, next_power_of_2(heads * rows))
+    rank = values.rank if values.shared else keys.rank
+    whole = launch.attend(device, dtype.itemsize, rank=rank, values=values.rank) if values.paired else None
+    found = whole or launch.attend(device, dtype.itemsize, rank=keys.rank)
+    return None if found is None else Banded(found, whole is not None, heads, padded, by_lane, fast)
+
+
 def turns_queries(keys: KeySizes, dtype: torch.dtype, placed: bool) -> bool:
     """Whether queries are turned back by tile: not where each token must have its own row of the rope's table.
 
@@ -126,9 +163,16 @@ def cut(
     padded = round_up(rows, 16)  # at multiples of 16, whatever the number of splits or chunks: one compilation
     turned = turns_queries(keys, dtype, placed)
     one_pass = fused(rows, dtype, device, keys, values, turned)
+    band = banded(rows // keys.num_heads, dtype, device, keys, values) if turned else None
+    if band is not None:
+        one_pass = band.launch if band.one_pass else None
     codes = planes(dtype, device, keys, values)
     block_t = launch.BLOCK_T if codes.keys is None or codes.values is None else codes.keys.block_t
+    if band is not None:
+        block_t = band.launch.block_t
     value_programs = score_programs = _blocks(rows, keys.groups if keys.absorbed else keys.num_heads)
+    if band is not None:
+        value_programs = score_programs = keys.num_heads // band.heads
     if codes.keys is not None:
         value_programs = score_programs = cdiv(rows // keys.groups, 16) * keys.groups
     if one_pass is None and codes.values is not None:
@@ -143,16 +187,14 @@ def cut(
         total = min(total, cdiv(window + num_queries - 2, block_t) + 1)
     fill = _fill(processors, codes.values if one_pass is None else codes.keys)
     per_split = (rows * values.rank + padded) * 4  # a partial result and its lse
-    width, terms = launch.block_d(keys.head_dim), 0
-    if keys.absorbed:
-        width, terms = absorbed(keys, codes)
-    query = rows * width * dtype.itemsize + padded * 4 * terms
-    per_tile = (0 if one_pass is not None else rows * block_t * 4) + (query if turned else 0)
-    fixed = rows * keys.head_dim * dtype.itemsize + (0 if turned else query)  # heads before the output projection
+    ready = _ready(rows, dtype, keys, values, codes, band, turned)
+    per_tile = 0 if one_pass is not None else rows * block_t * 4
+    fixed = rows * keys.head_dim * dtype.itemsize  # heads before the output projection
     fixed += near * (rows * keys.head_dim + padded) * 4
-    if keys.chunk:  # n tiles can be in (n - 2) BLOCK_T / chunk + 2 chunks
-        per_tile += cdiv(query * block_t, keys.chunk)
-        fixed += query
+    if ready.block != block_t:  # n tiles can be in (n - 2) BLOCK_T / block + 2 blocks
+        fixed += ready.nbytes
+    if ready.block:
+        per_tile += cdiv(ready.nbytes * block_t, ready.block)
     room = min((limit - fixed - per_tile) // per_split - 2, limit // (2 * per_split))  # splits
     balanced = min(cdiv(total, PART_TILES), room // max(batch, 1))
     wanted = max(cdiv(fill, max(batch, 1) * value_programs), balanced)
@@ -167,18 +209,48 @@ def cut(
     held = fixed + tiles * per_tile
     at_once = max(1, min(batch, limit // held, LARGEST_AXIS))
     parts = min(tiles, max(cdiv(_fill(processors, codes.keys), at_once * score_programs), cdiv(tiles, PART_TILES)))
-    chunks = cdiv(tiles - 1, keys.chunk // block_t) + 1 if keys.chunk else 1
+    blocks = cdiv(tiles - 1, ready.block // block_t) + 1 if ready.block else 1
     slots = splits + (0 if tiles >= total else 2)
     shapes = Workspace(
-        (at_once, chunks, rows, width) if keys.absorbed else (at_once, tiles if turned else 1, rows, 2, width // 2),
-        (at_once, chunks, terms, padded) if terms else None,
+        *[None if x is None else (at_once, blocks * x[0], *x[1:]) for x in ready.shapes],
         None if one_pass else (at_once, rows, tiles * block_t),
         (at_once, slots, rows, values.rank),
         (at_once, slots, padded),
         (at_once, rows, keys.head_dim) if near else None,
         (at_once, padded) if near else None,
     )
-    return Cut(at_once, total, tiles, parts, splits, block_t, one_pass, codes, turned, chunks, shapes, at_once * held)
+    return Cut(at_once, total, tiles, parts, splits, block_t, one_pass, codes, band, turned, shapes, at_once * held)
+
+
+class Ready(NamedTuple):
+    """What the queries of a call are made ready to, for each block of tokens."""
+
+    block: int  # tokens of a block, whole tiles; 0: one is for all
+    shapes: tuple[tuple[int, ...] | None, ...]  # of one block, those of Workspace: x, a, terms
+    nbytes: int
+
+
+def _ready(
+    rows: int, dtype: torch.dtype, keys: KeySizes, values: ValueSizes, codes: Planes, band: Banded | None, turned: bool
+) -> Ready:  # fmt: skip
+    """rows: Hq S."""
+    a = terms = None
+    if band is not None:
+        block, owners, choice = keys.block, keys.num_heads // band.heads, band.launch
+        padded = round_up(band.heads * rows // keys.num_heads, band.rows)
+        x: tuple[int, ...] = (block // choice.block_t, owners, padded, sum(band.fast))
+        row = pieces(values if values.shared and band.one_pass else keys, choice.block_r)
+        a = (1, owners, padded * keys.terms, sum(piece[3] for piece in row))
+        terms = (1, owners, padded * keys.terms) if keys.biased else None
+    elif keys.absorbed:
+        block, (width, count) = keys.chunk, absorbed(keys, codes)
+        x, terms = (1, rows, width), (1, count, round_up(rows, 16)) if count else None
+    else:
+        block, width = launch.BLOCK_T if turned else 0, launch.block_d(keys.head_dim)
+        x = (1, rows, 2, width // 2)
+    sizes = 4 if band is not None and band.by_lane else dtype.itemsize, dtype.itemsize, 4
+    shapes = x, a, terms
+    return Ready(block, shapes, sum(n * math.prod(own) for n, own in zip(sizes, shapes, strict=True) if own))
 
 
 def absorbed(keys: KeySizes, codes: Planes) -> tuple[int, int]:
