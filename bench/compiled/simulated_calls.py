@@ -161,7 +161,7 @@ class Work(NamedTuple):
             return cls(0, sum(t.nbytes for t in temporaries), 1.0, page)
         tokens = min(x.arguments["tiles"] * x.arguments["BLOCK_T"], call.tokens.bound) * x.grid[2]
         nbytes = tokens * sum(cached.shape[2] * cached.itemsize for cached in read)
-        owners = call.keys.sizes.groups * x.arguments.get("PIECES", 1)  # whose programs read what is theirs
+        owners = call.keys.sizes.groups * x.arguments.get("BLOCKS_R", 1)  # whose programs read what is theirs
         return cls(x.arguments["tiles"], nbytes, min(1.0, owners / x.grid[0]), page)
 
 

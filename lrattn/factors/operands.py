@@ -103,12 +103,11 @@ class Operands(NamedTuple):
         tables = turns, None if rope is None or chunk else rope.offset_turns(keys.up.device)
         turned = [None if x is None else torch.view_as_real(x).flatten(1) for x in tables]
         band = None if rope is None or chunk else rope.band(keys.head_dim, keys.up.dtype)
-        if not isinstance(band, Band):
-            slow, banded = (None, None), (0, 0, 0)
-        else:
+        functions = coefficients = None
+        if isinstance(band, Band):
             kind = torch.float32 if keys.up.dtype == torch.float32 else torch.float16
-            slow = band.functions.to(keys.up.device, kind), band.coefficients.to(keys.up.device)
-            banded = band.fast, band.terms, band.block
+            functions, coefficients = band.functions.to(keys.up.device, kind), band.coefficients.to(keys.up.device)
+        banded = (band.fast, band.terms, band.block) if isinstance(band, Band) else (0, 0, 0)
         rotation = (0, 0, 0) if rope is None else (rope.rotary_dim, int(rope.interleaved), int(rope.fp32_angles))
         key = _basis(keys, columns, formats, pairs)
         value = _basis(values, values.columns, values.formats, torch.arange(values.head_dim, device=pairs.device))
@@ -128,8 +127,8 @@ class Operands(NamedTuple):
                 norms=norms,
                 turns=turned[0],
                 offset_turns=turned[1],
-                functions=slow[0],
-                coefficients=slow[1],
+                functions=functions,
+                coefficients=coefficients,
                 sizes=key_sizes,
             ),
             Values(**value, places=places, up=values.up, sizes=value_sizes),

@@ -40,7 +40,7 @@ def attend_kernel(
     HEADS: tl.constexpr, BLOCK_H: tl.constexpr, FAST: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
     BY_LANE: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
     KEY_TOKEN: tl.constexpr, VALUE_TOKEN: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr, WARPS: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr, WARPS: tl.constexpr, CHAINED: tl.constexpr,
 ):
     """y[b, i, w] = softmax_t(s[b, w, t]) @ cv[b, t, g],   t in split i
     s[b, w, t] = softcap(scale * (sum_fast x[w] . Rot(t - t0) k_t + sum_p functions[t - b0, p] (ck[b, t, g] . a[w, p])))
@@ -75,6 +75,8 @@ def attend_kernel(
     else:
         p_s = s + i_b * s_strides[0] + row * s_strides[1]
     if t_begin >= t_end:
+        if CHAINED:
+            tl.extra.cuda.gdc_wait()
         if len(VALUES) > 0:
             tl.store(p_lse, tl.full([BLOCK_Q], float("-inf"), tl.float32), mask=in_q)
         return
@@ -91,15 +93,15 @@ def attend_kernel(
         total = tl.zeros([BLOCK_T, BLOCK_Q], tl.float32)
         acc = row_zeros(max(BLOCK_Q, 16), VALUES)
     key_columns = columns_within(key_column, row_rank, KEYS)
+    pages += i_b * pages_stride
     place = tl.minimum(owner * HEADS % C + tl.arange(0, BLOCK_H), C - 1)  # in its group
     u, table = (), ()
     d = 0
     for n in tl.static_range(len(FAST)):
         columns = tl.reshape(place[:, None] * D + d + tl.arange(0, FAST[n])[None, :], [BLOCK_H * FAST[n]])
-        u = u + (load_basis(uk, C * D, r0, key_rank, columns, KEYS, ck),)
-        table = table + (load_turns(turns, tl.arange(0, BLOCK_T), BLOCK_T, d + tl.arange(0, FAST[n]), ROTARY),)
+        u = u + (load_basis(uk, C * D, r0, key_rank, columns, KEYS, ck),)  # type: ignore[assignment]
+        table = table + (load_turns(turns, tl.arange(0, BLOCK_T), BLOCK_T, d + tl.arange(0, FAST[n]), ROTARY),)  # type: ignore
         d += FAST[n]
-    pages += i_b * pages_stride
     first_block = origin // BLOCK
     x += i_b * x_strides[0] + owner * x_strides[2] + first_row * WIDE
     if T > 0:
@@ -113,6 +115,9 @@ def attend_kernel(
     last_tile = t_begin + (t_end - 1 - t_begin) // BLOCK_T * BLOCK_T
     page = tile_pages(pages, t_begin, begin, t_end, P, BLOCK_T)
     z = load_tile(ck, ck_stride, page, t_begin, key_columns, KEY_TOKEN, P, BLOCK_T, WARPS)
+    if CHAINED:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
     for t0 in tl.range(t_begin, t_end, BLOCK_T, disable_licm=True):
         here, t_next = page, tl.minimum(t0 + BLOCK_T, last_tile)
@@ -212,7 +217,7 @@ def load_basis(uk, width, r0, rank, c, ROW: tl.constexpr, like):
         own = r + tl.arange(0, ROW[n][SIZE])
         x = tl.load(uk + (r0 + own)[:, None] * width + c[None, :], mask=(own < rank)[:, None], other=0.0,
                     eviction_policy="evict_last")
-        u = u + (x.to(like.dtype.element_ty),)
+        u = u + (x.to(like.dtype.element_ty),)  # type: ignore[assignment]
         r += ROW[n][SIZE]
     return u
 
@@ -230,7 +235,7 @@ def load_absorbed(a, left, Q: tl.constexpr, T: tl.constexpr, ROW: tl.constexpr, 
             x = tl.load(at, mask=(n < left * T)[:, None], other=0.0, eviction_policy="evict_last")
         else:
             x = tl.load(at, mask=(n % Q < left)[:, None], other=0.0, eviction_policy="evict_last")
-        u = u + (tl.trans(x),)
+        u = u + (tl.trans(x),)  # type: ignore[assignment]
         r += ROW[i][SIZE]
     return u
 
@@ -327,5 +332,5 @@ def attend(
         KEYS=pieces(value if shared else key, choice.block_r),
         VALUES=() if y is None else pieces(value, choice.block_r),
         KEY_TOKEN=ck.stride(1), VALUE_TOKEN=0 if cv is None else cv.stride(1), BLOCK_Q=way.rows, WARPS=choice.warps,
-        **launch.constants(names, form, key, choice),
+        **launch.constants(names, form, key, choice), **launch.pdl(ck.device),
     )  # fmt: skip

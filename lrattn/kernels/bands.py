@@ -31,6 +31,7 @@ def absorb_band_kernel(
     HEADS: tl.constexpr, ROWS: tl.constexpr, FAST: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
     BY_LANE: tl.constexpr, LONG: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """x[b, i, w] = Rot(-t0) q[b, w],   t0 the first token of tile i, of fast pairs, whose pieces are FAST
     a[b, j, w, p] = (coefficients[p] applied to Rot(-b0) q[b, w]) @ uk[k]^T,   b0 the first of block j
@@ -45,6 +46,8 @@ def absorb_band_kernel(
     Needs: BLOCK_D a power of two >= D. Sums are float32.
     Reference: lrattn.factors.band. Derivation: docs/kernels.md#banded.
     """
+    if CHAINED:
+        tl.extra.cuda.gdc_launch_dependents()
     i_b = tl.program_id(2).to(tl.int64)
     begin, end = reach(lens, lens_stride, starts, starts_stride, i_b, bound, S, window, WINDOWED)
     origin, _, t_end = part_of(begin, end, first_tile, tiles, 0, 1, BLOCK_T)
@@ -163,5 +166,6 @@ def absorb_band(call: Call, x: Tensor, a: Tensor, terms: Tensor | None, span: Sp
         x, x.stride(), a, a.stride(), terms, strides_of(terms, 3), *call.limits, size.max_position, *span[:2],
         HEADS=way.heads, ROWS=way.rows, FAST=way.fast, T=size.terms, BLOCK=size.block, BY_LANE=way.by_lane,
         LONG=a.shape[4], BLOCK_Q=block_q, BLOCK_T=way.launch.block_t,
+        CHAINED=launch.chained(q.device),
         **launch.constants("C M D Hkv ROTARY INTERLEAVED WINDOWED BLOCK_D BLOCK_R", call.form, size, choice),
     )  # fmt: skip

@@ -185,7 +185,7 @@ def cut(
     total = cdiv(bound - begin, block_t)
     if window:  # a window may begin and end inside a tile
         total = min(total, cdiv(window + num_queries - 2, block_t) + 1)
-    fill = _fill(processors, codes.values if one_pass is None else codes.keys)
+    fill = _fill(processors, one_pass if band is not None else codes.values if one_pass is None else codes.keys)
     per_split = (rows * values.rank + padded) * 4  # a partial result and its lse
     ready = _ready(rows, dtype, keys, values, codes, band, turned)
     per_tile = 0 if one_pass is not None else rows * block_t * 4
@@ -198,7 +198,7 @@ def cut(
     room = min((limit - fixed - per_tile) // per_split - 2, limit // (2 * per_split))  # splits
     balanced = min(cdiv(total, PART_TILES), room // max(batch, 1))
     wanted = max(cdiv(fill, max(batch, 1) * value_programs), balanced)
-    if codes.keys is not None and one_pass is not None:
+    if (codes.keys or band) is not None and one_pass is not None:
         each = max(batch, 1) * value_programs
         whole = wanted * each // fill * fill or wanted * each  # programs, but for a last wave that is not full
         wanted = max(whole // each, 1)
@@ -208,11 +208,20 @@ def cut(
     tiles = max(1, min(total, (limit - fixed) // per_tile if per_tile else total, MOST_TILES))
     held = fixed + tiles * per_tile
     at_once = max(1, min(batch, limit // held, LARGEST_AXIS))
-    parts = min(tiles, max(cdiv(_fill(processors, codes.keys), at_once * score_programs), cdiv(tiles, PART_TILES)))
+    parts = min(
+        tiles,
+        max(
+            cdiv(_fill(processors, band.launch if band else codes.keys), at_once * score_programs),
+            cdiv(tiles, PART_TILES),
+        ),
+    )
     blocks = cdiv(tiles - 1, ready.block // block_t) + 1 if ready.block else 1
     slots = splits + (0 if tiles >= total else 2)
+    x, a, terms = (None if own is None else (at_once, blocks * own[0], *own[1:]) for own in ready.shapes)
     shapes = Workspace(
-        *[None if x is None else (at_once, blocks * x[0], *x[1:]) for x in ready.shapes],
+        x,
+        a,
+        terms,
         None if one_pass else (at_once, rows, tiles * block_t),
         (at_once, slots, rows, values.rank),
         (at_once, slots, padded),
@@ -262,7 +271,7 @@ def absorbed(keys: KeySizes, codes: Planes) -> tuple[int, int]:
 
 def _fill(processors: int, choice: launch.Launch | None) -> int:
     """Programs for all multiprocessors."""
-    return WAVES * processors * (WARPS // choice.warps if choice else 1)
+    return WAVES * processors * WARPS // (choice.warps if choice else WARPS)
 
 
 def _blocks(rows: int, owners: int) -> int:

@@ -76,9 +76,11 @@ def tile_pages(pages, t0, begin, t_end, P: tl.constexpr, BLOCK_T: tl.constexpr, 
     row of the table.
     """
     first, last = begin // P, (t_end - 1) // P
-    if offsets is None and (P % BLOCK_T == 0 or BLOCK_T % P == 0):
-        found = ()
-        for n in tl.static_range(max(BLOCK_T // P, 1)):
+    if offsets is None and P % BLOCK_T == 0:  # of a tile in reach it is
+        found = (tl.load(pages + t0 // P),)
+    elif offsets is None and BLOCK_T % P == 0:
+        found = ()  # type: ignore[assignment]
+        for n in tl.static_range(BLOCK_T // P):
             found = found + (tl.load(pages + tl.minimum(tl.maximum(t0 // P + n, first), last)),)  # type: ignore
     else:
         t = t0 + tl.arange(0, BLOCK_T)
