@@ -38,8 +38,9 @@ from bench.decode.decode_shapes import CHUNK, packing
 from bench.support import report
 from lrattn.factors.operands import Operands
 from lrattn.factors.shapes import round_up
-from lrattn.kernels import absorb, combine, decode, launch, near, plan, project, rebuild, turn, values, write
+from lrattn.kernels import absorb, bands, combine, decode, launch, near, plan, project, rebuild, turn, values, write
 from lrattn.kernels.arguments import Call, Near, Rule, Span, Tokens
+from lrattn.kernels.attend import attend
 from lrattn.kernels.attend_absorbed import attend_absorbed
 from lrattn.kernels.attend_packed import attend_packed
 from lrattn.kernels.attend_rebuilt import attend_rebuilt
@@ -105,6 +106,7 @@ class Problem(NamedTuple):
     values: int = 0  # the rank of values, where it is not the keys'
     bits: tuple[int, ...] = ()  # widths of packed latents, see decode_shapes.packing; (): plain
     uneven: bool = False  # the groups of packed rows have formats of their own
+    theta: float = 1e4  # of the rope: terms of a band are fewer with a larger one
 
     def has(self, word: str) -> bool:
         return word in self.options.split()
@@ -127,7 +129,7 @@ class Problem(NamedTuple):
         layer = lrattn.LayerFactors(
             keys=keys,
             values=values,
-            rope=lrattn.Rope(1e4, self.head, 256) if self.rope else None,
+            rope=lrattn.Rope(self.theta, self.head, 256) if self.rope else None,
             shared=self.shared,
             chunk=self.chunk or None,
         ).to(META)
@@ -195,6 +197,16 @@ class Problem(NamedTuple):
         dtype = torch.float32 if self.dtype == torch.float32 else torch.float16
         return codes, empty(*lead, self.rows(), width, dtype=dtype), fp32(*lead, count, padded)
 
+    def banded(self) -> tuple[plan.Banded, list[torch.Tensor | None]]:
+        """How keys go by a band; queries for some of its blocks, x, a and terms."""
+        keys, side = self.sides()
+        way = plan.banded(self.heads * self.steps, self.dtype, launch.name(META), keys.sizes, side.sizes)
+        assert way is not None, "the launch table has a row for it"
+        kinds = torch.float32 if way.by_lane else self.dtype, self.dtype, torch.float32
+        ready = plan.band_queries(self.rows(), self.dtype, keys.sizes, side.sizes, way)
+        shapes = [shape and (BATCH, 2 * shape[0], *shape[1:]) for shape in ready.shapes]
+        return way, [shape and empty(*shape, dtype=kind) for shape, kind in zip(shapes, kinds, strict=True)]
+
     def scores(self) -> torch.Tensor:
         return fp32(BATCH, self.rows(), 4 * launch.BLOCK_T)
 
@@ -218,6 +230,23 @@ def turn_queries(p: Problem) -> None:
     turn.turn_queries(p.call(), p.turned(), 0, not p.has("positions"))
 
 
+def absorb_band(p: Problem) -> None:
+    way, queries = p.banded()
+    bands.absorb_band(p.call(), *queries, SPAN, way)  # type: ignore[arg-type]
+
+
+def banded_pass(p: Problem) -> None:
+    way, queries = p.banded()
+    assert way.one_pass, "the launch table has a row for it"
+    attend(p.call(), *queries, None, *p.partial(), SPAN, way)  # type: ignore[arg-type]
+
+
+def banded_scores(p: Problem) -> None:
+    way, queries = p.banded()
+    assert not way.one_pass, "values are too wide for one pass"
+    attend(p.call(), *queries, p.scores(), None, None, SPAN, way)  # type: ignore[arg-type]
+
+
 def absorb_queries(p: Problem) -> None:
     absorb.absorb_queries(p.call(), *p.absorbed(), SPAN)
 
@@ -228,7 +257,7 @@ def absorbed_scores(p: Problem) -> None:
 
 def latent_values(p: Problem) -> None:
     y, lse = fp32(BATCH, 2, p.rows(), p.rank), fp32(BATCH, 2, p.rows())
-    values.latent_values(p.call(), p.scores(), y, lse, SPAN)
+    values.latent_values(p.call(), p.scores(), y, lse, SPAN, launch.BLOCK_T)
 
 
 def one_pass(p: Problem, turned: bool) -> launch.Launch:
@@ -353,6 +382,7 @@ def compilations() -> Iterator[Compilation]:
                 problem = Problem(rank, 128, heads, steps, 1, dtype_of(row), bits=bits_of(row))
                 for absorbed in absorbed_problems(problem, ALL, row):
                     yield Compilation(absorbed_scores, device, absorbed, row.itemsize == 2)
+        yield from banded(device)
         for row in rows_for(launch.LATENT_VALUES, device):
             rank = 528 if row.rank == launch.ANY else row.rank
             for heads, steps in few if row.queries == 16 else few[:1] + many:
@@ -395,6 +425,24 @@ def compilations() -> Iterator[Compilation]:
             for latents in (combine_latents, combine_many_latents):
                 yield Compilation(latents, device, Problem(96, 256, 16, 3, 1, dtype, "latents"))
     yield from formats()
+
+
+def banded(device: str) -> Iterator[Compilation]:
+    """Keys by a band: of two groups of four heads, one query row a head or four; of smaller and larger heads."""
+    for table, kernel in ((launch.ATTEND, banded_pass), (launch.ATTEND_SCORES, banded_scores)):
+        for row in rows_for(table, device):
+            wide = kernel is banded_scores
+            lanes = Problem(row.rank, 128, 1, 1, 4, dtype_of(row), values=512 if wide else row.values)
+            rows = lanes._replace(heads=4, theta=1e4 if row.queries > 64 else 5e5)
+            for problem in (lanes, rows):
+                for options in ("", f"{ALL} near" if row.biased else "rule near"):
+                    yield Compilation(kernel, device, problem._replace(options=options), row.itemsize == 2)
+            if row.itemsize == 2:
+                yield Compilation(kernel, device, rows._replace(head=64, theta=5e5), True)
+                yield Compilation(kernel, device, rows._replace(head=256, group=2, theta=5e5), True)
+                yield Compilation(kernel, device, lanes._replace(dtype=torch.float16), True)
+                yield Compilation(absorb_band, device, rows._replace(options="bias" if row.biased else ""))
+            yield Compilation(absorb_band, device, lanes)
 
 
 def by_plane(device: str) -> Iterator[Compilation]:
@@ -483,6 +531,10 @@ QUICK = [
     Compilation(latent_scores, "sm100", Problem(128, 64), True),
     Compilation(latent_scores, "gfx9", Problem(128, 128), True),
     Compilation(absorbed_scores, "sm90", Problem(256, 128, group=4, rope=False), True),
+    Compilation(banded_pass, "sm90", Problem(160, 128, 1, 1, 4), True),
+    Compilation(banded_pass, "sm90", Problem(256, 128, 4, 1, 4, theta=5e5), True),
+    Compilation(banded_scores, "sm90", Problem(256, 128, 4, 1, 4, values=512, options=f"{ALL} near", theta=5e5), True),
+    Compilation(absorb_band, "sm90", Problem(160, 128, 4, 1, 4, options="bias", theta=5e5)),
     Compilation(latent_values, "sm90", Problem(256, 128, group=4)),
     Compilation(absorbed_pass, "sm90", Problem(256, 128, group=4, rope=False), True),
     Compilation(absorbed_pass, "sm90", Problem(256, 128, group=4, rope=False, shared=True), True),
@@ -556,7 +608,7 @@ def compile_for(c: Compilation) -> list[dict[str, Any]]:
 def recompiled() -> list[str]:
     """Kernels of a decode step that other lengths, splits or table widths would compile anew."""
     several = []
-    for problem in (Problem(), Problem(chunk=CHUNK, options="bias offsets near")):
+    for problem in (Problem(), Problem(chunk=CHUNK, options="bias offsets near"), Problem(group=4)):
         with compiling("sm90") as compiled:
             for pages, bound, splits in ((8, 128, 1), (1, 1, 3), (7, 100, 4), (9, 100, 6), (64, 1024, 16)):
                 call = problem.call()
@@ -574,7 +626,7 @@ def describe(c: Compilation) -> dict[str, Any]:
     dtype = str(p.dtype).split(".")[-1]
     names = {"rank": p.rank, "values": p.value_rank(), "one_row": p.shared, "head": p.head, "M": p.heads, "S": p.steps}
     told = {"dtype": dtype, "options": p.options or "none", "bits": " ".join(map(str, p.bits)), "chunk": p.chunk}
-    return {**names, **told, "uneven": p.uneven}
+    return {**names, **told, "uneven": p.uneven, "theta": p.theta}
 
 
 def resources(binary: Any) -> dict[str, Any]:
@@ -600,8 +652,12 @@ def resources(binary: Any) -> dict[str, Any]:
 
 
 def spills(c: Compilation) -> int:
-    """Bytes that a launch may spill: none, but for packed rows where ptxas is not the one they were written against."""
-    return 0 if not c.problem.bits or (c.device == "sm90" and triton.__version__.startswith("3.6.")) else 40
+    """Bytes that a launch may spill: none, but for packed rows and for one pass by a band where ptxas is not the one
+    they were written against; there a few of what the loop does not touch, at the largest ranks by lane."""
+    own = c.device == "sm90" and triton.__version__.startswith("3.6.")
+    if c.kernel is banded_pass:
+        return (32 if c.problem.heads == 1 and c.problem.rank > 160 else 0) if own else 40
+    return 0 if not c.problem.bits or own else 40
 
 
 def faults(c: Compilation, row: dict[str, Any]) -> list[str]:

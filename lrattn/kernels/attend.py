@@ -21,7 +21,7 @@ def attend_kernel(
     a, a_strides,            # [B, blocks, owners, rows * T, LONG]  slow pairs in the latents' space; None with T = 0
     terms, terms_strides,    # [B, blocks, owners, rows * T]        float32, the bias' share of these, or None
     ck, ck_stride,           # [N, P, width]    key rows by page
-    cv, cv_stride,           # [N, P, width]    value rows by page; None: a row serves both
+    cv, cv_stride,           # [N, P, width]    value rows by page, for VALUES
     pages, pages_stride,     # [B, pages]       int32
     lens, lens_stride,       # [B]              int32, tokens held
     starts, starts_stride,   # [B]              int32, first token attended to, or None
@@ -82,17 +82,13 @@ def attend_kernel(
         return
 
     key_column, key_rank, r0 = load_run(key_runs, g)
-    row_rank = key_rank
     if len(VALUES) > 0:
         value_column, value_rank, _ = load_run(value_runs, g)
-        if cv is None:
-            row_rank = value_rank  # all of a shared row: its values begin as the keys do
-        else:
-            value_columns = columns_within(value_column, value_rank, VALUES)
+        value_columns = columns_within(value_column, value_rank, VALUES)
         peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_T, BLOCK_Q], tl.float32)
+        total = tl.zeros([BLOCK_T if BY_LANE else 1, BLOCK_Q], tl.float32)  # by lane each sums its own
         acc = row_zeros(max(BLOCK_Q, 16), VALUES)
-    key_columns = columns_within(key_column, row_rank, KEYS)
+    key_columns = columns_within(key_column, key_rank, KEYS)
     pages += i_b * pages_stride
     place = tl.minimum(owner * HEADS % C + tl.arange(0, BLOCK_H), C - 1)  # in its group
     u, table = (), ()
@@ -164,10 +160,8 @@ def attend_kernel(
             if T > 0:
                 score += tl.sum(tl.reshape(k, [BLOCK_T, T, BLOCK_Q]) * phi[:, :, None], 1)
         score = scaled(score, scale, softcap, CAPPED)
-        if len(VALUES) > 0 and cv is not None:
+        if len(VALUES) > 0:
             v = load_tile(cv, cv_stride, here, t0, value_columns, VALUE_TOKEN, P, BLOCK_T, WARPS, live)
-        elif len(VALUES) > 0:
-            v = cleared(z, live)
         z = load_tile(ck, ck_stride, page, t_next, key_columns, KEY_TOKEN, P, BLOCK_T, WARPS)
         mask = live[:, None]
         if MASKED:
@@ -180,7 +174,10 @@ def attend_kernel(
             base = tl.where(above == float("-inf"), 0.0, above)
             p = tl.exp(score - base[None, :])
             fade = tl.exp(peak - base)
-            total = total * fade[None, :] + p
+            if BY_LANE:
+                total = total * fade[None, :] + p
+            else:
+                total = total * fade[None, :] + tl.sum(p, 0)[None, :]
             peak = above
             acc = add_repeated(acc, fade, tl.trans(p).to(v[0].dtype), v)
 
@@ -279,15 +276,6 @@ def fast_scores(score, k, x, table, H: tl.constexpr, F: tl.constexpr, BLOCK_T: t
 
 
 @triton.jit
-def cleared(z, live):
-    """Latents [BLOCK_T, size] each without those of dead tokens."""
-    new = ()
-    for n in tl.static_range(len(z)):
-        new = new + (tl.where(live[:, None], z[n], 0.0).to(z[n].dtype),)
-    return new
-
-
-@triton.jit
 def repeated(x):
     """[Q] -> [16] of fewer than 16 rows, each so many times as it takes."""
     Q: tl.constexpr = x.shape[0]
@@ -319,7 +307,6 @@ def attend(
     s [B, Hq S, T]."""
     ck, cv, keys, values, tokens = call.ck, call.cv, call.keys, call.values, call.tokens
     key, value, form, choice = keys.sizes, values.sizes, call.form, way.launch
-    shared = y is not None and cv is None
     names = "C M D P Hkv ROTARY CAUSAL WINDOWED CAPPED BLOCK_T"
     owners = key.num_heads // way.heads
     attend_kernel[x.shape[3] // way.rows * owners, span.parts, x.shape[0]](
@@ -329,7 +316,7 @@ def attend(
         MASKED=(form.causal and form.num_queries > 1) or form.windowed,
         PADDED=x.shape[3] * owners != form.query_heads * form.num_queries, HEADS=way.heads,
         BLOCK_H=next_power_of_2(way.heads), FAST=way.fast, T=key.terms, BLOCK=key.block, BY_LANE=way.by_lane,
-        KEYS=pieces(value if shared else key, choice.block_r),
+        KEYS=pieces(key, choice.block_r),
         VALUES=() if y is None else pieces(value, choice.block_r),
         KEY_TOKEN=ck.stride(1), VALUE_TOKEN=0 if cv is None else cv.stride(1), BLOCK_Q=way.rows, WARPS=choice.warps,
         **launch.constants(names, form, key, choice), **launch.pdl(ck.device),

@@ -119,4 +119,4 @@ def _attend_tiles(call: Call, size: Cut, work: Workspace, y: Tensor, lse: Tensor
         if codes.values is not None:
             attend_packed(call, None, None, work.s, y, lse, span, codes.values)
         else:
-            latent_values(call, work.s, y, lse, span)
+            latent_values(call, work.s, y, lse, span, size.block_t)

@@ -39,7 +39,7 @@ class Row(NamedTuple):
     devices: tuple[str, ...]  # () is every device
     head: int = ANY  # padded head dim
     rank: int = ANY  # columns of a row, see `columns`
-    queries: int = ANY  # padded query rows of a program
+    queries: int = ANY  # padded query rows of a program, or those absorbed by a band
     itemsize: int = 2  # of the numbers; 4 runs without tensor cores and may spill
     least_itemsize: int = 2
     table: bool = True  # also where every token's own row of turns is read
@@ -156,13 +156,18 @@ FUSED_REBUILT = (
     Row(Launch(8, 1, block_r=128), ("sm100",), head=128, rank=0, values=256, queries=16),
     Row(Launch(4, 1, block_r=128), HOPPER, head=128, rank=128, values=128, queries=16, itemsize=4, least_itemsize=4),
 )
-# Keys before RoPE by a band: a group of heads in a program, to 16 query rows. values 0: scores alone.
+# Keys before RoPE by a band: some heads of a group in a program, to 16 query rows. queries: absorbed ones of a block.
 ATTEND = (
-    Row(Launch(4, 1, block_r=128), ("sm90",), rank=160, values=160),
-    Row(Launch(8, 1, block_r=128, block_t=128), ("sm90",), rank=256, values=256),
-    Row(Launch(4, 1, block_r=128), ("sm90",), rank=256, values=0),
-    Row(Launch(8, 1, block_r=128), ("sm100",), rank=256, values=256),
+    Row(Launch(4, 1, block_r=128), ("sm90",), rank=160, values=160, queries=64, biased=False),
+    Row(Launch(8, 1, block_r=128, block_t=128), ("sm90",), rank=256, values=256, queries=64, biased=False),
+    Row(Launch(8, 1, block_r=128), ("sm100",), rank=256, values=256, queries=64, biased=False),
     Row(Launch(4, 1, block_r=128), (), rank=128, values=128, itemsize=4, least_itemsize=4),
+)
+ATTEND_SCORES = (
+    Row(Launch(4, 1, block_r=128), ("sm90",), rank=160, queries=128),
+    Row(Launch(8, 1, block_r=128, block_t=128), ("sm90",), rank=256, queries=64),
+    Row(Launch(8, 1, block_r=128), ("sm100",), rank=256, queries=64),
+    Row(Launch(4, 1, block_r=128), (), rank=128, itemsize=4, least_itemsize=4),
 )
 ABSORB_QUERIES = (
     Row(Launch(4, 1, block_q=16, block_r=64), (), chunked=False),
@@ -209,16 +214,17 @@ REBUILD = (
 def find(
     table: tuple[Row, ...], device: str, itemsize: int, *, head: int = 0, rank: int = 0, rows: int = 0,
     turned: bool = True, values: int = 0, biased: bool = False, packed: bool = False, chunked: bool = False,
+    absorbed: int = 0,
 ) -> Launch | None:  # fmt: skip
     """The first launch of a table whose row fits, or None. Blocks are no larger than it needs.
 
-    head, rows: dimensions of a head and query rows of its programs; 0 where they do not matter.
+    head, rows: dimensions of a head and query rows of its programs; 0 where they do not matter. absorbed: see Row.
     """
     for row in table:
         if (
             row.least_itemsize <= itemsize <= row.itemsize
             and (not row.devices or device in row.devices)
-            and (block_d(head) <= row.head and rank <= row.rank and block_q(rows) <= row.queries)
+            and (block_d(head) <= row.head and rank <= row.rank and (absorbed or block_q(rows)) <= row.queries)
             and (values <= row.values and row.packed == packed)
             and ((row.table or turned) and (row.shared or rank))
             and ((row.biased or not biased) and row.chunked in (None, chunked))
@@ -245,8 +251,8 @@ rebuild, attend_near, write_near, latent_scores, absorbed_scores, latent_values 
     cache(partial(pick, table))
     for table in (REBUILD, ATTEND_NEAR, WRITE_NEAR, LATENT_SCORES, ABSORBED_SCORES, LATENT_VALUES)
 )
-fused_absorbed, fused_rebuilt, attend = (
-    cache(partial(find, table)) for table in (FUSED_ABSORBED, FUSED_REBUILT, ATTEND)
+fused_absorbed, fused_rebuilt, attend, attend_scores = (
+    cache(partial(find, table)) for table in (FUSED_ABSORBED, FUSED_REBUILT, ATTEND, ATTEND_SCORES)
 )
 
 

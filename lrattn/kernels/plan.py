@@ -15,6 +15,7 @@ WAVES, WARPS = 2, 4  # programs a multiprocessor should get at least, and warps 
 PART_TILES = 32  # most tiles of one program where the workspace allows, so that ragged batches balance
 COMBINED = 8  # most splits that are combined 16 rows at a time: of more a program takes one row
 BAND_ROWS, BAND_COLUMNS = 16, 192  # most query rows and columns of fast pairs of a program
+BAND_LEAST = 4  # query rows of one pass
 LARGEST_AXIS = 65535  # of a CUDA grid, but for the first
 MOST_TILES = 32767  # at a time: times a number of parts they stay below 2^31
 
@@ -132,11 +133,16 @@ def banded(rows: int, dtype: torch.dtype, device: str, keys: KeySizes, values: V
     if not fits:
         return None
     heads, by_lane = fits[-1], rows == 1
-    padded = next_power_of_2(heads) if by_lane else max(16, next_power_of_2(heads * rows))
-    rank = values.rank if values.shared else keys.rank
-    whole = launch.attend(device, dtype.itemsize, rank=rank, values=values.rank) if values.paired else None
-    found = whole or launch.attend(device, dtype.itemsize, rank=keys.rank)
-    return None if found is None else Banded(found, whole is not None, heads, padded, by_lane, fast)
+    padded = next_power_of_2(heads) if by_lane else BAND_ROWS
+    shape = {"rank": keys.rank, "absorbed": padded * keys.terms, "biased": bool(keys.biased)}
+    found, whole = None, values.paired and not values.shared and padded >= BAND_LEAST
+    if whole:
+        found = launch.attend(device, dtype.itemsize, values=values.rank, **shape)
+    if found is None:
+        found, whole = launch.attend_scores(device, dtype.itemsize, **shape), False
+    if found is None or (values.packed and found.block_t != launch.BLOCK_T):
+        return None
+    return Banded(found, bool(whole), heads, padded, by_lane, fast)
 
 
 def turns_queries(keys: KeySizes, dtype: torch.dtype, placed: bool) -> bool:
@@ -243,23 +249,28 @@ def _ready(
     rows: int, dtype: torch.dtype, keys: KeySizes, values: ValueSizes, codes: Planes, band: Banded | None, turned: bool
 ) -> Ready:  # fmt: skip
     """rows: Hq S."""
-    a = terms = None
     if band is not None:
-        block, owners, choice = keys.block, keys.num_heads // band.heads, band.launch
-        padded = round_up(band.heads * rows // keys.num_heads, band.rows)
-        x: tuple[int, ...] = (block // choice.block_t, owners, padded, sum(band.fast))
-        row = pieces(values if values.shared and band.one_pass else keys, choice.block_r)
-        a = (1, owners, padded * keys.terms, sum(piece[3] for piece in row))
-        terms = (1, owners, padded * keys.terms) if keys.biased else None
-    elif keys.absorbed:
+        return band_queries(rows, dtype, keys, values, band)
+    if keys.absorbed:
         block, (width, count) = keys.chunk, absorbed(keys, codes)
-        x, terms = (1, rows, width), (1, count, round_up(rows, 16)) if count else None
+        x: tuple[int, ...] = (1, rows, width)
     else:
-        block, width = launch.BLOCK_T if turned else 0, launch.block_d(keys.head_dim)
+        block, width, count = launch.BLOCK_T if turned else 0, launch.block_d(keys.head_dim), 0
         x = (1, rows, 2, width // 2)
-    sizes = 4 if band is not None and band.by_lane else dtype.itemsize, dtype.itemsize, 4
-    shapes = x, a, terms
-    return Ready(block, shapes, sum(n * math.prod(own) for n, own in zip(sizes, shapes, strict=True) if own))
+    terms = (1, count, round_up(rows, 16)) if count else None
+    return Ready(block, (x, None, terms), rows * width * dtype.itemsize + round_up(rows, 16) * count * 4)
+
+
+def band_queries(rows: int, dtype: torch.dtype, keys: KeySizes, values: ValueSizes, band: Banded) -> Ready:
+    """Those of a band. rows: Hq S."""
+    owners, choice = keys.num_heads // band.heads, band.launch
+    padded = round_up(rows // owners, band.rows)
+    row = pieces(keys, choice.block_r)
+    x = keys.block // choice.block_t, owners, padded, sum(band.fast)
+    a = 1, owners, padded * keys.terms, sum(piece[3] for piece in row)
+    nbytes = math.prod(x) * (4 if band.by_lane else dtype.itemsize) + math.prod(a) * dtype.itemsize
+    terms = a[:3] if keys.biased else None
+    return Ready(keys.block, (x, a, terms), nbytes + (math.prod(terms) * 4 if terms else 0))
 
 
 def absorbed(keys: KeySizes, codes: Planes) -> tuple[int, int]:

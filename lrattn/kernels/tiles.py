@@ -84,7 +84,7 @@ def tile_pages(pages, t0, begin, t_end, P: tl.constexpr, BLOCK_T: tl.constexpr, 
             found = found + (tl.load(pages + tl.minimum(tl.maximum(t0 // P + n, first), last)),)  # type: ignore
     else:
         t = t0 + tl.arange(0, BLOCK_T)
-        found = (tl.load(pages + tl.minimum(tl.maximum(t // P, first), last)),)  # type: ignore[assignment]
+        found = (tl.load(pages + tl.minimum(tl.maximum(t // P, first), last)),)
     return found
 
 

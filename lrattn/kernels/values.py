@@ -26,14 +26,15 @@ def latent_values_kernel(
     bound, S, window, first_tile, tiles, splits,
     C: tl.constexpr, M: tl.constexpr, P: tl.constexpr, Hkv: tl.constexpr, WINDOWED: tl.constexpr,
     ROW: tl.constexpr, BLOCKS_R: tl.constexpr, TOKEN: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, WARPS: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, TILE_T: tl.constexpr, WARPS: tl.constexpr,
 ):
     """y[b, i, h S + j] = softmax_t(s[b, h S + j, t]) @ cv[b, t, g],   t in split i
 
     Grid: (BLOCKS_R * row blocks * G, splits, B). A program owns one of the BLOCKS_R blocks of BLOCK_R latents of one
     group, in the pieces ROW, BLOCK_Q of its C M S query rows and one split: with one row block each latent is read
     once. A joint latent (G = 1, thousands wide) is the same with more blocks; the scores are read once a block.
-    Needs: P a multiple of 16, BLOCK_T as in the scores. Online softmax, sums are float32.
+    Needs: P a multiple of 16; TILE_T, the tiles of the scores, a multiple of BLOCK_T, which are read at a time. Online
+    softmax, sums are float32.
     Reference: lrattn.attention.reference._attend_span. Derivation: docs/kernels.md#values.
     """
     G: tl.constexpr = Hkv // C
@@ -47,8 +48,8 @@ def latent_values_kernel(
     row = (head * M * S + i % (M * S)).to(tl.int64)
     p_lse = lse + i_b * lse_strides[0] + i_s.to(tl.int64) * lse_strides[1] + row
     begin, end = reach(lens, lens_stride, starts, starts_stride, i_b, bound, S, window, WINDOWED)
-    _, shift = lag_of(offsets, offsets_stride, i_b, BLOCK_T)
-    origin, t_begin, t_end = part_of(begin, end, first_tile, tiles, i_s, splits, BLOCK_T, shift)
+    _, shift = lag_of(offsets, offsets_stride, i_b, TILE_T)
+    origin, t_begin, t_end = part_of(begin, end, first_tile, tiles, i_s, splits, TILE_T, shift)
     if t_begin >= t_end:
         if i_r == 0:
             tl.store(p_lse, tl.full([BLOCK_Q], float("-inf"), tl.float32), mask=in_q)
@@ -82,8 +83,11 @@ def latent_values_kernel(
 # fmt: on
 
 
-def latent_values(call: Call, s: Tensor, y: Tensor, lse: Tensor, span: Span) -> None:
-    """Softmax of s [B, Hq S, T] times the latents of each split: y [B, slots, Hq S, Rv], lse [B, slots, Hq S]."""
+def latent_values(call: Call, s: Tensor, y: Tensor, lse: Tensor, span: Span, tile: int) -> None:
+    """Softmax of s [B, Hq S, T] times the latents of each split: y [B, slots, Hq S, Rv], lse [B, slots, Hq S].
+
+    tile: tokens of the tiles that `span` counts.
+    """
     q, values, tokens, size = call.q, call.values, call.tokens, call.values.sizes
     cv, rows = call.ck if call.cv is None else call.cv, s.shape[1] // size.groups
     choice = launch.latent_values(launch.name(cv.device), q.itemsize, rank=size.rank, rows=rows)
@@ -93,6 +97,6 @@ def latent_values(call: Call, s: Tensor, y: Tensor, lse: Tensor, span: Span) -> 
     latent_values_kernel[blocks * cdiv(rows, choice.block_q) * size.groups, span.parts, s.shape[0]](
         s, s.stride(), cv, stride(cv), *tokens.paged, *tokens.seen, *tokens.lag, values.runs, values.heads,
         y, y.stride(), lse, lse.stride(), *call.limits, *span, ROW=row, BLOCKS_R=blocks, BLOCK_R=widest,
-        TOKEN=cv.stride(1), WARPS=choice.warps,
+        TOKEN=cv.stride(1), TILE_T=tile, WARPS=choice.warps,
         **launch.constants("C M P Hkv WINDOWED BLOCK_Q BLOCK_T", call.form, size, choice),
     )  # fmt: skip
