@@ -156,11 +156,12 @@ FUSED_REBUILT = (
     Row(Launch(8, 1, block_r=128), ("sm100",), head=128, rank=0, values=256, queries=16),
     Row(Launch(4, 1, block_r=128), HOPPER, head=128, rank=128, values=128, queries=16, itemsize=4, least_itemsize=4),
 )
-# Keys before RoPE by a band: a group of heads in a program, to 16 query rows. values 0: scores alone.
+# Keys before RoPE by a band: a group of heads in a program, to 16 query rows. values 0: scores alone, whose tiles are
+# those of the values' pass.
 ATTEND = (
+    Row(Launch(4, 1, block_r=128), ("sm90",), rank=256, values=0),
     Row(Launch(4, 1, block_r=128), ("sm90",), rank=160, values=160),
     Row(Launch(8, 1, block_r=128, block_t=128), ("sm90",), rank=256, values=256),
-    Row(Launch(4, 1, block_r=128), ("sm90",), rank=256, values=0),
     Row(Launch(8, 1, block_r=128), ("sm100",), rank=256, values=256),
     Row(Launch(4, 1, block_r=128), (), rank=128, values=128, itemsize=4, least_itemsize=4),
 )
