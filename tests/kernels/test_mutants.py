@@ -30,6 +30,7 @@ def two(name, **changes):
 
 
 CUT = {"num_splits": 2}
+REBUILT = {"S": 5}  # more rows of two heads than go by a band
 HEADS = {"M": 2, "value_ranks": (16, 32), "value_order": (3, 1, 0, 2)}
 RAGGED = {"offset": True, "key_ranks": (32, 112), "call": CUT}
 ALONE = {"key_ranks": (32, 96, 16, 48), "value_ranks": (16, 48, 96, 32)}
@@ -47,13 +48,13 @@ WIDE = {"key_ranks": (96, 112), "value_ranks": (96, 112)}
 KILLERS = {
     case.name: case
     for case in [
-        paired("groups", key_ranks=(32, 48), value_ranks=(64, 16), value_order=None),
+        paired("groups", key_ranks=(32, 48), value_ranks=(64, 16), value_order=None, **REBUILT),
         two("batch", value_ranks=(32,), lens=(100, 20, 40), call=CUT),
         two("pages", P=48, lens=(100, 97), strided=True, call={"num_splits": 1}),
         two("whole tiles", P=64, lens=(130, 3)),
         two("padded", key_ranks=(112,), value_ranks=(112,), shared=True, lens=(20,), strided=True),
         Case("streamed", Hkv=1, key_ranks=(528,), value_ranks=(32,), lens=(20,)),
-        two("wide", D=256, lens=(20,), offset=True),
+        two("wide", D=256, lens=(20,), offset=True, S=9),
         two("queries", M=3, S=4, lens=(40, 9), call={"project": "hidden"}),
         two("window", S=3, lens=(150, 40), starts=(0, 25), call={"window_size": 20}),
         two("interleaved", rope={"interleaved": True}),
@@ -64,7 +65,7 @@ KILLERS = {
         two("softcap", call={"softcap": 2.0}),
         Case("sinks", sinks=True, offset=True, **HEADS),
         paired("one pass", rope=None, lens=(200, 3), value_ranks=(112, 16), value_order=(0, 2, 1, 3), **RAGGED),
-        paired("one pass, rebuilt", lens=(150, 3), value_ranks=(48, 112), shared=True, **RAGGED),
+        paired("one pass, rebuilt", lens=(150, 3), value_ranks=(48, 112), shared=True, **RAGGED, **REBUILT),
         paired("one pass, alone", S=3, lens=(70, 40, 0), **ALONE),
         two("one pass, positions", positions=True, **SMALL),
         two("one pass, strided", lens=(40, 3), strided=True, call=CUT, **SMALL),
@@ -134,10 +135,11 @@ MUTANTS = [
     Mutant("attend_rebuilt.py", "load_run(key_runs, place // C)", "load_run(key_runs, 0)", "groups"),
     Mutant("packed.py", "cache + page * strides[0]", "cache + page * strides[1] * P", "pages"),
     Mutant("rows.py", "segs[4 * i + 1], ROW", "segs[4 * i + 1] - 16, ROW", "streamed"),
-    Mutant("attend_rebuilt.py", "p_x + d0 // 2", "p_x", "wide"),
+    Mutant("attend_rebuilt.py", "tl.load(p_q + d0 // 2)", "tl.load(p_q)", "wide"),
     Mutant("attend_rebuilt.py", "bias + place * D + d0 + d", "bias + place * D + d", "wide"),
     Mutant("attend_rebuilt.py", "tl.where(in_q, i % S, -1)", "tl.where(in_q, i // S, -1)", "queries"),
-    Mutant("attend_rebuilt.py", "at = tl.load(positions + page", "at = tl.load(positions + 0 * page", "positions"),
+    Mutant("attend_rebuilt.py", "at = tl.load(positions + token_page", "at = tl.load(positions + 0 * token_page",
+           "positions"),
     Mutant("tiles.py", "(t % P).to", "(t % 16).to", "pages"),
     Mutant("tiles.py", "tl.load(pages + t0 // P)", "tl.load(pages)", "whole tiles"),
     Mutant("tiles.py", "end - S - window[0] + 1)", "end - window[0])", "window"),
@@ -156,7 +158,7 @@ MUTANTS = [
     Mutant("attend_absorbed.py", "load_latents(p_x, 0, key_rank, in_q, r)", "load_latents(p_x, 0, 16, in_q, r)",
            "long absorbed"),
     Mutant("absorb.py", "tl.program_id(1) * BLOCK_R", "0 * BLOCK_R", "long absorbed"),
-    Mutant("values.py", "range(t_begin, t_end, BLOCK_T)", "range(t_begin, t_end - BLOCK_T, BLOCK_T)", "batch"),
+    Mutant("values.py", "range(t_begin, t_end, BLOCK_T,", "range(t_begin, t_end - BLOCK_T, BLOCK_T,", "batch"),
     Mutant("values.py", "load_run(runs, g)", "load_run(runs, 0)", "groups"),
     Mutant("tiles.py", "total * fade + tl.sum(p, AXIS)", "total + tl.sum(p, AXIS)", "one pass"),
     Mutant("rows.py", "acc[n] * fade[:, None]", "acc[n]", "one pass"),
@@ -171,7 +173,7 @@ MUTANTS = [
     Mutant("attend_rebuilt.py", "load_run(value_runs, place // C)", "load_run(value_runs, 0)", "one pass, alone"),
     Mutant("attend_rebuilt.py", "bias + place * D + d0 + d", "bias + head * D + d0 + d", "one pass, rebuilt"),
     Mutant("attend_rebuilt.py", "tl.where(in_q, i % S, -1)", "tl.where(in_q, i // S, -1)", "one pass, alone"),
-    Mutant("attend_rebuilt.py", "positions + page * pos", "positions + 0 * page * pos", "one pass, positions"),
+    Mutant("attend_rebuilt.py", "+ offset * pos_strides[1]", "+ 0 * offset", "one pass, positions"),
     Mutant("attend_rebuilt.py", 'p_lse, tl.full([BLOCK_Q], float("-inf")', "p_lse, tl.full([BLOCK_Q], 0.0",
            "one pass, strided"),
     Mutant("attend_absorbed.py", 'p_lse, tl.full([BLOCK_Q], float("-inf")', "p_lse, tl.full([BLOCK_Q], 0.0",
@@ -251,8 +253,8 @@ MUTANTS = [
     Mutant("packed.py", "M * segs[4 * N + 1] + h", "h", "packed"),
     Mutant("packed.py", "return segs[4 * N + 2] + r,", "return r,", "packed"),
     Mutant("packed.py", "packs += g * 3", "packs += 0 * g", "packed"),
-    Mutant("values.py", "r = i_r * BLOCK_R", "r = 0 * i_r", "wide values"),
-    Mutant("values.py", "acc * fade[:, None]", "acc", "wide values"),
+    Mutant("values.py", "column + i_r * BLOCK_R", "column", "wide values"),
+    Mutant("values.py", "row * y_strides[2] + i_r * BLOCK_R", "row * y_strides[2]", "wide values"),
     Mutant("attend_packed.py", " - VALUES[0][SCALE]).to(DTYPE)", ").to(DTYPE)", "planes, a pass each"),
     Mutant("attend_packed.py", "COLUMN] + m * KEYS[n][SIZE]", "COLUMN]", "planes"),
     Mutant("attend_packed.py", "x = tl.load(p_a[:, None]", "x = tl.load(a + row[:, None] * a_strides[2]", "planes"),
