@@ -94,7 +94,9 @@ def taken(case, dtype, device=H100):
     """The launch of the one pass that a case takes, or None. No case here goes by a band."""
     keys, values = make_layer(case, dtype).operands
     placed = case.positions or case.offsets is not None
-    size = plan.cut(1, case.S, case.M * case.Hkv, dtype, device, 4, keys.sizes, values.sizes, placed, 300, 0, 0, 1 << 28)
+    size = plan.cut(
+        1, case.S, case.M * case.Hkv, dtype, device, 4, keys.sizes, values.sizes, placed, 300, 0, 0, 1 << 28
+    )
     assert size.banded is None or case.name in BANDED
     return size.fused
 
@@ -233,7 +235,7 @@ def test_what_is_allocated_is_within_what_was_said(form):
     for bound in (1, 64, 65, 130, 300, 1000, 30_000):
         for limit in (1, 1 << 16, 1 << 20, 4 << 20, 256 << 20):
             for heads, splits in ((32, 0), (32, 1), (8, 1), (8, 3)):
-                size, _, values = size_of(1, bound, form, query_heads=heads, num_splits=splits, limit=limit)
+                size, _, _ = size_of(1, bound, form, query_heads=heads, num_splits=splits, limit=limit)
                 lanes = size.banded is not None and size.banded.by_lane
                 sizes = (4 if lanes else 2, 2, *[4] * (len(size.shapes) - 2))
                 held = sum(n * math.prod(shape) for n, shape in zip(sizes, size.shapes) if shape is not None)
