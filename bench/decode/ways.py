@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 from unittest.mock import patch
 
 
@@ -13,5 +14,9 @@ def two_passes() -> Iterator[None]:
     """Inside, scores go to memory and a second kernel sums the values, also where one pass could do both."""
     from lrattn.kernels import plan
 
-    with patch.object(plan, "fused", lambda *shape: None), patch.object(plan, "cut", lru_cache(plan.cut.__wrapped__)):
+    def scores_alone(*shape: Any, banded: Any = plan.banded) -> Any:
+        return banded(*shape[:-1], shape[-1]._replace(paired=0))  # as where values have groups of their own
+
+    ways = {"fused": lambda *shape: None, "banded": scores_alone, "cut": lru_cache(plan.cut.__wrapped__)}
+    with patch.multiple(plan, **ways):
         yield

@@ -198,7 +198,7 @@ def cut(
     fixed = rows * keys.head_dim * dtype.itemsize  # heads before the output projection
     fixed += near * (rows * keys.head_dim + padded) * 4
     if ready.block != block_t:  # n tiles can be in (n - 2) BLOCK_T / block + 2 blocks
-        fixed += ready.nbytes
+        fixed += (2 if ready.block else 1) * ready.nbytes
     if ready.block:
         per_tile += cdiv(ready.nbytes * block_t, ready.block)
     room = min((limit - fixed - per_tile) // per_split - 2, limit // (2 * per_split))  # splits

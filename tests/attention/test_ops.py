@@ -16,7 +16,12 @@ from lrattn.attention import operators
 from lrattn.factors.operands import lists
 from lrattn.kernels import plan
 
-FORMS = {"rebuilt": {}, "absorbed": {"rope": None}, "chunks": {"chunk": 64, "offset": True, "offsets": (37, -90, 0)}}
+FORMS = {
+    "band": {},
+    "rebuilt": {"positions": True},
+    "absorbed": {"rope": None},
+    "chunks": {"chunk": 64, "offset": True, "offsets": (37, -90, 0)},
+}
 SMALL = {"Hkv": 2, "lens": (20, 3)}
 NEAR = {"near": (64, 4, 0, False, False), "rope": None}
 FULL = Case("full", M=2, S=2, offset=True, sinks=True, positions=True, starts=(3, 0), **SMALL)
@@ -151,7 +156,8 @@ def test_a_call_reads_no_number_from_the_device(name, launches, monkeypatch):
     names = {n for n, _ in launches}
     assert name != "near" or names >= {"attend_near_kernel", "write_near_kernel"}
     assert names >= {"combine_kernel", "project_kernel", "rebuild_kernel"}
-    assert names & {"latent_values_kernel", "attend_absorbed_kernel", "attend_rebuilt_kernel", "attend_packed_kernel"}
+    attended = {f"{name}_kernel" for name in ("attend", "attend_absorbed", "attend_rebuilt", "attend_packed")}
+    assert names & attended
     assert all(0 < size < 65536 for _, grid in launches for size in grid[1:])
 
 

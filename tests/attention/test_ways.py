@@ -1,5 +1,6 @@
 """The ways of a decode call: which one is taken, and that a row's bits do not depend on what it shares a call with."""
 
+import math
 from dataclasses import replace
 from functools import cache
 
@@ -54,9 +55,9 @@ REBUILT = [
     paired("rebuilt, offset", offset=True, **ALONE),
     paired("rebuilt, partial", rope={"partial_rotary_factor": 0.25}, positions=True, **ALONE),
     paired("rebuilt, everything", P=48, **ALONE, **EVERYTHING),
-    paired("rebuilt, joint row", **JOINT),
-    paired("rebuilt, joint row, wider head", D=128, strided=True, **JOINT),
-    paired("rebuilt, riding row", call={"num_splits": 3, "project": "latent"}, **RIDING),
+    paired("rebuilt, joint row", S=5, **JOINT),
+    paired("rebuilt, joint row, wider head", D=128, S=5, strided=True, **JOINT),
+    paired("rebuilt, riding row", S=5, call={"num_splits": 3, "project": "latent"}, **RIDING),
     paired("rebuilt, piecemeal", lens=(200, 70), call={"workspace_limit": 1, "num_splits": 2}, **ALONE),
 ]
 HALF_ONLY = [  # what fits 16-bit numbers alone
@@ -69,28 +70,35 @@ HALF_ONLY = [  # what fits 16-bit numbers alone
     paired("chunks, wide joint row", chunk=64, shared=True, key_ranks=(400, 512), value_ranks=(400, 512),
            value_order=(2, 0, 3, 1), lens=(150, 3), offset=True, offsets=(-50, 1)),
     paired("chunks, 64 rows", chunk=64, M=8, S=4, lens=(100, 3)),
-    paired("rebuilt, wide joint row", D=128, shared=True, key_ranks=(160, 256), value_ranks=(160, 256),
+    paired("rebuilt, wide joint row", D=128, S=5, shared=True, key_ranks=(160, 256), value_ranks=(160, 256),
            value_order=(2, 0, 3, 1), lens=(130, 3)),
     paired("rebuilt, wide", **ALONE | {"key_ranks": (160, 32, 240, 16), "value_ranks": (256, 32, 48, 16)}),
     paired("rebuilt, 32 rows", M=8, S=4, lens=(70, 3), **ALONE),
 ]  # fmt: skip
 NOT_FUSED = [
     paired("joint values", value_ranks=(96,), value_order=None),
-    paired("two heads a group"),
+    paired("two heads a group", S=5),
     paired("other groups", rope=None, value_order=(0, 1, 2, 3)),
     paired("finer groups of values", rope=None, value_ranks=(16, 32, 48, 64)),
     paired("chunks, other groups", chunk=64, value_order=(0, 1, 2, 3), offset=True, P=64, **PLACES),
     paired("chunks, joint values", chunk=128, key_ranks=(336, 272), value_ranks=(96,), value_order=None, S=20, M=1,
            lens=(150, 30), offsets=(-100, 60), call={"window_size": 80, "workspace_limit": 1, "num_splits": 2}),
+    paired("two heads a group, positions", positions=True),
 ]  # fmt: skip
 
 
+BANDED = {"joint values"}  # but these
+
+
 def taken(case, dtype, device=H100):
-    """The launch of the one pass that a case takes, or None."""
-    layer = make(replace(case, lens=(1,), starts=None), dtype)[0]
-    keys, values = layer.operands
-    turned = plan.turns_queries(keys.sizes, dtype, case.positions)
-    return plan.fused(case.S * case.M * case.Hkv, dtype, device, keys.sizes, values.sizes, turned)
+    """The launch of the one pass that a case takes, or None. No case here goes by a band."""
+    keys, values = make_layer(case, dtype).operands
+    placed = case.positions or case.offsets is not None
+    size = plan.cut(
+        1, case.S, case.M * case.Hkv, dtype, device, 4, keys.sizes, values.sizes, placed, 300, 0, 0, 1 << 28
+    )
+    assert size.banded is None or case.name in BANDED
+    return size.fused
 
 
 def skip_unless_taken(case, dtype, device):
@@ -179,7 +187,8 @@ def operands_of(form, heads, query_heads, values):
     return make_layer(replace(case, **WAYS[form]), torch.float16).operands
 
 
-WAYS = {"two passes": {}, "one pass": {"rope": None}, "chunks": {"chunk": 512}}
+NO_BAND = {"theta": 100.0}  # too fast
+WAYS = {"two passes": {"rope": NO_BAND}, "band": {}, "one pass": {"rope": None}, "chunks": {"chunk": 512}}
 
 
 def size_of(batch, bound, form, heads=8, query_heads=32, values=(256, 256), placed=False, **call):
@@ -195,7 +204,7 @@ def size_of(batch, bound, form, heads=8, query_heads=32, values=(256, 256), plac
 @pytest.mark.parametrize("bound", [4096, 32_768, 131_072])
 def test_a_single_sequence_fills_the_device_twice(bound, form):
     size, keys, values = size_of(1, bound, form)
-    assert bool(size.fused) == (form != "two passes")
+    assert bool(size.fused) == (form != "two passes") and bool(size.banded) == (form == "band")
     fill = 2 * 132
     assert size.splits * values.groups >= min(fill, size.total * values.groups)
     assert size.fused or size.parts * keys.num_heads >= min(fill, size.total * keys.num_heads)
@@ -220,6 +229,31 @@ def test_a_plan_keeps_within_any_limit_that_holds_a_tile(batch, form):
         assert size_of(batch, 131_072, form, limit=limit)[0].nbytes <= limit
 
 
+@pytest.mark.parametrize("form", WAYS)
+def test_what_is_allocated_is_within_what_was_said(form):
+    """Blocks that are begun and not filled, too; of a band's kernels floats by lane."""
+    for bound in (1, 64, 65, 130, 300, 1000, 30_000):
+        for limit in (1, 1 << 16, 1 << 20, 4 << 20, 256 << 20):
+            for heads, splits in ((32, 0), (32, 1), (8, 1), (8, 3)):
+                size, _, _ = size_of(1, bound, form, query_heads=heads, num_splits=splits, limit=limit)
+                lanes = size.banded is not None and size.banded.by_lane
+                sizes = (4 if lanes else 2, 2, *[4] * (len(size.shapes) - 2))
+                held = sum(n * math.prod(shape) for n, shape in zip(sizes, size.shapes) if shape is not None)
+                assert held <= size.nbytes, (bound, limit, heads, splits)
+
+
+@pytest.mark.parametrize("values", [(16,), (64,), (256,), (320, 16), (48, 112)], ids=str)
+@pytest.mark.parametrize("rank", [16, 128, 176, 256])
+def test_scores_by_a_band_are_in_tiles_of_the_values(rank, values):
+    """What one pass writes the other reads."""
+    for device in (H100, "sm100", "sm80", "gfx9"):
+        for dtype in (torch.float16, torch.float32):
+            case = Case("tiles", Hkv=4, D=128, key_ranks=(rank, rank), value_ranks=values)
+            keys, values_of = (side.sizes for side in make_layer(case, dtype).operands)
+            size = plan.cut(1, 1, 4, dtype, device, 132, keys, values_of, False, 1000, 0, 0, 1 << 28)
+            assert size.fused or size.block_t == launch.BLOCK_T
+
+
 def chunks_met(first, tiles, chunk):
     """Chunks that `tiles` tiles from position `first` on are in."""
     return len({max(first + 64 * i, 0) // chunk for i in range(tiles)})
@@ -235,8 +269,8 @@ def test_there_is_room_for_every_chunk_that_tiles_can_be_in(chunk, limit, monkey
             size, keys, values = size_of(1, bound, chunk, placed=placed, limit=limit)
             assert 64 * size.total >= bound + 63 * placed > 64 * (size.total - 1)
             most = max(chunks_met(first, size.tiles, chunk) for first in range(-64, 2 * chunk, 64))
-            assert size.chunks == most
-            held = 32 * (keys.rank * 2 + 4) * size.chunks + (size.splits + 1) * 32 * (values.rank + 1) * 4
+            assert size.shapes.x[1] == most
+            held = 32 * (keys.rank * 2 + 4) * most + (size.splits + 1) * 32 * (values.rank + 1) * 4
             assert held <= size.nbytes
 
 

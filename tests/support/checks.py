@@ -173,14 +173,16 @@ def check_far_pages(P, device):
     for page in used:
         for pool, near in zip(far, (k_cache, v_cache)):
             pool[page] = near[page]
-    expected = attend((layer, q, k_cache, v_cache, kwargs))
-    got = attend((layer, q, *far, kwargs))
-    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+    ways = layer, replace(layer, rope=None)
+    for way in ways:
+        expected = attend((way, q, k_cache, v_cache, kwargs))
+        got = attend((way, q, *far, kwargs))
+        assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
     pool = torch.empty(2 * step + 128, dtype=torch.float16, device=device)
     queries = pool.as_strided((1, 3, 2, 64), (1, step, 64, 1))
     for i in range(3):
         queries[:, i] = q[:, 0] * (i + 1)
-    for way in (layer, replace(layer, rope=None)):
+    for way in ways:
         near, apart = (attend((way, x, k_cache, v_cache, kwargs)) for x in (queries.contiguous(), queries))
         assert torch.equal(near[0], apart[0])
     slots = torch.tensor([used[0] * P, max(used) * P + 3], device=device)
