@@ -121,6 +121,22 @@ KINDS = {n: [[value] for value in values] for n, values in COLUMNS.items()} | {
 }
 
 
+def rope_of(row):
+    """Arguments of Rope, beside those that a case has."""
+    rope, pairs = dict(ROPES[row["rope"]]), row["D"] // 2
+    if row["rope"] == "longrope":
+        stretch = {"long_factor": [1 + j / pairs for j in range(pairs)], "short_factor": [1.0] * pairs}
+        rope["scaling"] = LONGROPE | stretch
+    return rope
+
+
+def terms(row):
+    """Of the band, of float16."""
+    rope = lrattn.Rope(**{"theta": 1e4, "dim": row["D"], "max_position": 4096, **rope_of(row)})
+    found = rope.band(row["D"], HALF)
+    return 0 if isinstance(found, str) else found.terms
+
+
 def allowed(row):
     """The rule of plan.banded, too, in words of a row."""
     rows, rotary = row["M"] * row["S"], row["D"] * {"eighth": 0.125, "half interleaved": 0.5}.get(row["rope"], 1)
@@ -131,6 +147,9 @@ def allowed(row):
     if row["dtype"] == SINGLE and row["wide"] != "no":
         return False
     if row["near"] and (row["project"] == "latent" or row["who"] == "not causal"):
+        return False
+    absorbed = 16 * terms(row) if rows > 1 else 0
+    if row["dtype"] == HALF and absorbed > (64 if row["wide"] != "no" else 128):
         return False
     tiles = sum(row["lens"]) / 64 * row["C"] * row["groups"]
     if row["workspace_limit"] == 1 and (tiles > 6 or row["num_splits"] > 1):
@@ -152,18 +171,13 @@ def case_of(i, row):
     order = tuple((5 * h + 3) % heads for h in range(heads)) if row["order"] and heads % 5 else None
     starts = {"none": None, "in a tile": [7, 40, 0], "in a block": [70, 200, 1], "last": [n - 1 for n in row["lens"]]}
     starts = starts[row["starts"]] and tuple(starts[row["starts"]][: len(row["lens"])])
-    rope, last = dict(ROPES[row["rope"]]), 4096
-    if row["rope"] == "longrope":
-        pairs = row["D"] // 2
-        stretch = {"long_factor": [1 + j / pairs for j in range(pairs)], "short_factor": [1.0] * pairs}
-        rope["scaling"] = LONGROPE | stretch
     call = {n: row[n] for n in ("softcap", "project", "num_splits", "workspace_limit")}
     call |= {"causal": False} if row["who"] == "not causal" else {}
     call |= {"window_size": int(row["who"].split()[1])} if row["who"].startswith("window") else {}
     same = {n: row[n] for n in ("M", "S", "D", "P", "lens", "offset", "sinks", "strided", "near", "dtype")}
     return Case(str(i), Hkv=heads, key_ranks=keys, value_ranks=values, shared=shared, key_order=order,
                 value_order=order if shared or row["values"] == "paired" else None, starts=starts,
-                rope={**rope, "max_position": last}, call=call, **same)  # fmt: skip
+                rope={**rope_of(row), "max_position": 4096}, call=call, **same)  # fmt: skip
 
 
 def kinds_of(row):
@@ -182,32 +196,57 @@ def test_every_two_options(case, device, ran):
 
 # ------------------------------------------------------------------------------------------------------- named forms
 def two(name, **changes):
-    """Two groups of two heads, ragged."""
-    shape = {"Hkv": 4, "key_ranks": (32, 112), "value_ranks": (48, 16), "key_order": (2, 0, 3, 1), "lens": (150, 3)}
+    """Two groups of two heads, ragged; of float16 four terms."""
+    shape = {
+        "Hkv": 4,
+        "rope": {"theta": 5e6},
+        "key_ranks": (32, 112),
+        "value_ranks": (48, 16),
+        "key_order": (2, 0, 3, 1),
+        "lens": (150, 3),
+    }
     return Case(name, **{**shape, "value_order": (0, 2, 1, 3), "dtype": HALF, **changes})
 
 
 JOINT = {"value_ranks": (96,), "value_order": None}
 TERMS = {4: {"theta": 5e6}, 8: {"theta": 5e5}, 16: "default"}  # of float16
+FOUR = {"Hkv": 8, "key_order": (5, 0, 3, 6, 1, 4, 7, 2), "value_order": (0, 3, 6, 5, 2, 7, 4, 1)}  # heads of a group
 
 
 @pytest.mark.every(4)
-@pytest.mark.parametrize("passes", [{}, JOINT], ids=["one pass", "scores alone"])
-@pytest.mark.parametrize("rows", [1, 2], ids=["by lane", "rows"])
-@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize(
+    "terms, rows, passes",
+    [*((terms, 1, passes) for terms in TERMS for passes in ({}, JOINT)), (4, 2, {}), (4, 2, JOINT), (8, 2, JOINT)],
+    ids=str,
+)
 def test_every_form(terms, rows, passes, device, ran):
     """Terms of a row, that are summed by lane or not, and what comes of them; a start and an end inside blocks."""
-    case = two("form", D=128, M=rows, lens=(400, 3), starts=(90, 0), offset=True, rope=TERMS[terms], **passes)
+    shape = {"D": 128, "M": rows, "lens": (400, 3), "starts": (90, 0), "offset": bool(passes), "rope": TERMS[terms]}
+    case = two("form", **shape | (FOUR if rows == 1 else {}) | passes)
     assert make_layer(case, HALF).operands.keys.sizes.terms == terms
     check(case, HALF, device, ran, by_lane=rows == 1, one_pass=not passes)
+
+
+@pytest.mark.parametrize(
+    "why, changes",
+    [("a bias", {"offset": True}), ("more than 64 absorbed queries", {"M": 2, "rope": {"theta": 5e5}}),
+     ("two rows", {"Hkv": 4, "key_order": None, "value_order": None}), ("one row serves both", {"shared": True})],
+    ids=str,
+)  # fmt: skip
+def test_what_would_spill_takes_two_passes(why, changes, device, ran):
+    even = {"value_ranks": (32, 112), "value_order": FOUR["key_order"]}
+    assert way(two("whole", **FOUR | even), HALF).one_pass
+    check(two("apart", **FOUR | even | changes), HALF, device, ran, one_pass=False)
 
 
 @pytest.mark.every(3)
 @pytest.mark.parametrize("P", [16, 48, 64, 128])
 @pytest.mark.parametrize("ranks", [(160, 32), (240, 48), (256, 176)], ids=str)
-def test_tiles_of_64_and_of_128_tokens(ranks, P, device, ran):
+@pytest.mark.parametrize("form", [FOUR, {}, {"M": 2}, {"M": 2, **JOINT}], ids=["lanes", "few", "rows", "scores"])
+def test_tiles_of_64_and_of_128_tokens(ranks, P, form, device, ran):
     """Pages that are parts of a tile, hold whole ones, or neither; ranks that pieces do not add up to."""
-    case = two("tiles", P=P, key_ranks=ranks, value_ranks=ranks[::-1], lens=(300, 129), starts=(70, 128), strided=True)
+    sizes = {"P": P, "key_ranks": ranks, "value_ranks": ranks[::-1], "lens": (300, 129), "starts": (70, 128)}
+    case = two("tiles", strided=True, **sizes | form)
     assert way(case, HALF).launch.block_t == (64 if max(ranks) <= 160 else 128)
     check(case, HALF, device, ran)
 
@@ -378,6 +417,13 @@ def test_bits_do_not_depend_on_the_batch(form, device):
         ("packed values", {"value_bits": (8,)}, HALF, "sm90"),
         ("a rank beyond 256", {"key_ranks": (272, 32)}, HALF, "sm90"),
         ("a rank beyond 128 of float32", {"key_ranks": (144, 32)}, SINGLE, "sm90"),
+        ("more than 128 absorbed queries", {"M": 2, "rope": {}}, HALF, "sm90"),
+        (
+            "more than 64 of them, of a rank beyond 160",
+            {"M": 2, "rope": {"theta": 5e5}, "key_ranks": (176, 32)},
+            HALF,
+            "sm90",
+        ),
         ("another device", {}, HALF, "sm80"),
     ],
 )
@@ -397,5 +443,5 @@ def test_programs_take_what_fits_of_a_group():
         (4, 1, 256, 2),
         (6, 1, 64, 3),
     ):
-        found = way(Case("fits", Hkv=C, M=M, D=D), HALF)
+        found = way(Case("fits", Hkv=C, M=M, D=D, rope={"theta": 5e6}), HALF)
         assert (found.heads, found.by_lane) == (heads, M == 1), (C, M, D)
