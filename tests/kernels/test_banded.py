@@ -101,7 +101,7 @@ WIDER = {32: 176, 112: 240, 48: 208, 128: 256, 16: 144, 96: 160}
 KINDS = {n: [[value] for value in values] for n, values in COLUMNS.items()} | {
     "lens": [[(0, 1, 63), (64, 65), (127, 128), (129, 255)], [(256, 257), (300,), (513,)]],
     "starts": [["none"], ["in a tile", "in a block", "last"]],
-    "P": [[16, 32], [48, 80], [64, 128]],
+    "P": [[16, 32, 64, 128], [48, 80]],
     "C": [[2, 4, 8], [3, 6]],
     "groups": [[1], [2, 3]],
     "M": [[1], [2, 4, 8]],
@@ -109,12 +109,8 @@ KINDS = {n: [[value] for value in values] for n, values in COLUMNS.items()} | {
     "D": [[64, 128], [80, 96, 256]],
     "key_ranks": [COLUMNS["key_ranks"]],
     "values": [["paired"], ["riding", "joint row"], ["joint", "each head"]],
-    "rope": [
-        ["1e4", "5e5", "linear"],
-        ["1e6 interleaved", "eighth", "half interleaved"],
-        ["yarn", "llama3", "longrope"],
-    ],
-    "who": [["causal"], ["not causal"], ["window 5", "window 70", "window 257"]],
+    "rope": [["1e4", "5e5", "linear", "yarn", "llama3", "longrope"], ["1e6 interleaved", "eighth", "half interleaved"]],
+    "who": [["causal", "not causal"], ["window 5", "window 70", "window 257"]],
     "project": [["heads"], ["latent", "hidden"]],
     "num_splits": [[0, 1], [3, 9]],
     "near": [[None], [(20, 4, 2, True, True), (1, 0, 0, False, False)]],
@@ -152,9 +148,9 @@ def allowed(row):
     if row["dtype"] == HALF and absorbed > (64 if row["wide"] != "no" else 128):
         return False
     tiles = sum(row["lens"]) / 64 * row["C"] * row["groups"]
-    if row["workspace_limit"] == 1 and (tiles > 6 or row["num_splits"] > 1):
+    if row["workspace_limit"] == 1 and (tiles > 4 or row["num_splits"] > 1):
         return False
-    return tiles <= 24 and tiles * row["num_splits"] <= 40
+    return tiles <= 16 and tiles * row["num_splits"] <= 24
 
 
 def case_of(i, row):
@@ -354,6 +350,7 @@ def test_far_positions(start, rows, kernel_dtype, device):
 
 
 # --------------------------------------------------------------------------------------------- what meets what
+@pytest.mark.every(2)
 @pytest.mark.parametrize("passes", [{}, JOINT], ids=["one pass", "scores alone"])
 @pytest.mark.parametrize("rows", [1, 2], ids=["by lane", "rows"])
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
@@ -379,16 +376,16 @@ def test_what_is_no_number_stays_with_its_own(wrong, rows, passes, device):
 @pytest.mark.parametrize(
     "form", [{}, {"M": 2, "S": 2}, JOINT, {"Hkv": 6, "key_order": None, "value_order": None}], ids=str
 )
-@pytest.mark.parametrize("num_splits, limit", [(2, 1 << 28), (9, 1 << 28), (0, 1), (0, 1 << 17)])
+@pytest.mark.parametrize("num_splits, limit", [(2, 1 << 28), (5, 1 << 28), (0, 1), (0, 1 << 17)])
 def test_results_do_not_depend_on_splits_or_workspace(num_splits, limit, form, device):
-    case = two("cut", lens=(260, 0, 1), starts=(140, 0, 0), **form)
+    case = two("cut", lens=(260, 0, 1), starts=(200, 0, 0), **form)
     problem = on(device, *make(case, SINGLE))
     whole = attend(problem, num_splits=1)
     got = attend(problem, num_splits=num_splits, workspace_limit=limit)
     torch.testing.assert_close(got, whole, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("form", [{}, {"M": 2, "S": 2}, JOINT], ids=["lanes", "rows", "scores"])
+@pytest.mark.parametrize("form", slow_unless([{}], [{}, {"M": 2, "S": 2}, JOINT]), ids=["lanes", "rows", "scores"])
 def test_bits_do_not_depend_on_the_batch(form, device):
     """Alone or in another place, under a wider table: with a fixed number of splits. As in test_ways.py."""
     call = {"num_splits": 3, "project": "latent"}
