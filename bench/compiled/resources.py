@@ -652,11 +652,12 @@ def resources(binary: Any) -> dict[str, Any]:
 
 
 def spills(c: Compilation) -> int:
-    """Bytes that a launch may spill: none, but for packed rows and for one pass by a band where ptxas is not the one
-    they were written against; there a few of what the loop does not touch, at the largest ranks by lane."""
+    """Bytes that a launch may spill: none, but for packed rows and for bands where ptxas is not the one they were
+    written against; there, in one pass by lane at the largest ranks, a few of what the loop does not touch."""
+    if c.kernel in (banded_pass, banded_scores):
+        by_lane = c.kernel is banded_pass and c.problem.heads == 1 and c.problem.rank > 160
+        return (32 if by_lane else 0) if triton.__version__.startswith(("3.6.", "3.7.")) else 256
     own = c.device == "sm90" and triton.__version__.startswith("3.6.")
-    if c.kernel is banded_pass:
-        return (32 if c.problem.heads == 1 and c.problem.rank > 160 else 0) if own else 40
     return 0 if not c.problem.bits or own else 40
 
 

@@ -206,6 +206,8 @@ def cut(
     wanted = max(cdiv(fill, max(batch, 1) * value_programs), balanced)
     if (codes.keys or band) is not None and one_pass is not None:
         each = max(batch, 1) * value_programs
+        if band is not None and each * COMBINED >= fill:
+            wanted = min(wanted, COMBINED)  # of more a query row would be combined by a program of its own
         whole = wanted * each // fill * fill or wanted * each  # programs, but for a last wave that is not full
         wanted = max(whole // each, 1)
         wanted = cdiv(total, cdiv(total, wanted)) if total else 1  # as few as take no more tiles each

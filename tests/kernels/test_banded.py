@@ -225,7 +225,7 @@ def test_every_form(terms, rows, passes, device, ran):
 
 @pytest.mark.parametrize(
     "why, changes",
-    [("a bias", {"offset": True}), ("more than 64 absorbed queries", {"M": 2, "rope": {"theta": 5e5}}),
+    [("a bias", {"offset": True}), ("more than 64 absorbed queries", {"M": 2, "D": 128, "rope": {"theta": 5e5}}),
      ("two rows", {"Hkv": 4, "key_order": None, "value_order": None}), ("one row serves both", {"shared": True})],
     ids=str,
 )  # fmt: skip
