@@ -10,8 +10,8 @@ from transformers import LlamaConfig
 
 import lrattn
 from bench import architectures, demo, demo_vllm, memory, positions, quality, scale, serve
-from bench.compiled import resources, simulated, traffic
-from bench.decode import launches
+from bench.compiled import resources, simulated, simulated_calls, traffic
+from bench.decode import band_numerics, launches
 from bench.evaluation import head_groups, method_check, prefix_hits, quality_plot, quality_table
 from bench.support import report
 from lrattn.compression.moments import GATHERED
@@ -119,6 +119,8 @@ def test_what_the_readme_gains_and_costs_is_measured():
         ("kernels.md", traffic, traffic.table),
         ("kernels.md", launches, launches.table),
         ("kernels.md", simulated, simulated.table),
+        ("kernels.md", simulated_calls, simulated_calls.table),
+        ("kernels.md", band_numerics, band_numerics.table),
     ],
     ids=lambda x: x.__name__.split(".")[-1] if hasattr(x, "PATH") else "",
 )

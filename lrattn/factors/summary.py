@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lrattn.factors.layer import LayerFactors
 from lrattn.factors.record import Factors
 
 
@@ -16,7 +17,7 @@ def summarize(factors: Factors) -> dict[str, Any]:
     packed group. key_rank is the mean rank of a key group: what queries meet, or what rebuilding keys takes time for.
     absorbed: whether queries meet the latents; rotated: whether those are of keys as attention is given them, and
     max_position for how many positions, None where that is not known; chunk: of how many positions keys are turned to
-    their place in.
+    their place in. band: how keys before RoPE are rebuilt in part, or why they are rebuilt whole; None of others.
     Predicted losses are nats a token, to second order; None where the method foresees none.
     """
     keys = sum(layer.keys.latent_bytes for layer in factors.layers if not layer.shared)
@@ -51,6 +52,7 @@ def summarize(factors: Factors) -> dict[str, Any]:
                 "rotated": layer.rope is None,
                 "chunk": layer.chunk,
                 "max_position": layer.max_position,
+                "band": _band(layer),
                 "keep": layer.bytes_per_token / (4 * layer.num_kv_heads * layer.head_dim),
             }
             for i, layer in enumerate(factors.layers)
@@ -59,7 +61,7 @@ def summarize(factors: Factors) -> dict[str, Any]:
 
 
 def headline(summary: dict[str, Any]) -> str:
-    """The whole in six lines, or seven with a dense window."""
+    """The whole in six lines, one more of keys before RoPE, and with a dense window."""
     count, first = len(summary["layers"]), summary["layers"][0]
     made = summary["method"] + (f", ranks {summary['ranks']}" if summary["ranks"] else "")
     split = f"keys {summary['key_share']:.1%}, values {summary['value_share']:.1%}"
@@ -77,6 +79,7 @@ def headline(summary: dict[str, Any]) -> str:
         f"{how} {summary['key_rank']:.0f} latents"
         + ("" if loss is None else f"; predicted loss {loss:.2g} nats a token"),
         f"{_keys(summary)}: {_positions(summary)}",
+        *_rebuilt(summary),
         *([f"beside them, dense: the last {recent} and the first {sinks} tokens"] if recent or sinks else []),
     ]
     return "\n".join(lines)
@@ -141,6 +144,29 @@ def _keys(summary: dict[str, Any]) -> str:
     if chunks:
         return f"keys turned to their place in chunks of {' or '.join(map(str, sorted(chunks)))}"
     return "keys before RoPE" if any(not x["rotated"] for x in summary["layers"]) else "keys as attention is given them"
+
+
+def _band(layer: LayerFactors) -> dict[str, Any] | str | None:
+    if layer.absorbed or layer.rope is None:
+        return None
+    if layer.row_side.formats:
+        return "rows are packed"
+    if layer.keys.group_size == 1:
+        return "no two heads share a latent"
+    found = layer.rope.band(layer.head_dim, layer.dtype)
+    return found if isinstance(found, str) else {n: getattr(found, n) for n in ("fast", "terms", "block", "error")}
+
+
+def _rebuilt(summary: dict[str, Any]) -> list[str]:
+    """How keys before RoPE are: a line for each way there is."""
+    told = []
+    for dims, band in ((x["head_dim"], x["band"]) for x in summary["layers"] if x["band"] is not None):
+        if isinstance(band, str):
+            told.append(f"keys are rebuilt whole: {band}")
+        else:
+            rest = f"the others absorbed in {band['terms']} terms for each {band['block']} tokens"
+            told.append(f"{band['fast']} of {dims} dims of a key are rebuilt, {rest} (within {band['error']:.0e})")
+    return list(dict.fromkeys(told))
 
 
 def _positions(summary: dict[str, Any]) -> str:
