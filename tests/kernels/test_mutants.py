@@ -133,7 +133,7 @@ KILLERS = {
         two("band, three rows", Hkv=3, M=3, lens=(37,)),
         two("band, owners", Hkv=4, M=4, S=2, lens=(70,), offset=True),
         two(
-            "band, lanes", Hkv=4, key_ranks=(48,), value_ranks=(48,), lens=(150,), starts=(70,), call={"num_splits": 1}
+            "band, lanes", Hkv=4, key_ranks=(48,), value_ranks=(48,), lens=(320,), starts=(70,), call={"num_splits": 1}
         ),
         paired("band, riding", lens=(70, 3), shared=True, **RIDING),
         two(
