@@ -188,7 +188,8 @@ def operands_of(form, heads, query_heads, values):
 
 
 NO_BAND = {"theta": 100.0}  # too fast
-WAYS = {"two passes": {"rope": NO_BAND}, "band": {}, "one pass": {"rope": None}, "chunks": {"chunk": 512}}
+BAND = {"rope": {"theta": 5e6}, "offset": False}
+WAYS = {"two passes": {"rope": NO_BAND}, "band": BAND, "one pass": {"rope": None}, "chunks": {"chunk": 512}}
 
 
 def size_of(batch, bound, form, heads=8, query_heads=32, values=(256, 256), placed=False, **call):
@@ -203,9 +204,10 @@ def size_of(batch, bound, form, heads=8, query_heads=32, values=(256, 256), plac
 @pytest.mark.parametrize("form", WAYS)
 @pytest.mark.parametrize("bound", [4096, 32_768, 131_072])
 def test_a_single_sequence_fills_the_device_twice(bound, form):
+    """By a band of eight warps, of which one program fits on a multiprocessor, once, as far as tiles divide."""
     size, keys, values = size_of(1, bound, form)
     assert bool(size.fused) == (form != "two passes") and bool(size.banded) == (form == "band")
-    fill = 2 * 132
+    fill = 128 if size.banded else 2 * 132
     assert size.splits * values.groups >= min(fill, size.total * values.groups)
     assert size.fused or size.parts * keys.num_heads >= min(fill, size.total * keys.num_heads)
     assert max(size.splits, size.parts) <= size.total
@@ -244,14 +246,17 @@ def test_what_is_allocated_is_within_what_was_said(form):
 
 @pytest.mark.parametrize("values", [(16,), (64,), (256,), (320, 16), (48, 112)], ids=str)
 @pytest.mark.parametrize("rank", [16, 128, 176, 256])
-def test_scores_by_a_band_are_in_tiles_of_the_values(rank, values):
-    """What one pass writes the other reads."""
+def test_tiles_of_scores_by_a_band_are_whole_ones_of_the_values(rank, values):
+    """What one pass writes the other reads; packed values have tiles of their own."""
     for device in (H100, "sm100", "sm80", "gfx9"):
         for dtype in (torch.float16, torch.float32):
             case = Case("tiles", Hkv=4, D=128, key_ranks=(rank, rank), value_ranks=values)
             keys, values_of = (side.sizes for side in make_layer(case, dtype).operands)
             size = plan.cut(1, 1, 4, dtype, device, 132, keys, values_of, False, 1000, 0, 0, 1 << 28)
-            assert size.fused or size.block_t == launch.BLOCK_T
+            assert size.block_t % launch.BLOCK_T == 0
+            packed = values_of._replace(paired=0, packed=(8, max(values)))
+            size = plan.cut(1, 1, 4, dtype, device, 132, keys, packed, False, 1000, 0, 0, 1 << 28)
+            assert size.block_t == launch.BLOCK_T
 
 
 def chunks_met(first, tiles, chunk):

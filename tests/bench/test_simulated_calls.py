@@ -91,7 +91,7 @@ def test_what_a_launch_reads_and_how_it_shares_it():
     one_side = 2 * 8192 * 8 * 256 * 2
     scores = launched((32, 9, 2), idle="cv", ck=call.ck, cv=call.cv)
     both = launched((8, 9, 2), ck=call.ck, cv=call.cv)
-    pieces, tail = launched((16, 9, 2), cv=call.cv, PIECES=2), launched((8, 9, 2), cv=call.cv, tiles=129)
+    pieces, tail = launched((16, 9, 2), cv=call.cv, BLOCKS_R=2), launched((8, 9, 2), cv=call.cv, tiles=129)
     assert Work.of(scores, call, []) == (128, one_side, 0.25, 64)  # four heads of a group
     assert Work.of(both, call, []) == (128, 2 * one_side, 1.0, 64)
     assert Work.of(pieces, call, []) == (128, one_side, 1.0, 64)
