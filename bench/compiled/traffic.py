@@ -39,7 +39,7 @@ CONTENTS = {
     "latents": ("ck", "cv"),
     "bases": ("uk", "uv"),
     "queries": ("q", "x", "a", "constant", "terms"),
-    "turns": ("turns", "offset_turns", "positions"),
+    "turns": ("turns", "offset_turns", "positions", "functions", "coefficients"),
     "scores": ("s",),
     "partial": ("y", "lse", "part_lse"),
 }
@@ -52,10 +52,11 @@ class Shape(NamedTuple):
     name: str
     query_heads: int  # M, of a kv head
     share: int = 1
+    theta: float = 1e4  # a band of float16 then has as many terms as the model's of bfloat16
 
 
-LLAMA_2 = Shape("Llama-2-7B, a quarter", 1, 4)
-LLAMA_3 = Shape("Llama-3.1-8B", 4)
+LLAMA_2 = Shape("Llama-2-7B, a quarter", 1, 4, 5e5)
+LLAMA_3 = Shape("Llama-3.1-8B", 4, 1, 5e6)
 
 
 class Way(NamedTuple):
@@ -76,20 +77,20 @@ class Way(NamedTuple):
 
 
 WAYS = [
-    Way(LLAMA_2, "rebuilt", 256, (256, 256)),
-    Way(LLAMA_2, "rebuilt", 128, (128, 128)),
+    Way(LLAMA_2, "band", 256, (256, 256), 1),
+    Way(LLAMA_2, "band", 128, (128, 128), 1),
     Way(LLAMA_2, "riding row", 256, (384, 384), shared=True),
-    Way(LLAMA_2, "joint row", 256, (256, 256), 1, shared=True),
+    Way(LLAMA_2, "joint row", 256, (256, 256), shared=True),
     Way(LLAMA_2, "absorbed", 256, (256, 256), 1, rope=False),
     Way(LLAMA_2, "absorbed", 128, (128, 128), 1, rope=False),
-    Way(LLAMA_3, "rebuilt", 256, (256, 256)),
-    Way(LLAMA_3, "rebuilt", 128, (128, 128)),
+    Way(LLAMA_3, "band", 256, (256, 256), 1),
+    Way(LLAMA_3, "band", 256, (256, 256), forced=True),
+    Way(LLAMA_3, "band", 128, (128, 128), 1),
     Way(LLAMA_3, "rebuilt, positions", 256, (256, 256), positions=True),
-    Way(LLAMA_3, "rebuilt, joint values", 256, (512,)),
+    Way(LLAMA_3, "band, joint values", 256, (512,)),
     Way(LLAMA_3, "rebuilt, no groups", 64, (64,) * 8, 1, group=1),
     Way(LLAMA_3, "rebuilt, no groups", 64, (64,) * 8, group=1, forced=True),
-    Way(LLAMA_3, "joint row", 256, (256, 256), 1, shared=True),
-    Way(LLAMA_3, "joint row", 256, (256, 256), shared=True, forced=True),
+    Way(LLAMA_3, "joint row", 256, (256, 256), shared=True),
     Way(LLAMA_3, "absorbed", 256, (256, 256), 1, rope=False),
     Way(LLAMA_3, "absorbed", 256, (256, 256), rope=False, forced=True),
     Way(LLAMA_3, "absorbed", 128, (128, 128), 1, rope=False),
@@ -117,7 +118,7 @@ def layer_of(way: Way) -> lrattn.LayerFactors:
     return lrattn.LayerFactors(
         keys=side((way.key_rank,) * (HEADS // way.group), not way.shared),
         values=side(way.value_ranks),
-        rope=lrattn.Rope(1e4, HEAD_DIM, TOKENS) if way.rope else None,
+        rope=lrattn.Rope(way.shape.theta, HEAD_DIM, TOKENS) if way.rope else None,
         shared=way.shared,
         chunk=way.chunk,
     )

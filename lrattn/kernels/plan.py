@@ -206,6 +206,9 @@ def cut(
     wanted = max(cdiv(fill, max(batch, 1) * value_programs), balanced)
     if (codes.keys or band) is not None and one_pass is not None:
         each = max(batch, 1) * value_programs
+        if band is not None:  # whose queries may leave room for some of the sequences at a time
+            each = max(1, min(batch, limit // (fixed + total * per_tile))) * value_programs
+            wanted = max(cdiv(fill, each), balanced)
         if band is not None and each * COMBINED >= fill:
             wanted = min(wanted, COMBINED)  # of more a query row would be combined by a program of its own
         whole = wanted * each // fill * fill or wanted * each  # programs, but for a last wave that is not full

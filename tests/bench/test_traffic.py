@@ -195,6 +195,21 @@ def scales_of(side):
     return np.concatenate(held)
 
 
+def check_plain_tiles(layer, case, sides, seen, slots, ahead):
+    """Of rows that are loaded without a mask on columns: pages in reach alone, and of these values' live rows, as often
+    as the way says. Keys are loaded a tile ahead: once more where a program ends, and in the place of a tile's pages
+    out of reach. Columns past a group's rank are its first sixteen again, which are read as often at least."""
+    for cache, side, (times,), _ in sides:
+        got, first = seen.reads(cache), np.concatenate([np.arange(n) % 64 < 16 for n in side.ranks])
+        some, keys = slots.any(1), ahead and (side is layer.keys or layer.shared)
+        assert (got[slots] >= 1).all() and not got[~some].any(), "read less often, or out of reach"
+        most = 2 * max(128 // case.P, 1) if keys else 1
+        assert (got[..., ~first] <= most * times[~first]).all(), "read more often"
+        if not keys:
+            np.testing.assert_array_equal(got[~slots], 0)
+            np.testing.assert_array_equal(got[slots][:, ~first], np.broadcast_to(times, got.shape)[slots][:, ~first])
+
+
 def check(way):
     """Runs a way: every latent, entry of the table and position that some query sees is read as meant, none beside."""
     case = way.case
@@ -219,6 +234,11 @@ def check(way):
     sides = [(k_cache, layer.keys, keys, tiles[0]), (v_cache, layer.values, values, tiles[1])]
     if both:
         sides = [(k_cache, layer.values, both, max(tiles))]
+    ahead = not layer.absorbed
+    if not way.rebuilds and not case.name.startswith("one pass, absorbed") and "one pass, chunks" not in case.name:
+        tiled = [x for x in sides if not x[1].formats and not x[3] and (ahead or x[1] is not layer.keys)]
+        sides = [x for x in sides if not any(x is own for own in tiled)]
+        check_plain_tiles(layer, case, tiled, seen, slots, ahead)
     for cache, side, reads, tile in sides:
         parts, some, whole = parts_of(seen.reads(cache), side), slots.any(1), np.ones(len(cache), bool)
         if tile:
