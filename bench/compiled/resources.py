@@ -674,7 +674,7 @@ def faults(c: Compilation, row: dict[str, Any]) -> list[str]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Kernel by device: the most that any of its launches uses, 16-bit ones for registers and spills."""
+    """Kernel by device: the most that any of its launches uses, 16-bit ones for registers and spills; - without any."""
     line = "{:24} {:6} {:>8} {:>9} {:>7} {:>10}  {}"
     lines = [line.format("kernel", "device", "launches", "registers", "spilled", "shared KiB", "products")]
     for kernel in dict.fromkeys(row["kernel"] for row in results["rows"]):
@@ -684,7 +684,7 @@ def table(results: dict[str, Any]) -> str:
                 continue
             half = [row for row in rows if row["dtype"] != "float32"]
             kinds = sorted({p.split(".")[0] if "." in p else "mfma" for row in half for p in row["products"]})
-            most = [max(row[n] for row in half) for n in ("registers", "spilled")]
+            most = [max((row[n] for row in half), default="-") for n in ("registers", "spilled")]
             shared = -(-max(row["shared"] for row in rows) // 1024)
             cells = (kernel.removesuffix("_kernel"), device, len(rows), *most, shared, ", ".join(kinds))
             lines.append(line.format(*cells).rstrip())

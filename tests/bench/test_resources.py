@@ -22,7 +22,7 @@ def test_a_few_launches_compile_and_fit():
 
 def shapes_of(results):
     """What was compiled, as `describe` says it."""
-    names = ("device", "rank", "values", "one_row", "head", "M", "S", "dtype", "options", "bits", "chunk", "uneven")
+    names = "device rank values one_row head M S dtype options bits chunk uneven theta".split()
     return {tuple(row[n] for n in names) for row in results["rows"]}
 
 
