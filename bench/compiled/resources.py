@@ -656,7 +656,7 @@ def spills(c: Compilation) -> int:
     written against; there, in one pass by lane at the largest ranks, a few of what the loop does not touch."""
     if c.kernel in (banded_pass, banded_scores):
         by_lane = c.kernel is banded_pass and c.problem.heads == 1 and c.problem.rank > 160
-        return (32 if by_lane else 0) if triton.__version__.startswith(("3.6.", "3.7.")) else 256
+        return (48 if by_lane else 0) if triton.__version__.startswith(("3.6.", "3.7.")) else 256
     own = c.device == "sm90" and triton.__version__.startswith("3.6.")
     return 0 if not c.problem.bits or own else 40
 

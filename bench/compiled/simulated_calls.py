@@ -55,8 +55,7 @@ BEFORE = "b398a1b"  # the commit whose steps and kernels were measured
 SHAPES = [Shape(model, "Palu", keep) for model in (LLAMA_2, LLAMA_31) for keep in (0.5, 0.3)]  # ranks 256 and 160
 DTYPE, PAGE = torch.bfloat16, 64
 CACHED = 30 << 20  # bytes of a temporary that stay in an H100's L2 cache of 50 MiB, through which latents go
-UNSIMULATED = ("combine_kernel",)
-PARTS = ("queries", "attend", "values")  # of a call: what reads no cache, keys or both sides, values alone
+PARTS = ("queries", "attend", "values", "combine")  # of a call: what is before keys or both sides are read, values alone
 
 
 class Case(NamedTuple):
@@ -206,21 +205,19 @@ class Simulation:
 
 def simulate(simulation: Simulation, case: Case) -> dict[str, Any]:
     """A row of the results: of a call, kernel by kernel in the order of the launches."""
-    call, kernels, combined, again = case.call(), [], 0, 0
+    call, kernels, again = case.call(), [], 0
     records = *call.keys, *call.values, *vars(call.tokens).values(), *vars(call).values()
     given = [x for x in records if isinstance(x, Tensor)]
     written: list[Tensor] = []
     for x in launched(call):
-        if x.kernel in UNSIMULATED:
-            combined += 1
-            continue
         temporaries = [t for t in x.tensors() if not any(t is own or t._base is own for own in given)]
+        new = [t for t in temporaries if not any(t is old for old in written)]
         again += sum(t.nbytes for t in temporaries if t.nbytes > CACHED and any(t is old for old in written))
-        written += temporaries
-        part = PARTS[1] if x.reads(call.ck) else PARTS[2] if x.reads(call.cv) else PARTS[0]
-        kernels.append({"part": part, **simulation(x, Work.of(x, call, temporaries))})
+        written += new
+        part = PARTS[1] if x.reads(call.ck) else PARTS[2] if x.reads(call.cv) else PARTS[3 if kernels else 0]
+        kernels.append({"part": part, **simulation(x, Work.of(x, call, new))})
     total = sum(kernel["us"] for kernel in kernels)
-    rest = {**unsimulated(case, combined), "temporaries_us": again / MEMORY * 1e6}
+    rest = {"gaps_us": gaps(case) * sum(kernel["part"] == PARTS[0] for kernel in kernels), "temporaries_us": again / MEMORY * 1e6}
     model = case.shape.model
     dense = case.batch * case.tokens * 2 * model.kv_heads * model.head_dim * ITEMSIZE
     times = {"sum_us": total, **rest, "call_us": total + sum(rest.values()), "dense_us": dense / (SHARE * MEMORY) * 1e6}
@@ -234,13 +231,10 @@ def measured() -> dict[tuple[str, int], dict[str, Any]]:
     return {(row["layer"], row["batch"]): row for row in rows if row["commit"] == BEFORE}
 
 
-def unsimulated(case: Case, times: int) -> dict[str, float]:
-    """Microseconds of combination and of gaps [measured], of so many times that some of the sequences are attended to;
-    of batches that were not measured as of the largest that was."""
-    alone, many = (measured()[case.layer, batch] for batch in (min(BATCHES), max(BATCHES)))
-    kernels = (alone if case.batch == min(BATCHES) else many)["kernels"]
-    gaps = alone["us"][launches.TABLE] - sum(alone["kernels"].values())
-    return {"combine_us": times * (kernels["merge"] + kernels["combine"]), "gaps_us": times * gaps}
+def gaps(case: Case) -> float:
+    """Microseconds of a step less those of its kernels [measured], of batch 1."""
+    alone = measured()[case.layer, min(BATCHES)]
+    return alone["us"][launches.TABLE] - sum(alone["kernels"].values())
 
 
 def step(layer: str, batch: int) -> float | None:

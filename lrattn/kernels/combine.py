@@ -5,16 +5,17 @@ import triton.language as tl
 from torch import Tensor
 
 from lrattn.factors.operands import Values
-from lrattn.factors.shapes import cdiv
+from lrattn.factors.shapes import cdiv, round_up
 from lrattn.kernels import launch, plan
 from lrattn.kernels.arguments import stride, strides_of
+from lrattn.kernels.pieces import next_power_of_2
 from lrattn.kernels.tiles import load_run
 
 
 # fmt: off
 @launch.kernel
 def combine_kernel(
-    y, y_strides,            # [B, slots, Hq * S, Rv]  float32 partial results; not read where lse is -inf
+    y, y_strides,            # [B, slots, Hq * S, Rv]  float32 partial results; anything where lse is -inf
     part_lse, lse_strides,   # [B, slots, Hq * S]      float32, natural log
     uv, uv_strides,          # [Hkv, Rv, D]     value basis, model order; None: the latents are the result
     bias,                    # [Hkv, D]         float32, by place, or None
@@ -26,7 +27,7 @@ def combine_kernel(
     lse, out_lse_strides,    # [B, S, Hq]       out, float32
     B, S, first, last, width,
     C: tl.constexpr, M: tl.constexpr, Hkv: tl.constexpr, D: tl.constexpr, BLOCKS_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    SLOTS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     """out[b, i, h] = mass * ((sum_j w_j y[b, j, h S + i]) @ uv[k] + bias[k]) + rest * near[b, h S + i]
@@ -38,7 +39,8 @@ def combine_kernel(
     Grid: (BLOCKS_D * Hkv * row blocks of B M S). A program owns BLOCK_Q rows that share a kv head, and with it
     BLOCK_D columns of its basis (of the result when there is none): the basis is read once per row block. Of many
     splits it owns one row, whose splits are then read by more programs.
-    Needs: BLOCK_Q 1 or at least 16. Sums are float32, over BLOCK_S slots at a time.
+    Needs: BLOCK_Q 1 or at least 16; SLOTS >= last - first, a multiple of BLOCK_S, of which so many are read at a time.
+    Sums are float32.
     Reference: lrattn.attention.reference.merge_attention, _join_sinks, _project. Derivation: docs/kernels.md#combine.
     """
     if CHAINED:
@@ -54,19 +56,26 @@ def combine_kernel(
     p_lse = part_lse + b * lse_strides[0] + row
     p_y = y + b * y_strides[0] + row * y_strides[2]
     h = head * M + i // S
-    j = tl.arange(0, BLOCK_S).to(tl.int64)
+    c = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    if uv is None:
+        result, merged_lse = merged(p_y, y_strides[1], p_lse, lse_strides[1], first, last, in_n, c, rank, SLOTS, BLOCK_S)
+    else:
+        result = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+        merged_lse = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+        for r0 in range(0, rank, BLOCK_R):
+            r = r0 + tl.arange(0, BLOCK_R)
+            u = tl.load(uv + head * uv_strides[0] + r[:, None] * uv_strides[1] + c[None, :] * uv_strides[2],
+                        mask=(r < rank)[:, None] & (c < D)[None, :], other=0.0)
+            latent, merged_lse = merged(p_y, y_strides[1], p_lse, lse_strides[1], first, last, in_n, r, rank, SLOTS,
+                                        BLOCK_S)
+            if BLOCK_Q == 1:
+                result += tl.sum(tl.reshape(latent, [BLOCK_R, 1]) * u.to(tl.float32), 0)[None, :]
+            else:
+                result = tl.dot(latent.to(u.dtype), u, result, input_precision="ieee")
+        if bias is not None:
+            result += tl.load(bias + place * D + c, mask=c < D, other=0.0)[None, :]
 
-    peak = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-    for j0 in range(first, last, BLOCK_S):
-        part = load_parts(p_lse, lse_strides[1], j0 + j, last, in_n)
-        peak = tl.maximum(peak, tl.max(part, 1))
-    base = tl.where(peak == float("-inf"), 0.0, peak)
-    total = tl.zeros([BLOCK_Q], tl.float32)
-    for j0 in range(first, last, BLOCK_S):
-        part = load_parts(p_lse, lse_strides[1], j0 + j, last, in_n)
-        total += tl.sum(tl.exp(part - base[:, None]), 1)
-    some = total != 0  # a NaN stays one
-    merged_lse = tl.where(some, base + tl.log(total), float("-inf"))
+    some = merged_lse != float("-inf")  # a NaN stays one
     joined = merged_lse
     mass = tl.where(some, 1.0, 0.0)
     if near is not None:  # after the merge, so that a row's bits do not depend on how its tokens were cut
@@ -89,27 +98,6 @@ def combine_kernel(
         p_out = lse + b * out_lse_strides[0] + (i % S) * out_lse_strides[1] + h * out_lse_strides[2]
         tl.store(p_out, joined, mask=in_n)
 
-    c = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    result = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    if uv is None:
-        for j0 in range(first, last, BLOCK_S):
-            part = load_parts(p_lse, lse_strides[1], j0 + j, last, in_n)
-            result += merged(p_y, y_strides[1], j0 + j, part, merged_lse, c, rank)
-    else:
-        for r0 in range(0, rank, BLOCK_R):
-            r = r0 + tl.arange(0, BLOCK_R)
-            latent = tl.zeros([BLOCK_Q, BLOCK_R], tl.float32)
-            for j0 in range(first, last, BLOCK_S):
-                part = load_parts(p_lse, lse_strides[1], j0 + j, last, in_n)
-                latent += merged(p_y, y_strides[1], j0 + j, part, merged_lse, r, rank)
-            u = tl.load(uv + head * uv_strides[0] + r[:, None] * uv_strides[1] + c[None, :] * uv_strides[2],
-                        mask=(r < rank)[:, None] & (c < D)[None, :], other=0.0)
-            if BLOCK_Q == 1:
-                result += tl.sum(tl.reshape(latent, [BLOCK_R, 1]) * u.to(tl.float32), 0)[None, :]
-            else:
-                result = tl.dot(latent.to(u.dtype), u, result, input_precision="ieee")
-        if bias is not None:
-            result += tl.load(bias + place * D + c, mask=c < D, other=0.0)[None, :]
     result *= mass[:, None]
     if near is not None:
         x = tl.load(p_near[:, None] + c[None, :], mask=(rest != 0)[:, None] & (c < D)[None, :], other=0.0)
@@ -119,20 +107,31 @@ def combine_kernel(
 
 
 @triton.jit
-def load_parts(p_lse, stride, j, last, in_n):
-    """lse of slots j: [BLOCK_Q, BLOCK_S]; -inf from `last` on."""
-    there = in_n[:, None] & (j < last)[None, :]
-    return tl.load(p_lse[:, None] + j[None, :] * stride, mask=there, other=float("-inf"))
+def merged(p_y, y_stride, p_lse, lse_stride, first, last, in_n, r, rank, SLOTS: tl.constexpr, BLOCK_S: tl.constexpr):
+    """sum_j exp(lse_j - lse) y_j over slots j, of latents r: [BLOCK_Q, len(r)]; and lse = log(sum_j exp(lse_j)).
 
-
-@triton.jit
-def merged(p_y, stride, j, part, merged_lse, r, rank):
-    """sum_j exp(part_j - merged_lse) y_j over splits j, latents r: [BLOCK_Q, len(r)]. What has no part is not read."""
-    some = part != float("-inf")
-    weight = tl.where(some, tl.exp(part - merged_lse[:, None]), 0.0)
-    there = some[:, :, None] & (r < rank)[None, None, :]
-    x = tl.load((p_y[:, None] + j[None, :] * stride)[:, :, None] + r[None, None, :], mask=there, other=0.0)
-    return tl.sum(weight[:, :, None] * x, 1)
+    Of rows without a part zeros and -inf. What a slot without one holds is loaded beside its lse, and dropped.
+    """
+    Q: tl.constexpr = in_n.shape[0]
+    peak = tl.full([Q], float("-inf"), tl.float32)
+    total = tl.zeros([Q], tl.float32)
+    sums = tl.zeros([Q, r.shape[0]], tl.float32)
+    for j0 in range(0, SLOTS, BLOCK_S):
+        j = (first + j0 + tl.arange(0, BLOCK_S)).to(tl.int64)
+        there = in_n[:, None] & (j < last)[None, :]
+        part = tl.load(p_lse[:, None] + j[None, :] * lse_stride, mask=there, other=float("-inf"))
+        x = tl.load((p_y[:, None] + j[None, :] * y_stride)[:, :, None] + r[None, None, :],
+                    mask=there[:, :, None] & (r < rank)[None, None, :], other=0.0)
+        above = tl.maximum(peak, tl.max(part, 1))
+        base = tl.where(above == float("-inf"), 0.0, above)
+        weight, fade = tl.exp(part - base[:, None]), tl.exp(peak - base)
+        x = tl.where((part != float("-inf"))[:, :, None], x, 0.0)
+        total = total * fade + tl.sum(weight, 1)
+        sums = sums * fade[:, None] + tl.sum(weight[:, :, None] * x, 1)
+        peak = above
+    some = total != 0
+    lse = tl.where(some, tl.where(peak == float("-inf"), 0.0, peak) + tl.log(total), float("-inf"))
+    return sums / tl.where(some, total, 1.0)[:, None], lse
 # fmt: on
 
 
@@ -150,13 +149,13 @@ def combine(
     heads, rows = size.num_heads, batch * num_queries * (query_heads // size.num_heads)
     few = len(parts) <= plan.COMBINED
     choice = (launch.combine if few else launch.combine_many)(launch.name(out.device), out.itemsize)
-    blocks_d = cdiv(width, choice.block_d)
+    blocks_d, block_s = cdiv(width, choice.block_d), min(choice.block_s, next_power_of_2(max(len(parts), 1)))
     combine_kernel[(blocks_d * heads * cdiv(rows, choice.block_q),)](
         y, y.stride(), part_lse, part_lse.stride(), values.up if up else None, values.up.stride(),
         values.bias if up else None, sinks, near, strides_of(near, 2), near_lse, stride(near_lse),
         values.runs, values.places, out, out.stride(), lse, lse.stride(),
         batch, num_queries, parts.start, parts.stop, width,
         C=size.group_size, M=query_heads // heads, Hkv=heads, D=size.head_dim, BLOCKS_D=blocks_d,
-        BLOCK_Q=choice.block_q, BLOCK_S=choice.block_s, BLOCK_R=choice.block_r, BLOCK_D=choice.block_d,
+        SLOTS=round_up(len(parts), block_s), BLOCK_Q=choice.block_q, BLOCK_S=block_s, BLOCK_R=choice.block_r, BLOCK_D=choice.block_d,
         num_warps=choice.warps, num_stages=choice.stages, **launch.pdl(out.device),
     )  # fmt: skip

@@ -71,7 +71,7 @@ LATENT_SCORES = (
     Row(Launch(4, 1, block_d=64, resident=True), ("sm100",), head=64, rank=384, queries=16),
     Row(Launch(8, 2, block_d=64, resident=True), HOPPER, head=64, rank=384, table=False),
     Row(Launch(8, 2, block_d=64, resident=True), HOPPER, head=64, rank=288),
-    Row(Launch(4, 2, block_d=64, resident=True), ("sm80",), head=64, rank=256),
+    Row(Launch(4, 2, block_d=64, resident=True), ("sm80",), head=64, rank=256, queries=32),
     Row(Launch(4, 2, block_d=128, resident=True), ("sm90",), head=128, rank=192, queries=16),  # two to a multiprocessor
     Row(Launch(8, 2, block_d=128, resident=True), ("sm90",), head=128, rank=128),
     Row(Launch(4, 1, block_d=128, resident=True), ("sm90",), head=128, rank=256, queries=16, table=False),  # also two
@@ -97,7 +97,7 @@ LATENT_SCORES = (
 ABSORBED_SCORES = (
     Row(Launch(4, 2, resident=True), BIG, rank=256, queries=16),
     Row(Launch(4, 3, block_r=128), BIG, queries=16),
-    Row(Launch(8, 2, resident=True), BIG, rank=256),
+    Row(Launch(8, 2, resident=True), ("sm80", "sm90"), rank=256),
     Row(Launch(8, 3, block_r=128), HOPPER),
     Row(Launch(8, 2, block_r=64), ("sm80",), chunked=False),
     Row(Launch(4, 2, block_r=64), (), queries=16),
@@ -151,9 +151,9 @@ FUSED_REBUILT = (
     Row(Launch(4, 2, block_r=128), ("sm90",), head=128, rank=128, values=128, queries=16, table=False, biased=False),
     Row(Launch(4, 2, block_r=64), ("sm90",), head=128, rank=0, values=128, queries=16, table=False),
     Row(Launch(4, 2, block_r=64), ("sm90",), head=128, rank=0, values=256, queries=16, table=False, biased=False),
-    Row(Launch(8, 1, block_r=128), ("sm100",), head=64, rank=256, values=256, queries=16),
+    Row(Launch(8, 1, block_r=128), ("sm100",), head=64, rank=256, values=256, queries=16, shared=False),
     Row(Launch(8, 1, block_r=128), ("sm100",), head=128, rank=128, values=128, queries=16),
-    Row(Launch(8, 1, block_r=128), ("sm100",), head=128, rank=0, values=256, queries=16),
+    Row(Launch(8, 1, block_r=128), ("sm100",), head=128, rank=0, values=256, queries=16, table=False),
     Row(Launch(4, 1, block_r=128), HOPPER, head=128, rank=128, values=128, queries=16, itemsize=4, least_itemsize=4),
 )
 # Keys before RoPE by a band: some heads of a group in a program, to 16 query rows. queries: absorbed ones of a block.
@@ -161,13 +161,13 @@ ATTEND = (
     Row(Launch(4, 1, block_r=128), ("sm90",), rank=160, values=160, queries=64, biased=False),
     Row(Launch(8, 1, block_r=128, block_t=128), ("sm90",), rank=256, values=256, queries=64, biased=False),
     Row(Launch(8, 1, block_r=128), ("sm100",), rank=256, values=256, queries=64, biased=False),
-    Row(Launch(4, 1, block_r=128), (), rank=128, values=128, itemsize=4, least_itemsize=4),
+    Row(Launch(4, 1, block_r=128), BIG, rank=128, values=128, queries=64, itemsize=4, least_itemsize=4),
 )
 ATTEND_SCORES = (
     Row(Launch(4, 1, block_r=128), ("sm90",), rank=160, queries=128),
     Row(Launch(8, 1, block_r=128, block_t=128), ("sm90",), rank=256, queries=64),
     Row(Launch(8, 1, block_r=128), ("sm100",), rank=256, queries=64),
-    Row(Launch(4, 1, block_r=128), (), rank=128, itemsize=4, least_itemsize=4),
+    Row(Launch(4, 1, block_r=128), BIG, rank=128, queries=64, itemsize=4, least_itemsize=4),
 )
 ABSORB_QUERIES = (
     Row(Launch(4, 1, block_q=16, block_r=64), (), chunked=False),
@@ -184,8 +184,7 @@ COMBINE = (
     Row(Launch(4, 1, block_q=16, block_s=8, block_r=32, block_d=32), (), itemsize=4),
 )
 COMBINE_MANY = (  # splits: a program takes one row
-    Row(Launch(8, 1, block_q=1, block_s=16, block_r=256, block_d=64), ("sm80",)),
-    Row(Launch(8, 1, block_q=1, block_s=32, block_r=256, block_d=64), BIG),
+    Row(Launch(16, 1, block_q=1, block_s=128, block_r=256, block_d=64), BIG),
     Row(Launch(8, 1, block_q=1, block_s=16, block_r=64, block_d=64), (), itemsize=4),
 )
 PROJECT = (

@@ -219,7 +219,7 @@ def test_a_large_batch_is_cut_for_balance_within_the_workspace(form):
     assert 1 < size.splits <= size.total and size.nbytes <= 256 << 20
     assert size_of(256, 1024, form)[0].splits == 1
     small, _, _ = size_of(64, 131_072, form, limit=16 << 20)
-    assert small.splits <= size.splits and small.nbytes <= 16 << 20
+    assert small.splits * small.batch <= size.splits * size.batch and small.nbytes <= 16 << 20
 
 
 @pytest.mark.parametrize("form", WAYS)

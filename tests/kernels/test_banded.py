@@ -127,9 +127,9 @@ def rope_of(row):
 
 
 def terms(row):
-    """Of the band, of float16."""
+    """Of the band."""
     rope = lrattn.Rope(**{"theta": 1e4, "dim": row["D"], "max_position": 4096, **rope_of(row)})
-    found = rope.band(row["D"], HALF)
+    found = rope.band(row["D"], row["dtype"])
     return 0 if isinstance(found, str) else found.terms
 
 
@@ -145,7 +145,7 @@ def allowed(row):
     if row["near"] and (row["project"] == "latent" or row["who"] == "not causal"):
         return False
     absorbed = 16 * terms(row) if rows > 1 else 0
-    if row["dtype"] == HALF and absorbed > (64 if row["wide"] != "no" else 128):
+    if absorbed > (128 if row["dtype"] == HALF and row["wide"] == "no" else 64):
         return False
     tiles = sum(row["lens"]) / 64 * row["C"] * row["groups"]
     if row["workspace_limit"] == 1 and (tiles > 4 or row["num_splits"] > 1):
@@ -414,7 +414,9 @@ def test_bits_do_not_depend_on_the_batch(form, device):
         ("packed values", {"value_bits": (8,)}, HALF, "sm90"),
         ("a rank beyond 256", {"key_ranks": (272, 32)}, HALF, "sm90"),
         ("a rank beyond 128 of float32", {"key_ranks": (144, 32)}, SINGLE, "sm90"),
-        ("more than 128 absorbed queries", {"M": 2, "rope": {}}, HALF, "sm90"),
+        ("more than 128 absorbed queries", {"M": 2, "D": 128, "rope": {}}, HALF, "sm90"),
+        ("more than 64 of float32", {"M": 2, "rope": {}}, SINGLE, "sm90"),
+        ("float32 where memory on chip is small", {}, SINGLE, "gfx9"),
         (
             "more than 64 of them, of a rank beyond 160",
             {"M": 2, "rope": {"theta": 5e5}, "key_ranks": (176, 32)},

@@ -37,6 +37,7 @@ ALONE = {"key_ranks": (32, 96, 16, 48), "value_ranks": (16, 48, 96, 32)}
 SMALL = {"key_ranks": (32, 32), "value_ranks": (16, 16)}
 MANY = (8, 4, 2, 8, 4)
 HALF = torch.float16
+FEW = {"theta": 5e6}  # of the rope: four terms of a band
 PLANES = {"dtype": HALF, "key_bits": (8, 4, 2), "value_bits": (8, 4, 2), "chunk": 64, "value_order": (2, 0, 3, 1)}
 EVEN = {**PLANES, "value_order": None, "chunk": None, "rope": None}
 UNLIKE = {"key_ranks": (48, 112), "value_ranks": (112, 48)}
@@ -124,18 +125,27 @@ KILLERS = {
         two("planes, sixteen bits", lens=(20,), **EVEN | {"key_bits": (16, 8), "value_bits": (4, 16), **WIDE}),
         two("planes, magic", lens=(20,), **EVEN | {"key_ranks": (96, 96), "value_ranks": (96, 96)}),
         paired("band", lens=(300, 3), starts=(70, 0), call={"num_splits": 9}, **BAND),
-        paired("band, rows", lens=(300, 3), starts=(70, 1), S=2, P=48, strided=True, call=CUT, **BAND | {"M": 2}),
+        paired(
+            "band, rows",
+            lens=(300, 3),
+            starts=(70, 1),
+            S=2,
+            P=48,
+            strided=True,
+            call=CUT,
+            **BAND | {"M": 2, "rope": FEW},
+        ),
         paired("band, far", lens=(340,), starts=(270,), strided=True, **BAND),
-        paired("band, far rows", lens=(340,), starts=(270,), P=128, **BAND | {"M": 4}),
-        paired("band, four terms", rope={"theta": 5e6}, lens=(70,), **BAND),
+        paired("band, far rows", lens=(340,), starts=(270,), P=128, **BAND | {"M": 4, "rope": FEW}),
+        paired("band, four terms", rope=FEW, lens=(70,), **BAND),
         paired("band, pieces", D=128, P=128, lens=(140,), dtype=HALF, **BAND | {"key_ranks": (48, 176)}),
         two("band, three", Hkv=3, lens=(37,), P=32, offset=True, key_ranks=(112,)),
-        two("band, three rows", Hkv=3, M=3, lens=(37,)),
-        two("band, owners", Hkv=4, M=4, S=2, lens=(70,), offset=True),
+        two("band, three rows", Hkv=3, M=3, rope=FEW, lens=(37,)),
+        two("band, owners", Hkv=4, M=4, S=2, rope=FEW, lens=(70,), offset=True),
         two(
             "band, lanes", Hkv=4, key_ranks=(48,), value_ranks=(48,), lens=(320,), starts=(70,), call={"num_splits": 1}
         ),
-        paired("band, riding", lens=(70, 3), shared=True, **RIDING),
+        paired("band, riding", rope=FEW, lens=(70, 3), shared=True, **RIDING),
         two(
             "band, wide scores",
             Hkv=4,
@@ -144,7 +154,7 @@ KILLERS = {
             starts=(70,),
             value_ranks=(48,),
             dtype=HALF,
-            rope={"theta": 5e6},
+            rope=FEW,
         ),
         two("band, scores", Hkv=4, key_ranks=(32, 48), lens=(150,), starts=(70,), value_ranks=(48,)),
         two("long parts", S=9, lens=(300,), key_ranks=(16,), value_ranks=(16,)),

@@ -11,10 +11,11 @@ from lrattn.models.ropes import ropes_of
 
 
 def same(got, want, live=None):
-    """Up to the rounding of float64; live: what to look at."""
+    """Up to a rounding of cosines, float32 in the models and on some machines not of the same bits in long passes and
+    in short ones; live: what to look at."""
     got, want = (got, want) if live is None else (got[live.bool()], want[live.bool()])
     size = want.abs().amax().item() if want.numel() else 0.0
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-9 * size)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-7 * size)
 
 
 @torch.no_grad()
