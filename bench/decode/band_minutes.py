@@ -5,9 +5,9 @@
 Llama-2-7B's and Llama-3.1-8B's layers at half and 0.3 of the bytes, 32K tokens, batch 1 and 16: the kernels of a decode
 call, each in a CUDA graph of its own on what the call left it, and the whole call, timed as in bench.decode_latency:
 events around a replay, the L2 cache flushed. So a kernel's figure has the launch of a graph in it, which is floor_us
-for the smallest there is. Beside it are the figures of results/simulated_calls.json for an H100 [simulated], and
-measured over simulated. Then the same with other launches of `attend` and other numbers of splits, and with the band
-switched off, beside results/launches_gpu.json [measured].
+for the smallest there is, and it finds nothing in L2 of what the one before it wrote. Beside it are the figures of
+results/simulated_calls.json for an H100 [simulated], and measured over simulated. Then the same with other launches of
+`attend` and other numbers of splits, and with the band switched off, beside results/launches_gpu.json [measured].
 
 A figure is kept only where the call, and what its kernels alone leave, are right. attend at Llama-2-7B, keep 0.3,
 batch 1 above 80 us falsifies the design: that is said, and no error. The most valuable cases come first, and it ends
