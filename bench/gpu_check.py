@@ -2,10 +2,14 @@
 
     python -m bench.gpu_check --minutes 9 --out FOLDER [--commit HASH] [--steps NAME ...] [--without PROVIDER] [--dry]
 
-FOLDER gets gpu_check.json (what ran, for how long, and how it ended), tests.txt, and each benchmark's JSON and plot: at
-most 8 files of 16 MiB. A step that fails is reported and the next one begins; a step is begun only if there is time
-enough left for it to be worth it, and is ended when its time is up. The exit status is 0 if all went well. --dry runs
-the same commands on a CPU, in Triton's interpreter at tiny shapes: a rehearsal, never a result.
+First comes what nothing has measured: products of subnormal numbers, and keys before RoPE by a band, first their tests
+in bfloat16, then each of their kernels alone (bench.decode.band_minutes).
+
+FOLDER gets gpu_check.json (what ran, for how long, and how it ended), tests.txt, each benchmark's JSON, and the plot of
+the decode latency (Palu's is drawn later, from its JSON): at most 8 files of 16 MiB. A step that fails is reported and
+the next one begins; a step is begun only if there is time enough left for it to be worth it, and is ended when its time
+is up. The exit status is 0 if all went well. --dry runs the same commands on a CPU, in Triton's interpreter at tiny
+shapes: a rehearsal, never a result.
 """
 
 from __future__ import annotations
@@ -33,6 +37,9 @@ TESTS = (
     "tests/kernels/test_kernels.py",
     "tests/attention/test_ops.py",
 )
+BANDED = ("tests/kernels/test_banded.py",)
+FIRST = "first_that or (bfloat16 and (loud or far_positions))"  # of these: what is right in bfloat16
+ONLY_PYTEST = "band, tests"  # without it one step runs all cases
 FILES, FILE_BYTES, TEXT_BYTES = 8, 16 << 20, 4 << 20
 TAIL = 6000  # characters of a step's output in the report
 SPARE = 5.0  # seconds kept for the report
@@ -62,28 +69,35 @@ def steps(out: Path, dry: bool, without: Sequence[str] = ()) -> list[Step]:
             "decode_latency", "--out", str(out), "--minutes", f"{share * seconds / 60:.3f}", *words
         )
 
-    return [
-        Step("subnormal numbers", lambda _: module("decode.subnormals", "--out", str(out)), 0.1, 10),
-        Step("smoke test", lambda _: module("decode.gpu_smoke"), 0.1, 10),
-        Step("tests", lambda _: tests(dry), 0.3, 30, "tests.txt"),
-        Step("compile", lambda _: module("decode_latency", "--compile", "--out", str(out)), 0.15, 20),
-        Step("decode latency, first cases", latency(0.001 if dry else 0.8), 0.25, 20),
-        Step("Palu's kernel", lambda s: module("decode.palu_decode", "--out", str(out), "--minutes",
-                                               f"{0.7 * s / 60:.3f}"), 0.12, 20),
-        Step("host microseconds", lambda _: module("decode.host_cost", "--out", str(out)), 0.08, 15),
+    found = [
+        Step("subnormal numbers", lambda _: module("decode.subnormals", "--out", str(out)), 0.07, 10),
+        Step("smoke test", lambda _: module("decode.gpu_smoke"), 0.07, 10),
+        Step(ONLY_PYTEST, lambda _: tests(dry, BANDED, "first_that and lanes-160-64" if dry else FIRST), 0.13, 20),
+        Step("band, kernels", lambda s: module("decode.band_minutes", "--out", str(out), "--minutes",
+                                               f"{0.8 * s / 60:.3f}"), 0.23, 30),
+        Step("tests", lambda _: tests(dry, TESTS, "cases_of_the_reference and float32-plain" if dry else ""),
+             0.18, 30, "tests.txt"),
+        Step("compile", lambda _: module("decode_latency", "--compile", "--out", str(out)), 0.1, 20),
+        Step("decode latency, first cases", latency(0.001 if dry else 0.8), 0.12, 20),
+        Step("Palu's kernel", lambda s: module("decode.palu_decode", "--no-plot", "--out", str(out), "--minutes",
+                                               f"{0.7 * s / 60:.3f}"), 0.06, 20),
+        Step("host microseconds", lambda _: module("decode.host_cost", "--out", str(out)), 0.04, 15),
         Step("decode latency, more cases", latency(0.8, "--resume"), 1.0, 15),
     ]  # fmt: skip
+    return [s for s in found if s.name != ONLY_PYTEST or importlib.util.find_spec("pytest")]
 
 
-def tests(dry: bool) -> list[str]:
-    """The kernels' tests on the GPU, many at a time where pytest can; without pytest, their cases alone."""
+def tests(dry: bool, files: Sequence[str], chosen: str = "") -> list[str]:
+    """The kernels' tests on the GPU, many at a time where pytest can; without pytest, their cases alone. chosen: as -k
+    of pytest takes it; "": all of the files."""
     if importlib.util.find_spec("pytest") is None:
         words = ["--cases", "--dry"] if dry else ["--cases"]
         return [sys.executable, "-c", "print('pytest is not installed: the cases are run without it', flush=True); "
                 "import runpy; runpy.run_module('bench.decode.gpu_smoke', run_name='__main__')", *words]  # fmt: skip
-    words = [sys.executable, "-m", "pytest", "-v", "-v", "--tb=short", "-p", "no:cacheprovider", *TESTS]
+    words = [sys.executable, "-m", "pytest", "-v", "-v", "--tb=short", "-p", "no:cacheprovider", *files]
+    words += ["-k", chosen] if chosen else []
     if dry:
-        return [*words, "-k", "cases_of_the_reference and float32-plain"]
+        return words
     many = importlib.util.find_spec("xdist") is not None
     return [*words, "--gpu", *(["-n", str(max(1, len(os.sched_getaffinity(0)) - 2))] if many else [])]
 

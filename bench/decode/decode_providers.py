@@ -145,12 +145,19 @@ def palu_scorer(x: Problem, launch: palu_scores.Launch = palu_scores.PUBLISHED) 
     return lambda: palu_scores.palu_scores(x.q[0], latents, keys.up, launch)[None]
 
 
-def ours(x: Problem) -> Run:
+def ours(x: Problem, num_splits: int = 0) -> Run:
     """decode_attention as an engine calls it; which kernels run is its own choice."""
 
     def run() -> Tensor:
         out = lrattn.decode_attention(
-            x.q, x.k_cache, x.v_cache, x.layer, block_table=x.table, seq_lens=x.lens, backend="triton"
+            x.q,
+            x.k_cache,
+            x.v_cache,
+            x.layer,
+            block_table=x.table,
+            seq_lens=x.lens,
+            num_splits=num_splits,
+            backend="triton",
         )
         assert isinstance(out, Tensor)
         return out

@@ -1,6 +1,6 @@
 """Palu's published kernel against ours inside its limits: scores alone, and a whole decode step.
 
-    python -m bench.decode.palu_decode --out FOLDER [--minutes 1] [--dry] [--plot-only]
+    python -m bench.decode.palu_decode --out FOLDER [--minutes 1] [--dry] [--plot-only | --no-plot]
 
 One sequence of Llama-2-7B's heads in groups of four. Scores: theirs, in both launches its code names, against our
 turned queries and scores. Whole: theirs followed by softmax and values in PyTorch, as its code does, against
@@ -50,7 +50,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=2.0)
     parser.add_argument("--dry", action="store_true")
-    parser.add_argument("--plot-only", action="store_true")
+    plots = parser.add_mutually_exclusive_group()
+    plots.add_argument("--plot-only", action="store_true")
+    plots.add_argument("--no-plot", action="store_true", help="the JSON alone: --plot-only draws it later")
     args = parser.parse_args()
     path = args.out / f"palu_decode_{'dry' if args.dry else 'gpu'}.json"
     if not args.plot_only:
@@ -60,7 +62,8 @@ def main() -> int:
             parser.error("no GPU here: --dry tries it in the interpreter")
         run(path, args.minutes, Bench.of([], args.dry))
     results = report.load(path)
-    plot(results, path.with_suffix(".png"))
+    if not args.no_plot:
+        plot(results, path.with_suffix(".png"))
     faults = [
         f"{row['tokens']} tokens: {name}: {why}" for row in results["rows"] for name, why in row["faults"].items()
     ]

@@ -20,3 +20,12 @@ def two_passes() -> Iterator[None]:
     ways = {"fused": lambda *shape: None, "banded": scores_alone, "cut": lru_cache(plan.cut.__wrapped__)}
     with patch.multiple(plan, **ways):
         yield
+
+
+@contextmanager
+def rebuilt() -> Iterator[None]:
+    """Inside, keys before RoPE are rebuilt whole, also where they could go by a band."""
+    from lrattn.kernels import plan
+
+    with patch.multiple(plan, banded=lambda *shape: None, cut=lru_cache(plan.cut.__wrapped__)):
+        yield

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -29,8 +30,9 @@ def test_a_rehearsal_ends_well_and_leaves_one_small_folder(tmp_path):
     assert {"gpu", "driver", "torch", "triton", "commit"} <= set(found["machine"])
     sizes = {path.name: path.stat().st_size for path in out.iterdir()}
     assert len(sizes) <= 8 and max(sizes.values()) <= 16 << 20 and set(sizes) == {*found["files"], "gpu_check.json"}
-    assert {"subnormals_dry.json", "host_cost.json", "decode_latency_dry.png", "palu_decode_dry.png"} <= set(sizes)
-    assert "1 passed" in texts["tests.txt"]
+    assert {"subnormals_dry.json", "host_cost.json", "decode_latency_dry.png", "palu_decode_dry.json"} <= set(sizes)
+    assert "1 passed" in texts["tests.txt"] and "1 passed" in found["steps"][2]["output"]
+    assert {row["change"] for row in json.loads(texts["band_dry.json"])["rows"]} > {"table", "rebuilt whole"}
     latency = json.loads(texts["decode_latency_dry.json"])
     assert latency["dry"] and latency["left_out"] == [] and latency["machine"] == found["machine"]
     assert all("lrattn" in row["times"] and not row["faults"] for row in latency["rows"])
@@ -95,11 +97,25 @@ def test_too_many_files_are_a_fault(tmp_path):
     assert ran(tmp_path)[0] == 1
 
 
+def test_steps_fit_the_time_together_and_what_was_never_measured_comes_first(tmp_path):
+    """Where each takes all it may, the last has what is left; each is worth beginning with its own share."""
+    *steps, _ = found = gpu_check.steps(tmp_path, dry=False)
+    assert sum(step.share for step in steps) <= 1 and all(540 * step.share >= step.worth for step in found)
+    assert [step.name for step in found[2:4]] == ["band, tests", "band, kernels"]
+
+
+@pytest.mark.parametrize("file", gpu_check.BANDED)
+def test_the_tests_that_come_first_are_there(file):
+    names = re.findall(r"^def (test_\w+)", (gpu_check.ROOT / file).read_text(), re.M)
+    words = set(re.findall(r"\w+", gpu_check.FIRST)) - {"or", "and", "bfloat16"}
+    assert words and all(any(word in name for name in names) for word in words)
+
+
 @pytest.mark.parametrize("module, expected", [("pytest", "gpu_smoke"), ("xdist", "--gpu")])
 def test_what_is_missing_there_is_done_without(module, expected, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else find(name))
-    command = gpu_check.tests(dry=False)
+    command = gpu_check.tests(False, gpu_check.TESTS)
     assert expected in " ".join(command) and "-n" not in command
 
 
