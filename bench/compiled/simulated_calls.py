@@ -5,19 +5,20 @@
 
 FILE is as for bench.compiled.simulated. A call of the library is made on tensors without memory, cut as for an H100,
 and each launch of it compiled for sm_90 and simulated [simulated]: as many programs as its grid has, of as many tiles
-as the second axis leaves each where it reads a cache, and of one trip where it does not. A loop inside that of the
-tiles is run once. A call [estimated] is the sum of its kernels, and what is not simulated:
+as the second axis leaves each where it reads a cache, of all blocks of splits where these are combined, else of one
+trip. A loop inside that of the tiles is run once. A call [estimated] is the sum of its kernels, and what is not
+simulated:
 
-* combination and gaps, as an H100 had them in results/launches_gpu.json for the same layer [measured]: merge and
-  combine, which were two kernels and are one; a graph's step less its kernels, of batch 1, where both were timed;
+* gaps, as an H100 had them in results/launches_gpu.json for the same layer [measured]: a graph's step less its kernels,
+  of batch 1, where both were timed;
 * what a kernel reads of temporaries that are too large for the L2 cache, once, at the rate of memory.
 
 It goes to results/simulated_calls.json, beside the time of a dense 16-bit cache's bytes at 92 % of that rate
 [estimated]. With chosen rows nothing is written: to see what an edit of a kernel does. --report lists where the clocks
 of each kernel go, by its N slowest instructions.
 
-What the simulator does not know is named there. The kernel that turned queries took 2 to 3 times as long on the H100 as
-it gives the present one.
+What the simulator does not know is named there. The kernels that turned queries and combined splits took 2 to
+3 times as long on the H100 as it gives the present ones.
 """
 
 from __future__ import annotations
@@ -192,7 +193,8 @@ class Simulation:
             "dram_bytes": work.nbytes, "unique": work.unique, "stages": meta.num_stages,
             "lookup_lines": max(1, 8 * work.page // block_t),  # trips that 32 bytes of the page table are for
         }  # fmt: skip
-        machine, trips = self.simulator.Machine(), cdiv(work.tiles, x.grid[1]) if work.tiles else 1
+        blocks = x.arguments["SLOTS"] // x.arguments["BLOCK_S"] if "SLOTS" in x.arguments else 1  # of splits
+        machine, trips = self.simulator.Machine(), cdiv(work.tiles, x.grid[1]) if work.tiles else blocks
         result = self.simulator.predict(code, machine, trips=trips, **given)
         if work.tiles and result.waves > 1 and (mean := round(work.tiles / x.grid[1])) < trips:
             trips = mean  # where programs follow each other, those of fewer tiles make up for the others

@@ -184,7 +184,7 @@ COMBINE = (
     Row(Launch(4, 1, block_q=16, block_s=8, block_r=32, block_d=32), (), itemsize=4),
 )
 COMBINE_MANY = (  # splits: a program takes one row
-    Row(Launch(16, 1, block_q=1, block_s=128, block_r=256, block_d=64), BIG),
+    Row(Launch(8, 1, block_q=1, block_s=32, block_r=256, block_d=64), BIG),
     Row(Launch(8, 1, block_q=1, block_s=16, block_r=64, block_d=64), (), itemsize=4),
 )
 PROJECT = (
