@@ -15,8 +15,8 @@ is within a factor of 1.35 of its estimate (tests/attention/test_outlook.py):
     attend_near                     nothing: as other small kernels
 
 Packed rows that queries are absorbed for were measured by kernels of then alone, which took 2 to 9 times as long: those
-are left out. The kernel that writes queries took 2 to 3 times as long on an H100 as it was simulated. What none of these
-figures has is held by nothing: narrow ranks, 2 bits alone, chunks of absorbed queries, other GPUs.
+are left out. The kernel that writes queries took 2 to 3 times as long on an H100 as it was simulated. What none of
+these figures has is held by nothing: narrow ranks, 2 bits alone, absorbing queries for chunks, other GPUs.
 
 Bytes are latents, once for each pass that reads them; bases; the dense window; scores between two passes; partial
 results, once; queries made ready, as they are written, and again where L2 does not hold them. Products are 2 a
