@@ -131,16 +131,14 @@ def _parser() -> Parser:
     added.add_argument("--temperature", type=float, default=0.0, help="sample at this temperature (default 0: greedy)")
     added.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
 
-    about = (
-        "What a factors file holds, several side by side; what a decode step on it would take of a GPU that need not "
-    )
-    about += "be here; or how compressible keys and values are on a text."
+    about = "What a factors file holds, several side by side; what a decode step on it would take of a GPU; or how "
+    about += "compressible keys and values are on a text."
     added = command("info", _info, about)
     where = f"with --plan one of {', '.join(GPUS)} (default h100); with --compressibility {WHERE}"
     files = f"factors files; with --compressibility a model: {MODEL}"
     model(added, files, device=None, where=where, nargs="+", metavar="file")
     added.add_argument(
-        "--plan", action="store_true", help="how a GPU would decode each layer, and the time [estimated]"
+        "--plan", action="store_true", help="how a GPU would take a decode step, and how long [estimated]"
     )
     added.add_argument("--context", type=int, help="tokens a sequence, with --plan (default 32768)")
     added.add_argument("--batch", type=int, help="sequences, with --plan (default 1)")
@@ -243,7 +241,6 @@ def _info(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 def _plan(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     from lrattn.attention import outlook
-    from lrattn.integrations.transformers.load import query_heads_of
 
     if len(args.model) > 1:
         raise ValueError(f"file: expected one file of factors with --plan, got {len(args.model)}")
@@ -253,7 +250,11 @@ def _plan(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     batch: int = 1 if args.batch is None else args.batch
     outlook.check(gpu, context, batch, dtype)  # before a file is read
     factors = Factors.load(args.model[0])
-    heads = query_heads_of(factors) if args.query_heads is None else args.query_heads
+    heads = args.query_heads
+    if heads is None:
+        from lrattn.integrations.transformers.load import query_heads_of
+
+        heads = query_heads_of(factors)
     results = outlook.outlook(factors.to(dtype=dtype), heads, gpu, context, batch)
     return outlook.table(results), results
 

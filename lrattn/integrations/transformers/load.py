@@ -12,14 +12,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lrattn.factors.record import Factors
 
@@ -66,11 +59,10 @@ def load_model(
     return model, tokenizer
 
 
-def load_config(name: str) -> PretrainedConfig:
+def load_config(name: str) -> Any:
     """Of a model that `load_model` takes, without its weights. Raises: as that does."""
     with _told("a config.json that transformers can read" if Path(name).is_dir() else HERE, name):
-        config: PretrainedConfig = AutoConfig.from_pretrained(**_options(name)[0])
-    return config
+        return AutoConfig.from_pretrained(**_options(name)[0])
 
 
 def query_heads_of(factors: Factors) -> int:
