@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lrattn import Factors, __version__, calibrate, compress, in_kv_space, narrowed
+from lrattn.attention.gpus import GPUS
 from lrattn.compression import compressibility
 from lrattn.compression.bits import Bits, ladder_of
 from lrattn.compression.compress import recipe_of
@@ -35,6 +36,7 @@ examples (`make demo` unpacks this model and these texts):
 """
 
 MODEL = "folder, .gguf file, or model in the hub's local cache"
+WHERE = "cpu, cuda, cuda:1 ... (default cpu)"
 SHARED = {"auto": None, "no": False, "ride": "ride", "joint": True}
 STATE = "calibration file, written as it goes and gone on from; --refine goes on from STATE.<hash of the run>.refine"
 FAR = "the dense window the cache will hold: gradients count beyond it (default: the method's; 0 0 for none)"
@@ -79,10 +81,10 @@ def _parser() -> Parser:
         added.add_argument("--json", action="store_true", help="print JSON to stdout")
         return added
 
-    def model(added: Parser, about: str = MODEL, **more: Any) -> None:
+    def model(added: Parser, about: str = MODEL, device: str | None = "cpu", where: str = WHERE, **more: Any) -> None:
         added.add_argument("model", help=about, **more)
         added.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-        added.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (default cpu)")
+        added.add_argument("--device", default=device, help=where)
 
     def text(added: Parser, windows: int, required: bool = True) -> None:
         added.add_argument("--text", type=Path, required=required, help="UTF-8 text file")
@@ -129,9 +131,18 @@ def _parser() -> Parser:
     added.add_argument("--temperature", type=float, default=0.0, help="sample at this temperature (default 0: greedy)")
     added.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
 
-    about = "What a factors file holds, several side by side; or how compressible keys and values are on a text."
+    about = "What a factors file holds, several side by side; what a decode step on it would take of a GPU; or how "
+    about += "compressible keys and values are on a text."
     added = command("info", _info, about)
-    model(added, f"factors files; with --compressibility a model: {MODEL}", nargs="+", metavar="file")
+    where = f"with --plan one of {', '.join(GPUS)} (default h100); with --compressibility {WHERE}"
+    files = f"factors files; with --compressibility a model: {MODEL}"
+    model(added, files, device=None, where=where, nargs="+", metavar="file")
+    added.add_argument(
+        "--plan", action="store_true", help="how a GPU would take a decode step, and how long [estimated]"
+    )
+    added.add_argument("--context", type=int, help="tokens a sequence, with --plan (default 32768)")
+    added.add_argument("--batch", type=int, help="sequences, with --plan (default 1)")
+    added.add_argument("--query-heads", type=int, help="with --plan (default: as the model's config has them)")
     added.add_argument("--compressibility", action="store_true", help="effective ranks of a model's keys and values")
     text(added, 8, required=False)
     added.add_argument("--plot", type=Path, help="image of the effective ranks to write")
@@ -207,16 +218,45 @@ def _generate(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 
 def _info(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    if args.compressibility and args.plan:
+        raise ValueError("plan: expected none with --compressibility, got --plan")
+    for name in ("context", "batch", "query_heads"):
+        if not args.plan and getattr(args, name) is not None:
+            raise ValueError(f"{name.replace('_', '-')}: expected only with --plan, got {getattr(args, name)}")
     if args.compressibility:
         return _compressibility(args)
     for name in ("text", "plot"):
         if getattr(args, name) is not None:
             raise ValueError(f"{name}: expected only with --compressibility, got {getattr(args, name)}")
+    if args.plan:
+        return _plan(args)
+    if args.device is not None:
+        raise ValueError(f"device: expected only with --plan or --compressibility, got {args.device}")
     summaries = {path: summarize(Factors.load(path)) for path in args.model}
     if len(summaries) > 1:
         return comparison(summaries), summaries
     (summary,) = summaries.values()
     return table(summary), summary
+
+
+def _plan(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    from lrattn.attention import outlook
+
+    if len(args.model) > 1:
+        raise ValueError(f"file: expected one file of factors with --plan, got {len(args.model)}")
+    dtype = torch.bfloat16 if args.dtype == "auto" else getattr(torch, args.dtype)
+    gpu: str = "h100" if args.device is None else args.device
+    context: int = 32768 if args.context is None else args.context
+    batch: int = 1 if args.batch is None else args.batch
+    outlook.check(gpu, context, batch, dtype)  # before a file is read
+    factors = Factors.load(args.model[0])
+    heads = args.query_heads
+    if heads is None:
+        from lrattn.integrations.transformers.load import query_heads_of
+
+        heads = query_heads_of(factors)
+    results = outlook.outlook(factors.to(dtype=dtype), heads, gpu, context, batch)
+    return outlook.table(results), results
 
 
 def _compressibility(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
@@ -225,6 +265,7 @@ def _compressibility(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     if len(args.model) > 1:
         raise ValueError(f"file: expected one model with --compressibility, got {len(args.model)}")
     (name,), figure = args.model, None
+    args.device = "cpu" if args.device is None else args.device
     if args.plot is not None:
         safefile.check_target("plot", args.plot)
         figure = compressibility.canvas(args.plot)

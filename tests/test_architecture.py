@@ -29,7 +29,7 @@ ORDER = {
     "factors": "shapes band rope safefile formats projection operands layer record summary",
     "kernels": "arguments pieces launch plan tiles planes packed rows pack write rebuild absorb turn "
     "bands attend attend_rebuilt attend_absorbed attend_packed values near combine project decode",
-    "attention": "dense cache near reference operators checks ops",
+    "attention": "gpus dense cache near reference operators checks ops step outlook",
     "models": "masks states interface layers ropes weights",
     "compression": "arguments moments substitute batches sums calibrate clusters ranks bits methods averages problem "
     " propagate nested refine older compress compressibility",

@@ -52,7 +52,7 @@ def summarize(factors: Factors) -> dict[str, Any]:
                 "rotated": layer.rope is None,
                 "chunk": layer.chunk,
                 "max_position": layer.max_position,
-                "band": _band(layer),
+                "band": band_of(layer),
                 "keep": layer.bytes_per_token / (4 * layer.num_kv_heads * layer.head_dim),
             }
             for i, layer in enumerate(factors.layers)
@@ -100,12 +100,12 @@ def table(summary: dict[str, Any]) -> str:
         }
         for i, x in enumerate(summary["layers"])
     ]
-    return f"{headline(summary)}\n\n{_aligned(rows)}"
+    return f"{headline(summary)}\n\n{aligned(rows)}"
 
 
 def comparison(summaries: Mapping[str, dict[str, Any]]) -> str:
     """A line for each of several sets of factors, by name: bytes, what keys take time for, and the loss foreseen."""
-    return _aligned(
+    return aligned(
         [
             {
                 "method": x["method"],
@@ -124,7 +124,7 @@ def comparison(summaries: Mapping[str, dict[str, Any]]) -> str:
     )
 
 
-def _aligned(rows: Sequence[Mapping[str, str]]) -> str:
+def aligned(rows: Sequence[Mapping[str, str]]) -> str:
     """Lines of columns under their names, flush right, the last one flush left."""
     lines = [list(rows[0]), *(list(row.values()) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)][:-1]
@@ -146,7 +146,8 @@ def _keys(summary: dict[str, Any]) -> str:
     return "keys before RoPE" if any(not x["rotated"] for x in summary["layers"]) else "keys as attention is given them"
 
 
-def _band(layer: LayerFactors) -> dict[str, Any] | str | None:
+def band_of(layer: LayerFactors) -> dict[str, Any] | str | None:
+    """How keys before RoPE are rebuilt in part, or why they are rebuilt whole; None of others."""
     if layer.absorbed or layer.rope is None:
         return None
     if layer.row_side.formats:

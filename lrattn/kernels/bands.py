@@ -79,26 +79,25 @@ def _turn(
     BLOCK: tl.constexpr, BY_LANE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr,
 ):
     """Fast pairs of rows n0 .. n0 + BLOCK_Q of a kv head, its owner's `head`-th, for each tile of their block."""
-    n = n0 + tl.arange(0, BLOCK_Q)
-    c, i = n // (M * S), n % (M * S)
-    in_q = c < blocks
+    TILES: tl.constexpr = BLOCK // BLOCK_T
+    n = n0 * TILES + tl.arange(0, BLOCK_Q * TILES)  # rows, each as often as a block has tiles
+    c, i = n // TILES // (M * S), n // TILES % (M * S)
+    tile = c * TILES + n % TILES
+    t0 = first * BLOCK + tile * BLOCK_T
+    stored = (c < blocks) & (t0 < t_end)
     q += (i % S).to(tl.int64) * q_strides[1] + (kv * M + i // S).to(tl.int64) * q_strides[2]
-    x += (head * (M * S) + i).to(tl.int64) * x_strides[3]
+    x += tile.to(tl.int64) * x_strides[1] + (head * (M * S) + i).to(tl.int64) * x_strides[3]
     d = 0
     for m in tl.static_range(len(FAST)):
         own = tl.arange(0, FAST[m] // 2)
         low, high = pair_columns(d // 2 + own, ROTARY, INTERLEAVED)
-        q_low, q_high = load_pairs(q, low, high, in_q, D)
+        q_low, q_high = load_pairs(q, low, high, stored, D)
+        cos, sin = load_turns(turns, t0, max_position, d + tl.arange(0, FAST[m]), ROTARY)
         if BY_LANE:
             own = own % 4 * (FAST[m] // 8) + own // 4
-        for tile in tl.static_range(BLOCK // BLOCK_T):
-            t0 = (first + c) * BLOCK + tile * BLOCK_T
-            cos, sin = load_turns(turns, t0, max_position, d + tl.arange(0, FAST[m]), ROTARY)
-            to = x + (c * (BLOCK // BLOCK_T) + tile).to(tl.int64) * x_strides[1]
-            to = to[:, None] + (d + 2 * own)[None, :]
-            stored = (in_q & (t0 < t_end))[:, None]
-            tl.store(to, (q_low * cos + q_high * sin).to(x.dtype.element_ty), mask=stored)
-            tl.store(to + 1, (q_high * cos - q_low * sin).to(x.dtype.element_ty), mask=stored)
+        to = x[:, None] + (d + 2 * own)[None, :]
+        tl.store(to, (q_low * cos + q_high * sin).to(x.dtype.element_ty), mask=stored[:, None])
+        tl.store(to + 1, (q_high * cos - q_low * sin).to(x.dtype.element_ty), mask=stored[:, None])
         d += FAST[m]
 
 

@@ -6,12 +6,15 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lrattn.factors.record import Factors
 
 HERE = "a folder of a model, a .gguf file, or a model in the hub's local cache"
 
@@ -33,19 +36,8 @@ def load_model(
         torch.zeros(1, device=device).item()  # "meta" is here, and holds nothing
     except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(f"device: expected one that is here, got {device!r} ({reason(error)})") from error
-    path = Path(name)
-    options: dict[str, object]
-    if path.suffix == ".gguf" and path.is_file():
-        options = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-        config = getattr(transformers, "GgufConfig", None)  # releases without it always expand the weights
-        quantization = {} if config is None else {"quantization_config": config(gguf_file=path.name, dequantize=True)}
-    elif path.is_dir() and not (path / "config.json").is_file():
-        raise FileNotFoundError(f"model: expected a config.json in the folder {name}, got none")
-    else:
-        options, quantization = {"pretrained_model_name_or_path": name, "local_files_only": True}, {}
-    options["trust_remote_code"] = False  # else it is asked for on a terminal
-    with _told("a config.json that transformers can read" if path.is_dir() else HERE, name):
-        AutoConfig.from_pretrained(**options)
+    options, quantization = _options(name)
+    load_config(name)
     with _told("a model with a tokenizer", name):  # first: weights take longer
         tokenizer = AutoTokenizer.from_pretrained(**options)
     with _told("a model that transformers can load", name), ExitStack() as stack:
@@ -65,6 +57,46 @@ def load_model(
             f"model: expected every weight in {name}, got none for {missing[0]} and {len(missing) - 1} more"
         )
     return model, tokenizer
+
+
+def load_config(name: str) -> Any:
+    """Of a model that `load_model` takes, without its weights. Raises: as that does."""
+    with _told("a config.json that transformers can read" if Path(name).is_dir() else HERE, name):
+        return AutoConfig.from_pretrained(**_options(name)[0])
+
+
+def query_heads_of(factors: Factors) -> int:
+    """Hq, by the output projection that factors hold, or the config of the model that they were made of.
+
+    Raises: ValueError where neither is here, or the config is of another model.
+    """
+    if (wo := factors.layers[0].wo) is not None:
+        return wo.shape[0]
+    known = {layer.num_kv_heads for layer in factors.layers}
+    missing = "query-heads: expected a number, as the factors hold none and"
+    if not factors.model:
+        raise ValueError(f"{missing} name no model, got None")
+    try:
+        config = load_config(factors.model).get_text_config()
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{missing} the config of their model is not here ({error})") from error
+    heads, kv = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if not isinstance(heads, int) or (kv or heads) not in known:
+        raise ValueError(f"{missing} {factors.model} has {heads} with {kv} kv heads, where they have {known}")
+    return heads
+
+
+def _options(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What transformers is told, and beside it where weights are loaded."""
+    path = Path(name)
+    options: dict[str, Any] = {"trust_remote_code": False}  # else it is asked for on a terminal
+    if path.suffix == ".gguf" and path.is_file():
+        config = getattr(transformers, "GgufConfig", None)  # releases without it always expand the weights
+        quantization = {} if config is None else {"quantization_config": config(gguf_file=path.name, dequantize=True)}
+        return options | {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}, quantization
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise FileNotFoundError(f"model: expected a config.json in the folder {name}, got none")
+    return options | {"pretrained_model_name_or_path": name, "local_files_only": True}, {}
 
 
 @contextmanager
