@@ -51,6 +51,7 @@ META = torch.device("meta")
 SPAN = Span(0, 2, 2)
 PAGE, BATCH = 16, 2
 ALL = "bias rule"
+MANY = 66  # splits, of several blocks
 COUNTED = ("attend_packed_kernel",)  # whose loop's instructions are told
 PACKED = (8, 4, 2)  # widths of packed rows
 BY_PLANE = (PACKED, (8,), (4,), (2,), (4, 2), (16, 4))  # of rows by plane
@@ -303,7 +304,7 @@ def rebuilt_pass(p: Problem) -> None:
     attend_rebuilt(p.call(), p.turned(), None, *p.partial(), SPAN, turned, one_pass(p, turned))
 
 
-def combine_heads(p: Problem, splits: int = 2) -> None:
+def combine_heads(p: Problem, splits: int = plan.COMBINED) -> None:
     _, side = p.sides()
     lse = fp32(BATCH, *p.query().shape[1:3])
     sinks = fp32(p.query().shape[2]) if p.has("rule") else None
@@ -311,18 +312,18 @@ def combine_heads(p: Problem, splits: int = 2) -> None:
     combine.combine(*p.partial(), range(splits), side, p.query(), lse, sinks, True, *near)
 
 
-def combine_latents(p: Problem, splits: int = 2) -> None:
+def combine_latents(p: Problem, splits: int = plan.COMBINED) -> None:
     _, side = p.sides()
     y, part, lse = fp32(BATCH, 2, p.rows(), p.rank), fp32(BATCH, 2, p.rows()), fp32(BATCH, *p.query().shape[1:3])
     combine.combine(y, part, range(splits), side, fp32(*lse.shape, p.rank), lse)
 
 
 def combine_many(p: Problem) -> None:
-    combine_heads(p, plan.COMBINED + 1)
+    combine_heads(p, MANY)
 
 
 def combine_many_latents(p: Problem) -> None:
-    combine_latents(p, plan.COMBINED + 1)
+    combine_latents(p, MANY)
 
 
 def project_heads(p: Problem) -> None:
@@ -410,8 +411,10 @@ def compilations() -> Iterator[Compilation]:
                 yield Compilation(absorb_queries, device, large._replace(rope=False))
                 chunked = large._replace(chunk=CHUNK, options=options.replace("positions", "offsets"))
                 yield Compilation(absorb_queries, device, chunked)
-                yield Compilation(combine_heads, device, large)
-                yield Compilation(combine_heads, device, large._replace(options=f"{options} near".strip()))
+                for rank in (96, 512):
+                    combined = large._replace(rank=rank)
+                    yield Compilation(combine_heads, device, combined)
+                    yield Compilation(combine_heads, device, combined._replace(options=f"{options} near".strip()))
                 yield Compilation(write_near, device, large)
                 yield Compilation(project_heads, device, large)
                 for bits in ((), PACKED):
@@ -421,7 +424,8 @@ def compilations() -> Iterator[Compilation]:
                         yield Compilation(rebuild_keys, device, chunked._replace(head=head, bits=bits))
                         yield Compilation(rebuild_values, device, large._replace(head=head, bits=bits))
             for options in ("", f"{ALL} near"):
-                yield Compilation(combine_many, device, Problem(256, 256, 16, 3, 1, dtype, options))
+                for rank in (256, 512):
+                    yield Compilation(combine_many, device, Problem(rank, 256, 16, 3, 1, dtype, options))
             for latents in (combine_latents, combine_many_latents):
                 yield Compilation(latents, device, Problem(96, 256, 16, 3, 1, dtype, "latents"))
     yield from formats()

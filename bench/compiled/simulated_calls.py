@@ -5,9 +5,9 @@
 
 FILE is as for bench.compiled.simulated. A call of the library is made on tensors without memory, cut as for an H100,
 and each launch of it compiled for sm_90 and simulated [simulated]: as many programs as its grid has, of as many tiles
-as the second axis leaves each where it reads a cache, of all blocks of splits where these are combined, else of one
-trip. A loop inside that of the tiles is run once. A call [estimated] is the sum of its kernels, and what is not
-simulated:
+as the second axis leaves each where it reads a cache, of all blocks of ranks and splits where these are combined,
+else of one trip. A loop inside that of the tiles is run once. A call [estimated] is the sum of its kernels, and what
+is not simulated:
 
 * gaps, as an H100 had them in results/launches_gpu.json for the same layer [measured]: a graph's step less its kernels,
   of batch 1, where both were timed;
@@ -56,7 +56,12 @@ BEFORE = "b398a1b"  # the commit whose steps and kernels were measured
 SHAPES = [Shape(model, "Palu", keep) for model in (LLAMA_2, LLAMA_31) for keep in (0.5, 0.3)]  # ranks 256 and 160
 DTYPE, PAGE = torch.bfloat16, 64
 CACHED = 30 << 20  # bytes of a temporary that stay in an H100's L2 cache of 50 MiB, through which latents go
-PARTS = ("queries", "attend", "values", "combine")  # of a call: what is before keys or both sides are read, values alone
+PARTS = (
+    "queries",
+    "attend",
+    "values",
+    "combine",
+)  # of a call: what is before keys or both sides are read, values alone
 
 
 class Case(NamedTuple):
@@ -193,8 +198,11 @@ class Simulation:
             "dram_bytes": work.nbytes, "unique": work.unique, "stages": meta.num_stages,
             "lookup_lines": max(1, 8 * work.page // block_t),  # trips that 32 bytes of the page table are for
         }  # fmt: skip
-        blocks = x.arguments["SLOTS"] // x.arguments["BLOCK_S"] if "SLOTS" in x.arguments else 1  # of splits
-        machine, trips = self.simulator.Machine(), cdiv(work.tiles, x.grid[1]) if work.tiles else blocks
+        machine, trips = self.simulator.Machine(), cdiv(work.tiles, x.grid[1]) if work.tiles else 1
+        if "SLOTS" in x.arguments:  # loops of one trip are none
+            pairs = (("RANK", "BLOCK_R"), ("SLOTS", "BLOCK_S"))
+            trips, *inside = [n for n in (cdiv(*map(x.arguments.get, pair)) for pair in pairs) if n > 1] or [1]
+            given["inner"] = inside
         result = self.simulator.predict(code, machine, trips=trips, **given)
         if work.tiles and result.waves > 1 and (mean := round(work.tiles / x.grid[1])) < trips:
             trips = mean  # where programs follow each other, those of fewer tiles make up for the others
@@ -219,7 +227,10 @@ def simulate(simulation: Simulation, case: Case) -> dict[str, Any]:
         part = PARTS[1] if x.reads(call.ck) else PARTS[2] if x.reads(call.cv) else PARTS[3 if kernels else 0]
         kernels.append({"part": part, **simulation(x, Work.of(x, call, new))})
     total = sum(kernel["us"] for kernel in kernels)
-    rest = {"gaps_us": gaps(case) * sum(kernel["part"] == PARTS[0] for kernel in kernels), "temporaries_us": again / MEMORY * 1e6}
+    rest = {
+        "gaps_us": gaps(case) * sum(kernel["part"] == PARTS[0] for kernel in kernels),
+        "temporaries_us": again / MEMORY * 1e6,
+    }
     model = case.shape.model
     dense = case.batch * case.tokens * 2 * model.kv_heads * model.head_dim * ITEMSIZE
     times = {"sum_us": total, **rest, "call_us": total + sum(rest.values()), "dense_us": dense / (SHARE * MEMORY) * 1e6}

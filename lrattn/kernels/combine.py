@@ -27,7 +27,8 @@ def combine_kernel(
     lse, out_lse_strides,    # [B, S, Hq]       out, float32
     B, S, first, last, width,
     C: tl.constexpr, M: tl.constexpr, Hkv: tl.constexpr, D: tl.constexpr, BLOCKS_D: tl.constexpr,
-    RANK: tl.constexpr, SLOTS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    RANK: tl.constexpr, SLOTS: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     """out[b, i, h] = mass * ((sum_j w_j y[b, j, h S + i]) @ uv[k] + bias[k]) + rest * near[b, h S + i]
@@ -58,11 +59,12 @@ def combine_kernel(
     h = head * M + i // S
     c = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
     if uv is None:
-        result, merged_lse = merged(p_y, y_strides[1], p_lse, lse_strides[1], first, last, in_n, c, rank, RANK, SLOTS, BLOCK_S)
+        result, merged_lse = merged(p_y, y_strides[1], p_lse, lse_strides[1], first, last, in_n, c, rank, RANK, SLOTS,
+                                    BLOCK_S)
     else:
         result = tl.zeros([max(BLOCK_Q, 16), BLOCK_D], tl.float32)
         merged_lse = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-        for r0 in tl.static_range(0, RANK, BLOCK_R):
+        for r0 in range(0, RANK, BLOCK_R):
             r = r0 + tl.arange(0, BLOCK_R)
             u = tl.load(uv + head * uv_strides[0] + r[:, None] * uv_strides[1] + c[None, :] * uv_strides[2],
                         mask=(r < RANK)[:, None] & (c < D)[None, :], other=0.0)
@@ -111,7 +113,8 @@ def merged(p_y, y_stride, p_lse, lse_stride, first, last, in_n, r, rank, RANK: t
            BLOCK_S: tl.constexpr):  # fmt: skip
     """sum_j exp(lse_j - lse) y_j over slots j, of latents r: [BLOCK_Q, len(r)]; and lse = log(sum_j exp(lse_j)).
 
-    Of rows without a part zeros and -inf. What others hold, and columns past a rank, is loaded before that is known, and dropped.
+    Of rows without a part zeros and -inf. What such slots hold, and columns past a rank, is loaded before that is
+    known, and dropped.
     """
     Q: tl.constexpr = in_n.shape[0]
     peak = tl.full([Q], float("-inf"), tl.float32)
@@ -157,6 +160,6 @@ def combine(
         values.runs, values.places, out, out.stride(), lse, lse.stride(),
         batch, num_queries, parts.start, parts.stop, width,
         C=size.group_size, M=query_heads // heads, Hkv=heads, D=size.head_dim, BLOCKS_D=blocks_d,
-        RANK=size.rank, SLOTS=round_up(len(parts), block_s), BLOCK_Q=choice.block_q, BLOCK_S=block_s, BLOCK_R=choice.block_r, BLOCK_D=choice.block_d,
-        num_warps=choice.warps, num_stages=choice.stages, **launch.pdl(out.device),
+        RANK=size.rank, SLOTS=round_up(len(parts), block_s), BLOCK_S=block_s, BLOCK_Q=choice.block_q,
+        BLOCK_R=choice.block_r, BLOCK_D=choice.block_d, num_warps=choice.warps, num_stages=choice.stages, **launch.pdl(out.device),
     )  # fmt: skip
