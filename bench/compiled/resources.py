@@ -437,7 +437,8 @@ def banded(device: str) -> Iterator[Compilation]:
         for row in rows_for(table, device):
             wide = kernel is banded_scores
             lanes = Problem(row.rank, 128, 1, 1, 4, dtype_of(row), values=512 if wide else row.values)
-            rows = lanes._replace(heads=4, theta=1e4 if row.queries > 64 else 5e5)
+            theta = 1e9 if row.itemsize == 4 else 1e4 if row.queries > 64 else 5e5
+            rows = lanes._replace(heads=4, theta=theta)
             for problem in (lanes, rows):
                 for options in ("", f"{ALL} near" if row.biased else "rule near"):
                     yield Compilation(kernel, device, problem._replace(options=options), row.itemsize == 2)

@@ -61,7 +61,7 @@ PARTS = (
     "attend",
     "values",
     "combine",
-)  # of a call: what is before keys or both sides are read, values alone
+)  # of a call: attend reads keys, or both sides; values those alone
 
 
 class Case(NamedTuple):
@@ -215,7 +215,7 @@ class Simulation:
 
 def simulate(simulation: Simulation, case: Case) -> dict[str, Any]:
     """A row of the results: of a call, kernel by kernel in the order of the launches."""
-    call, kernels, again = case.call(), [], 0
+    call, kernels, again = case.call(), list[dict[str, Any]](), 0
     records = *call.keys, *call.values, *vars(call.tokens).values(), *vars(call).values()
     given = [x for x in records if isinstance(x, Tensor)]
     written: list[Tensor] = []
@@ -224,7 +224,8 @@ def simulate(simulation: Simulation, case: Case) -> dict[str, Any]:
         new = [t for t in temporaries if not any(t is old for old in written)]
         again += sum(t.nbytes for t in temporaries if t.nbytes > CACHED and any(t is old for old in written))
         written += new
-        part = PARTS[1] if x.reads(call.ck) else PARTS[2] if x.reads(call.cv) else PARTS[3 if kernels else 0]
+        others = PARTS[3] if x.kernel == "combine_kernel" else PARTS[0]
+        part = PARTS[1] if x.reads(call.ck) else PARTS[2] if x.reads(call.cv) else others
         kernels.append({"part": part, **simulation(x, Work.of(x, call, new))})
     total = sum(kernel["us"] for kernel in kernels)
     rest = {
@@ -291,7 +292,7 @@ def main() -> int:
     cases = [*map(Case._make, product(shapes, *sizes))] if chosen else CASES
     simulation = Simulation(simulator, args.report)
     rows = [simulate(simulation, case) for case in tqdm(cases, unit="call", disable=None)]
-    of = {"file": launches.PATH.name, "commit": BEFORE, "combine_us": "merge + combine", "gaps_us": "step - kernels"}
+    of = {"file": launches.PATH.name, "commit": BEFORE, "gaps_us": "step - kernels"}
     results = {"sources": resources.sources_hash(), "triton": triton.__version__, "unsimulated": of, "rows": rows}
     if not chosen:
         report.save(PATH, results)

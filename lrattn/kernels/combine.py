@@ -161,5 +161,6 @@ def combine(
         batch, num_queries, parts.start, parts.stop, width,
         C=size.group_size, M=query_heads // heads, Hkv=heads, D=size.head_dim, BLOCKS_D=blocks_d,
         RANK=size.rank, SLOTS=round_up(len(parts), block_s), BLOCK_S=block_s, BLOCK_Q=choice.block_q,
-        BLOCK_R=choice.block_r, BLOCK_D=choice.block_d, num_warps=choice.warps, num_stages=choice.stages, **launch.pdl(out.device),
+        BLOCK_R=choice.block_r, BLOCK_D=choice.block_d, num_warps=choice.warps, num_stages=choice.stages,
+        **launch.pdl(out.device),
     )  # fmt: skip
