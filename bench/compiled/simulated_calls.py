@@ -199,10 +199,10 @@ class Simulation:
             "lookup_lines": max(1, 8 * work.page // block_t),  # trips that 32 bytes of the page table are for
         }  # fmt: skip
         machine, trips = self.simulator.Machine(), cdiv(work.tiles, x.grid[1]) if work.tiles else 1
-        if "SLOTS" in x.arguments:  # loops of one trip are none
-            pairs = (("RANK", "BLOCK_R"), ("SLOTS", "BLOCK_S"))
-            trips, *inside = [n for n in (cdiv(*map(x.arguments.get, pair)) for pair in pairs) if n > 1] or [1]
-            given["inner"] = inside
+        if "BLOCK_S" in x.arguments:  # splits, inside ranks, of which there is no loop where it has one trip
+            ranks, splits = x.arguments["RANK"], x.arguments["last"] - x.arguments["first"]
+            loops = cdiv(ranks, x.arguments["BLOCK_R"]), cdiv(splits, x.arguments["BLOCK_S"])
+            trips, *given["inner"] = loops if loops[0] > 1 else loops[1:]
         result = self.simulator.predict(code, machine, trips=trips, **given)
         if work.tiles and result.waves > 1 and (mean := round(work.tiles / x.grid[1])) < trips:
             trips = mean  # where programs follow each other, those of fewer tiles make up for the others

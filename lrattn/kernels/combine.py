@@ -5,10 +5,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lrattn.factors.operands import Values
-from lrattn.factors.shapes import cdiv, round_up
+from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch, plan
 from lrattn.kernels.arguments import stride, strides_of
-from lrattn.kernels.pieces import next_power_of_2
 from lrattn.kernels.tiles import load_run
 
 
@@ -27,8 +26,7 @@ def combine_kernel(
     lse, out_lse_strides,    # [B, S, Hq]       out, float32
     B, S, first, last, width,
     C: tl.constexpr, M: tl.constexpr, Hkv: tl.constexpr, D: tl.constexpr, BLOCKS_D: tl.constexpr,
-    RANK: tl.constexpr, SLOTS: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    RANK: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     """out[b, i, h] = mass * ((sum_j w_j y[b, j, h S + i]) @ uv[k] + bias[k]) + rest * near[b, h S + i]
@@ -40,8 +38,7 @@ def combine_kernel(
     Grid: (BLOCKS_D * Hkv * row blocks of B M S). A program owns BLOCK_Q rows that share a kv head, and with it
     BLOCK_D columns of its basis (of the result when there is none): the basis is read once per row block. Of many
     splits it owns one row, whose splits are then read by more programs.
-    Needs: BLOCK_Q 1 or at least 16; SLOTS >= last - first, a multiple of BLOCK_S, of which so many are read at a time.
-    Sums are float32.
+    Needs: BLOCK_Q 1 or at least 16. Sums are float32, over BLOCK_S slots at a time.
     Reference: lrattn.attention.reference.merge_attention, _join_sinks, _project. Derivation: docs/kernels.md#combine.
     """
     if CHAINED:
@@ -59,8 +56,7 @@ def combine_kernel(
     h = head * M + i // S
     c = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
     if uv is None:
-        result, merged_lse = merged(p_y, y_strides[1], p_lse, lse_strides[1], first, last, in_n, c, rank, RANK, SLOTS,
-                                    BLOCK_S)
+        result, merged_lse = merged(p_y, y_strides[1], p_lse, lse_strides[1], first, last, in_n, c, rank, RANK, BLOCK_S)
     else:
         result = tl.zeros([max(BLOCK_Q, 16), BLOCK_D], tl.float32)
         merged_lse = tl.full([BLOCK_Q], float("-inf"), tl.float32)
@@ -69,7 +65,7 @@ def combine_kernel(
             u = tl.load(uv + head * uv_strides[0] + r[:, None] * uv_strides[1] + c[None, :] * uv_strides[2],
                         mask=(r < RANK)[:, None] & (c < D)[None, :], other=0.0)
             latent, merged_lse = merged(p_y, y_strides[1], p_lse, lse_strides[1], first, last, in_n, r, rank, RANK,
-                                        SLOTS, BLOCK_S)
+                                        BLOCK_S)
             latent = tl.broadcast_to(latent, [max(BLOCK_Q, 16), BLOCK_R]).to(u.dtype)
             result = tl.dot(latent, u, result, input_precision="ieee")
         if BLOCK_Q == 1:
@@ -109,7 +105,7 @@ def combine_kernel(
 
 
 @triton.jit
-def merged(p_y, y_stride, p_lse, lse_stride, first, last, in_n, r, rank, RANK: tl.constexpr, SLOTS: tl.constexpr,
+def merged(p_y, y_stride, p_lse, lse_stride, first, last, in_n, r, rank, RANK: tl.constexpr,
            BLOCK_S: tl.constexpr):  # fmt: skip
     """sum_j exp(lse_j - lse) y_j over slots j, of latents r: [BLOCK_Q, len(r)]; and lse = log(sum_j exp(lse_j)).
 
@@ -120,8 +116,8 @@ def merged(p_y, y_stride, p_lse, lse_stride, first, last, in_n, r, rank, RANK: t
     peak = tl.full([Q], float("-inf"), tl.float32)
     total = tl.zeros([Q], tl.float32)
     sums = tl.zeros([Q, r.shape[0]], tl.float32)
-    for j0 in range(0, SLOTS, BLOCK_S):
-        j = (first + j0 + tl.arange(0, BLOCK_S)).to(tl.int64)
+    for j0 in range(first, last, BLOCK_S):
+        j = (j0 + tl.arange(0, BLOCK_S)).to(tl.int64)
         there = in_n[:, None] & (j < last)[None, :]
         part = tl.load(p_lse[:, None] + j[None, :] * lse_stride, mask=there, other=float("-inf"))
         x = tl.load((p_y[:, None] + j[None, :] * y_stride)[:, :, None] + r[None, None, :],
@@ -153,14 +149,13 @@ def combine(
     heads, rows = size.num_heads, batch * num_queries * (query_heads // size.num_heads)
     few = len(parts) <= plan.COMBINED
     choice = (launch.combine if few else launch.combine_many)(launch.name(out.device), out.itemsize)
-    blocks_d, block_s = cdiv(width, choice.block_d), min(choice.block_s, next_power_of_2(max(len(parts), 1)))
+    blocks_d = cdiv(width, choice.block_d)
     combine_kernel[(blocks_d * heads * cdiv(rows, choice.block_q),)](
         y, y.stride(), part_lse, part_lse.stride(), values.up if up else None, values.up.stride(),
         values.bias if up else None, sinks, near, strides_of(near, 2), near_lse, stride(near_lse),
         values.runs, values.places, out, out.stride(), lse, lse.stride(),
         batch, num_queries, parts.start, parts.stop, width,
         C=size.group_size, M=query_heads // heads, Hkv=heads, D=size.head_dim, BLOCKS_D=blocks_d,
-        RANK=size.rank, SLOTS=round_up(len(parts), block_s), BLOCK_S=block_s, BLOCK_Q=choice.block_q,
-        BLOCK_R=choice.block_r, BLOCK_D=choice.block_d, num_warps=choice.warps, num_stages=choice.stages,
-        **launch.pdl(out.device),
+        RANK=size.rank, BLOCK_Q=choice.block_q, BLOCK_S=choice.block_s, BLOCK_R=choice.block_r, BLOCK_D=choice.block_d,
+        num_warps=choice.warps, num_stages=choice.stages, **launch.pdl(out.device),
     )  # fmt: skip

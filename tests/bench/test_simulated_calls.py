@@ -115,13 +115,13 @@ def test_programs_of_several_waves_have_as_many_tiles_as_they_have_on_average():
 
 
 @pytest.mark.parametrize(
-    "slots, rank, loops",
-    [(32, 256, (1, [])), (128, 256, (4, [])), (32, 400, (2, [])), (128, 400, (2, [4]))],
+    "splits, rank, loops",
+    [(32, 256, (1, [])), (100, 256, (4, [])), (32, 400, (2, [1])), (128, 400, (2, [4]))],
 )
-def test_what_combines_goes_through_its_ranks_and_splits(slots, rank, loops):
-    """Of loops of one trip there are none in the code."""
+def test_what_combines_goes_through_its_ranks_and_splits(splits, rank, loops):
+    """Where ranks are a single block, there is no loop of them in the code."""
     simulator = Simulator()
-    sizes = {"SLOTS": slots, "BLOCK_S": 32, "RANK": rank, "BLOCK_R": 256}
+    sizes = {"first": 1, "last": splits + 1, "BLOCK_S": 32, "RANK": rank, "BLOCK_R": 256}
     row = Simulation(simulator)(launched((64,), **sizes), Work(0, 0, 1.0, 64))
     assert (row["trips"], simulator.told[-1]["inner"]) == loops
 

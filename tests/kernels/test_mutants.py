@@ -223,7 +223,7 @@ MUTANTS = [
     Mutant("combine.py", "place // C", "head // C", "sinks"),
     Mutant("combine.py", "bias + place * D", "bias + head * D", "sinks"),
     Mutant("combine.py", "result *= mass[:, None]", "result *= 1", "sinks"),
-    Mutant("combine.py", "first + j0 +", "j0 +", "piecemeal"),
+    Mutant("combine.py", "j = (j0 +", "j = (j0 - first +", "piecemeal"),
     Mutant("combine.py", "(p_y[:, None] + j[None, :] * y_stride)", "(p_y[:, None] + 0 * j[None, :])", "batch"),
     Mutant("decode.py", "range(0, splits + 1) if after", "range(1, splits + 1) if after", "piecemeal"),
     Mutant("decode.py", "size.turned or keys.chunk or not first", "size.turned or not first", "chunks, piecemeal"),
