@@ -663,7 +663,7 @@ def spills(c: Compilation) -> int:
         by_lane = c.kernel is banded_pass and c.problem.heads == 1 and c.problem.rank > 160
         return (48 if by_lane else 0) if triton.__version__.startswith(("3.6.", "3.7.")) else 256
     own = c.device == "sm90" and triton.__version__.startswith("3.6.")
-    return 0 if not c.problem.bits or own else 40
+    return 0 if not c.problem.bits or own else 48
 
 
 def faults(c: Compilation, row: dict[str, Any]) -> list[str]:

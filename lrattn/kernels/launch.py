@@ -161,13 +161,13 @@ ATTEND = (
     Row(Launch(4, 1, block_r=128), ("sm90",), rank=160, values=160, queries=64, biased=False),
     Row(Launch(8, 1, block_r=128, block_t=128), ("sm90",), rank=256, values=256, queries=64, biased=False),
     Row(Launch(8, 1, block_r=128), ("sm100",), rank=256, values=256, queries=64, biased=False),
-    Row(Launch(4, 1, block_r=128), BIG, rank=128, values=128, queries=64, itemsize=4, least_itemsize=4),
+    Row(Launch(4, 1, block_r=128), HOPPER, rank=128, values=128, queries=64, itemsize=4, least_itemsize=4),
 )
 ATTEND_SCORES = (
     Row(Launch(4, 1, block_r=128), ("sm90",), rank=160, queries=128),
     Row(Launch(8, 1, block_r=128, block_t=128), ("sm90",), rank=256, queries=64),
     Row(Launch(8, 1, block_r=128), ("sm100",), rank=256, queries=64),
-    Row(Launch(4, 1, block_r=128), BIG, rank=128, queries=64, itemsize=4, least_itemsize=4),
+    Row(Launch(4, 1, block_r=128), HOPPER, rank=128, queries=64, itemsize=4, least_itemsize=4),
 )
 ABSORB_QUERIES = (
     Row(Launch(4, 1, block_q=16, block_r=64), (), chunked=False),

@@ -39,7 +39,7 @@ def test_every_launch_fits():
         if row["dtype"] != "float32":
             assert row["products"] or row["kernel"] in plain, row
             kept = row["kernel"] == "attend_kernel" and row["M"] == 1 and row["rank"] > 160  # outside the loop
-            assert row["spilled"] <= (40 if row["bits"] else 48 if kept else 0), row
+            assert row["spilled"] <= (48 if row["bits"] or kept else 0), row
 
 
 def test_packed_rows_fit_by_the_triton_that_they_were_written_against():
