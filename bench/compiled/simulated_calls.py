@@ -262,7 +262,7 @@ def table(results: dict[str, Any]) -> str:
     """Microseconds of a call: of its kernels and their sum [simulated]; with the rest, combination, gaps and what is
     read again, the whole, and a dense cache's bytes [estimated]; a step by the kernels there were before [measured], -
     where it was not measured. Registers and bytes spilled are those of the kernel that takes longest."""
-    line = "{:14} {:>4} {:>5} {:>7} {:>4} {:>8} {:>8} {:>8} {:>8} {:>7} {:>8} {:>8} {:>10} {:>9} {:>7} {:>7}"
+    line = "{:14} {:>4} {:>5} {:>7} {:>4} {:>8} {:>8} {:>8} {:>8} {:>8} {:>7} {:>8} {:>8} {:>10} {:>9} {:>7} {:>7}"
     names = ("model", "rank", "batch", "tokens", "page", *PARTS, "sum us", "rest", "call us", "dense us", "dense / it",
              "registers", "spilled", "old us")  # fmt: skip
     lines, timed = [line.format(*names)], report.load(launches.PATH)["tokens"]
