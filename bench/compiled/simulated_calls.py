@@ -17,8 +17,8 @@ It goes to results/simulated_calls.json, beside the time of a dense 16-bit cache
 [estimated]. With chosen rows nothing is written: to see what an edit of a kernel does. --report lists where the clocks
 of each kernel go, by its N slowest instructions.
 
-What the simulator does not know is named there. The kernels that turned queries and combined splits took 2 to
-3 times as long on the H100 as it gives the present ones.
+What the simulator does not know is named there. The kernel that turned queries took 2 to 3 times as long on the H100 as
+it gives the present one, those that merged and combined splits 1.2 to 2.2 times (batch 1).
 """
 
 from __future__ import annotations
@@ -56,12 +56,8 @@ BEFORE = "b398a1b"  # the commit whose steps and kernels were measured
 SHAPES = [Shape(model, "Palu", keep) for model in (LLAMA_2, LLAMA_31) for keep in (0.5, 0.3)]  # ranks 256 and 160
 DTYPE, PAGE = torch.bfloat16, 64
 CACHED = 30 << 20  # bytes of a temporary that stay in an H100's L2 cache of 50 MiB, through which latents go
-PARTS = (
-    "queries",
-    "attend",
-    "values",
-    "combine",
-)  # of a call: attend reads keys, or both sides; values those alone
+# Of a call; attend reads keys, or both sides, and values those alone.
+QUERIES, ATTEND, VALUES, COMBINE = PARTS = ("queries", "attend", "values", "combine")
 
 
 class Case(NamedTuple):
@@ -221,15 +217,16 @@ def simulate(simulation: Simulation, case: Case) -> dict[str, Any]:
     written: list[Tensor] = []
     for x in launched(call):
         temporaries = [t for t in x.tensors() if not any(t is own or t._base is own for own in given)]
-        new = [t for t in temporaries if not any(t is old for old in written)]
-        again += sum(t.nbytes for t in temporaries if t.nbytes > CACHED and any(t is old for old in written))
+        old = [t for t in temporaries if any(t is own for own in written)]
+        new = [t for t in temporaries if not any(t is own for own in old)]
+        again += sum(t.nbytes for t in old if t.nbytes > CACHED)
         written += new
-        others = PARTS[3] if x.kernel == "combine_kernel" else PARTS[0]
-        part = PARTS[1] if x.reads(call.ck) else PARTS[2] if x.reads(call.cv) else others
+        others = COMBINE if x.kernel == "combine_kernel" else QUERIES
+        part = ATTEND if x.reads(call.ck) else VALUES if x.reads(call.cv) else others
         kernels.append({"part": part, **simulation(x, Work.of(x, call, new))})
     total = sum(kernel["us"] for kernel in kernels)
     rest = {
-        "gaps_us": gaps(case) * sum(kernel["part"] == PARTS[0] for kernel in kernels),
+        "gaps_us": gaps(case) * sum(kernel["part"] == QUERIES for kernel in kernels),
         "temporaries_us": again / MEMORY * 1e6,
     }
     model = case.shape.model
@@ -259,8 +256,8 @@ def step(layer: str, batch: int) -> float | None:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Microseconds of a call: of its kernels and their sum [simulated]; with the rest, combination, gaps and what is
-    read again, the whole, and a dense cache's bytes [estimated]; a step by the kernels there were before [measured], -
+    """Microseconds of a call: of its kernels and their sum [simulated]; with the rest, gaps and what is read
+    again, the whole, and a dense cache's bytes [estimated]; a step by the kernels there were before [measured], -
     where it was not measured. Registers and bytes spilled are those of the kernel that takes longest."""
     line = "{:14} {:>4} {:>5} {:>7} {:>4} {:>8} {:>8} {:>8} {:>8} {:>8} {:>7} {:>8} {:>8} {:>10} {:>9} {:>7} {:>7}"
     names = ("model", "rank", "batch", "tokens", "page", *PARTS, "sum us", "rest", "call us", "dense us", "dense / it",

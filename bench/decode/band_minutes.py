@@ -338,10 +338,7 @@ def main() -> int:
     parser.add_argument("--resume", action="store_true", help="keep the cases that the JSON already has")
     parser.add_argument("--dry", action="store_true")
     args = parser.parse_args()
-    if not args.dry and not torch.cuda.is_available():
-        parser.error("no GPU here: --dry tries it in the interpreter")
-    if args.dry and os.environ.get("TRITON_INTERPRET") != "1":
-        parser.error("--dry: expected TRITON_INTERPRET=1 in the environment")
+    timing.check_device(parser, args.dry)
     path = args.out / f"band_{'dry' if args.dry else 'gpu'}.json"
     results = run(path, args.minutes, Bench.of([], args.dry), args.resume)
     faults = [lines(row) for row in results["rows"] if "fault" in row]

@@ -232,10 +232,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--dry", action="store_true")
     args = parser.parse_args()
-    if not args.dry and not torch.cuda.is_available():
-        parser.error("no GPU here: --dry tries it in the interpreter")
-    if args.dry and os.environ.get("TRITON_INTERPRET") != "1":
-        parser.error("--dry: expected TRITON_INTERPRET=1 in the environment")
+    timing.check_device(parser, args.dry)
     layers = DRY if args.dry else {name: LAYERS[name] for name in args.layer}
     run(args.out / f"launches_{'dry' if args.dry else 'gpu'}.json", layers, args.batch, args.minutes, args.dry)
     return 0

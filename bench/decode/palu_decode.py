@@ -10,7 +10,6 @@ decode_attention. Each is checked, then timed as in bench.decode_latency. On a G
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -56,10 +55,7 @@ def main() -> int:
     args = parser.parse_args()
     path = args.out / f"palu_decode_{'dry' if args.dry else 'gpu'}.json"
     if not args.plot_only:
-        if args.dry and os.environ.get("TRITON_INTERPRET") != "1":
-            parser.error("--dry: expected TRITON_INTERPRET=1 in the environment")
-        if not args.dry and not torch.cuda.is_available():
-            parser.error("no GPU here: --dry tries it in the interpreter")
+        timing.check_device(parser, args.dry)
         run(path, args.minutes, Bench.of([], args.dry))
     results = report.load(path)
     if not args.no_plot:

@@ -12,7 +12,6 @@ wrong. --dry does the same in Triton's interpreter.
 from __future__ import annotations
 
 import argparse
-import os
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -179,10 +178,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--dry", action="store_true")
     args = parser.parse_args()
-    if not args.dry and not torch.cuda.is_available():
-        parser.error("no GPU here: --dry tries it in the interpreter")
-    if args.dry and os.environ.get("TRITON_INTERPRET") != "1":
-        parser.error("--dry: expected TRITON_INTERPRET=1 in the environment")
+    timing.check_device(parser, args.dry)
     results = check(args.dry)
     report.save(args.out / f"subnormals{'_dry' if args.dry else ''}.json", results)
     print(*lines(results), sep="\n")

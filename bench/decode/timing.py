@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
+from argparse import ArgumentParser
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -33,6 +35,14 @@ class Clock(Protocol):
     def prepare(self, run: Callable[[], Tensor]) -> Prepared: ...
 
     def microseconds(self, replays: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]: ...
+
+
+def check_device(parser: ArgumentParser, dry: bool) -> None:
+    """Ends a command that finds no GPU or, of a dry run, no interpreter."""
+    if not dry and not torch.cuda.is_available():
+        parser.error("no GPU here: --dry tries it in the interpreter")
+    if dry and os.environ.get("TRITON_INTERPRET") != "1":
+        parser.error("--dry: expected TRITON_INTERPRET=1 in the environment")
 
 
 def gate(got: Tensor, expected: Tensor, tolerance: float) -> float:

@@ -2,6 +2,7 @@
 what was simulated and measured of an H100."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from functools import cache, lru_cache
 from itertools import pairwise
@@ -73,7 +74,8 @@ def test_calls_by_a_band_agree_with_the_simulated_ones():
         found = layer_outlook(layers[row["model"], row["rank"]], heads, H100, row["tokens"], row["batch"])
         assert found["way"].startswith("by a band") and "one pass" in found["way"]
         assert found["dense_us"] == pytest.approx(row["dense_us"], abs=0.06)
-        assert [k["launches"] for k in found["kernels"][:2]] == [len(row["kernels"]) // 2] * 2
+        simulated_ones = Counter(kernel["kernel"] for kernel in row["kernels"])
+        assert {k["kernel"]: k["launches"] for k in found["kernels"]} == simulated_ones
         agrees(found["us"], row["call_us"], row)
     assert len(rows) > 20
 
