@@ -204,7 +204,7 @@ class Problem(NamedTuple):
         way = plan.banded(self.heads * self.steps, self.dtype, launch.name(META), keys.sizes, side.sizes)
         assert way is not None, "the launch table has a row for it"
         kinds = torch.float32 if way.by_lane else self.dtype, self.dtype, torch.float32
-        ready = plan.band_queries(self.rows(), self.dtype, keys.sizes, side.sizes, way)
+        ready = plan.band_queries(self.rows(), self.dtype, keys.sizes, way)
         shapes = [shape and (BATCH, 2 * shape[0], *shape[1:]) for shape in ready.shapes]
         return way, [shape and empty(*shape, dtype=kind) for shape, kind in zip(shapes, kinds, strict=True)]
 
@@ -436,7 +436,8 @@ def banded(device: str) -> Iterator[Compilation]:
     for table, kernel in ((launch.ATTEND, banded_pass), (launch.ATTEND_SCORES, banded_scores)):
         for row in rows_for(table, device):
             wide = kernel is banded_scores
-            lanes = Problem(row.rank, 128, 1, 1, 4, dtype_of(row), values=512 if wide else row.values)
+            most = 512 if wide else row.values
+            lanes = Problem(row.rank, 128, 1, 1, 4, dtype_of(row), values=most, bits=bits_of(row))
             theta = 1e9 if row.itemsize == 4 else 1e4 if row.queries > 64 else 5e5
             rows = lanes._replace(heads=4, theta=theta)
             for problem in (lanes, rows):
@@ -445,7 +446,8 @@ def banded(device: str) -> Iterator[Compilation]:
             if row.itemsize == 2:
                 yield Compilation(kernel, device, rows._replace(head=64, theta=5e5), True)
                 yield Compilation(kernel, device, rows._replace(head=256, group=2, theta=5e5), True)
-                yield Compilation(kernel, device, lanes._replace(dtype=torch.float16), True)
+                for bits in BY_PLANE if row.packed else [()]:
+                    yield Compilation(kernel, device, lanes._replace(dtype=torch.float16, bits=bits), True)
                 yield Compilation(absorb_band, device, rows._replace(options="bias" if row.biased else ""))
             yield Compilation(absorb_band, device, lanes)
 
@@ -658,9 +660,11 @@ def resources(binary: Any) -> dict[str, Any]:
 
 def spills(c: Compilation) -> int:
     """Bytes that a launch may spill: none, but for packed rows and for bands where ptxas is not the one they were
-    written against; there, in one pass by lane at the largest ranks, a few of what the loop does not touch."""
+    written against; there, by lane at the largest ranks in one pass or of packed rows, a few of what the loop does not
+    touch."""
     if c.kernel in (banded_pass, banded_scores):
-        by_lane = c.kernel is banded_pass and c.problem.heads == 1 and c.problem.rank > 160
+        whole = c.kernel is banded_pass or c.problem.bits != ()
+        by_lane = whole and c.problem.heads == 1 and c.problem.rank > 160
         return (48 if by_lane else 0) if triton.__version__.startswith(("3.6.", "3.7.")) else 256
     own = c.device == "sm90" and triton.__version__.startswith("3.6.")
     return 0 if not c.problem.bits or own else 48
@@ -669,6 +673,8 @@ def spills(c: Compilation) -> int:
 def faults(c: Compilation, row: dict[str, Any]) -> list[str]:
     """Why a row may not stand."""
     device, found = DEVICES[c.device], []
+    if row["registers"] < 8:
+        found.append(f"{row['registers']} registers: it was compiled to nothing")
     if row["spilled"] > spills(c) and row["dtype"] != "float32":
         found.append(f"{row['spilled']} bytes spilled")
     if row["shared"] > device.shared:

@@ -30,7 +30,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from itertools import product
+from itertools import product, starmap
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -45,7 +45,7 @@ from bench.compiled import resources
 from bench.compiled.resources import META, compiling, empty, fp32
 from bench.compiled.simulated import BATCHES, LENGTHS, LIMIT, MEMORY, PROCESSORS, SHARE, loaded, parsed
 from bench.decode import launches
-from bench.decode.decode_shapes import ITEMSIZE, LLAMA_2, LLAMA_31, Shape
+from bench.decode.decode_shapes import ITEMSIZE, LLAMA_2, LLAMA_31, Shape, packing
 from bench.support import report
 from lrattn.factors.shapes import cdiv
 from lrattn.kernels import decode, launch
@@ -67,6 +67,7 @@ class Case(NamedTuple):
     batch: int
     tokens: int
     page: int = PAGE
+    bits: tuple[int, ...] = ()  # widths of packed rows; () is plain
 
     @property
     def layer(self) -> str:
@@ -75,30 +76,37 @@ class Case(NamedTuple):
 
     def told(self) -> dict[str, Any]:
         sizes = {"batch": self.batch, "tokens": self.tokens, "page": self.page}
-        return {"layer": self.layer, "model": self.shape.model.name, "rank": self.shape.key_ranks[0], **sizes}
+        rank, bits = self.shape.key_ranks[0], "/".join(map(str, self.bits)) or "16"
+        return {"layer": self.layer, "model": self.shape.model.name, "rank": rank, "bits": bits, **sizes}
 
     def call(self) -> Call:
         """On tensors without memory."""
-        keys, values = layer_of(self.shape).operands
+        layer = layer_of(self.shape, self.bits)
+        keys, values = layer.operands
         model, pages = self.shape.model, cdiv(self.tokens, self.page)
-        ck, cv = (
-            empty(self.batch * pages, self.page, sum(ranks), dtype=DTYPE)
-            for ranks in (self.shape.key_ranks, self.shape.value_ranks)
-        )
+        ck, cv = lrattn.allocate_cache(layer, self.batch * pages, self.page)
         q = empty(self.batch, 1, model.query_heads, model.head_dim, dtype=DTYPE)
         tokens = Tokens(empty(self.batch, pages), empty(self.batch), None, None, self.tokens)
         return Call(q, ck, cv, keys, values, tokens, Rule(model.head_dim**-0.5, 0.0, True, 0))
 
 
-CASES = [*map(Case._make, product(SHAPES, BATCHES, LENGTHS, [PAGE])), Case(SHAPES[0], 1, 32768, 16)]
+CASES = [
+    *starmap(Case, product(SHAPES, BATCHES, LENGTHS, [PAGE])),
+    Case(SHAPES[0], 1, 32768, 16),
+    *starmap(Case, product(SHAPES[::2], BATCHES, LENGTHS, [PAGE], [resources.PACKED])),
+]
 
 
 @cache
-def layer_of(shape: Shape) -> lrattn.LayerFactors:
+def layer_of(shape: Shape, bits: tuple[int, ...]) -> lrattn.LayerFactors:
     """No numbers of the bases, only shapes; the rope is the model's."""
     model = shape.model
     keys, values = (
-        lrattn.Projection(torch.zeros(model.kv_heads, ranks[0], model.head_dim, dtype=DTYPE), ranks)
+        lrattn.Projection(
+            torch.zeros(model.kv_heads, ranks[0], model.head_dim, dtype=DTYPE),
+            ranks,
+            format=tuple(packing(rank, bits) for rank in ranks) if bits else None,
+        )
         for ranks in (shape.key_ranks, shape.value_ranks)
     )
     rope = lrattn.Rope(model.theta, model.head_dim, max(LENGTHS), scaling=dict(model.scaling))
@@ -286,7 +294,7 @@ def main() -> int:
     shapes = [s for s in shapes if s.key_ranks[0] in (args.rank or s.key_ranks)]
     sizes = args.batch or BATCHES, args.tokens or LENGTHS, args.page or [PAGE]
     chosen = any((args.model, args.rank, args.batch, args.tokens, args.page))
-    cases = [*map(Case._make, product(shapes, *sizes))] if chosen else CASES
+    cases = [*starmap(Case, product(shapes, *sizes))] if chosen else CASES
     simulation = Simulation(simulator, args.report)
     rows = [simulate(simulation, case) for case in tqdm(cases, unit="call", disable=None)]
     of = {"file": launches.PATH.name, "commit": BEFORE, "gaps_us": "step - kernels"}

@@ -13,7 +13,6 @@ import torch
 from lrattn.attention.gpus import GPU, GPUS
 from lrattn.attention.step import BOUNDS, REACHED, step
 from lrattn.factors.layer import LayerFactors
-from lrattn.factors.operands import ValueSizes
 from lrattn.factors.record import Factors
 from lrattn.factors.summary import aligned, band_of
 from lrattn.kernels import plan
@@ -113,16 +112,15 @@ def unbanded(layer: LayerFactors, query_heads: int, gpu: GPU) -> str:
     keys, values = layer.operands.keys.sizes, layer.operands.values.sizes
     rows = query_heads // layer.num_kv_heads
 
-    def taken(rows: int = rows, family: str = gpu.family, values: ValueSizes = values) -> bool:
+    def taken(rows: int = rows, family: str = gpu.family) -> bool:
         return plan.banded(rows, layer.dtype, family, keys, values) is not None
 
-    if taken(values=values._replace(packed=())):
-        return "values are packed"
     if taken(rows=1):
         return f"not for {rows} query heads of a kv head, in {keys.terms} terms"
     if others := [family for family in FAMILIES if taken(family=family)]:
         return f"not on {gpu.family}, but on {' and '.join(others)}"
-    return f"not for ranks {keys.rank} and {values.rank} on {gpu.family}"
+    ranks = f"ranks {keys.rank} and {values.rank}"
+    return f"not for {'packed rows of ' if keys.packed else ''}{ranks} on {gpu.family}"
 
 
 def _way(layer: LayerFactors, size: plan.Cut) -> str:

@@ -56,6 +56,7 @@ REACHED = {
     "absorb_queries": Reached(0.3, 2.0, "measured"),
     "turn_queries": Reached(0.27, 1.5, "measured"),
     "attend": Reached(0.82, 7.5, "simulated"),
+    "attend, packed": Reached(0.38, 7.5, "simulated"),
     "attend_absorbed": Reached(0.79, 9.0, "simulated"),
     "attend_packed": Reached(0.75, 9.0, "simulated"),
     "attend_rebuilt": Reached(0.25, 8.0, "measured"),
@@ -132,7 +133,7 @@ def _far(
     name = "attend_packed" if size.planes.keys else "attend" if size.banded else "attend_absorbed"
     owners, kind = keys.groups, name
     if size.banded:
-        owners = keys.num_heads // size.banded.heads
+        owners, kind = keys.num_heads // size.banded.heads, name + (", packed" if keys.packed else "")
     elif not keys.absorbed:
         name, owners = "attend_rebuilt", keys.num_heads
         kind = name + (", packed" if keys.packed else ", one pass" if size.fused else "")

@@ -150,8 +150,6 @@ def band_of(layer: LayerFactors) -> dict[str, Any] | str | None:
     """How keys before RoPE are rebuilt in part, or why they are rebuilt whole; None of others."""
     if layer.absorbed or layer.rope is None:
         return None
-    if layer.row_side.formats:
-        return "rows are packed"
     if layer.keys.group_size == 1:
         return "no two heads share a latent"
     found = layer.rope.band(layer.head_dim, layer.dtype)

@@ -11,7 +11,17 @@ from lrattn.kernels.arguments import Call, Span, strides_of
 from lrattn.kernels.packed import BITS, COLUMN, FIRST, SEGMENT, SEGMENTS, SIZE
 from lrattn.kernels.pieces import PLANES, pieces
 from lrattn.kernels.planes import LOG2_E
-from lrattn.kernels.tiles import chunk_of, lag_of, load_rows, load_run, load_turns, pair_columns, part_of, reach
+from lrattn.kernels.tiles import (
+    chunk_of,
+    lag_of,
+    load_pairs,
+    load_rows,
+    load_run,
+    load_turns,
+    pair_columns,
+    part_of,
+    reach,
+)
 
 
 # fmt: off
@@ -73,9 +83,7 @@ def absorb_queries_kernel(
     p_q = q + i_b * q_strides[0] + s * q_strides[1] + head * q_strides[2]
     if CHUNK:
         low, high = pair_columns(tl.arange(0, BLOCK_D // 2), ROTARY, INTERLEAVED)
-        x_low = tl.load(p_q[:, None] + low[None, :], mask=in_q[:, None] & (low < D)[None, :], other=0.0).to(tl.float32)
-        x_high = tl.load(p_q[:, None] + high[None, :], mask=in_q[:, None] & (high < D)[None, :], other=0.0)
-        x_high = x_high.to(tl.float32)
+        x_low, x_high = load_pairs(p_q, low, high, in_q, D)
         squared = tl.sum(x_low * x_low + x_high * x_high, 1)
         cos, sin = load_turns(turns, first + c, max_chunk, d, ROTARY)
         x = tl.join(x_low * cos + x_high * sin, x_high * cos - x_low * sin)

@@ -7,8 +7,10 @@ from torch import Tensor
 from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Call, Span, strides_of
+from lrattn.kernels.packed import BITS, COLUMN, SIZE, load_basis_piece, operands, segments
+from lrattn.kernels.pieces import pieces
 from lrattn.kernels.plan import Banded
-from lrattn.kernels.tiles import load_rows, load_run, load_turns, pair_columns, part_of, reach
+from lrattn.kernels.tiles import load_pairs, load_run, load_turns, pair_columns, part_of, reach
 
 
 # fmt: off
@@ -20,6 +22,7 @@ def absorb_band_kernel(
     turns,                   # [max_position, ROTARY]  float32, cos and sin of a pair adjacent
     coefficients,            # [2, T, D / 2]    float32, of the band, by pair; None with T = 0
     uk,                      # [sum Rk, C * D]  key basis, pairs adjacent
+    packs,                   # [G, 3 n]         int32: segments of packed rows; None where they are plain
     runs, heads,             # [G, 3], [Hkv]    int32: column, rank, first row of uk; place -> kv head
     bias,                    # [Hkv, D]         float32 by place, pairs adjacent; None without
     x, x_strides,            # [B, tiles, owners, rows, F]      out, dtype of q, or float32 BY_LANE
@@ -29,9 +32,8 @@ def absorb_band_kernel(
     C: tl.constexpr, M: tl.constexpr, D: tl.constexpr, Hkv: tl.constexpr, ROTARY: tl.constexpr,
     INTERLEAVED: tl.constexpr, WINDOWED: tl.constexpr,
     HEADS: tl.constexpr, ROWS: tl.constexpr, FAST: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
-    BY_LANE: tl.constexpr, LONG: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
-    CHAINED: tl.constexpr,
+    BY_LANE: tl.constexpr, ROW: tl.constexpr, LONG: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr, CHAINED: tl.constexpr,
 ):
     """x[b, i, w] = Rot(-t0) q[b, w],   t0 the first token of tile i, of fast pairs, whose pieces are FAST
     a[b, j, w, p] = (coefficients[p] applied to Rot(-b0) q[b, w]) @ uk[k]^T,   b0 the first of block j
@@ -42,7 +44,7 @@ def absorb_band_kernel(
     BY_LANE, of a piece's pairs those come first that are a multiple of 4, then those after these.
 
     Grid: (row blocks * Hkv, 2, B). A program owns BLOCK_Q rows of one kv head, of all blocks: their fast pairs, or
-    their slow ones, BLOCK_R latents at a time, zeros past the key rank.
+    their slow ones, for one of the pieces ROW at a time; zeros past the key rank.
     Needs: BLOCK_D a power of two >= D. Sums are float32.
     Reference: lrattn.factors.band. Derivation: docs/kernels.md#banded.
     """
@@ -67,9 +69,9 @@ def absorb_band_kernel(
         a += i_b * a_strides[0] + owner * a_strides[2]
         if terms is not None:
             terms += i_b * terms_strides[0] + owner * terms_strides[2]
-        _absorb(q, q_strides, turns, coefficients, uk, runs, bias, a, a_strides, terms, terms_strides, n0, first,
-                blocks, kv, place, S, max_position, C, M, D, ROTARY, INTERLEAVED, HEADS, ROWS, T, BLOCK, BY_LANE, LONG,
-                BLOCK_D, BLOCK_Q, BLOCK_R)
+        _absorb(q, q_strides, turns, coefficients, uk, runs, packs, bias, a, a_strides, terms, terms_strides, n0, first,
+                blocks, kv, place, S, max_position, C, M, D, ROTARY, INTERLEAVED, HEADS, ROWS, T, BLOCK, BY_LANE, ROW,
+                LONG, BLOCK_D, BLOCK_Q)
 
 
 @triton.jit
@@ -103,10 +105,10 @@ def _turn(
 
 @triton.jit
 def _absorb(
-    q, q_strides, turns, coefficients, uk, runs, bias, a, a_strides, terms, terms_strides, n0, first, blocks, kv, place,
-    S, max_position, C: tl.constexpr, M: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr,
+    q, q_strides, turns, coefficients, uk, runs, packs, bias, a, a_strides, terms, terms_strides, n0, first, blocks, kv,
+    place, S, max_position, C: tl.constexpr, M: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr,
     INTERLEAVED: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
-    BY_LANE: tl.constexpr, LONG: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr,
+    BY_LANE: tl.constexpr, ROW: tl.constexpr, LONG: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):
     """Slow pairs of rows n0 .. n0 + BLOCK_Q of a kv head in the space of latents, for their block."""
     n = n0 + tl.arange(0, BLOCK_Q)
@@ -137,19 +139,12 @@ def _absorb(
     _, rank, r0 = load_run(runs, place // C)
     y = y.to(a.dtype.element_ty)
     a += block.to(tl.int64) * a_strides[1] + column * LONG
-    for first_r in tl.static_range(0, LONG, BLOCK_R):
-        r = first_r + tl.arange(0, BLOCK_R)
-        u = load_rows(uk, C * D, r0, rank, place % C * D, d, D, r).to(y.dtype)
+    segs = segments(packs, place // C, 0, rank, ROW)
+    for n in tl.static_range(len(ROW)):
+        u = load_basis_piece(uk, C * D, r0, segs, place % C * D, d, D, ROW, n, None, a)
         got = tl.dot(y, tl.trans(u), input_precision="ieee")
-        tl.store(a[:, None] + r[None, :], got.to(a.dtype.element_ty), mask=stored[:, None] & (r < LONG)[None, :])
-
-
-@triton.jit
-def load_pairs(q, low, high, in_q, D: tl.constexpr):
-    """Both dimensions of pairs of the rows that `q` points at: [BLOCK_Q, pairs] float32 each; zeros past D."""
-    x_low = tl.load(q[:, None] + low[None, :], mask=in_q[:, None] & (low < D)[None, :], other=0.0)
-    x_high = tl.load(q[:, None] + high[None, :], mask=in_q[:, None] & (high < D)[None, :], other=0.0)
-    return x_low.to(tl.float32), x_high.to(tl.float32)
+        to = a[:, None] + ROW[n][COLUMN] + tl.arange(0, ROW[n][SIZE] * operands(ROW[n][BITS]))[None, :]
+        tl.store(to, got.to(a.dtype.element_ty), mask=stored[:, None])
 # fmt: on
 
 
@@ -161,10 +156,10 @@ def absorb_band(call: Call, x: Tensor, a: Tensor, terms: Tensor | None, span: Sp
     block_q = choice.block_q // size.terms
     rows = a.shape[1] * q.shape[1] * q.shape[2] // size.num_heads
     absorb_band_kernel[cdiv(rows, block_q) * size.num_heads, 2, q.shape[0]](
-        q, q.stride(), *tokens.seen, keys.turns, keys.coefficients, keys.rows, keys.runs, keys.heads, keys.bias,
-        x, x.stride(), a, a.stride(), terms, strides_of(terms, 3), *call.limits, size.max_position, *span[:2],
-        HEADS=way.heads, ROWS=way.rows, FAST=way.fast, T=size.terms, BLOCK=size.block, BY_LANE=way.by_lane,
-        LONG=a.shape[4], BLOCK_Q=block_q, BLOCK_T=way.launch.block_t,
-        CHAINED=launch.chained(q.device),
-        **launch.constants("C M D Hkv ROTARY INTERLEAVED WINDOWED BLOCK_D BLOCK_R", call.form, size, choice),
+        q, q.stride(), *tokens.seen, keys.turns, keys.coefficients, keys.rows, keys.packs, keys.runs, keys.heads,
+        keys.bias, x, x.stride(), a, a.stride(), terms, strides_of(terms, 3), *call.limits, size.max_position,
+        *span[:2], HEADS=way.heads, ROWS=way.rows, FAST=way.fast, T=size.terms, BLOCK=size.block, BY_LANE=way.by_lane,
+        ROW=way.row if size.packed else pieces(size._replace(rank=a.shape[4]), choice.block_r), LONG=a.shape[4],
+        BLOCK_Q=block_q, BLOCK_T=way.launch.block_t, CHAINED=launch.chained(q.device),
+        **launch.constants("C M D Hkv ROTARY INTERLEAVED WINDOWED BLOCK_D", call.form, size, choice),
     )  # fmt: skip

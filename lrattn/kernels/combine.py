@@ -8,7 +8,7 @@ from lrattn.factors.operands import Values
 from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch, plan
 from lrattn.kernels.arguments import stride, strides_of
-from lrattn.kernels.tiles import load_run
+from lrattn.kernels.tiles import load_run, softmax_step
 
 
 # fmt: off
@@ -122,13 +122,9 @@ def merged(p_y, y_stride, p_lse, lse_stride, first, last, in_n, r, rank, RANK: t
         part = tl.load(p_lse[:, None] + j[None, :] * lse_stride, mask=there, other=float("-inf"))
         x = tl.load((p_y[:, None] + j[None, :] * y_stride)[:, :, None] + r[None, None, :],
                     mask=there[:, :, None] & (r < RANK)[None, None, :], other=0.0)
-        above = tl.maximum(peak, tl.max(part, 1))
-        base = tl.where(above == float("-inf"), 0.0, above)
-        weight, fade = tl.exp(part - base[:, None]), tl.exp(peak - base)
         x = tl.where((part != float("-inf"))[:, :, None] & (r < rank)[None, None, :], x, 0.0)
-        total = total * fade + tl.sum(weight, 1)
+        weight, fade, peak, total = softmax_step(part, peak, total, 1)
         sums = sums * fade[:, None] + tl.sum(weight[:, :, None] * x, 1)
-        peak = above
     some = total != 0
     lse = tl.where(some, tl.where(peak == float("-inf"), 0.0, peak) + tl.log(total), float("-inf"))
     return sums / tl.where(some, total, 1.0)[:, None], lse

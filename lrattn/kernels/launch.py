@@ -168,6 +168,9 @@ ATTEND_SCORES = (
     Row(Launch(8, 1, block_r=128, block_t=128), ("sm90",), rank=256, queries=64),
     Row(Launch(8, 1, block_r=128), ("sm100",), rank=256, queries=64),
     Row(Launch(4, 1, block_r=128), HOPPER, rank=128, queries=64, itemsize=4, least_itemsize=4),
+    Row(Launch(4, 1, block_r=128), ("sm90",), rank=160, queries=128, packed=True),
+    Row(Launch(8, 1, block_r=128, block_t=128), ("sm90",), rank=256, queries=64, packed=True),
+    Row(Launch(4, 1, block_r=128), ("sm90",), rank=128, queries=64, itemsize=4, least_itemsize=4, packed=True),
 )
 ABSORB_QUERIES = (
     Row(Launch(4, 1, block_q=16, block_r=64), (), chunked=False),
@@ -297,7 +300,9 @@ def block_q(rows: int) -> int:
 
 def scored(side: KeySizes, choice: Launch) -> Pieces:
     """A row as the scores of a launch take it."""
-    return pieces(side, 128 if side.packed else ANY) if choice.resident else streamed(side, choice.block_r)
+    if not choice.resident:
+        return streamed(side, choice.block_r)
+    return pieces(side, 128, True) if side.packed else pieces(side, ANY)
 
 
 @lru_cache(maxsize=1024)

@@ -1,7 +1,8 @@
 """Pieces of a row's latents; of packed rows, unpacked in registers to the latents that they stand for.
 
 A row is loaded in pieces, unrolled at compile time (kernels/pieces.py): so many latents of a plain row, so many
-halfwords of a segment of a packed one. A piece gives an operand of a product, or one for each plane of its halfwords:
+halfwords of a segment of a packed one. A piece gives an operand of a product: of its planes side by side, or, where
+it goes along a segment, one for each plane of its halfwords:
 
     latent = (code - (2^b - 1) / 2) * scale
 
@@ -66,7 +67,11 @@ def segments(packs, g, column, rank, ROW: tl.constexpr):
 @triton.jit
 def load_scale(words, live, N: tl.constexpr):
     """Scale N of the words that `words` points at, [BLOCK_T] float32; NaN where it is broken."""
-    word = tl.load((tl.multiple_of(words, 4) + N // 3 * 4).to(tl.pointer_type(tl.int32)), mask=live, other=0)
+    p = (tl.multiple_of(words, 4) + N // 3 * 4).to(tl.pointer_type(tl.int32))
+    if live is None:
+        word = tl.load(p)
+    else:
+        word = tl.load(p, mask=live, other=0)
     return scale_of(word, N % 3, False).to(tl.float32) * SCALE_UNIT
 
 
@@ -109,10 +114,39 @@ def unpacked(x, scale, BITS: tl.constexpr, M, like):
 
 
 @triton.jit
+def joined(x, scale, BITS: tl.constexpr, like):
+    """Latents of all planes of halfwords, or of a plain row's: [BLOCK_T, planes * size], those of a halfword side by
+    side."""
+    z = ()
+    for m in tl.static_range(operands(BITS)):
+        z = z + (unpacked(x, scale, BITS, m, like),)
+    for _ in tl.static_range(3):
+        if len(z) > 1:
+            z = _paired(z)
+    return tl.reshape(z[0], [x.shape[0], operands(BITS) * x.shape[1]])  # type: ignore[misc]
+
+
+@triton.jit
+def _paired(z):
+    """The first half of z with the second: what is later taken apart last has changed first."""
+    HALF: tl.constexpr = len(z) // 2
+    found = ()
+    for m in tl.static_range(HALF):
+        found = found + (tl.join(z[m], z[m + HALF]),)
+    return found
+
+
+@triton.jit
 def latents_of(segs, ROW: tl.constexpr, N: tl.constexpr, M, first=0):
-    """Which latents of the group the columns of operand M of a piece are, and whether there are such: [size] each."""
-    h = first + ROW[N][FIRST] + tl.arange(0, ROW[N][SIZE])
-    r = M * segs[4 * N + 1] + h
+    """Which latents of the group the columns of an operand of a piece are, and whether there are such: [size] each, of
+    plane M; or of all planes with None, those of a halfword side by side."""
+    if M is None:
+        PLANES: tl.constexpr = operands(ROW[N][BITS])
+        column = tl.arange(0, ROW[N][SIZE] * PLANES)
+        h, m = ROW[N][FIRST] + column // PLANES, column % PLANES
+    else:
+        h, m = first + ROW[N][FIRST] + tl.arange(0, ROW[N][SIZE]), M
+    r = m * segs[4 * N + 1] + h
     return segs[4 * N + 2] + r, (h < segs[4 * N + 1]) & (r < segs[4 * N + 3])
 
 
@@ -120,8 +154,8 @@ def latents_of(segs, ROW: tl.constexpr, N: tl.constexpr, M, first=0):
 def load_basis_piece(
     rows, width, row, segs, c, d, D, ROW: tl.constexpr, N: tl.constexpr, M, like, first=0
 ):  # fmt: skip
-    """Rows of the basis from `row` on that operand M of a piece meets, columns c + d (d < D): [size, len(d)]; zeros
-    past the group's rank."""
+    """Rows of the basis from `row` on that an operand of a piece meets, see latents_of, columns c + d (d < D):
+    [size, len(d)]; zeros past the group's rank."""
     r, some = latents_of(segs, ROW, N, M, first)
     u = tl.load(
         rows + (row + r)[:, None] * width + (c + d)[None, :],

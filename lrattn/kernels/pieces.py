@@ -30,22 +30,26 @@ def segments(side: KeySizes | ValueSizes) -> tuple[tuple[int, int], ...]:
 
 
 @cache
-def powers(n: int, widest: int) -> tuple[int, ...]:
-    """n in powers of two of at most `widest`, the largest first; together they are at least n."""
+def powers(n: int, widest: int, least: int = 16) -> tuple[int, ...]:
+    """n in powers of two of `least` to `widest`, the largest first; together they are at least n."""
     whole, rest = (widest,) * (n // widest), n % widest
     if not rest:
         return whole
-    first = 1 << (rest.bit_length() - 1)
-    return *whole, max(first, 16), *(() if rest <= max(first, 16) else (max(16, next_power_of_2(rest - first)),))
+    first = max(1 << (rest.bit_length() - 1), least)
+    return *whole, first, *(() if rest <= first else (max(least, next_power_of_2(rest - first)),))
 
 
 @cache
-def pieces(side: KeySizes | ValueSizes, widest: int) -> Pieces:
-    """All of a row, in pieces of at most `widest` columns or halfwords."""
+def pieces(side: KeySizes | ValueSizes, widest: int, joined: bool = False) -> Pieces:
+    """All of a row, in pieces of at most `widest` columns or halfwords. joined: of columns, of packed rows too, whose
+    planes are side by side in one operand."""
     found, column, start, latent, scale, count = list[tuple[int, ...]](), 0, 0, 0, 0, max(len(side.packed) // 2, 1)
     for n, (bits, rank) in enumerate(segments(side)):
         held, first = rank * bits // 16 if bits else rank, 0
-        sizes = powers(held, min(widest, 16 * bits or widest))  # of 256 columns at most
+        if joined and bits:
+            sizes = powers(held, widest * bits // 16, least=bits)
+        else:
+            sizes = powers(held, min(widest, 16 * bits or widest))  # of 256 columns at most
         for i, size in enumerate(sizes):
             ends = int(i == 0), int(i == len(sizes) - 1)
             found.append((n, bits, first, size, column, scale, start, latent, held, *ends, count))
@@ -66,8 +70,7 @@ def parts(side: ValueSizes) -> tuple[Pieces, ...]:
     found = list[list[tuple[int, ...]]]()
     for piece in pieces(side, PLANES):
         own = (*(found[-1] if found else ()), piece)
-        wide, counted = sum(size * (16 // bits) for _, bits, _, size, *_ in own), len({p[5] for p in own if p[1] < 16})
-        if not found or wide > MOST_COLUMNS or counted > MOST_SCALES:
+        if not found or width(own) > MOST_COLUMNS or len({p[5] for p in own if p[1] < 16}) > MOST_SCALES:
             found.append([])
         found[-1].append(piece)
     return tuple(tuple((*p[:9], int(i == 0 or p[0] != own[i - 1][0]), *p[10:]) for i, p in enumerate(own))
@@ -75,9 +78,15 @@ def parts(side: ValueSizes) -> tuple[Pieces, ...]:
 
 
 @cache
+def width(row: Pieces) -> int:
+    """Columns of all operands of a row."""
+    return sum(size * (16 // bits if bits else 1) for _, bits, _, size, *_ in row)
+
+
+@cache
 def columns(side: KeySizes | ValueSizes) -> int:
     """Columns of all operands of a packed row, or the rank of a plain one: what a launch is chosen by."""
-    return sum(p[3] * (16 // p[1]) for p in pieces(side, PLANES)) if side.packed else side.rank
+    return width(pieces(side, PLANES)) if side.packed else side.rank
 
 
 @cache

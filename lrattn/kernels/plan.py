@@ -9,7 +9,7 @@ import torch
 from lrattn.factors.operands import KeySizes, ValueSizes
 from lrattn.factors.shapes import MAX_SPLITS, cdiv, round_up
 from lrattn.kernels import launch
-from lrattn.kernels.pieces import PLANES, columns, next_power_of_2, parts, pieces, powers
+from lrattn.kernels.pieces import PLANES, Pieces, columns, next_power_of_2, parts, pieces, powers, width
 
 WAVES, WARPS = 2, 4  # programs a multiprocessor should get at least, and warps of one; of fewer warps more programs
 PART_TILES = 32  # most tiles of one program where the workspace allows, so that ragged batches balance
@@ -31,6 +31,7 @@ class Banded(NamedTuple):
     """How keys before RoPE are attended to whose slow pairs are absorbed by block."""
 
     launch: launch.Launch
+    row: Pieces  # of keys
     one_pass: bool  # over keys and values; else scores alone
     heads: int  # kv heads of a program, a divisor of the group's
     rows: int  # query rows of these, padded
@@ -75,10 +76,13 @@ class Cut(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def planes(dtype: torch.dtype, device: str, keys: KeySizes, values: ValueSizes) -> Planes:
-    """Of either side whose codes are operands. Tiles lie in one chunk, and are as the other side's."""
+def planes(dtype: torch.dtype, device: str, keys: KeySizes, values: ValueSizes, tile: int = launch.BLOCK_T) -> Planes:
+    """Of either side whose codes are operands. Tiles lie in one chunk, and are as the other side's.
+
+    tile: tokens of the other side's, where its codes are no operands.
+    """
     own, other = bool(keys.packed and keys.absorbed), bool(values.packed)
-    tile = keys.chunk if own and other else launch.BLOCK_T
+    tile = keys.chunk if own and other else tile
     sides = [side for side, there in ((keys, own), (values, other)) if there]
     shape = {"wide": any(16 in side.packed[::2] for side in sides), "uneven": not all(side.even for side in sides)}
     long = other and sum(piece[3] for piece in pieces(values, PLANES)) > PLANES
@@ -125,7 +129,7 @@ def banded(rows: int, dtype: torch.dtype, device: str, keys: KeySizes, values: V
 
     rows: M S, query rows of a kv head.
     """
-    if not keys.terms or keys.packed or (values.packed and values.paired):
+    if not keys.terms:
         return None
     fast = powers(keys.fast, 128)
     fits = [n for n in range(2, keys.group_size + 1) if keys.group_size % n == 0 and n * rows <= BAND_ROWS]
@@ -134,15 +138,20 @@ def banded(rows: int, dtype: torch.dtype, device: str, keys: KeySizes, values: V
         return None
     heads, by_lane = fits[-1], rows == 1
     padded = next_power_of_2(heads) if by_lane else BAND_ROWS
-    shape = {"rank": keys.rank, "absorbed": padded * keys.terms, "biased": bool(keys.biased)}
+    shape = {"rank": width(pieces(keys, 128, True)) if keys.packed else keys.rank, "packed": bool(keys.packed)}
+    shape |= {"absorbed": padded * keys.terms, "biased": bool(keys.biased)}
     found, whole = None, values.paired and not values.shared and padded >= BAND_LEAST
+    whole = whole and not keys.packed and not values.packed
     if whole:
         found = launch.attend(device, dtype.itemsize, values=values.rank, **shape)
     if found is None:
         found, whole = launch.attend_scores(device, dtype.itemsize, **shape), False
-    if found is None or (values.packed and found.block_t != launch.BLOCK_T):
+    if found is None:
         return None
-    return Banded(found, bool(whole), heads, padded, by_lane, fast)
+    second = planes(dtype, device, keys, values, found.block_t).values
+    if second is not None and second.block_t != found.block_t:
+        return None
+    return Banded(found, pieces(keys, found.block_r, True), bool(whole), heads, padded, by_lane, fast)
 
 
 def turns_queries(keys: KeySizes, dtype: torch.dtype, placed: bool) -> bool:
@@ -172,10 +181,10 @@ def cut(
     band = banded(rows // keys.num_heads, dtype, device, keys, values) if turned else None
     if band is not None:
         one_pass = band.launch if band.one_pass else None
-    codes = planes(dtype, device, keys, values)
-    block_t = launch.BLOCK_T if codes.keys is None or codes.values is None else codes.keys.block_t
-    if band is not None:
-        block_t = band.launch.block_t
+    block_t = launch.BLOCK_T if band is None else band.launch.block_t
+    codes = planes(dtype, device, keys, values, block_t)
+    if codes.keys is not None and codes.values is not None:
+        block_t = codes.keys.block_t
     value_programs = score_programs = _blocks(rows, keys.groups if keys.absorbed else keys.num_heads)
     if band is not None:
         value_programs = score_programs = keys.num_heads // band.heads
@@ -193,7 +202,7 @@ def cut(
         total = min(total, cdiv(window + num_queries - 2, block_t) + 1)
     fill = _fill(processors, one_pass if band is not None else codes.values if one_pass is None else codes.keys)
     per_split = (rows * values.rank + padded) * 4  # a partial result and its lse
-    ready = _ready(rows, dtype, keys, values, codes, band, turned)
+    ready = _ready(rows, dtype, keys, codes, band, turned)
     per_tile = 0 if one_pass is not None else rows * block_t * 4
     fixed = rows * keys.head_dim * dtype.itemsize  # heads before the output projection
     fixed += near * (rows * keys.head_dim + padded) * 4
@@ -211,21 +220,17 @@ def cut(
             wanted = max(cdiv(fill, each), balanced)
         if band is not None and each * COMBINED >= fill:
             wanted = min(wanted, COMBINED)  # of more a query row would be combined by a program of its own
-        whole = wanted * each // fill * fill or wanted * each  # programs, but for a last wave that is not full
-        wanted = max(whole // each, 1)
-        wanted = cdiv(total, cdiv(total, wanted)) if total else 1  # as few as take no more tiles each
+        wanted = _whole(wanted, each, fill, total)
     splits = num_splits or max(1, min(wanted, total, room, MAX_SPLITS))
     fixed += (splits + 2) * per_split
     tiles = max(1, min(total, (limit - fixed) // per_tile if per_tile else total, MOST_TILES))
     held = fixed + tiles * per_tile
     at_once = max(1, min(batch, limit // held, LARGEST_AXIS))
-    parts = min(
-        tiles,
-        max(
-            cdiv(_fill(processors, band.launch if band else codes.keys), at_once * score_programs),
-            cdiv(tiles, PART_TILES),
-        ),
-    )
+    at_once = cdiv(batch, cdiv(batch, at_once)) if batch else 1  # as many as the last time
+    fill, each = _fill(processors, band.launch if band else codes.keys), at_once * score_programs
+    parts = min(tiles, max(cdiv(fill, each), cdiv(tiles, PART_TILES)))
+    if band is not None:
+        parts = _whole(parts, each, fill, tiles)
     blocks = cdiv(tiles - 1, ready.block // block_t) + 1 if ready.block else 1
     slots = splits + (0 if tiles >= total else 2)
     x, a, terms = (None if own is None else (at_once, blocks * own[0], *own[1:]) for own in ready.shapes)
@@ -250,12 +255,10 @@ class Ready(NamedTuple):
     nbytes: int
 
 
-def _ready(
-    rows: int, dtype: torch.dtype, keys: KeySizes, values: ValueSizes, codes: Planes, band: Banded | None, turned: bool
-) -> Ready:  # fmt: skip
+def _ready(rows: int, dtype: torch.dtype, keys: KeySizes, codes: Planes, band: Banded | None, turned: bool) -> Ready:
     """rows: Hq S."""
     if band is not None:
-        return band_queries(rows, dtype, keys, values, band)
+        return band_queries(rows, dtype, keys, band)
     if keys.absorbed:
         block, (width, count) = keys.chunk, absorbed(keys, codes)
         x: tuple[int, ...] = (1, rows, width)
@@ -266,13 +269,12 @@ def _ready(
     return Ready(block, (x, None, terms), rows * width * dtype.itemsize + round_up(rows, 16) * count * 4)
 
 
-def band_queries(rows: int, dtype: torch.dtype, keys: KeySizes, values: ValueSizes, band: Banded) -> Ready:
+def band_queries(rows: int, dtype: torch.dtype, keys: KeySizes, band: Banded) -> Ready:
     """Those of a band. rows: Hq S."""
     owners, choice = keys.num_heads // band.heads, band.launch
     padded = round_up(rows // owners, band.rows)
-    row = pieces(keys, choice.block_r)
     x = keys.block // choice.block_t, owners, padded, sum(band.fast)
-    a = 1, owners, padded * keys.terms, sum(piece[3] for piece in row)
+    a = 1, owners, padded * keys.terms, width(band.row)
     nbytes = math.prod(x) * (4 if band.by_lane else dtype.itemsize) + math.prod(a) * dtype.itemsize
     terms = a[:3] if keys.biased else None
     return Ready(keys.block, (x, a, terms), nbytes + (math.prod(terms) * 4 if terms else 0))
@@ -288,6 +290,13 @@ def absorbed(keys: KeySizes, codes: Planes) -> tuple[int, int]:
 def _fill(processors: int, choice: launch.Launch | None) -> int:
     """Programs for all multiprocessors."""
     return WAVES * processors * WARPS // (choice.warps if choice else WARPS)
+
+
+def _whole(wanted: int, each: int, fill: int, tiles: int) -> int:
+    """Parts of the tiles of each of so many owners, about as wanted: programs without a last wave that is not full, and
+    as few as take no more tiles each."""
+    programs = wanted * each // fill * fill or wanted * each
+    return cdiv(tiles, cdiv(tiles, max(programs // each, 1))) if tiles else 1
 
 
 def _blocks(rows: int, owners: int) -> int:

@@ -14,6 +14,7 @@ from lrattn.kernels.packed import (
     OPENS,
     SCALE,
     SIZE,
+    joined,
     load_basis_piece,
     load_piece,
     load_scale,
@@ -58,6 +59,14 @@ def tile_rows(cache, stride, pages, t0, TOKEN: tl.constexpr, P: tl.constexpr, BL
     return rows
 
 
+@triton.jit
+def tile_located(cache, stride, pages, t0, g, TOKEN: tl.constexpr, WORDS: tl.constexpr, G: tl.constexpr,
+                 P: tl.constexpr, BLOCK_T: tl.constexpr):  # fmt: skip
+    """Packed rows of a tile and the words of scales of group g, as `located` has those of tokens."""
+    rows = tile_rows(cache, stride, pages, t0, TOKEN, P, BLOCK_T, BLOCK_T)
+    return rows, tile_rows(cache + (P * TOKEN + g * (WORDS // G)), stride, pages, t0, WORDS, P, BLOCK_T, BLOCK_T)
+
+
 @triton.constexpr_function
 def at_a_time(cache, columns, warps):
     """Rows of so many columns that so many warps load at a time, 16 bytes a lane."""
@@ -79,25 +88,39 @@ def load_tile(cache, stride, pages, t0, columns, TOKEN: tl.constexpr, P: tl.cons
 
 
 @triton.jit
-def load_row(located, segs, live, ROW: tl.constexpr, like):
-    """Latents of the rows located: [BLOCK_T, size] each."""
-    z, scale = (), None
+def load_codes(located, segs, live, ROW: tl.constexpr):
+    """The rows located as they are held: [BLOCK_T, size] each piece, and the scales [BLOCK_T] of the packed ones."""
+    x, scales = (), ()
     for i in tl.static_range(len(ROW)):
         if ROW[i][OPENS] and ROW[i][BITS] % 16 != 0:
-            scale = load_scale(located[1], live, ROW[i][SCALE])
-        x = load_piece(located[0], segs, live, ROW, i)
-        for m in tl.static_range(operands(ROW[i][BITS])):
-            z = z + (unpacked(x, scale, ROW[i][BITS], m, like),)
+            scales = scales + (load_scale(located[1], live, ROW[i][SCALE]),)
+        x = x + (load_piece(located[0], segs, live, ROW, i),)
+    return x, scales
+
+
+@triton.jit
+def unpack(held, ROW: tl.constexpr, like):
+    """Latents of what `load_codes` gives: [BLOCK_T, columns] each."""
+    z, scale = (), None
+    for i in tl.static_range(len(ROW)):
+        if ROW[i][BITS] % 16 != 0:
+            scale = held[1][ROW[i][SCALE]]
+        z = z + (joined(held[0][i], scale, ROW[i][BITS], like),)
     return z
 
 
 @triton.jit
+def load_row(located, segs, live, ROW: tl.constexpr, like):
+    """Latents of the rows located: [BLOCK_T, columns] each."""
+    return unpack(load_codes(located, segs, live, ROW), ROW, like)
+
+
+@triton.jit
 def load_row_basis(rows, width, row, segs, c, d, D, ROW: tl.constexpr, like):
-    """The basis of the latents, rows from `row` on, columns c + d (d < D): [size, len(d)] each, in like's dtype."""
+    """The basis of the latents, rows from `row` on, columns c + d (d < D): [columns, len(d)] each, in like's dtype."""
     u = ()
     for i in tl.static_range(len(ROW)):
-        for m in tl.static_range(operands(ROW[i][BITS])):
-            u = u + (load_basis_piece(rows, width, row, segs, c, d, D, ROW, i, m, like),)
+        u = u + (load_basis_piece(rows, width, row, segs, c, d, D, ROW, i, None, like),)
     return u
 
 

@@ -98,8 +98,12 @@ def load_run(runs, g):
 
 @triton.jit
 def load_latents(cache, column, rank, live, r):
-    """Columns column + r (r < rank) of the rows `cache` points at: [BLOCK_T, len(r)]; dead tokens give zeros."""
-    return tl.load(cache[:, None] + (column + r)[None, :], mask=live[:, None] & (r < rank)[None, :], other=0.0)
+    """Columns column + r (r < rank) of the rows `cache` points at: [BLOCK_T, len(r)]; dead tokens give zeros where
+    `live` is given."""
+    mask = (r < rank)[None, :]
+    if live is not None:
+        mask = live[:, None] & mask
+    return tl.load(cache[:, None] + (column + r)[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -122,6 +126,14 @@ def pair_columns(j, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr):
     if INTERLEAVED:
         return 2 * j, 2 * j + 1
     return tl.where(j < ROTARY // 2, j, 2 * j), tl.where(j < ROTARY // 2, j + ROTARY // 2, 2 * j + 1)
+
+
+@triton.jit
+def load_pairs(q, low, high, in_q, D: tl.constexpr):
+    """Both dimensions of pairs of the rows that `q` points at: [BLOCK_Q, pairs] float32 each; zeros past D."""
+    x_low = tl.load(q[:, None] + low[None, :], mask=in_q[:, None] & (low < D)[None, :], other=0.0)
+    x_high = tl.load(q[:, None] + high[None, :], mask=in_q[:, None] & (high < D)[None, :], other=0.0)
+    return x_low.to(tl.float32), x_high.to(tl.float32)
 
 
 @triton.jit

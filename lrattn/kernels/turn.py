@@ -6,7 +6,7 @@ from torch import Tensor
 from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Call
-from lrattn.kernels.tiles import load_turns, pair_columns, reach
+from lrattn.kernels.tiles import load_pairs, load_turns, pair_columns, reach
 
 
 # fmt: off
@@ -36,8 +36,7 @@ def turn_queries_kernel(
     low, high = pair_columns(j, ROTARY, INTERLEAVED)
     s, h = (i % S).to(tl.int64), (i // S).to(tl.int64)
     p_q = q + i_b * q_strides[0] + s * q_strides[1] + h * q_strides[2]
-    q_low = tl.load(p_q[:, None] + low[None, :], mask=(i < rows)[:, None] & (low < D)[None, :], other=0.0)
-    q_high = tl.load(p_q[:, None] + high[None, :], mask=(i < rows)[:, None] & (high < D)[None, :], other=0.0)
+    q_low, q_high = load_pairs(p_q, low, high, i < rows, D)
     if not TABLE:
         begin, end = reach(lens, lens_stride, starts, starts_stride, i_b, bound, S, window, WINDOWED)
         t0 = (begin // BLOCK_T + first_tile + i_t) * BLOCK_T

@@ -49,7 +49,8 @@ LAYERS = {
     "band": layer_of(HALF),
     "chunks": layer_of(HALF, chunk=CHUNK),
     "packed": layer_of(Shape(LLAMA_31, "Palu", 0.5, (8, 4, 2)), chunk=CHUNK),
-    "packed, rebuilt": layer_of(Shape(LLAMA_31, "Palu", 0.5, (8, 4, 2))),
+    "packed, band": layer_of(Shape(LLAMA_31, "Palu", 0.5, (8, 4, 2))),
+    "packed, rebuilt": layer_of(Shape(LLAMA_31, "Palu", 0.9, (8, 4, 2))),
     "joint values": layer_of(Shape(LLAMA_31, "ReCalKV", 0.5)),
     "absorbed": layer_of(HALF, rope=False),
     "one row": layer_of(Shape(LLAMA_31, "Palu", 0.25), chunk=CHUNK, shared=True),
@@ -169,9 +170,14 @@ def test_what_binds():
     assert layer_outlook(LAYERS["absorbed"], 32, H100, 60, 1, (64, 4))["way"] == "the dense window alone"
 
 
-def alone(heads=8, ranks=(256, 256), **more):
+def alone(heads=8, ranks=(256, 256), bits=None, **more):
     """A layer whose groups and formats differ."""
-    keys, values = (lrattn.Projection(torch.zeros(heads, r, 128, dtype=torch.bfloat16), (r,) * 2) for r in ranks)
+    keys, values = (
+        lrattn.Projection(
+            torch.zeros(heads, r, 128, dtype=torch.bfloat16), (r,) * 2, format=bits and Format(((r, bits),))
+        )
+        for r in ranks
+    )
     sides = {name: more.pop(name, own) for name, own in (("keys", keys), ("values", values))}
     return lrattn.LayerFactors(**sides, rope=lrattn.Rope(5e5, 128, 8192), **more)
 
@@ -189,8 +195,8 @@ PACKED = lrattn.Projection(
         (alone(ranks=(512, 256)), 32, "h100", "not for ranks 512 and 256 on sm90"),
         (alone(), 128, "h100", "not for 16 query heads of a kv head, in 4 terms"),
         (alone(heads=2), 8, "h100", "no two heads share a latent"),
-        (alone(keys=PACKED), 32, "h100", "rows are packed"),
-        (alone(values=PACKED), 32, "h100", "values are packed"),
+        (alone(keys=PACKED), 32, "b200", "not on sm100, but on sm90"),
+        (alone(ranks=(512, 256), bits=8), 32, "h100", "not for packed rows of ranks 512 and 256 on sm90"),
     ],
 )
 def test_why_keys_do_not_go_by_a_band(layer, heads, gpu, why):

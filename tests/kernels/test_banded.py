@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from functools import cache
+from itertools import zip_longest
 
 import pytest
 import torch
@@ -11,13 +12,14 @@ from cases import YARN, Case, make, make_layer, reach
 from checks import attend, attend_densely, exact, on
 from checks import check as check_kernels
 from closeness import assert_no_worse
-from packing import plain
+from packing import plain, segments
 from pairwise import covering_rows, covering_some
 from slowly import slow_unless
 
 import lrattn
 from lrattn.factors import band
 from lrattn.kernels import plan
+from lrattn.kernels.pieces import powers
 
 HALF, SINGLE = torch.float16, torch.float32
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -58,12 +60,13 @@ def check(case, dtype, device, ran, **expected):
     others = {"attend_rebuilt_kernel", "turn_queries_kernel", "attend_absorbed_kernel", "absorb_queries_kernel"}
     seen = any(begin < end for begin, end in (reach(case, b) for b in range(len(case.lens))))
     assert not others & set(ran) and (not seen or {"absorb_band_kernel", "attend_kernel"} <= set(ran))
-    assert ("latent_values_kernel" in ran) == (not found.one_pass) or not seen
+    second = "attend_packed_kernel" if make_layer(case, dtype).values.formats else "latent_values_kernel"
+    assert (second in ran) == (not found.one_pass) or not seen
 
 
 # ------------------------------------------------------------------------------------- every two values of an option
 COLUMNS = {
-    "lens": [(0, 1, 63), (64, 65), (127, 128), (129, 255), (256, 257), (300,), (513,)],
+    "lens": [(0, 1, 63), (64, 65), (127, 128), (129,), (255,), (256,), (257,)],
     "starts": ["none", "in a tile", "in a block", "last"],
     "P": [16, 32, 48, 64, 80, 128],
     "C": [2, 3, 4, 6, 8],
@@ -73,6 +76,7 @@ COLUMNS = {
     "D": [64, 80, 96, 128, 256],
     "key_ranks": [(32, 112, 48), (48, 32, 112), (128, 16, 96)],
     "wide": ["no", "keys", "both"],  # beyond 128: 16 bits only
+    "bits": ["no", "8 4 2", "4", "16 2", "8 4 2, values", "values"],  # of packed rows
     "values": ["paired", "riding", "joint row", "joint", "each head"],
     "order": [False, True],
     "rope": ["1e4", "5e5", "1e6 interleaved", "eighth", "half interleaved", "yarn", "llama3", "linear", "longrope"],
@@ -100,7 +104,7 @@ ROPES = {
 }
 WIDER = {32: 176, 112: 240, 48: 208, 128: 256, 16: 144, 96: 160}
 KINDS = {n: [[value] for value in values] for n, values in COLUMNS.items()} | {
-    "lens": [[(0, 1, 63), (64, 65), (127, 128), (129, 255)], [(256, 257), (300,), (513,)]],
+    "lens": [[(0, 1, 63), (64, 65), (127, 128), (129,), (255,), (256,)], [(257,)]],
     "starts": [["none"], ["in a tile", "in a block", "last"]],
     "P": [[16, 32, 64, 128], [48, 80]],
     "C": [[2, 4, 8], [3, 6]],
@@ -109,6 +113,7 @@ KINDS = {n: [[value] for value in values] for n, values in COLUMNS.items()} | {
     "S": [[1], [2, 3, 4]],
     "D": [[64, 128], [80, 96, 256]],
     "key_ranks": [COLUMNS["key_ranks"]],
+    "bits": [["no"], ["8 4 2", "4", "16 2", "8 4 2, values"], ["values"]],
     "values": [["paired"], ["riding", "joint row"], ["joint", "each head"]],
     "rope": [["1e4", "5e5", "linear", "yarn", "llama3", "longrope"], ["1e6 interleaved", "eighth", "half interleaved"]],
     "who": [["causal", "not causal"], ["window 5", "window 70", "window 257"]],
@@ -135,6 +140,26 @@ def terms(rope, head_dim, dtype):
     return 0 if isinstance(found, str) else found.terms
 
 
+def ranks_of(row):
+    """Of keys."""
+    keys = row["key_ranks"][: row["groups"]]
+    return tuple(map(WIDER.get, keys)) if row["wide"] != "no" else keys
+
+
+def bits_of(row):
+    """Of keys."""
+    words = row["bits"].removesuffix(", values")
+    return () if words in ("no", "values") else tuple(map(int, words.split()))
+
+
+def columns(row):
+    """Of keys, in pieces of powers of two to 128; of packed rows those of segments as long as any group's."""
+    if not bits_of(row):
+        return max(ranks_of(row))
+    held = zip_longest(*(segments(rank, bits_of(row)) for rank in ranks_of(row)), fillvalue=(0, 0))
+    return sum(sum(powers(max(n for n, _ in own), 128)) for own in held)
+
+
 def allowed(row):
     """The rule of plan.banded, too, in words of a row."""
     rows, rotary = row["M"] * row["S"], row["D"] * {"eighth": 0.125, "half interleaved": 0.5}.get(row["rope"], 1)
@@ -142,24 +167,24 @@ def allowed(row):
     least = 3 if row["C"] == 3 else 2
     if least * rows > 16 or (4 if least == 3 else 2) * fast > 192 or row["C"] * row["groups"] * rows > 32:
         return False
-    if row["dtype"] == SINGLE and row["wide"] != "no":
+    if columns(row) > (128 if row["dtype"] == SINGLE else 256) or (row["strided"] and bits_of(row)):
         return False
+    if bits_of(row) and len({len(segments(rank, bits_of(row))) for rank in ranks_of(row)}) > 1:
+        return False  # formats of a side have as many segments each
     if row["near"] and (row["project"] == "latent" or row["who"] == "not causal"):
         return False
     tiles = sum(row["lens"]) / 64 * row["C"] * row["groups"]
     if row["workspace_limit"] == 1 and (tiles > 4 or row["num_splits"] > 1):
         return False
-    if tiles > 16 or tiles * row["num_splits"] > 24:
+    if tiles > 10 or tiles * row["num_splits"] > 18:
         return False
     absorbed = 16 * terms(row["rope"], row["D"], row["dtype"]) if rows > 1 else 0
-    return absorbed <= (128 if row["dtype"] == HALF and row["wide"] == "no" else 64)
+    return absorbed <= (128 if row["dtype"] == HALF and columns(row) <= 160 else 64)
 
 
 def case_of(i, row):
     heads = row["C"] * row["groups"]
-    keys = row["key_ranks"][: row["groups"]]
-    if row["wide"] != "no":
-        keys = tuple(map(WIDER.get, keys))
+    keys = ranks_of(row)
     values = {"paired": (64, 16, 112)[: row["groups"]], "each head": (16, 48, 32, 16)[: heads] * (heads // 4 + 1),
               "riding": tuple(r + 16 if r % 128 else r for r in keys), "joint row": keys, "joint": (96,)}  # fmt: skip
     values = values[row["values"]][:heads]
@@ -172,17 +197,18 @@ def case_of(i, row):
     call = {n: row[n] for n in ("softcap", "project", "num_splits", "workspace_limit")}
     call |= {"causal": False} if row["who"] == "not causal" else {}
     call |= {"window_size": int(row["who"].split()[1])} if row["who"].startswith("window") else {}
+    bits = {"key_bits": bits_of(row), "value_bits": (8, 4) if "values" in row["bits"] and not shared else ()}
     same = {n: row[n] for n in ("M", "S", "D", "P", "lens", "offset", "sinks", "strided", "near", "dtype")}
     return Case(str(i), Hkv=heads, key_ranks=keys, value_ranks=values, shared=shared, key_order=order,
                 value_order=order if shared or row["values"] == "paired" else None, starts=starts,
-                rope={**rope_of(row), "max_position": 4096}, call=call, **same)  # fmt: skip
+                rope={**rope_of(row), "max_position": 4096}, call=call, **bits, **same)  # fmt: skip
 
 
 def kinds_of(row):
     return {n: next(i for i, kind in enumerate(KINDS[n]) if value in kind) for n, value in row.items()}
 
 
-ROWS = covering_rows(COLUMNS, allowed, seed=1, tries=30)
+ROWS = covering_rows(COLUMNS, allowed, seed=1, tries=12)
 QUICK = covering_some([kinds_of(row) for row in ROWS])
 MATRIX = [case_of(i, row) for i, row in enumerate(ROWS)]
 
@@ -258,6 +284,30 @@ def test_three_heads_of_a_program(form, device, ran):
     changes = {"Hkv": 6, "value_order": None, "key_order": (5, 0, 3, 1, 4, 2)} | form
     changes["value_order"] = changes["key_order"] if len(changes.get("value_ranks", (1, 2))) == 2 else None
     check(two("three", **changes), HALF, device, ran, heads=3)
+
+
+@pytest.mark.every(3)
+@pytest.mark.parametrize("bits", [(8,), (4,), (2,), (8, 4, 2), (16, 2)], ids=str)
+@pytest.mark.parametrize(
+    "form",
+    [FOUR, {"M": 2, "S": 2}, RIDING | {"offset": True, "value_order": (2, 0, 3, 1)}],
+    ids=["lanes", "rows", "riding"],
+)
+def test_packed_rows(form, bits, device, ran):
+    """Unpacked once for the heads of a program; groups have formats of their own."""
+    packed = {"key_bits": bits, "value_bits": () if "shared" in form else (8, 4), "lens": (150, 3), "P": 32}
+    check(two("packed", **packed | form), HALF, device, ran, one_pass=False)
+
+
+@pytest.mark.every(3)
+@pytest.mark.parametrize("P", [16, 48, 128])
+@pytest.mark.parametrize("M", [1, 2])
+def test_packed_rows_of_wide_ranks(M, P, device, ran):
+    """Tiles of 128 tokens, keys' and values'."""
+    sizes = {"P": P, "key_ranks": (208, 176), "value_ranks": (176, 208), "lens": (300, 129), "starts": (70, 128)}
+    case = two("wide", M=M, key_bits=(8, 4, 2), value_bits=(4, 2), **sizes)
+    assert way(case, HALF).launch.block_t == 128
+    check(case, HALF, device, ran)
 
 
 # --------------------------------------------------------------------------------------------------------- numbers
@@ -449,8 +499,8 @@ def test_bits_do_not_depend_on_the_batch(form, device):
         ("each token's own angle", {"rope": {"fp32_angles": True}}, SINGLE, "sm90"),
         ("no functions", {"rope": {"theta": 10.0}}, HALF, "sm90"),
         ("all dims are fast", {"D": 16, "rope": {"dim": 16}}, HALF, "sm90"),
-        ("packed keys", {"key_bits": (8,)}, HALF, "sm90"),
-        ("packed values", {"value_bits": (8,)}, HALF, "sm90"),
+        ("packed rows elsewhere", {"key_bits": (8,)}, HALF, "sm100"),
+        ("a packed row beyond 256", {"key_ranks": (272, 32), "key_bits": (8,)}, HALF, "sm90"),
         ("a rank beyond 256", {"key_ranks": (272, 32)}, HALF, "sm90"),
         ("a rank beyond 128 of float32", {"key_ranks": (144, 32)}, SINGLE, "sm90"),
         ("more than 128 absorbed queries", {"M": 2, "D": 128, "rope": {}}, HALF, "sm90"),
