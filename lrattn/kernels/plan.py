@@ -216,7 +216,7 @@ def cut(
     if (codes.keys or band) is not None and one_pass is not None:
         each = max(batch, 1) * value_programs
         if band is not None:  # whose queries may leave room for some of the sequences at a time
-            each = max(1, min(batch, limit // (fixed + total * per_tile))) * value_programs
+            each = _at_a_time(batch, limit // (fixed + total * per_tile)) * value_programs
             wanted = max(cdiv(fill, each), balanced)
         if band is not None and each * COMBINED >= fill:
             wanted = min(wanted, COMBINED)  # of more a query row would be combined by a program of its own
@@ -225,8 +225,7 @@ def cut(
     fixed += (splits + 2) * per_split
     tiles = max(1, min(total, (limit - fixed) // per_tile if per_tile else total, MOST_TILES))
     held = fixed + tiles * per_tile
-    at_once = max(1, min(batch, limit // held, LARGEST_AXIS))
-    at_once = cdiv(batch, cdiv(batch, at_once)) if batch else 1  # as many as the last time
+    at_once = _at_a_time(batch, min(limit // held, LARGEST_AXIS))
     fill, each = _fill(processors, band.launch if band else codes.keys), at_once * score_programs
     parts = min(tiles, max(cdiv(fill, each), cdiv(tiles, PART_TILES)))
     if band is not None:
@@ -290,6 +289,11 @@ def absorbed(keys: KeySizes, codes: Planes) -> tuple[int, int]:
 def _fill(processors: int, choice: launch.Launch | None) -> int:
     """Programs for all multiprocessors."""
     return WAVES * processors * WARPS // (choice.warps if choice else WARPS)
+
+
+def _at_a_time(batch: int, most: int) -> int:
+    """Sequences, no more than fit, so that the last time has about as many."""
+    return cdiv(batch, cdiv(batch, max(most, 1))) if batch else 1
 
 
 def _whole(wanted: int, each: int, fill: int, tiles: int) -> int:
