@@ -9,8 +9,8 @@ as the second axis leaves each where it reads a cache, of all blocks of ranks an
 else of one trip. A loop inside that of the tiles is run once. A call [estimated] is the sum of its kernels, and what
 is not simulated:
 
-* gaps, as an H100 had them in results/launches_gpu.json for the same layer [measured]: a graph's step less its kernels,
-  of batch 1, where both were timed;
+* gaps, as an H100 had them in results/launches_gpu.json for the same ranks, plain [measured]: a graph's step less its
+  kernels, of batch 1, where both were timed;
 * what a kernel reads of temporaries that are too large for the L2 cache, once, at the rate of memory.
 
 It goes to results/simulated_calls.json, beside the time of a dense 16-bit cache's bytes at 92 % of that rate
@@ -30,7 +30,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from itertools import product, starmap
+from itertools import product
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -45,7 +45,7 @@ from bench.compiled import resources
 from bench.compiled.resources import META, compiling, empty, fp32
 from bench.compiled.simulated import BATCHES, LENGTHS, LIMIT, MEMORY, PROCESSORS, SHARE, loaded, parsed
 from bench.decode import launches
-from bench.decode.decode_shapes import ITEMSIZE, LLAMA_2, LLAMA_31, Shape, packing
+from bench.decode.decode_shapes import ITEMSIZE, LLAMA_2, LLAMA_31, Shape
 from bench.support import report
 from lrattn.factors.shapes import cdiv
 from lrattn.kernels import decode, launch
@@ -54,6 +54,7 @@ from lrattn.kernels.arguments import Call, Rule, Tokens
 PATH = report.RESULTS / "simulated_calls.json"
 BEFORE = "b398a1b"  # the commit whose steps and kernels were measured
 SHAPES = [Shape(model, "Palu", keep) for model in (LLAMA_2, LLAMA_31) for keep in (0.5, 0.3)]  # ranks 256 and 160
+PACKED = [shape._replace(bits=resources.PACKED) for shape in SHAPES[::2]]
 DTYPE, PAGE = torch.bfloat16, 64
 CACHED = 30 << 20  # bytes of a temporary that stay in an H100's L2 cache of 50 MiB, through which latents go
 # Of a call; attend reads keys, or both sides, and values those alone.
@@ -67,23 +68,25 @@ class Case(NamedTuple):
     batch: int
     tokens: int
     page: int = PAGE
-    bits: tuple[int, ...] = ()  # widths of packed rows; () is plain
 
     @property
     def layer(self) -> str:
         """As launches.LAYERS names it."""
-        return f"{self.shape.model.name}, keep {self.shape.keep}"
+        kind = f"{self.widths} bits" if self.shape.bits else f"keep {self.shape.keep}"
+        return f"{self.shape.model.name}, {kind}"
+
+    @property
+    def widths(self) -> str:
+        return "/".join(map(str, self.shape.bits)) or "16"
 
     def told(self) -> dict[str, Any]:
-        sizes = {"batch": self.batch, "tokens": self.tokens, "page": self.page}
-        rank, bits = self.shape.key_ranks[0], "/".join(map(str, self.bits)) or "16"
-        return {"layer": self.layer, "model": self.shape.model.name, "rank": rank, "bits": bits, **sizes}
+        row = {"model": self.shape.model.name, "rank": self.shape.key_ranks[0], "bits": self.widths}
+        return {"layer": self.layer, **row, "batch": self.batch, "tokens": self.tokens, "page": self.page}
 
     def call(self) -> Call:
         """On tensors without memory."""
-        layer = layer_of(self.shape, self.bits)
+        layer, model, pages = layer_of(self.shape), self.shape.model, cdiv(self.tokens, self.page)
         keys, values = layer.operands
-        model, pages = self.shape.model, cdiv(self.tokens, self.page)
         ck, cv = lrattn.allocate_cache(layer, self.batch * pages, self.page)
         q = empty(self.batch, 1, model.query_heads, model.head_dim, dtype=DTYPE)
         tokens = Tokens(empty(self.batch, pages), empty(self.batch), None, None, self.tokens)
@@ -91,21 +94,19 @@ class Case(NamedTuple):
 
 
 CASES = [
-    *starmap(Case, product(SHAPES, BATCHES, LENGTHS, [PAGE])),
+    *map(Case._make, product(SHAPES, BATCHES, LENGTHS, [PAGE])),
     Case(SHAPES[0], 1, 32768, 16),
-    *starmap(Case, product(SHAPES[::2], BATCHES, LENGTHS, [PAGE], [resources.PACKED])),
+    *map(Case._make, product(PACKED, BATCHES, LENGTHS, [PAGE])),
 ]
 
 
 @cache
-def layer_of(shape: Shape, bits: tuple[int, ...]) -> lrattn.LayerFactors:
+def layer_of(shape: Shape) -> lrattn.LayerFactors:
     """No numbers of the bases, only shapes; the rope is the model's."""
     model = shape.model
     keys, values = (
         lrattn.Projection(
-            torch.zeros(model.kv_heads, ranks[0], model.head_dim, dtype=DTYPE),
-            ranks,
-            format=tuple(packing(rank, bits) for rank in ranks) if bits else None,
+            torch.zeros(model.kv_heads, ranks[0], model.head_dim, dtype=DTYPE), ranks, format=shape.formats(ranks)
         )
         for ranks in (shape.key_ranks, shape.value_ranks)
     )
@@ -251,8 +252,9 @@ def measured() -> dict[tuple[str, int], dict[str, Any]]:
 
 
 def gaps(case: Case) -> float:
-    """Microseconds of a step less those of its kernels [measured], of batch 1."""
-    alone = measured()[case.layer, min(BATCHES)]
+    """Microseconds of a step on plain rows less those of its kernels [measured], of batch 1."""
+    plain = case._replace(shape=case.shape._replace(bits=()))
+    alone = measured()[plain.layer, min(BATCHES)]
     return alone["us"][launches.TABLE] - sum(alone["kernels"].values())
 
 
@@ -265,11 +267,11 @@ def step(layer: str, batch: int) -> float | None:
 
 def table(results: dict[str, Any]) -> str:
     """Microseconds of a call: of its kernels and their sum [simulated]; with the rest, gaps and what is read
-    again, the whole, and a dense cache's bytes [estimated]; a step by the kernels there were before [measured], -
-    where it was not measured. Registers and bytes spilled are those of the kernel that takes longest."""
-    line = "{:14} {:>4} {:>5} {:>7} {:>4} {:>8} {:>8} {:>8} {:>8} {:>8} {:>7} {:>8} {:>8} {:>10} {:>9} {:>7} {:>7}"
-    names = ("model", "rank", "batch", "tokens", "page", *PARTS, "sum us", "rest", "call us", "dense us", "dense / it",
-             "registers", "spilled", "old us")  # fmt: skip
+    again, the whole, and a dense cache's bytes [estimated]; a step by kernels there were before [measured], - where it
+    was not measured. Registers and bytes spilled are those of the kernel that takes longest."""
+    line = "{:14} {:>4} {:>5} {:>5} {:>7} {:>4}" + " {:>8}" * 5 + " {:>7} {:>8} {:>8} {:>10} {:>9} {:>7} {:>7}"
+    names = ("model", "rank", "bits", "batch", "tokens", "page", *PARTS, "sum us", "rest", "call us", "dense us",
+             "dense / it", "registers", "spilled", "old us")  # fmt: skip
     lines, timed = [line.format(*names)], report.load(launches.PATH)["tokens"]
     for r in results["rows"]:
         parts = [[k["us"] for k in r["kernels"] if k["part"] == part] for part in PARTS]
@@ -278,7 +280,7 @@ def table(results: dict[str, Any]) -> str:
         times = (*(sum(part) if part else None for part in parts), r["sum_us"], r["call_us"] - r["sum_us"])
         cells = ["-" if x is None else f"{x:.1f}" for x in (*times, r["call_us"], r["dense_us"], us)]
         cells[-1:-1] = [f"{r['dense_us'] / r['call_us']:.2f}", main["registers"], main["spilled"]]
-        lines.append(line.format(*(r[name] for name in names[:5]), *cells))
+        lines.append(line.format(*(r[name] for name in names[:6]), *cells))
     return "\n".join(lines)
 
 
@@ -294,7 +296,7 @@ def main() -> int:
     shapes = [s for s in shapes if s.key_ranks[0] in (args.rank or s.key_ranks)]
     sizes = args.batch or BATCHES, args.tokens or LENGTHS, args.page or [PAGE]
     chosen = any((args.model, args.rank, args.batch, args.tokens, args.page))
-    cases = [*starmap(Case, product(shapes, *sizes))] if chosen else CASES
+    cases = [*map(Case._make, product(shapes, *sizes))] if chosen else CASES
     simulation = Simulation(simulator, args.report)
     rows = [simulate(simulation, case) for case in tqdm(cases, unit="call", disable=None)]
     of = {"file": launches.PATH.name, "commit": BEFORE, "gaps_us": "step - kernels"}

@@ -133,6 +133,8 @@ def _way(layer: LayerFactors, size: plan.Cut) -> str:
         told.append("rebuilt")
     if size.planes.keys or size.planes.values:
         told.append("packed by plane" if size.planes.keys or not keys.packed else "packed, values by plane")
+    elif keys.packed:
+        told.append("packed")
     return ", ".join([*told, "one pass" if size.fused else "scores and values"])
 
 

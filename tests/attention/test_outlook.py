@@ -69,11 +69,12 @@ def test_the_rates_are_those_that_were_simulated_with():
 
 def test_calls_by_a_band_agree_with_the_simulated_ones():
     rows = report.load(simulated_calls.PATH)["rows"]
-    layers = {(shape.model.name, shape.key_ranks[0]): layer_of(shape) for shape in simulated_calls.SHAPES}
+    shapes = [*simulated_calls.SHAPES, *simulated_calls.PACKED]
+    layers = {simulated_calls.Case(shape, 1, 1).layer: layer_of(shape) for shape in shapes}
     for row in rows:
         heads = MODELS[row["model"]].query_heads
-        found = layer_outlook(layers[row["model"], row["rank"]], heads, H100, row["tokens"], row["batch"])
-        assert found["way"].startswith("by a band") and "one pass" in found["way"]
+        found = layer_outlook(layers[row["layer"]], heads, H100, row["tokens"], row["batch"])
+        assert found["way"].startswith("by a band") and ("one pass" in found["way"]) == (row["bits"] == "16")
         assert found["dense_us"] == pytest.approx(row["dense_us"], abs=0.06)
         simulated_ones = Counter(kernel["kernel"] for kernel in row["kernels"])
         assert {k["kernel"]: k["launches"] for k in found["kernels"]} == simulated_ones
@@ -160,7 +161,9 @@ def test_time_grows_with_context_and_batch_and_shrinks_with_the_memory_s_rate(na
         times = [layer_outlook(layer, 32, H100, *size)["us"] for size in sizes]
         assert all(a < b for a, b in pairwise(times)), times
     slow, fast = (layer_outlook(layer, 32, GPUS[gpu], 131072, 16) for gpu in ("h100", "b200"))
-    assert fast["us"] < slow["us"] and fast["dense_us"] < slow["dense_us"]
+    elsewhere = name == "packed, band"  # which that one rebuilds
+    assert fast["us"] < slow["us"] or (elsewhere and "rebuilt" in fast["way"])
+    assert fast["dense_us"] < slow["dense_us"]
 
 
 def test_what_binds():

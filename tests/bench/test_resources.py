@@ -59,7 +59,7 @@ def test_packed_rows_fit_by_the_triton_that_they_were_written_against():
         assert row["tokens"] == 16 or resources.a_token(row) <= most, row
 
 
-ROW = {"dtype": "bfloat16", "spilled": 0, "shared": 1024, "products": ["wgmma.mma_async.m64n16k16"]}
+ROW = {"dtype": "bfloat16", "registers": 99, "spilled": 0, "shared": 1024, "products": ["wgmma.mma_async.m64n16k16"]}
 
 
 @pytest.mark.parametrize(
@@ -71,6 +71,7 @@ ROW = {"dtype": "bfloat16", "spilled": 0, "shared": 1024, "products": ["wgmma.mm
         ({"shared": 228 << 10}, "bytes of shared memory"),
         ({"products": ["mma.m16n8k16"]}, "expected wgmma.mma_async"),
         ({"products": []}, "no tensor-core product"),
+        ({"registers": 4, "dtype": "float32"}, "4 registers: it was compiled to nothing"),
     ],
 )
 def test_what_is_unfit(changes, fault):
