@@ -128,7 +128,7 @@ def joined(x, scale, BITS: tl.constexpr, like):
 
 @triton.jit
 def _paired(z):
-    """The first half of z with the second: what is later taken apart last has changed first."""
+    """z[m] and z[m + half] side by side, for each m: when one is left, planes lie in their order."""
     HALF: tl.constexpr = len(z) // 2
     found = ()
     for m in tl.static_range(HALF):

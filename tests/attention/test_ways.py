@@ -247,7 +247,7 @@ def test_what_is_allocated_is_within_what_was_said(form):
 @pytest.mark.parametrize("values", [(16,), (64,), (256,), (320, 16), (48, 112)], ids=str)
 @pytest.mark.parametrize("rank", [16, 128, 176, 256])
 def test_tiles_of_scores_by_a_band_are_whole_ones_of_the_values(rank, values):
-    """What one pass writes the other reads; packed values have tiles of their own."""
+    """What one pass writes the other reads; packed values have tiles as long."""
     for device in (H100, "sm100", "sm80", "gfx9"):
         for dtype in (torch.float16, torch.float32):
             case = Case("tiles", Hkv=4, D=128, key_ranks=(rank, rank), value_ranks=values)
@@ -256,7 +256,7 @@ def test_tiles_of_scores_by_a_band_are_whole_ones_of_the_values(rank, values):
             assert size.block_t % launch.BLOCK_T == 0
             packed = values_of._replace(paired=0, packed=(8, max(values)))
             size = plan.cut(1, 1, 4, dtype, device, 132, keys, packed, False, 1000, 0, 0, 1 << 28)
-            assert size.block_t == launch.BLOCK_T
+            assert size.planes.values.block_t == size.block_t
 
 
 def chunks_met(first, tiles, chunk):
