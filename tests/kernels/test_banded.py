@@ -263,7 +263,7 @@ def test_what_would_spill_takes_two_passes(why, changes, device, ran):
     check(two("apart", **FOUR | even | changes), HALF, device, ran, one_pass=False)
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 @pytest.mark.parametrize("P", [16, 48, 64, 128])
 @pytest.mark.parametrize("ranks", [(160, 32), (240, 48), (256, 176)], ids=str)
 @pytest.mark.parametrize("form", [FOUR, {}, {"M": 2}, {"M": 2, **JOINT}], ids=["lanes", "few", "rows", "scores"])
@@ -461,7 +461,7 @@ def test_what_is_no_number_stays_with_its_own(wrong, rows, passes, device):
     torch.testing.assert_close(out[~own].double(), true[~own], rtol=0, atol=4e-3)
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(8)
 @pytest.mark.parametrize(
     "form", [{}, {"M": 2, "S": 2}, JOINT, {"Hkv": 6, "key_order": None, "value_order": None}], ids=str
 )
