@@ -436,8 +436,8 @@ def banded(device: str) -> Iterator[Compilation]:
     for table, kernel in ((launch.ATTEND, banded_pass), (launch.ATTEND_SCORES, banded_scores)):
         for row in rows_for(table, device):
             wide = kernel is banded_scores
-            most = 512 if wide else row.values
-            lanes = Problem(row.rank, 128, 1, 1, 4, dtype_of(row), values=most, bits=bits_of(row))
+            columns = 512 if wide else row.values
+            lanes = Problem(row.rank, 128, 1, 1, 4, dtype_of(row), values=columns, bits=bits_of(row))
             theta = 1e9 if row.itemsize == 4 else 1e4 if row.queries > 64 else 5e5
             rows = lanes._replace(heads=4, theta=theta)
             for problem in (lanes, rows):

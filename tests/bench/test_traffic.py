@@ -246,25 +246,26 @@ def check(way):
         sides = [(k_cache, layer.values, both, max(tiles))]
     band = not way.rebuilds and by_a_band(layer, case)
     assert band == case.name.startswith("packed, band")
-    ahead = not layer.absorbed
+    rebuilt = not layer.absorbed
     if not way.rebuilds and not (layer.absorbed and case.name.startswith("one pass")):
-        tiled = [x for x in sides if not x[1].formats and not x[3] and (ahead or x[1] is not layer.keys)]
+        tiled = [x for x in sides if not x[1].formats and not x[3] and (rebuilt or x[1] is not layer.keys)]
         sides = [x for x in sides if not any(x is own for own in tiled)]
-        check_plain_tiles(layer, case, tiled, seen, slots, ahead)
+        check_plain_tiles(layer, case, tiled, seen, slots, rebuilt)
     for cache, side, reads, tile in sides:
         parts, some, whole = parts_of(seen.reads(cache), side), slots.any(1), np.ones(len(cache), bool)
+        ahead = band and cache is k_cache
         if tile:
             whole[table[torch.from_numpy(edges(case, table, tile))].numpy()] = False
         for got, times in zip(parts, reads, strict=True):
             known = ~np.isnan(times)
             meant = slots[..., None] * times[known]
             assert (got[..., known] >= meant).all(), "read less often"
-            if band and cache is k_cache:  # dead rows of a tile too, and the last tile once more
+            if ahead:  # dead rows of a tile too, and the last tile once more
                 assert (got[..., known] <= max(64 // case.P, 1) * (1 + times[known])).all(), "read more often"
                 assert not got[..., known][..., times[known] == 0].any(), "read more often"
             else:
                 np.testing.assert_array_equal(got[whole][..., known], meant[whole])
-            np.testing.assert_array_equal(got[~some if tile or (band and cache is k_cache) else ~slots], 0)
+            np.testing.assert_array_equal(got[~some if tile or ahead else ~slots], 0)
         if side.formats:
             assert (parts[1][slots][:, scales_of(side)] > 0).all(), "every scale is read"
     np.testing.assert_array_equal(seen.reads(table) > 0, entries)
