@@ -41,7 +41,6 @@ from lrattn.factors.shapes import round_up
 from lrattn.kernels import absorb, bands, combine, decode, launch, near, plan, project, rebuild, turn, values, write
 from lrattn.kernels.arguments import Call, Near, Rule, Span, Tokens
 from lrattn.kernels.attend import attend
-from lrattn.kernels.attend_absorbed import attend_absorbed
 from lrattn.kernels.attend_packed import attend_packed
 from lrattn.kernels.attend_rebuilt import attend_rebuilt
 
@@ -52,6 +51,7 @@ SPAN = Span(0, 2, 2)
 PAGE, BATCH = 16, 2
 ALL = "bias rule"
 MANY = 66  # splits, of several blocks
+WIDE = 1024  # values of which scores are asked for alone
 COUNTED = ("attend_packed_kernel",)  # whose loop's instructions are told
 PACKED = (8, 4, 2)  # widths of packed rows
 BY_PLANE = (PACKED, (8,), (4,), (2,), (4, 2), (16, 4))  # of rows by plane
@@ -182,30 +182,25 @@ class Problem(NamedTuple):
         """Queries as the scores take them."""
         return empty(BATCH, 2, self.rows(), 2, launch.block_d(self.head) // 2, dtype=self.dtype)
 
-    def absorbed(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Absorbed queries of some chunks, or of one, and the bias' share of their scores."""
-        chunks = 4 if self.chunk else 1
-        constant = fp32(BATCH, chunks, 1, round_up(self.rows(), 16)) if self.has("bias") else None
-        return empty(BATCH, chunks, self.rows(), self.rank, dtype=self.dtype), constant
-
     def codes(self) -> tuple[plan.Planes, torch.Tensor, torch.Tensor]:
         """How packed rows go by plane; absorbed queries for them, and what goes with these."""
         keys, side = self.sides()
         codes = plan.planes(self.dtype, launch.name(META), keys.sizes, side.sizes)
         assert codes.keys is not None and codes.values is not None, "the launch table has rows for them"
-        width, count = plan.absorbed(keys.sizes, codes)
+        width, count = plan.plane_queries(keys.sizes)
         lead, padded = (BATCH, 4 if self.chunk else 1), round_up(self.rows(), 16)
         dtype = torch.float32 if self.dtype == torch.float32 else torch.float16
         return codes, empty(*lead, self.rows(), width, dtype=dtype), fp32(*lead, count, padded)
 
-    def banded(self) -> tuple[plan.Banded, list[torch.Tensor | None]]:
-        """How keys go by a band; queries for some of its blocks, x, a and terms."""
+    def grouped(self) -> tuple[plan.Grouped, list[torch.Tensor | None]]:
+        """How `attend` takes the rows; queries for some blocks of tokens, x, a and terms."""
         keys, side = self.sides()
-        way = plan.banded(self.heads * self.steps, self.dtype, launch.name(META), keys.sizes, side.sizes)
+        find = plan.absorbed if keys.sizes.absorbed else plan.banded
+        way = find(self.heads * self.steps, self.dtype, launch.name(META), keys.sizes, side.sizes)
         assert way is not None, "the launch table has a row for it"
         kinds = torch.float32 if way.by_lane else self.dtype, self.dtype, torch.float32
-        ready = plan.band_queries(self.rows(), self.dtype, keys.sizes, way)
-        shapes = [shape and (BATCH, 2 * shape[0], *shape[1:]) for shape in ready.shapes]
+        ready, blocks = plan.group_queries(self.rows(), self.dtype, keys.sizes, way), 2 if way.block else 1
+        shapes = [shape and (BATCH, blocks * shape[0], *shape[1:]) for shape in ready.shapes]
         return way, [shape and empty(*shape, dtype=kind) for shape, kind in zip(shapes, kinds, strict=True)]
 
     def scores(self) -> torch.Tensor:
@@ -232,28 +227,25 @@ def turn_queries(p: Problem) -> None:
 
 
 def absorb_band(p: Problem) -> None:
-    way, queries = p.banded()
+    way, queries = p.grouped()
     bands.absorb_band(p.call(), *queries, SPAN, way)  # type: ignore[arg-type]
 
 
-def banded_pass(p: Problem) -> None:
-    way, queries = p.banded()
+def grouped_pass(p: Problem) -> None:
+    way, queries = p.grouped()
     assert way.one_pass, "the launch table has a row for it"
     attend(p.call(), *queries, None, *p.partial(), SPAN, way)  # type: ignore[arg-type]
 
 
-def banded_scores(p: Problem) -> None:
-    way, queries = p.banded()
+def grouped_scores(p: Problem) -> None:
+    way, queries = p.grouped()
     assert not way.one_pass, "values are too wide for one pass"
     attend(p.call(), *queries, p.scores(), None, None, SPAN, way)  # type: ignore[arg-type]
 
 
 def absorb_queries(p: Problem) -> None:
-    absorb.absorb_queries(p.call(), *p.absorbed(), SPAN)
-
-
-def absorbed_scores(p: Problem) -> None:
-    attend_absorbed(p.call(), *p.absorbed(), p.scores(), None, None, SPAN)
+    _, (_, a, terms) = p.grouped()
+    absorb.absorb_queries(p.call(), a, terms, SPAN)  # type: ignore[arg-type]
 
 
 def latent_values(p: Problem) -> None:
@@ -266,10 +258,6 @@ def one_pass(p: Problem, turned: bool) -> launch.Launch:
     choice = plan.fused(p.rows(), p.dtype, launch.name(META), keys.sizes, side.sizes, turned)
     assert choice is not None, "the launch table has a row for it"
     return choice
-
-
-def absorbed_pass(p: Problem) -> None:
-    attend_absorbed(p.call(), *p.absorbed(), None, *p.partial(), SPAN, one_pass(p, False))
 
 
 def absorb_planes(p: Problem) -> None:
@@ -380,9 +368,9 @@ def compilations() -> Iterator[Compilation]:
         for row in rows_for(launch.ABSORBED_SCORES, device):
             rank = 528 if row.rank == launch.ANY else row.rank
             for heads, steps in few if row.queries == 16 else few[:1] + many:
-                problem = Problem(rank, 128, heads, steps, 1, dtype_of(row), bits=bits_of(row))
+                problem = Problem(rank, 128, heads, steps, 1, dtype_of(row), values=WIDE)
                 for absorbed in absorbed_problems(problem, ALL, row):
-                    yield Compilation(absorbed_scores, device, absorbed, row.itemsize == 2)
+                    yield Compilation(grouped_scores, device, absorbed, row.itemsize == 2)
         yield from banded(device)
         for row in rows_for(launch.LATENT_VALUES, device):
             rank = 528 if row.rank == launch.ANY else row.rank
@@ -393,7 +381,7 @@ def compilations() -> Iterator[Compilation]:
         for row in rows_for(launch.FUSED_ABSORBED, device):
             for problem in fused_problems(row):
                 for absorbed in absorbed_problems(problem, most(row), row):
-                    yield Compilation(absorbed_pass, device, absorbed, row.itemsize == 2)
+                    yield Compilation(grouped_pass, device, absorbed, row.itemsize == 2)
         yield from by_plane(device)
         for row in rows_for(launch.FUSED_REBUILT, device):
             for problem in fused_problems(row):
@@ -433,9 +421,9 @@ def compilations() -> Iterator[Compilation]:
 
 def banded(device: str) -> Iterator[Compilation]:
     """Keys by a band: of two groups of four heads, one query row a head or four; of smaller and larger heads."""
-    for table, kernel in ((launch.ATTEND, banded_pass), (launch.ATTEND_SCORES, banded_scores)):
+    for table, kernel in ((launch.ATTEND, grouped_pass), (launch.ATTEND_SCORES, grouped_scores)):
         for row in rows_for(table, device):
-            wide = kernel is banded_scores
+            wide = kernel is grouped_scores
             columns = 512 if wide else row.values
             lanes = Problem(row.rank, 128, 1, 1, 4, dtype_of(row), values=columns, bits=bits_of(row))
             theta = 1e9 if row.itemsize == 4 else 1e4 if row.queries > 64 else 5e5
@@ -492,8 +480,9 @@ def formats() -> Iterator[Compilation]:
             yield Compilation(kernel, "sm90", rebuilt)
         for kernel in (packed_scores, packed_values, packed_pass) if bits else ():
             yield Compilation(kernel, "sm90", absorbed)
-        for kernel in (absorbed_scores, absorbed_pass) if not bits else ():
-            yield Compilation(kernel, "sm90", absorbed, True)
+        if not bits:
+            yield Compilation(grouped_scores, "sm90", absorbed._replace(values=WIDE), True)
+            yield Compilation(grouped_pass, "sm90", absorbed, True)
 
 
 def fused_problems(row: launch.Row) -> Iterator[Problem]:
@@ -537,15 +526,15 @@ QUICK = [
     Compilation(latent_scores, "sm80", Problem(528, 128, 7, 2, options=ALL), True),
     Compilation(latent_scores, "sm100", Problem(128, 64), True),
     Compilation(latent_scores, "gfx9", Problem(128, 128), True),
-    Compilation(absorbed_scores, "sm90", Problem(256, 128, group=4, rope=False), True),
-    Compilation(banded_pass, "sm90", Problem(160, 128, 1, 1, 4), True),
-    Compilation(banded_pass, "sm90", Problem(256, 128, 4, 1, 4, theta=5e5), True),
-    Compilation(banded_scores, "sm90", Problem(256, 128, 4, 1, 4, values=512, options=f"{ALL} near", theta=5e5), True),
+    Compilation(grouped_scores, "sm90", Problem(256, 128, group=4, rope=False, values=WIDE), True),
+    Compilation(grouped_pass, "sm90", Problem(160, 128, 1, 1, 4), True),
+    Compilation(grouped_pass, "sm90", Problem(256, 128, 4, 1, 4, theta=5e5), True),
+    Compilation(grouped_scores, "sm90", Problem(256, 128, 4, 1, 4, values=512, options=f"{ALL} near", theta=5e5), True),
     Compilation(absorb_band, "sm90", Problem(160, 128, 4, 1, 4, options="bias", theta=5e5)),
     Compilation(latent_values, "sm90", Problem(256, 128, group=4)),
-    Compilation(absorbed_pass, "sm90", Problem(256, 128, group=4, rope=False), True),
-    Compilation(absorbed_pass, "sm90", Problem(256, 128, group=4, rope=False, shared=True), True),
-    Compilation(absorbed_pass, "sm90", Problem(512, 128, group=4, chunk=CHUNK, shared=True, options="offsets"), True),
+    Compilation(grouped_pass, "sm90", Problem(256, 128, group=4, rope=False), True),
+    Compilation(grouped_pass, "sm90", Problem(256, 128, group=4, rope=False, shared=True), True),
+    Compilation(grouped_pass, "sm90", Problem(512, 128, group=4, chunk=CHUNK, shared=True, options="offsets"), True),
     Compilation(absorb_queries, "sm90", Problem(256, 128, group=4, chunk=CHUNK, options="bias offsets")),
     Compilation(rebuilt_pass, "sm90", Problem(128, 128), True),
     Compilation(attend_near, "sm90", Problem(head=128, heads=4)),
@@ -662,8 +651,8 @@ def spills(c: Compilation) -> int:
     """Bytes that a launch may spill: none, but for packed rows and for bands where ptxas is not the one they were
     written against; there, by lane at the largest ranks in one pass or of packed rows, a few of what the loop does not
     touch."""
-    if c.kernel in (banded_pass, banded_scores):
-        whole = c.kernel is banded_pass or c.problem.bits != ()
+    if c.kernel in (grouped_pass, grouped_scores) and c.problem.rope and not c.problem.chunk:
+        whole = c.kernel is grouped_pass or c.problem.bits != ()
         by_lane = whole and c.problem.heads == 1 and c.problem.rank > 160
         return (48 if by_lane else 0) if triton.__version__.startswith(("3.6.", "3.7.")) else 256
     own = c.device == "sm90" and triton.__version__.startswith("3.6.")

@@ -30,8 +30,8 @@ from bench.compiled.sass import loop
 from bench.decode import launches
 from bench.decode.decode_shapes import CHUNK
 from bench.support import report
-from lrattn.kernels import launch, plan
-from lrattn.kernels.attend_absorbed import attend_absorbed
+from lrattn.kernels import plan
+from lrattn.kernels.attend import attend
 from lrattn.kernels.attend_packed import attend_packed
 
 PATH = report.RESULTS / "simulated.json"
@@ -59,8 +59,8 @@ def compiled(model: Model, bits: tuple[int, ...]) -> Any:
             codes, a, terms = problem.codes()
             attend_packed(problem.call(), a, terms, None, *problem.partial(), resources.SPAN, codes.keys)
         else:
-            choice = resources.one_pass(problem, False)
-            attend_absorbed(problem.call(), *problem.absorbed(), None, *problem.partial(), resources.SPAN, choice)
+            grouped, queries = problem.grouped()
+            attend(problem.call(), *queries, None, *problem.partial(), resources.SPAN, grouped)
     ((_, binary),) = found
     return binary
 
@@ -97,7 +97,7 @@ def simulate(simulator: Any, model: Model, bits: tuple[int, ...]) -> list[dict[s
             )  # fmt: skip
             choice = cut.fused
             assert choice is not None and cut.tiles == cut.total and cut.batch == batch, "one launch"
-            step = 4 * choice.block_n if bits else launch.BLOCK_T
+            step = 4 * choice.block_n if bits else choice.block_t
             trips = -(-cut.total // cut.splits) * cut.block_t // step
             nbytes = batch * length * token
             found = simulator.predict(

@@ -14,10 +14,11 @@ def two_passes() -> Iterator[None]:
     """Inside, scores go to memory and a second kernel sums the values, also where one pass could do both."""
     from lrattn.kernels import plan
 
-    def scores_alone(*shape: Any, banded: Any = plan.banded) -> Any:
-        return banded(*shape[:-1], shape[-1]._replace(paired=0))  # as where values have groups of their own
+    def scores_alone(find: Any) -> Any:  # as where values have groups of their own
+        return lambda *shape: find(*shape[:-1], shape[-1]._replace(paired=0))
 
-    ways = {"fused": lambda *shape: None, "banded": scores_alone, "cut": lru_cache(plan.cut.__wrapped__)}
+    ways = {"fused": lambda *shape: None, "cut": lru_cache(plan.cut.__wrapped__)}
+    ways |= {"banded": scores_alone(plan.banded), "absorbed": scores_alone(plan.absorbed)}
     with patch.multiple(plan, **ways):
         yield
 

@@ -8,8 +8,8 @@ of one new token a sequence, is the sum over its kernels of
 with `share` and `us` of REACHED, chosen by hand to agree with what bench/results has of an H100. Each of these figures
 is within a factor of 1.35 of its estimate (tests/attention/test_outlook.py):
 
-    attend, absorb_band             simulated_calls.json [simulated], whole calls
-    attend_absorbed, attend_packed  simulated.json [simulated], the pass alone, of rank 256
+    attend by a band, absorb_band   simulated_calls.json [simulated], whole calls
+    attend, absorbed; attend_packed simulated.json [simulated], the pass alone, of rank 256
     the others                      launches_gpu.json [measured], whole steps by the kernels of then: merge and
                                     combine are one now, queries were absorbed once, and not for each chunk
     attend_near                     nothing: as other small kernels
@@ -57,7 +57,7 @@ REACHED = {
     "turn_queries": Reached(0.27, 1.5, "measured"),
     "attend": Reached(0.82, 7.5, "simulated"),
     "attend, packed": Reached(0.38, 7.5, "simulated"),
-    "attend_absorbed": Reached(0.79, 9.0, "simulated"),
+    "attend, absorbed": Reached(0.79, 9.0, "simulated"),
     "attend_packed": Reached(0.75, 9.0, "simulated"),
     "attend_rebuilt": Reached(0.25, 8.0, "measured"),
     "attend_rebuilt, one pass": Reached(0.17, 8.0, "measured"),
@@ -130,10 +130,11 @@ def _far(
     queries = _queries(layer, size, query_heads, batch, launches)
     read = queries.others // launches
     others = queries.others if read > CACHED else 0
-    name = "attend_packed" if size.planes.keys else "attend" if size.banded else "attend_absorbed"
-    owners, kind = keys.groups, name
-    if size.banded:
-        owners, kind = keys.num_heads // size.banded.heads, name + (", packed" if keys.packed else "")
+    owners, name, kind = keys.groups, "attend", "attend, absorbed"
+    if size.planes.keys:
+        name = kind = "attend_packed"
+    elif size.banded:
+        owners, kind = keys.num_heads // size.banded.heads, "attend, packed" if keys.packed else "attend"
     elif not keys.absorbed:
         name, owners = "attend_rebuilt", keys.num_heads
         kind = name + (", packed" if keys.packed else ", one pass" if size.fused else "")

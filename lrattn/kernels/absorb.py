@@ -37,19 +37,22 @@ def absorb_queries_kernel(
     bias,                    # [Hkv, D]         float32, by place, as uk; None without
     norms,                   # [Hkv]            float32, by place: of the longest row of a head's basis; for KEYS
     packs,                   # [G, 3 n]         int32: segments; for KEYS
-    a, a_strides,            # [B, chunks, Hq * S, Rk | columns]  out, dtype of q or float16; chunks of tokens only
-    terms, terms_strides,    # [B, chunks, n, Hq * S]             out, float32; None without any
+    a, a_strides,            # [B, chunks, G, C * M * S, LONG]  out, dtype of q; chunks of tokens only; with KEYS
+    #                          [B, chunks, Hq * S, columns]     float16, or float32 of such a layer
+    terms, terms_strides,    # [B, chunks, G, C * M * S]        out, float32; None without a bias; with KEYS
+    #                          [B, chunks, n, Hq * S]
     scale, bound, S, window, max_chunk, first_tile, tiles,
-    KEYS: tl.constexpr,
+    KEYS: tl.constexpr, LONG: tl.constexpr,
     C: tl.constexpr, M: tl.constexpr, D: tl.constexpr, Hkv: tl.constexpr,
     CHUNK: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, WINDOWED: tl.constexpr,
     MAGIC: tl.constexpr, CHAINED: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
 ):
-    """a[b, c, h S + i] = x @ uk[k]^T,   terms[b, c, 0, h S + i] = x . bias[k],   x = Rot(-p) q[b, i, h],   k = h // M
+    """a[b, c, g, w] = x @ uk[k]^T,   terms[b, c, g, w] = x . bias[k],   x = Rot(-p) q[b, i, h],   k = h // M in g
 
-    p is the first position of the c-th chunk, counted from that of the first of the tiles. Without CHUNK there is one,
-    and x = q. Of packed rows, whose pieces are KEYS,
+    w is the row of (h, i) in group g, whose heads are in the group's order. p is the first position of the c-th chunk,
+    counted from that of the first of the tiles. Without CHUNK there is one, and x = q. Of packed rows, whose pieces are
+    KEYS,
 
     a[b, c, h S + i, n, m] = log2(e) scale (x @ uk[k]^T)[latents of plane m of piece n] / (2^position(m) factor)
     terms[b, c, n, h S + i] = sum_m middle a[.., n, m];  after those of all pieces: factor, log2(e) scale x . bias[k]
@@ -92,22 +95,32 @@ def absorb_queries_kernel(
         x = tl.load(p_q[:, None] + d[None, :], mask=in_q[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
         squared = tl.sum(x * x, 1)
     _, rank, r0 = load_run(runs, place // C)
-    p_a = a + i_b * a_strides[0] + c * a_strides[1] + row * a_strides[2]
+    p_a = a + i_b * a_strides[0] + c * a_strides[1]
+    if len(KEYS) > 0:
+        p_a += row * a_strides[2]
+    else:
+        p_a += (place // C).to(tl.int64) * a_strides[2] + (place % C * (M * S) + i).to(tl.int64) * a_strides[3]
     if terms is not None:
-        p_terms = terms + i_b * terms_strides[0] + c * terms_strides[1] + row
+        p_terms = terms + i_b * terms_strides[0] + c * terms_strides[1]
+        if len(KEYS) > 0:
+            p_terms += row
+        else:
+            p_terms += place // C * terms_strides[2] + place % C * (M * S) + i
     if bias is not None:
         if tl.program_id(1) == 0:
             share = tl.sum(x * tl.load(bias + place * D + d, mask=d < D, other=0.0)[None, :], 1)
             if len(KEYS) > 0:
                 share *= scale * LOG2_E
-            last: tl.constexpr = len(KEYS) + (1 if len(KEYS) > 0 else 0)  # of the terms
-            tl.store(p_terms + last * terms_strides[2], share, mask=in_q)
+                p_share = p_terms + (len(KEYS) + 1) * terms_strides[2]
+            else:
+                p_share = p_terms
+            tl.store(p_share, share, mask=in_q)
     rounded = x.to(q.dtype.element_ty)
     if len(KEYS) == 0:
         r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
         u = load_rows(uk, C * D, r0, rank, place % C * D, d, D, r).to(rounded.dtype)
         got = tl.dot(rounded, tl.trans(u), input_precision="ieee")
-        tl.store(p_a[:, None] + r[None, :], got.to(a.dtype.element_ty), mask=in_q[:, None] & (r < rank)[None, :])
+        tl.store(p_a[:, None] + r[None, :], got.to(a.dtype.element_ty), mask=in_q[:, None] & (r < LONG)[None, :])
     else:
         largest = tl.sqrt(squared) * tl.load(norms + place) * tl.abs(scale) * LOG2_E
         exponent = ((largest.to(tl.int32, bitcast=True) >> 23) & 255) - 127  # of what is not finite 128
@@ -149,21 +162,22 @@ def absorb_queries_kernel(
 
 
 def absorb_queries(call: Call, a: Tensor, terms: Tensor | None, span: Span, codes: launch.Launch | None = None) -> None:
-    """Queries [B, S, Hq, D] in the latents' space, to a [B, chunks, Hq S, Rk], and what goes with their scores, to
-    terms [B, chunks, n, Hq S], for each chunk that tiles of `span` are in; one where keys have no chunks.
+    """Queries [B, S, Hq, D] in the latents' space for each chunk that tiles of `span` are in, one where keys have no
+    chunks: a [B, chunks, G, C M S, LONG], zero past the key rank, and what a bias adds, terms [B, chunks, G, C M S].
 
-    codes: the launch of attend_packed that takes them, of rows in planes; a is [B, chunks, Hq S, columns] then.
+    codes: the launch of attend_packed that takes them, of rows in planes. Then a is [B, chunks, Hq S, columns] and
+    terms [B, chunks, n, Hq S].
     """
-    q, keys, tokens, size, (batch, chunks, rows, _) = call.q, call.keys, call.tokens, call.keys.sizes, a.shape
-    row, rows = () if codes is None else pieces(size, PLANES), chunks * rows // size.num_heads
+    q, keys, tokens, size, (batch, chunks, *_) = call.q, call.keys, call.tokens, call.keys.sizes, a.shape
+    row, rows = () if codes is None else pieces(size, PLANES), chunks * q.shape[1] * q.shape[2] // size.num_heads
     choice = launch.absorb_queries(launch.name(q.device), q.itemsize, chunked=size.chunk > 0 or codes is not None)
-    block_q = min(choice.block_q, launch.block_q(rows))
+    block_q, long = min(choice.block_q, launch.block_q(rows)), a.shape[-1]
     names = "C M D Hkv CHUNK ROTARY INTERLEAVED WINDOWED BLOCK_D BLOCK_R"
-    absorb_queries_kernel[cdiv(rows, block_q) * size.num_heads, len(row) or cdiv(size.rank, choice.block_r), batch](
+    absorb_queries_kernel[cdiv(rows, block_q) * size.num_heads, len(row) or cdiv(long, choice.block_r), batch](
         q, q.stride(), *tokens.seen, *tokens.lag, keys.turns, keys.rows, keys.runs, keys.heads, keys.bias,
         keys.norms if row else None, keys.packs if row else None, a, a.stride(), terms, strides_of(terms, 4),
         call.rule.scale, *call.limits, size.max_position, *span[:2],
-        KEYS=row, MAGIC=codes is not None and codes.magic, CHAINED=launch.chained(q.device), BLOCK_Q=block_q,
-        BLOCK_T=launch.BLOCK_T if codes is None else codes.block_t,
+        KEYS=row, LONG=long, MAGIC=codes is not None and codes.magic, CHAINED=launch.chained(q.device),
+        BLOCK_Q=block_q, BLOCK_T=launch.BLOCK_T if codes is None else codes.block_t,
         **launch.constants(names, call.form, size, choice),
     )  # fmt: skip

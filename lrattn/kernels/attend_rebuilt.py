@@ -1,5 +1,4 @@
-"""Attention with keys rebuilt on chip: rotate, score, softmax and the sum of value latents, or scores alone: the kernel
-to read first."""
+"""Attention with keys rebuilt on chip: rotate, score, softmax and the sum of value latents, or scores alone."""
 
 import triton.language as tl
 from torch import Tensor

@@ -9,7 +9,7 @@ from lrattn.kernels import launch
 from lrattn.kernels.arguments import Call, Span, strides_of
 from lrattn.kernels.packed import BITS, COLUMN, SIZE, load_basis_piece, operands, segments
 from lrattn.kernels.pieces import pieces
-from lrattn.kernels.plan import Banded
+from lrattn.kernels.plan import Grouped
 from lrattn.kernels.tiles import load_pairs, load_run, load_turns, pair_columns, part_of, reach
 
 
@@ -148,7 +148,7 @@ def _absorb(
 # fmt: on
 
 
-def absorb_band(call: Call, x: Tensor, a: Tensor, terms: Tensor | None, span: Span, way: Banded) -> None:
+def absorb_band(call: Call, x: Tensor, a: Tensor, terms: Tensor | None, span: Span, way: Grouped) -> None:
     """Queries [B, S, Hq, D] for `attend`: x [B, tiles, owners, rows, F], a [B, blocks, owners, rows T, R] and what the
     bias adds, terms [B, blocks, owners, rows T], for each block that tiles of `span` are in."""
     q, keys, tokens, size = call.q, call.keys, call.tokens, call.keys.sizes

@@ -7,7 +7,6 @@ from lrattn.kernels import launch, plan
 from lrattn.kernels.absorb import absorb_queries
 from lrattn.kernels.arguments import Call, Span
 from lrattn.kernels.attend import attend
-from lrattn.kernels.attend_absorbed import attend_absorbed
 from lrattn.kernels.attend_packed import attend_packed
 from lrattn.kernels.attend_rebuilt import attend_rebuilt
 from lrattn.kernels.bands import absorb_band
@@ -56,9 +55,9 @@ def _allocate(call: Call, size: Cut) -> Workspace:
     kind = call.q.dtype
     if size.planes.keys is not None and call.q.itemsize == 2:
         kind = torch.float16
-    elif size.banded is not None and size.banded.by_lane:
+    elif size.grouped is not None and size.grouped.by_lane:
         kind = torch.float32
-    queries = call.q.new_empty(*x, dtype=kind), None if a is None else call.q.new_empty(*a)
+    queries = x and call.q.new_empty(*x, dtype=kind), a and call.q.new_empty(*a)
     fp32 = call.keys.norms.new_empty  # a shape as numbers, and no dtype: both take time to read
     return Workspace(*queries, *[None if shape is None else fp32(*shape) for shape in rest])
 
@@ -89,34 +88,32 @@ def _attend(call: Call, size: Cut, work: Workspace) -> range:
 
 def _attend_tiles(call: Call, size: Cut, work: Workspace, y: Tensor, lse: Tensor, first: int) -> None:
     """Tiles first .. first + size.tiles of every sequence, to slots 0 .. size.splits of y and lse."""
-    keys, x, terms, codes, band = call.keys.sizes, work.x, work.terms, size.planes, size.banded
-    span = Span(first, size.tiles, size.splits)
+    keys, x, a, terms, codes, way = call.keys.sizes, work.x, work.a, work.terms, size.planes, size.grouped
+    span, scored = Span(first, size.tiles, size.splits), Span(first, size.tiles, size.parts)
     if size.turned or keys.chunk or not first:  # else they are ready
-        if keys.absorbed:
+        if codes.keys is not None:
             absorb_queries(call, x, terms, span, codes.keys)
-        elif band is not None:
-            absorb_band(call, x, work.a, terms, span, band)
+        elif keys.absorbed:
+            absorb_queries(call, a, terms, span)
+        elif way is not None:
+            absorb_band(call, x, a, terms, span, way)
         else:
             turn_queries(call, x, first, size.turned)
-    if size.fused and codes.keys is not None:
-        attend_packed(call, x, terms, None, y, lse, span, codes.keys)
-    elif size.fused and band is not None:
-        attend(call, x, work.a, terms, None, y, lse, span, band)
-    elif size.fused and keys.absorbed:
-        attend_absorbed(call, x, terms, None, y, lse, span, size.fused)
-    elif size.fused:
-        attend_rebuilt(call, x, None, y, lse, span, size.turned, size.fused)
-    else:
-        scored = Span(first, size.tiles, size.parts)
+    if size.fused:
         if codes.keys is not None:
-            attend_packed(call, x, terms, work.s, None, None, scored, codes.keys)
-        elif band is not None:
-            attend(call, x, work.a, terms, work.s, None, None, scored, band)
-        elif keys.absorbed:
-            attend_absorbed(call, x, terms, work.s, None, None, scored)
+            attend_packed(call, x, terms, None, y, lse, span, codes.keys)
+        elif way is not None:
+            attend(call, x, a, terms, None, y, lse, span, way)
         else:
-            attend_rebuilt(call, x, work.s, None, None, scored, size.turned)
-        if codes.values is not None:
-            attend_packed(call, None, None, work.s, y, lse, span, codes.values)
-        else:
-            latent_values(call, work.s, y, lse, span, size.block_t)
+            attend_rebuilt(call, x, None, y, lse, span, size.turned, size.fused)
+        return
+    if codes.keys is not None:
+        attend_packed(call, x, terms, work.s, None, None, scored, codes.keys)
+    elif way is not None:
+        attend(call, x, a, terms, work.s, None, None, scored, way)
+    else:
+        attend_rebuilt(call, x, work.s, None, None, scored, size.turned)
+    if codes.values is not None:
+        attend_packed(call, None, None, work.s, y, lse, span, codes.values)
+    else:
+        latent_values(call, work.s, y, lse, span, size.block_t)

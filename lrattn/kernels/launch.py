@@ -95,11 +95,13 @@ LATENT_SCORES = (
     Row(Launch(8, 1, block_r=32, block_d=64), (), itemsize=4, packed=True),
 )
 ABSORBED_SCORES = (
-    Row(Launch(4, 2, resident=True), BIG, rank=256, queries=16),
+    Row(Launch(4, 1, block_r=128, resident=True), ("sm90",), rank=512, queries=16),
+    Row(Launch(4, 1, block_r=128, resident=True), ("sm80", "sm100"), rank=256, queries=16),
+    Row(Launch(8, 1, block_r=128, resident=True), HOPPER, rank=256),
+    Row(Launch(8, 1, block_r=128, resident=True), ("sm80",), rank=256, chunked=False),
     Row(Launch(4, 3, block_r=128), BIG, queries=16),
-    Row(Launch(8, 2, resident=True), ("sm80", "sm90"), rank=256),
     Row(Launch(8, 3, block_r=128), HOPPER),
-    Row(Launch(8, 2, block_r=64), ("sm80",), chunked=False),
+    Row(Launch(8, 2, block_r=64), ("sm80",)),
     Row(Launch(4, 2, block_r=64), (), queries=16),
     Row(Launch(8, 1, block_r=64), ()),
     Row(Launch(4, 1, block_r=32), (), itemsize=4),
@@ -118,17 +120,11 @@ LATENT_VALUES = (
 # One pass over keys and values; where no row fits there are two. rank: columns of keys, values: columns of values;
 # rank 0: one row serves both.
 FUSED_ABSORBED = (
-    Row(Launch(4, 2, block_r=128), ("sm90",), rank=256, values=256, queries=16, biased=False),
-    Row(Launch(4, 2, block_r=64), ("sm90",), rank=256, values=256, queries=16),
-    Row(Launch(4, 2, block_r=128), ("sm90",), rank=0, values=384, queries=16, chunked=False),
-    Row(Launch(4, 2, block_r=64), ("sm90",), rank=0, values=384, queries=16, chunked=True),
-    Row(Launch(4, 2, block_r=128), ("sm90",), rank=0, values=512, queries=16, biased=False, chunked=False),
-    Row(Launch(8, 2, block_r=128), ("sm90",), rank=0, values=512, queries=16, chunked=True),
-    Row(Launch(8, 2, block_r=128), ("sm90",), rank=256, values=512, queries=16, shared=False),
-    Row(Launch(8, 2, block_r=128), ("sm90",), rank=256, values=256, queries=32),
-    Row(Launch(8, 2, block_r=128), ("sm90",), rank=128, values=128, queries=64),
-    Row(Launch(8, 2, block_r=128), ("sm80", "sm100"), rank=256, values=256, queries=16),
-    Row(Launch(8, 1, block_r=128), ("sm80", "sm100"), rank=256, values=256, queries=32),
+    Row(Launch(4, 1, block_r=128), HOPPER, rank=256, values=256, queries=16),
+    Row(Launch(4, 1, block_r=128), ("sm80",), rank=256, values=256, queries=16, shared=False),
+    Row(Launch(8, 1, block_r=128), ("sm90",), rank=256, values=512, queries=16),
+    Row(Launch(8, 1, block_r=128), BIG, rank=256, values=256, queries=32),
+    Row(Launch(8, 1, block_r=128), ("sm90",), rank=128, values=128, queries=64),
     Row(Launch(4, 1, block_r=128), ("gfx9",), rank=256, values=256, queries=16),
     Row(Launch(4, 1, block_r=128), (), rank=128, values=128, itemsize=4, least_itemsize=4),
 )

@@ -9,7 +9,7 @@ import torch
 from lrattn.factors.operands import KeySizes, ValueSizes
 from lrattn.factors.shapes import MAX_SPLITS, cdiv, round_up
 from lrattn.kernels import launch
-from lrattn.kernels.pieces import PLANES, Pieces, columns, next_power_of_2, parts, pieces, powers, width
+from lrattn.kernels.pieces import PLANES, Pieces, columns, next_power_of_2, parts, pieces, powers, streamed, width
 
 WAVES, WARPS = 2, 4  # programs a multiprocessor should get at least, and warps of one; of fewer warps more programs
 PART_TILES = 32  # most tiles of one program where the workspace allows, so that ragged batches balance
@@ -27,27 +27,30 @@ class Planes(NamedTuple):
     values: launch.Launch | None
 
 
-class Banded(NamedTuple):
-    """How keys before RoPE are attended to whose slow pairs are absorbed by block."""
+class Grouped(NamedTuple):
+    """How rows are attended to whose latents absorbed queries meet: see attend.py."""
 
     launch: launch.Launch
     row: Pieces  # of keys
     one_pass: bool  # over keys and values; else scores alone
     heads: int  # kv heads of a program, a divisor of the group's
-    rows: int  # query rows of these, padded
-    by_lane: bool  # one query row a head: see attend.py
-    fast: tuple[int, ...]  # pieces of the dimensions that are rebuilt
+    rows: int  # query rows of a program, padded
+    block: int  # tokens that queries are absorbed for; 0: all
+    banded: bool = False  # keys before RoPE, by a band: slow pairs alone are absorbed
+    by_lane: bool = False  # one query row a head
+    fast: tuple[int, ...] = ()  # pieces of the dimensions that are rebuilt
+    terms: int = 1  # T
+    streamed: bool = False  # a piece goes along a row
 
 
 class Workspace(NamedTuple):
     """Temporaries of the sequences taken at a time, B of them, or their shapes; None of what a call does without."""
 
-    x: Any  # [B, tiles, Hq S, 2, D / 2] queries by tile, or absorbed ones [B, chunks, Hq S, Rk], in q's dtype; or
-    # [B, chunks, Hq S, columns] for rows in planes, float16 of 16-bit layers; by a band fast pairs [B, tiles, owners,
-    # rows, F], float32 by lane
-    a: Any  # [B, blocks, owners, rows T, R] slow pairs by a band
-    terms: Any  # [B, chunks, n, Hq S padded] float32, what goes with absorbed queries; by a band
-    # [B, blocks, owners, rows T]
+    x: Any  # [B, tiles, Hq S, 2, D / 2] queries by tile, in q's dtype; by a band fast pairs [B, tiles, owners, rows,
+    # F], float32 by lane; for rows in planes absorbed ones [B, chunks, Hq S, columns], float16 of 16-bit layers
+    a: Any  # [B, blocks, owners, rows T, LONG] in q's dtype: absorbed queries, or their slow pairs by a band
+    terms: Any  # float32, what goes with absorbed queries: [B, blocks, owners, rows T]; for rows in planes
+    # [B, chunks, n, Hq S padded]
     s: Any  # [B, Hq S, tokens] float32 scores
     y: Any  # [B, slots, Hq S, Rv] float32 partial results, a slot each; two more for several spans
     lse: Any  # [B, slots, Hq S padded] float32
@@ -69,10 +72,15 @@ class Cut(NamedTuple):
     block_t: int  # tokens of a tile
     fused: launch.Launch | None  # of the one pass
     planes: Planes  # of packed rows
-    banded: Banded | None
+    grouped: Grouped | None
     turned: bool  # queries are turned back by tile
     shapes: Workspace
     nbytes: int  # of temporaries
+
+    @property
+    def banded(self) -> Grouped | None:
+        """Of keys that go by a band."""
+        return self.grouped if self.grouped is not None and self.grouped.banded else None
 
 
 @lru_cache(maxsize=256)
@@ -97,7 +105,8 @@ def planes(dtype: torch.dtype, device: str, keys: KeySizes, values: ValueSizes, 
 def fused(
     rows: int, dtype: torch.dtype, device: str, keys: KeySizes, values: ValueSizes, turned: bool
 ) -> launch.Launch | None:
-    """The launch of the one pass over keys and values, or None: scores and values then take a pass each.
+    """The launch of the one pass over packed rows by plane or rebuilt keys, or None: scores and values then take a pass
+    each.
 
     It takes groups of keys and of values that hold the same heads, and a kernel that fits (the launch tables). Rebuilt
     keys have a program for each head: unless rows are shared, each would read its group's value latents again.
@@ -109,22 +118,38 @@ def fused(
     codes = planes(dtype, device, keys, values)
     if codes.keys is not None and codes.values is not None:
         return codes.keys if len(parts(values)) == 1 else None
-    if keys.packed or values.packed:
+    if keys.packed or values.packed or keys.absorbed or (keys.group_size > 1 and not values.shared):
         return None
-    shape: dict[str, Any] = {
-        "rank": 0 if values.shared else keys.rank, "values": values.rank,
-        "biased": bool(keys.biased), "chunked": bool(keys.chunk),
-    }  # fmt: skip
-    if keys.absorbed:
-        return launch.fused_absorbed(device, dtype.itemsize, rows=rows // keys.groups, **shape)
-    if keys.group_size > 1 and not values.shared:
-        return None
+    shape = {"rank": 0 if values.shared else keys.rank, "values": values.rank, "biased": bool(keys.biased)}
     rows //= keys.num_heads
     return launch.fused_rebuilt(device, dtype.itemsize, rows=rows, head=keys.head_dim, turned=turned, **shape)
 
 
 @lru_cache(maxsize=256)
-def banded(rows: int, dtype: torch.dtype, device: str, keys: KeySizes, values: ValueSizes) -> Banded | None:
+def absorbed(rows: int, dtype: torch.dtype, device: str, keys: KeySizes, values: ValueSizes) -> Grouped:
+    """How plain rows go whose queries are absorbed whole: all heads of a group in a program.
+
+    rows: M S, query rows of a kv head.
+    """
+    rows *= keys.group_size
+    shape, found = {"rows": rows, "chunked": bool(keys.chunk)}, None
+    if values.paired and not values.packed:
+        found = launch.fused_absorbed(
+            device, dtype.itemsize, rank=0 if values.shared else keys.rank, values=values.rank,
+            biased=bool(keys.biased), **shape,
+        )  # fmt: skip
+    whole = found is not None
+    choice = found or launch.absorbed_scores(device, dtype.itemsize, rank=keys.rank, **shape)
+    if whole or choice.resident:
+        row = pieces(values if whole and values.shared else keys, choice.block_r)
+    else:
+        row = streamed(keys, choice.block_r)
+    streams = not (whole or choice.resident)
+    return Grouped(choice, row, whole, keys.group_size, choice.block_q, keys.chunk, streamed=streams)
+
+
+@lru_cache(maxsize=256)
+def banded(rows: int, dtype: torch.dtype, device: str, keys: KeySizes, values: ValueSizes) -> Grouped | None:
     """How keys go by a band, where that has less work than to rebuild them: at least two heads a program.
 
     rows: M S, query rows of a kv head.
@@ -151,7 +176,8 @@ def banded(rows: int, dtype: torch.dtype, device: str, keys: KeySizes, values: V
     second = planes(dtype, device, keys, values, found.block_t).values
     if second is not None and second.block_t != found.block_t:
         return None
-    return Banded(found, pieces(keys, found.block_r, True), bool(whole), heads, padded, by_lane, fast)
+    row = pieces(keys, found.block_r, True)
+    return Grouped(found, row, bool(whole), heads, padded, keys.block, True, by_lane, fast, keys.terms)
 
 
 def turns_queries(keys: KeySizes, dtype: torch.dtype, placed: bool) -> bool:
@@ -178,16 +204,20 @@ def cut(
     padded = round_up(rows, 16)  # at multiples of 16, whatever the number of splits or chunks: one compilation
     turned = turns_queries(keys, dtype, placed)
     one_pass = fused(rows, dtype, device, keys, values, turned)
-    band = banded(rows // keys.num_heads, dtype, device, keys, values) if turned else None
-    if band is not None:
-        one_pass = band.launch if band.one_pass else None
-    block_t = launch.BLOCK_T if band is None else band.launch.block_t
+    way, each_head = None, rows // keys.num_heads
+    if keys.absorbed and not keys.packed:
+        way = absorbed(each_head, dtype, device, keys, values)
+    elif turned:
+        way = banded(each_head, dtype, device, keys, values)
+    if way is not None:
+        one_pass = way.launch if way.one_pass else None
+    block_t = launch.BLOCK_T if way is None else way.launch.block_t
     codes = planes(dtype, device, keys, values, block_t)
     if codes.keys is not None and codes.values is not None:
         block_t = codes.keys.block_t
-    value_programs = score_programs = _blocks(rows, keys.groups if keys.absorbed else keys.num_heads)
-    if band is not None:
-        value_programs = score_programs = keys.num_heads // band.heads
+    value_programs = score_programs = _blocks(rows, keys.num_heads)
+    if way is not None:
+        value_programs = score_programs = keys.num_heads // way.heads * cdiv(each_head * way.heads, way.rows)
     if codes.keys is not None:
         value_programs = score_programs = cdiv(rows // keys.groups, 16) * keys.groups
     if one_pass is None and codes.values is not None:
@@ -200,9 +230,9 @@ def cut(
     total = cdiv(bound - begin, block_t)
     if window:  # a window may begin and end inside a tile
         total = min(total, cdiv(window + num_queries - 2, block_t) + 1)
-    fill = _fill(processors, one_pass if band is not None else codes.values if one_pass is None else codes.keys)
+    fill = _fill(processors, one_pass if way is not None else codes.values if one_pass is None else codes.keys)
     per_split = (rows * values.rank + padded) * 4  # a partial result and its lse
-    ready = _ready(rows, dtype, keys, codes, band, turned)
+    ready = _ready(rows, dtype, keys, codes, way, turned)
     per_tile = 0 if one_pass is not None else rows * block_t * 4
     fixed = rows * keys.head_dim * dtype.itemsize  # heads before the output projection
     fixed += near * (rows * keys.head_dim + padded) * 4
@@ -213,12 +243,12 @@ def cut(
     room = min((limit - fixed - per_tile) // per_split - 2, limit // (2 * per_split))  # splits
     balanced = min(cdiv(total, PART_TILES), room // max(batch, 1))
     wanted = max(cdiv(fill, max(batch, 1) * value_programs), balanced)
-    if (codes.keys or band) is not None and one_pass is not None:
+    if (codes.keys or way) is not None and one_pass is not None:
         each = max(batch, 1) * value_programs
-        if band is not None:  # whose queries may leave room for some of the sequences at a time
+        if way is not None:  # whose queries may leave room for some of the sequences at a time
             each = _at_a_time(batch, limit // (fixed + total * per_tile)) * value_programs
             wanted = max(cdiv(fill, each), balanced)
-        if band is not None and each * COMBINED >= fill:
+        if way is not None and each * COMBINED >= fill:
             wanted = min(wanted, COMBINED)  # of more a query row would be combined by a program of its own
         wanted = _whole(wanted, each, fill, total)
     splits = num_splits or max(1, min(wanted, total, room, MAX_SPLITS))
@@ -226,9 +256,9 @@ def cut(
     tiles = max(1, min(total, (limit - fixed) // per_tile if per_tile else total, MOST_TILES))
     held = fixed + tiles * per_tile
     at_once = _at_a_time(batch, min(limit // held, LARGEST_AXIS))
-    fill, each = _fill(processors, band.launch if band else codes.keys), at_once * score_programs
+    fill, each = _fill(processors, way.launch if way else codes.keys), at_once * score_programs
     parts = min(tiles, max(cdiv(fill, each), cdiv(tiles, PART_TILES)))
-    if band is not None:
+    if way is not None:
         parts = _whole(parts, each, fill, tiles)
     blocks = cdiv(tiles - 1, ready.block // block_t) + 1 if ready.block else 1
     slots = splits + (0 if tiles >= total else 2)
@@ -243,7 +273,7 @@ def cut(
         (at_once, rows, keys.head_dim) if near else None,
         (at_once, padded) if near else None,
     )
-    return Cut(at_once, total, tiles, parts, splits, block_t, one_pass, codes, band, turned, shapes, at_once * held)
+    return Cut(at_once, total, tiles, parts, splits, block_t, one_pass, codes, way, turned, shapes, at_once * held)
 
 
 class Ready(NamedTuple):
@@ -254,12 +284,12 @@ class Ready(NamedTuple):
     nbytes: int
 
 
-def _ready(rows: int, dtype: torch.dtype, keys: KeySizes, codes: Planes, band: Banded | None, turned: bool) -> Ready:
+def _ready(rows: int, dtype: torch.dtype, keys: KeySizes, codes: Planes, way: Grouped | None, turned: bool) -> Ready:
     """rows: Hq S."""
-    if band is not None:
-        return band_queries(rows, dtype, keys, band)
-    if keys.absorbed:
-        block, (width, count) = keys.chunk, absorbed(keys, codes)
+    if way is not None:
+        return group_queries(rows, dtype, keys, way)
+    if codes.keys is not None:
+        block, (width, count) = keys.chunk, plane_queries(keys)
         x: tuple[int, ...] = (1, rows, width)
     else:
         block, width, count = launch.BLOCK_T if turned else 0, launch.block_d(keys.head_dim), 0
@@ -268,21 +298,21 @@ def _ready(rows: int, dtype: torch.dtype, keys: KeySizes, codes: Planes, band: B
     return Ready(block, (x, None, terms), rows * width * dtype.itemsize + round_up(rows, 16) * count * 4)
 
 
-def band_queries(rows: int, dtype: torch.dtype, keys: KeySizes, band: Banded) -> Ready:
-    """Those of a band. rows: Hq S."""
-    owners, choice = keys.num_heads // band.heads, band.launch
-    padded = round_up(rows // owners, band.rows)
-    x = keys.block // choice.block_t, owners, padded, sum(band.fast)
-    a = 1, owners, padded * keys.terms, width(band.row)
-    nbytes = math.prod(x) * (4 if band.by_lane else dtype.itemsize) + math.prod(a) * dtype.itemsize
-    terms = a[:3] if keys.biased else None
-    return Ready(keys.block, (x, a, terms), nbytes + (math.prod(terms) * 4 if terms else 0))
+def group_queries(rows: int, dtype: torch.dtype, keys: KeySizes, way: Grouped) -> Ready:
+    """Those of `attend`. rows: Hq S."""
+    owners = keys.num_heads // way.heads
+    own = round_up(rows // owners, way.rows) if way.banded else rows // owners
+    long = round_up(keys.rank, way.row[0][3]) if way.streamed else width(way.row)
+    x = (way.block // way.launch.block_t, owners, own, sum(way.fast)) if way.banded else None
+    a = 1, owners, own * way.terms, long
+    terms = (1, owners, round_up(own * way.terms, 16)) if keys.biased else None
+    nbytes = math.prod(a) * dtype.itemsize + (math.prod(terms) * 4 if terms else 0)
+    nbytes += math.prod(x) * (4 if way.by_lane else dtype.itemsize) if x else 0
+    return Ready(way.block, (x, a, terms), nbytes)
 
 
-def absorbed(keys: KeySizes, codes: Planes) -> tuple[int, int]:
-    """Of an absorbed query: its columns, and the float32 numbers that go with it."""
-    if codes.keys is None:
-        return keys.rank, int(keys.biased)
+def plane_queries(keys: KeySizes) -> tuple[int, int]:
+    """Of an absorbed query for rows in planes: its columns, and the float32 numbers that go with it."""
     return columns(keys), len(pieces(keys, PLANES)) + 1 + keys.biased
 
 

@@ -21,7 +21,6 @@ from lrattn.kernels.packed import (
     operands,
     unpacked,
 )
-from lrattn.kernels.tiles import load_latents
 
 
 @triton.jit
@@ -110,6 +109,23 @@ def unpack(held, ROW: tl.constexpr, like):
 
 
 @triton.jit
+def load_keys(ck, ck_stride, packs, pages, t0, columns, segs, g, begin, t_end, ROW: tl.constexpr, TOKEN: tl.constexpr,
+              WORDS: tl.constexpr, G: tl.constexpr, P: tl.constexpr, BLOCK_T: tl.constexpr, WARPS: tl.constexpr,
+              SHARED: tl.constexpr, STREAMED: tl.constexpr):  # fmt: skip
+    """Rows of group g of the tile from token t0 on as they are held: their latents, zeros of dead tokens where values
+    are among them, or what `unpack` takes; nothing where they are read piece by piece."""
+    held = ()
+    if packs is not None:
+        held = load_codes(tile_located(ck, ck_stride, pages, t0, g, TOKEN, WORDS, G, P, BLOCK_T), segs, None, ROW)
+    elif SHARED:
+        t = t0 + tl.arange(0, BLOCK_T)
+        held = load_tile(ck, ck_stride, pages, t0, columns, TOKEN, P, BLOCK_T, WARPS, (t >= begin) & (t < t_end))
+    elif not STREAMED:
+        held = load_tile(ck, ck_stride, pages, t0, columns, TOKEN, P, BLOCK_T, WARPS)
+    return held
+
+
+@triton.jit
 def load_row(located, segs, live, ROW: tl.constexpr, like):
     """Latents of the rows located: [BLOCK_T, columns] each."""
     return unpack(load_codes(located, segs, live, ROW), ROW, like)
@@ -122,24 +138,6 @@ def load_row_basis(rows, width, row, segs, c, d, D, ROW: tl.constexpr, like):
     for i in tl.static_range(len(ROW)):
         u = u + (load_basis_piece(rows, width, row, segs, c, d, D, ROW, i, None, like),)
     return u
-
-
-@triton.jit
-def load_row_queries(a, segs, in_q, ROW: tl.constexpr):
-    """Absorbed queries [BLOCK_Q, Rk] that `a` points at, for plain rows: [BLOCK_Q, size] each."""
-    x = ()
-    for i in tl.static_range(len(ROW)):
-        x = x + (load_latents(a, 0, segs[4 * i + 1], in_q, ROW[i][FIRST] + tl.arange(0, ROW[i][SIZE])),)
-    return x
-
-
-@triton.jit
-def transposed(x):
-    """[M, size] each -> [size, M] each."""
-    y = ()
-    for n in tl.static_range(len(x)):
-        y = y + (tl.trans(x[n]),)
-    return y
 
 
 @triton.jit
@@ -187,6 +185,25 @@ def add_weighted(acc, fade, p, z):
     for n in tl.static_range(len(z)):
         new = new + (tl.dot(p, z[n], acc[n] * fade[:, None], input_precision="ieee"),)
     return new
+
+
+@triton.jit
+def repeated(x):
+    """[Q] -> [16] of fewer than 16 rows, each so many times as it takes."""
+    Q: tl.constexpr = x.shape[0]
+    if Q < 16:
+        x = tl.reshape(tl.broadcast_to(x[:, None], [Q, 16 // Q]), [16])
+    return x
+
+
+@triton.jit
+def add_repeated(acc, fade, p, z):
+    """acc[n] * fade + p @ z[n], of rows repeated up to 16: [rows, size] each; fade [Q], p [Q, BLOCK_T]."""
+    Q: tl.constexpr = p.shape[0]
+    BLOCK_T: tl.constexpr = p.shape[1]
+    if Q < 16:
+        p = tl.reshape(tl.broadcast_to(p[:, None, :], [Q, 16 // Q, BLOCK_T]), [16, BLOCK_T])
+    return add_weighted(acc, repeated(fade), p, z)
 
 
 @triton.jit

@@ -170,13 +170,18 @@ def soft_cap(x, cap):
 def softmax_step(score, peak, total, AXIS: tl.constexpr):
     """A tile of the online softmax, tokens on AXIS: its weights, and how the sums before it fade.
 
-    peak, total [BLOCK_Q]: the largest score so far and the sum of exp(score - peak).
+    peak, total [BLOCK_Q]: the largest score so far and the sum of exp(score - peak); total as the score is, where each
+    lane sums its own.
     """
     above = tl.maximum(peak, tl.max(score, AXIS))
     base = tl.where(above == float("-inf"), 0.0, above)
     p = tl.exp(score - tl.expand_dims(base, AXIS))
     fade = tl.exp(peak - base)
-    return p, fade, above, total * fade + tl.sum(p, AXIS)
+    if len(total.shape) == 1:
+        total = total * fade + tl.sum(p, AXIS)
+    else:
+        total = total * tl.expand_dims(fade, AXIS) + p
+    return p, fade, above, total
 
 
 @triton.jit

@@ -156,7 +156,7 @@ def test_a_call_reads_no_number_from_the_device(name, launches, monkeypatch):
     names = {n for n, _ in launches}
     assert name != "near" or names >= {"attend_near_kernel", "write_near_kernel"}
     assert names >= {"combine_kernel", "project_kernel", "rebuild_kernel"}
-    attended = {f"{name}_kernel" for name in ("attend", "attend_absorbed", "attend_rebuilt", "attend_packed")}
+    attended = {f"{name}_kernel" for name in ("attend", "attend_rebuilt", "attend_packed")}
     assert names & attended
     assert all(0 < size < 65536 for _, grid in launches for size in grid[1:])
 

@@ -204,10 +204,10 @@ def size_of(batch, bound, form, heads=8, query_heads=32, values=(256, 256), plac
 @pytest.mark.parametrize("form", WAYS)
 @pytest.mark.parametrize("bound", [4096, 32_768, 131_072])
 def test_a_single_sequence_fills_the_device_twice(bound, form):
-    """By a band of eight warps, of which one program fits on a multiprocessor, once, as far as tiles divide."""
+    """As far as tiles divide; by a band of eight warps, of which one program fits on a multiprocessor, once."""
     size, keys, values = size_of(1, bound, form)
     assert bool(size.fused) == (form != "two passes") and bool(size.banded) == (form == "band")
-    fill = 128 if size.banded else 2 * 132
+    fill = 128 if size.banded else 2 * 128
     assert size.splits * values.groups >= min(fill, size.total * values.groups)
     assert size.fused or size.parts * keys.num_heads >= min(fill, size.total * keys.num_heads)
     assert max(size.splits, size.parts) <= size.total
@@ -274,8 +274,8 @@ def test_there_is_room_for_every_chunk_that_tiles_can_be_in(chunk, limit, monkey
             size, keys, values = size_of(1, bound, chunk, placed=placed, limit=limit)
             assert 64 * size.total >= bound + 63 * placed > 64 * (size.total - 1)
             most = max(chunks_met(first, size.tiles, chunk) for first in range(-64, 2 * chunk, 64))
-            assert size.shapes.x[1] == most
-            held = 32 * (keys.rank * 2 + 4) * most + (size.splits + 1) * 32 * (values.rank + 1) * 4
+            assert size.shapes.a[1] == most
+            held = 32 * keys.rank * 2 * most + (size.splits + 1) * 32 * (values.rank + 1) * 4
             assert held <= size.nbytes
 
 

@@ -32,16 +32,32 @@ def test_every_alternative_is_launched(layer):
                     codes = codes_of(layer)
                 assert own == (codes.keys if kernel == "attend_packed" else codes.values)
             continue
+        if kernel == "fused_absorbed":
+            assert absorbed_of(layer) == launches.plan.absorbed.__wrapped__(*sizes_of(layer))  # and is now known
+            for own in launches.ALTERNATIVES[kernel]:
+                with launches.used(launches.Variant(kernel, own)):
+                    assert absorbed_of(layer).launch[:4] == (*own[:2], 16, own.block_r)
         variant = launches.Variant(kernel, Launch(4, 1, block_r=64, block_d=128))
         with launches.used(variant):
             found = getattr(launches.launch, kernel)("sm90", 2, rows=4, head=64, rank=256)
         assert found == Launch(4, 1, block_q=16, block_r=64, block_d=64)
 
 
+def sizes_of(layer):
+    """Query rows of a kv head of a 16-bit step, and what else its plan is of."""
+    model, x = layer.shape.model, layer.problem(16, 1, launches.Bench.of([], dry=True))
+    rows = model.query_heads // model.kv_heads
+    return rows, torch.float16, "sm90", *(side.sizes for side in x.layer.operands)
+
+
+def absorbed_of(layer):
+    """How it takes plain rows whose queries are absorbed whole."""
+    return launches.plan.absorbed(*sizes_of(layer))
+
+
 def codes_of(layer):
     """How a 16-bit step takes its packed rows."""
-    x = layer.problem(16, 1, launches.Bench.of([], dry=True))
-    return launches.plan.planes(torch.float16, "sm90", *(side.sizes for side in x.layer.operands))
+    return launches.plan.planes(*sizes_of(layer)[1:])
 
 
 @pytest.mark.parametrize("layer", launches.LAYERS.values(), ids=launches.LAYERS)
