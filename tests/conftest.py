@@ -20,7 +20,7 @@ collect_ignore = [] if find_spec("vllm") else ["integrations/vllm"]
 
 def pytest_addoption(parser):
     parser.addoption("--gpu", action="store_true", help="run the kernels on a GPU, in bfloat16 too")
-    parser.addoption("--share", type=int, default=1, metavar="N", help="of the tests one in N, by a hash of id and salt")
+    parser.addoption("--share", type=int, default=1, metavar="N", help="one test in N, by a hash of id and salt")
     parser.addoption("--salt", default="", help="of --share: another salt, other tests; the same one, the same tests")
 
 
