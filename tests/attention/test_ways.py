@@ -144,7 +144,7 @@ def test_two_passes_can_stand_in(case, device):
     assert taken(case, torch.float16)
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(5)
 @pytest.mark.parametrize(
     "case",
     [ABSORBED[2], ABSORBED[3], REBUILT[4], REBUILT[5], REBUILT[8], *CHUNKED[1:5:3], MANY_SPLITS, *NOT_FUSED[:3]],

@@ -115,7 +115,7 @@ def test_a_pass_that_fails_counts_for_nothing():
 # ---------------------------------------------------------------------------------------------- nothing is waited for
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(4)
 @torch.no_grad()
 @of_each_form
 @pytest.mark.parametrize("padded", [False, True])

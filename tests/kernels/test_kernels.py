@@ -55,7 +55,7 @@ LONG = [
 ]  # fmt: skip
 
 
-@pytest.mark.every(5)
+@pytest.mark.every(8)
 @pytest.mark.parametrize("case", CASES + PACKED + LONG, ids=str)
 def test_the_cases_of_the_reference_and_a_thousand_tokens(case, kernel_dtype, device):
     check(case, kernel_dtype, device)
