@@ -124,7 +124,7 @@ PACKED = [
 ]
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(5)
 @pytest.mark.parametrize("family, method, shared, choice, keep", PACKED)
 def test_what_is_trained_is_what_is_stored(family, method, shared, choice, keep):
     """Few bits, over several chunks: the divergence is that of attention on caches of them, and falls."""

@@ -137,7 +137,7 @@ def test_a_step_reads_nothing_from_the_device_and_stays_where_it_is(form, padded
     assert waits.found, "what a growing cache reads is seen"
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(4)
 @torch.no_grad()
 @of_each_form
 @pytest.mark.parametrize("padded", [False, True])

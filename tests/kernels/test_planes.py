@@ -67,7 +67,7 @@ def by_planes(problem):
     return plan.planes(q.dtype, "sm90", keys.sizes, values.sizes)
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(6)
 @pytest.mark.parametrize("case", PLANES, ids=str)
 def test_every_option(case, device):
     problem = make(case, case.dtype)
