@@ -1,5 +1,6 @@
 # make demo   a small real model compressed, evaluated and generating from latents
-# make test   the tests, linters and types; make test-all: with the long tests too
+# make test   the tests, linters and types; make test-all: with the long tests too; make test-share: with one in SHARE
+#             of those, other ones for each commit
 # make test-vllm | demo-vllm   the tests and the demo of the vLLM integration, in an environment of their own
 # make test-versions   a short run of the tests against other releases of transformers and Triton
 # make fuzz   thousands of cases of every argument, drawn at random; a failing one is printed
@@ -12,13 +13,14 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+SHARE := 16
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
 VLLM := .venvs/vllm
 RUN_VLLM := OMP_NUM_THREADS=1 $(VLLM)/bin/python
 LOCK := $(RUN) -m uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-annotate \
     --custom-compile-command "make lock" --extra demo --extra bench --extra dev pyproject.toml locks/build.in
 
-.PHONY: demo demo-vllm test test-all test-vllm test-versions fuzz resources traffic
+.PHONY: demo demo-vllm test test-all test-share test-vllm test-versions fuzz resources traffic
 .PHONY: bench-cpu bench-quality bench-memory bench-serve lock clean
 
 # Of the stamp's folder an empty environment.
@@ -38,6 +40,9 @@ test: $(VENV)/.installed
 
 test-all: test
 	$(PYTEST) -m "slow and not vllm"
+
+test-share: test
+	$(PYTEST) -m "slow and not vllm" --share $(SHARE) --salt "$$(git rev-parse HEAD)"
 
 test-vllm: $(VLLM)/.installed
 	$(RUN_VLLM) -m pytest tests/integrations/vllm -m vllm

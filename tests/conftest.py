@@ -1,6 +1,7 @@
 """pytest --gpu runs the kernels on a GPU; without it Triton's interpreter runs them on the CPU."""
 
 import os
+from hashlib import sha256
 from importlib.util import find_spec
 
 import pytest
@@ -19,6 +20,8 @@ collect_ignore = [] if find_spec("vllm") else ["integrations/vllm"]
 
 def pytest_addoption(parser):
     parser.addoption("--gpu", action="store_true", help="run the kernels on a GPU, in bfloat16 too")
+    parser.addoption("--share", type=int, default=1, metavar="N", help="one test in N, by a hash of id and salt")
+    parser.addoption("--salt", default="", help="of --share: another salt, other tests; the same one, the same tests")
 
 
 def pytest_configure(config):
@@ -44,6 +47,10 @@ def pytest_collection_modifyitems(config, items):
             of_values = [own.setdefault(id(x), len(own)) for own, x in zip(found, item.callspec.params.values())]
             if sum(of_values) % every.args[0]:
                 item.add_marker(pytest.mark.slow)
+    share, salt = config.getoption("--share"), config.getoption("--salt")
+    left_out = {item for item in items if int(sha256(f"{salt} {item.nodeid}".encode()).hexdigest(), 16) % share}
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
 
 
 class TellsAtOnce:

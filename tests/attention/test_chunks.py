@@ -52,6 +52,7 @@ def dense(q, k, v, seen):
     return torch.einsum("hst,thd->shd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("offset", [None, 0, 37, 64, 700, -5, -1_000_000])
 @pytest.mark.parametrize(("shared", "rope"), [(False, "halves"), (True, "partial, interleaved")])
 def test_at_full_rank_attention_is_dense_attention(shared, rope, offset):

@@ -32,7 +32,7 @@ def formats_of(factors):
     return [f for layer in factors.layers for side in (layer.keys, layer.values) for f in side.formats]
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(5)
 @pytest.mark.parametrize("shared", FORMS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_budget_is_met_from_below(family, shared):
@@ -75,6 +75,7 @@ def test_bits_lose_less_than_ranks_at_the_same_bytes(foreseen):
     assert lost["auto"] <= lost[2, 4] <= lost[4] < lost[8] < lost[16]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("shared", FORMS)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mqa"])
 def test_the_fold_changes_nothing_but_bits(family, shared):
@@ -267,7 +268,7 @@ def scored(model, factors, ids):
         return model(ids, use_cache=False).logits
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 @pytest.mark.parametrize("shared", FORMS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_decoding_from_a_packed_cache_is_scoring(family, shared):

@@ -43,6 +43,7 @@ def rehearsed(folder, monkeypatch, bench, cases, *words):
     return code, json.loads((folder / "band_dry.json").read_text())
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("case, kernels", [
     (Case(MHA, 1), {"absorb_band", "attend", "combine"}),
     (Case(GQA, 2, REBUILT), {"turn_queries", "attend_rebuilt", "latent_values", "combine"}),

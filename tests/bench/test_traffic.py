@@ -297,6 +297,7 @@ def check(way):
         assert not isinstance(x, torch.Tensor) or not seen.writes(x).any(), "what is given is not written"
 
 
+@pytest.mark.every(6)
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_a_live_latent_is_read_as_often_as_the_way_says_and_a_dead_one_never(way):
     check(way)
@@ -411,6 +412,7 @@ MUTANTS = [
 SEEN = "Arrays are not equal|of no argument|before it was written|not yet written|read more often|read less often"
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)
 def test_a_fault_is_seen(mutant, swap):
     swap(mutant)

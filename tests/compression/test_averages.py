@@ -29,6 +29,7 @@ def turned(rope, x, o):
     return torch.cat((rope.rotate(keys, torch.full((len(x),), o)).flatten(1), x[:, n:]), 1)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("behind", [0, HEADS * HEAD_DIM + 1])
 @pytest.mark.parametrize("count", [1, 7, 512])
 @pytest.mark.parametrize("kind", ROPES)

@@ -281,6 +281,7 @@ SIZED = [
 ]
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("side", ["keys", "values"])
 @pytest.mark.parametrize("method, shared, bits, keep", SIZED)
 def test_packed_latents_are_as_good_of_keys_and_values_of_any_size(method, shared, bits, keep, side):

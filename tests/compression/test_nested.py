@@ -25,6 +25,7 @@ def test_a_prefix_is_the_factors_of_its_rank(family, method):
     assert found
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("shared", [False, "ride", True])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_the_budget_is_met_from_below(family, shared, tmp_path):
@@ -56,6 +57,7 @@ def test_rows_that_values_ride_on_are_cut_in_both_runs():
     assert torch.equal(other.keys.up, layer.keys.up[:, :rank])
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("method, keep", [("lrattn-rebuilt", 0.36), ("lrattn", 0.7), ("matryoshka", 0.9)])
 def test_prefixes_are_trained_together(method, keep):
     """Cuts lose less after nested training than before, and than after training of the whole alone."""

@@ -82,6 +82,7 @@ def test_exact_factors_stay_exact():
     assert abs(divergence(model, started(model, ids, keep=1.0, refine=2), ids)) < 1e-5
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize(
     "family, method, shared, keep, near",
     [
@@ -123,6 +124,7 @@ PACKED = [
 ]
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("family, method, shared, choice, keep", PACKED)
 def test_what_is_trained_is_what_is_stored(family, method, shared, choice, keep):
     """Few bits, over several chunks: the divergence is that of attention on caches of them, and falls."""
@@ -159,6 +161,7 @@ def test_the_window_is_exact_in_training_too():
     assert losses[0] < min(losses[1:])
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize("recent", [20, 64])
 def test_texts_no_longer_than_the_window_leave_nothing_to_learn(recent, family):
@@ -210,6 +213,7 @@ def test_a_step_whose_judgement_was_stopped_is_taken_again(tmp_path, monkeypatch
     assert not stops
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("nested", [False, True])
 def test_ctrl_c_at_any_line_leaves_whole_steps(nested, tmp_path):
     """In a step, in a judgement or between them: what is saved goes on to the same factors, bit for bit."""

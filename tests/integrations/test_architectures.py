@@ -28,7 +28,7 @@ NOT_TOLD = ("Llama-4", "Qwen2.5-VL")
 pytestmark = pytest.mark.filterwarnings("ignore:position_ids")  # a warning says so
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(7)
 @pytest.mark.parametrize("keys", uses.KEYS)
 @pytest.mark.parametrize("near", uses.NEARS, ids=str)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -39,6 +39,7 @@ def test_what_is_done_on_latents_gives_what_the_untouched_model_gives(architectu
     assert not wrong
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_at_half_the_rank_each_use_gives_something_else(architecture):
     """So that what gives the same at full rank has been done on latents."""
@@ -46,6 +47,7 @@ def test_at_half_the_rank_each_use_gives_something_else(architecture):
     assert not [use for use, said in found.items() if "differ" not in said and not said.startswith("exempt")]
 
 
+@pytest.mark.every(5)
 @torch.no_grad()
 @pytest.mark.parametrize("keys", uses.KEYS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -152,6 +152,7 @@ def test_weights_that_cannot_be_read_are_not_asked():
     assert run(replaced(model, Quantised), known) == []
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("loaded", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("made_in", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_weights_in_another_dtype_are_the_same(made_in, loaded):

@@ -33,15 +33,15 @@ def made(form, family=None, dtype=torch.float32, near=NEAR):
 
 @torch.no_grad()
 def begun(form, padded):
-    """A model and a cache of a fixed size after 20 of 34 columns; ids, positions, the mask for all of the cache; and
+    """A model and a cache of a fixed size after 28 of 34 columns; ids, positions, the mask for all of the cache; and
     the logits that a cache gives which grows."""
     model, factors = made(form)
     ids, mask = architectures.padded((34, 20 if padded else 34), "left")
     at = (mask.cumsum(1) - 1).clamp_min(0)
     live = torch.cat((mask, torch.ones(2, MOST - 34, dtype=torch.int64)), 1)
-    want = fed(model, ids, (20, *[1] * 14), LatentCache(factors), mask, at)
+    want = fed(model, ids, (28, *[1] * 6), LatentCache(factors), mask, at)
     cache = LatentCache(factors, max_tokens=MOST, backend="triton")
-    fed(model, ids[:, :20], 20, cache, mask, at)
+    fed(model, ids[:, :28], 28, cache, mask, at)
     return model, cache, ids, at, live, want
 
 
@@ -59,7 +59,7 @@ def addresses(cache):
 # ------------------------------------------------------------------------------------------- what a growing one gives
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(8)
 @pytest.mark.parametrize("near", [(0, 0), NEAR, (40, 0), (0, 3)], ids=str)
 @pytest.mark.parametrize("family", ["llama3", "qwen2-window", "gemma3"])
 @of_each_form
@@ -82,6 +82,7 @@ def test_passes_of_every_length_give_the_same(form, family, near):
         assert addresses(caches[1]) == before and int(caches[1].get_seq_length()) == 60
 
 
+@pytest.mark.every(3)
 @of_each_form
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 9}], ids=str)
 def test_generation_gives_the_same_tokens(form, options):
@@ -114,6 +115,7 @@ def test_a_pass_that_fails_counts_for_nothing():
 # ---------------------------------------------------------------------------------------------- nothing is waited for
 
 
+@pytest.mark.every(4)
 @torch.no_grad()
 @of_each_form
 @pytest.mark.parametrize("padded", [False, True])
@@ -135,6 +137,7 @@ def test_a_step_reads_nothing_from_the_device_and_stays_where_it_is(form, padded
     assert waits.found, "what a growing cache reads is seen"
 
 
+@pytest.mark.every(4)
 @torch.no_grad()
 @of_each_form
 @pytest.mark.parametrize("padded", [False, True])
@@ -147,12 +150,12 @@ def test_a_captured_step_is_right_for_the_next(form, padded):
         return model(token, attention_mask=live, **placed, **cache_argument(cache)).logits
 
     spare = copy.deepcopy([x for layer in cache.layers for x in layer.tensors]), cache.columns.lens.clone()
-    captured = make_fx(step)(ids[:, 20:21], at[:, 20:21], live)
+    captured = make_fx(step)(ids[:, 28:29], at[:, 28:29], live)
     for x, y in zip([x for layer in cache.layers for x in layer.tensors], spare[0]):
         x.copy_(y)  # tracing has run it
     cache.columns.lens.copy_(spare[1])
-    cache.columns.count = 20
-    for i in range(20, 34):
+    cache.columns.count = 28
+    for i in range(28, 34):
         cache.replayed()
         got = captured(ids[:, i : i + 1], at[:, i : i + 1], live)
         torch.testing.assert_close(got, want[:, i : i + 1], rtol=0, atol=2e-5)
@@ -160,17 +163,17 @@ def test_a_captured_step_is_right_for_the_next(form, padded):
 
 
 @pytest.mark.parametrize("form", slow_unless({"in chunks"}, FORMS))
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("padded", slow_unless([True], [False, True]))
 def test_a_compiled_step_is_one_graph_for_all(form, padded, fresh_dynamo):
     model, cache, ids, at, live, want = begun(form, padded)
     run, graphs = torch.compile(model, fullgraph=True, backend="eager"), []
-    for i in range(20, 34):
+    for i in range(28, 34):
         with torch.no_grad():
             given = {"attention_mask": live, "position_ids": at[:, i : i + 1]}
             got = run(ids[:, i : i + 1], **given, **cache_argument(cache)).logits
         torch.testing.assert_close(got, want[:, i : i + 1], rtol=0, atol=2e-5)
         graphs.append(counters["stats"]["unique_graphs"])
-    assert graphs[-1] <= 3 and graphs[3:] == [graphs[-1]] * 11, graphs
+    assert graphs[-1] <= 3 and graphs[3:] == [graphs[-1]] * 3, graphs
 
 
 # --------------------------------------------------------------------------------------------------- what is refused

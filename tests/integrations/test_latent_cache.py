@@ -52,7 +52,7 @@ def scored(model, factors, ids, mask, at=None):
         yield model(ids, **given).logits
 
 
-@pytest.mark.every(8)
+@pytest.mark.every(20)
 @pytest.mark.parametrize("near", WINDOWS, ids=str)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("family", FAMILIES)

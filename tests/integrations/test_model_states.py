@@ -32,6 +32,7 @@ def assert_used_alike(model, factors, of_untouched=None):
 # ------------------------------------------------------------------------------ weights that are not nn.Linear's
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("architecture", ["Qwen2", "Qwen3"])
 @pytest.mark.parametrize("kind", [Adapted, merged, Quantised])
 def test_weights_that_were_adapted_or_quantised(kind, architecture):
@@ -71,6 +72,7 @@ def test_a_model_that_was_copied_or_saved_under_lrattn(tmp_path):
 # ------------------------------------------------------------------------------------------ dtypes and gradients
 
 
+@pytest.mark.every(3)
 @torch.no_grad()
 @pytest.mark.parametrize("keys", uses.KEYS)
 @pytest.mark.parametrize("dtype", ["autocast", torch.float64, torch.bfloat16, torch.float16], ids=str)

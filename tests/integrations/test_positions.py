@@ -125,6 +125,7 @@ def test_padding_that_a_later_mask_shows(story, hidden):
 # --------------------------------------------------------------------------------------------- late positions
 
 
+@pytest.mark.every(3)
 @torch.no_grad()
 @pytest.mark.parametrize("near", [(0, 0), (5, 2)], ids=str)
 @pytest.mark.parametrize("begin", [4096, 65536, 4096 + 24])

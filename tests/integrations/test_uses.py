@@ -11,6 +11,7 @@ import pytest
 import torch
 import uses
 from architectures import padded, tokens
+from slowly import slow_unless
 from uses import assert_equal, check_filled, made
 
 from lrattn.integrations.transformers import LatentCache, bind, latent_attention
@@ -48,6 +49,7 @@ GENERATIONS = {  # prompts and their mask, and options; of an assistant, how muc
 }  # fmt: skip
 
 
+@pytest.mark.every(4)
 @of_each_kind
 @pytest.mark.parametrize("way", GENERATIONS)
 def test_every_way_to_generate_gives_the_untouched_model_s_tokens(way, kind):
@@ -89,7 +91,7 @@ def scored(model, batch):
         return model(input_ids=batch[0], attention_mask=batch[1]).logits[batch[1].bool()]
 
 
-@pytest.mark.parametrize("way", ["latent_attention", "bind"])
+@pytest.mark.parametrize("way", slow_unless(["bind"], ["latent_attention", "bind"]))
 def test_four_threads_score_at_once(way):
     """In one context, or by a bound name: texts of one length with other padding, left and right."""
     untouched, latent, factors = made()

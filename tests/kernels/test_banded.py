@@ -251,6 +251,7 @@ def test_every_form(terms, rows, passes, device, ran):
     check(case, HALF, device, ran, by_lane=rows == 1, one_pass=not passes)
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize(
     "why, changes",
     [("a bias", {"offset": True}), ("more than 64 absorbed queries", {"M": 2, "D": 128, "rope": {"theta": 5e5}}),
@@ -263,7 +264,7 @@ def test_what_would_spill_takes_two_passes(why, changes, device, ran):
     check(two("apart", **FOUR | even | changes), HALF, device, ran, one_pass=False)
 
 
-@pytest.mark.every(6)
+@pytest.mark.every(12)
 @pytest.mark.parametrize("P", [16, 48, 64, 128])
 @pytest.mark.parametrize("ranks", [(160, 32), (240, 48), (256, 176)], ids=str)
 @pytest.mark.parametrize("form", [FOUR, {}, {"M": 2}, {"M": 2, **JOINT}], ids=["lanes", "few", "rows", "scores"])
@@ -278,6 +279,7 @@ def test_tiles_of_64_and_of_128_tokens(ranks, P, form, device, ran):
 RIDING = {"shared": True, "value_ranks": (48, 128)}
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("form", [{}, {"M": 3}, RIDING, JOINT], ids=["lanes", "rows", "riding", "scores"])
 def test_three_heads_of_a_program(form, device, ran):
     """Rows that are none beside theirs; each program has a head that its neighbour has not."""
@@ -286,7 +288,7 @@ def test_three_heads_of_a_program(form, device, ran):
     check(two("three", **changes), HALF, device, ran, heads=3)
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(5)
 @pytest.mark.parametrize("bits", [(8,), (4,), (2,), (8, 4, 2), (16, 2)], ids=str)
 @pytest.mark.parametrize(
     "form",
@@ -355,6 +357,7 @@ def of_bfloat16(monkeypatch):
     band.find.cache_clear()
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("theta, terms", [(1e4, 8), (5e5, 4)])
 @pytest.mark.parametrize("rows", [1, 2], ids=["by lane", "rows"])
 def test_the_band_of_bfloat16(theta, terms, rows, of_bfloat16, device):
@@ -364,7 +367,7 @@ def test_the_band_of_bfloat16(theta, terms, rows, of_bfloat16, device):
     check_bounded(problem)
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(4)
 @pytest.mark.parametrize("loud", [1.0, 8.0])
 @pytest.mark.parametrize("rows", [1, 2], ids=["by lane", "rows"])
 def test_queries_along_a_key_whose_slow_channels_are_loud(loud, rows, kernel_dtype, device):
@@ -384,6 +387,7 @@ def test_queries_along_a_key_whose_slow_channels_are_loud(loud, rows, kernel_dty
     check_bounded(problem)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("rows", [1, 2], ids=["by lane", "rows"])
 @pytest.mark.parametrize("start", slow_unless({5_000}, [5_000, 130_000]))
 def test_far_positions(start, rows, kernel_dtype, device):
@@ -439,7 +443,7 @@ def test_first_that_llamas_ranks_are_right(form, rank, P, lens, window, of_bfloa
 
 
 # --------------------------------------------------------------------------------------------- what meets what
-@pytest.mark.every(2)
+@pytest.mark.every(3)
 @pytest.mark.parametrize("passes", [{}, JOINT], ids=["one pass", "scores alone"])
 @pytest.mark.parametrize("rows", [1, 2], ids=["by lane", "rows"])
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])

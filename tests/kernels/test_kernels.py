@@ -19,7 +19,7 @@ from checks import (
     exact,
     on,
 )
-from matrix import COLUMNS, KINDS, MATRIX, QUICK, ROWS, allowed, kinds_of
+from matrix import COLUMNS, MATRIX, QUICK, ROWS, allowed
 from pairwise import uncovered
 from slowly import slow_unless
 
@@ -40,12 +40,9 @@ def test_every_two_values_meet():
         assert not any(map(allowed, tries)), f"{a}={x} and {b}={y} meet nowhere"
 
 
-def test_every_value_is_quick_and_every_two_kinds_meet_where_it_is_quick():
+def test_every_value_is_quick():
     quick = ROWS[:QUICK]
     assert not [(n, x) for n, values in COLUMNS.items() for x in values if x not in [row[n] for row in quick]]
-    kinds = {n: range(len(found)) for n, found in KINDS.items()}
-    met_nowhere = uncovered([kinds_of(row) for row in ROWS], kinds)
-    assert uncovered([kinds_of(row) for row in quick], kinds) == met_nowhere
 
 
 FORMS = {"rebuilt": {}, "absorbed": {"rope": None}, "chunks": {"chunk": 64}}
@@ -58,13 +55,13 @@ LONG = [
 ]  # fmt: skip
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(8)
 @pytest.mark.parametrize("case", CASES + PACKED + LONG, ids=str)
 def test_the_cases_of_the_reference_and_a_thousand_tokens(case, kernel_dtype, device):
     check(case, kernel_dtype, device)
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(3)
 @pytest.mark.parametrize("form", FORMS)
 def test_peaked_softmax_by_rms(form, kernel_dtype, device):
     """Queries along a key: scores are large, and the rounding of one of them decides."""
@@ -103,6 +100,7 @@ def test_far_positions(positions, kernel_dtype, device):
     torch.testing.assert_close(lse.double(), true_lse, rtol=0, atol=close)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("form", FORMS)
 def test_a_start_beyond_the_sequence(form, kernel_dtype, device):
     """Tiles are counted from where a row begins, in 32 bits: a start near 2^31 must not wrap round to a token."""
@@ -146,6 +144,7 @@ def test_a_window_wider_than_everything(window, device):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("form", FORMS)
 def test_results_do_not_depend_on_splits_or_workspace(form, device):
     case = Case("cut", M=2, S=2, Hkv=2, lens=(280, 130, 0, 1), key_ranks=(32,), **FORMS[form])
@@ -193,7 +192,7 @@ def test_nothing_to_do(shape, device):
     torch.testing.assert_close(k_cache, before, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("case", slow_unless([*MATRIX[:QUICK:5], *PACKED[::2]], [*MATRIX[::5], *PACKED]), ids=str)
+@pytest.mark.parametrize("case", slow_unless([*MATRIX[:QUICK:5], *PACKED[::4]], [*MATRIX[::5], *PACKED]), ids=str)
 def test_rebuild(case, device):
     for dtype in dtypes(case, device):
         check_rebuild(case, dtype, device)
@@ -204,7 +203,7 @@ def test_rebuild_of_a_known_number_of_tokens(backend, device):
     check_known_rows(backend, device)
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 @pytest.mark.parametrize("slots", [torch.int32, torch.int64])
 @pytest.mark.parametrize(
     "case",

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from tqdm import tqdm
 
-SOME = 5  # the slow tests draw so many times as many examples
+SOME = 16  # the slow tests draw so many times as many examples
 
 
 def fuzz(share, **strategies):

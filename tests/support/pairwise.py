@@ -23,8 +23,8 @@ def covering_rows(columns, allowed=lambda row: True, seed=0, tries=200):
 
 
 def covering_some(rows):
-    """Which rows, a few of them, hold all pairs that any holds; greedy."""
-    held = [pairs(row) for row in rows]
+    """Which rows, a few of them, hold every value that any holds; greedy."""
+    held = [set(row.items()) for row in rows]
     missing, chosen = set().union(*held), []
     while missing:
         chosen.append(max(range(len(rows)), key=lambda i: len(held[i] & missing)))
