@@ -4,7 +4,7 @@ import random
 from itertools import combinations, islice, product
 
 
-def covering_rows(columns, allowed=lambda row: True, seed=0, tries=200):
+def covering_rows(columns, allowed=lambda row: True, seed=0, tries=40):
     """Rows {column: value} that cover all pairs which some allowed row holds; greedy, seeded, so always the same.
 
     columns: {name: list of values}. allowed: of a full row. A pair that is in no allowed row of many is left out;
