@@ -137,9 +137,12 @@ def attend_kernel(
         u = u + (load_row_basis(uk, C * D, r0, segs, 0, columns, C * D, KEYS, a),)  # type: ignore[assignment]
         table = table + (load_turns(turns, tl.arange(0, BLOCK_T), BLOCK_T, d + tl.arange(0, FAST[n]), ROTARY),)  # type: ignore
         d += FAST[n]
-    before = 0  # tokens of the first block that lie before the tiles
-    if BLOCK:
+    first = origin  # token of the first block
+    if BLOCK and offsets is None:
+        first = origin // BLOCK * BLOCK
+    elif BLOCK:
         _, before = chunk_of(origin, lag, BLOCK)
+        first -= before
     if WIDE:
         x += i_b * x_strides[0] + owner * x_strides[2] + first_row * WIDE
     a += i_b * a_strides[0] + owner.to(tl.int64) * a_strides[2] + first_row.to(tl.int64) * (T * LONG)
@@ -165,9 +168,12 @@ def attend_kernel(
         page = tile_pages(pages, t_next, begin, t_end, P, BLOCK_T, offsets)
         t = t0 + tl.arange(0, BLOCK_T)
         live = (t >= begin) & (t < t_end)
-        since, p_a, p_terms = before + t0 - origin, a, terms
+        p_a, p_terms = a, terms
         if BLOCK:
-            block = (tl.maximum(since, 0) // BLOCK).to(tl.int64)
+            if offsets is None:
+                block = (t0 // BLOCK - first // BLOCK).to(tl.int64)
+            else:
+                block = (tl.maximum(t0 - first, 0) // BLOCK).to(tl.int64)
             p_a += block * a_strides[1]
             if terms is not None:
                 p_terms += block * terms_strides[1]
@@ -182,7 +188,7 @@ def attend_kernel(
             score = tl.zeros([BLOCK_H * BLOCK_T, BLOCK_Q], tl.float32)
         d = 0
         for n in tl.static_range(len(FAST)):
-            p_x = x + (since // BLOCK_T).to(tl.int64) * x_strides[1] + d
+            p_x = x + ((t0 - first) // BLOCK_T).to(tl.int64) * x_strides[1] + d
             fast = load_fast(p_x, left, BLOCK_Q, FAST[n], WIDE, BY_LANE)
             k = product(z, u[n])
             if bias is not None:
@@ -198,7 +204,7 @@ def attend_kernel(
         if terms is not None:
             k += load_terms(p_terms, left, BLOCK_Q, T, BY_LANE)[None, :]
         if functions is not None:
-            phi = tl.load(functions + (since % BLOCK + tl.arange(0, BLOCK_T))[:, None] * T + tl.arange(0, T)[None, :],
+            phi = tl.load(functions + (t0 % BLOCK + tl.arange(0, BLOCK_T))[:, None] * T + tl.arange(0, T)[None, :],
                           eviction_policy="evict_last").to(tl.float32)
         if functions is None:
             score = k

@@ -96,11 +96,14 @@ LATENT_SCORES = (
 )
 ABSORBED_SCORES = (
     Row(Launch(4, 1, block_r=128, resident=True), ("sm90",), rank=512, queries=16),
-    Row(Launch(4, 1, block_r=128, resident=True), ("sm80", "sm100"), rank=256, queries=16),
-    Row(Launch(8, 1, block_r=128, resident=True), HOPPER, rank=256),
+    Row(Launch(4, 1, block_r=128, resident=True), ("sm100",), rank=256, queries=16),
+    Row(Launch(8, 1, block_r=128, resident=True), ("sm80",), rank=256, queries=16),
+    Row(Launch(8, 1, block_r=128, resident=True), ("sm90",), rank=256),
+    Row(Launch(8, 1, block_r=64, resident=True), ("sm100",), rank=256),
     Row(Launch(8, 1, block_r=128, resident=True), ("sm80",), rank=256, chunked=False),
     Row(Launch(4, 3, block_r=128), BIG, queries=16),
-    Row(Launch(8, 3, block_r=128), HOPPER),
+    Row(Launch(8, 3, block_r=128), ("sm90",)),
+    Row(Launch(8, 3, block_r=64), ("sm100",)),
     Row(Launch(8, 2, block_r=64), ("sm80",)),
     Row(Launch(4, 2, block_r=64), (), queries=16),
     Row(Launch(8, 1, block_r=64), ()),
@@ -121,7 +124,7 @@ LATENT_VALUES = (
 # rank 0: one row serves both.
 FUSED_ABSORBED = (
     Row(Launch(4, 1, block_r=128), HOPPER, rank=256, values=256, queries=16),
-    Row(Launch(4, 1, block_r=128), ("sm80",), rank=256, values=256, queries=16, shared=False),
+    Row(Launch(8, 1, block_r=128), ("sm80",), rank=256, values=256, queries=16),
     Row(Launch(8, 1, block_r=128), ("sm90",), rank=256, values=512, queries=16),
     Row(Launch(8, 1, block_r=128), BIG, rank=256, values=256, queries=32),
     Row(Launch(8, 1, block_r=128), ("sm90",), rank=128, values=128, queries=64),
