@@ -57,7 +57,7 @@ REACHED = {
     "turn_queries": Reached(0.27, 1.5, "measured"),
     "attend": Reached(0.82, 7.5, "simulated"),
     "attend, packed": Reached(0.38, 7.5, "simulated"),
-    "attend, absorbed": Reached(0.79, 9.0, "simulated"),
+    "attend, absorbed": Reached(0.965, 3.0, "simulated"),
     "attend_packed": Reached(0.75, 9.0, "simulated"),
     "attend_rebuilt": Reached(0.25, 8.0, "measured"),
     "attend_rebuilt, one pass": Reached(0.17, 8.0, "measured"),
