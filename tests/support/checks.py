@@ -191,6 +191,9 @@ def check_far_pages(P, device):
         expected = attend((way, q, k_cache, v_cache, kwargs))
         got = attend((way, q, *far, kwargs))
         assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+    tables = {name: kwargs[name] for name in ("block_table", "seq_lens")}
+    near, apart = (lrattn.rebuild(*caches, layer, **tables, backend="triton") for caches in ((k_cache, v_cache), far))
+    assert all(torch.equal(x, y) for x, y in zip(near, apart, strict=True))
     pool = torch.empty(2 * step + 128, dtype=torch.float16, device=device)
     queries = pool.as_strided((1, 3, 2, 64), (1, step, 64, 1))
     for i in range(3):
