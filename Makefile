@@ -13,7 +13,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-SHARE := 16
+SHARE := 32
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
 VLLM := .venvs/vllm
 RUN_VLLM := OMP_NUM_THREADS=1 $(VLLM)/bin/python

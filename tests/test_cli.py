@@ -328,7 +328,7 @@ def test_help_shows_examples_and_needs_no_model(capsys):
 
 NUMBER = re.compile(r"-?\d[\d,]*\.?\d*")
 BLOCKS = dict(re.findall(r"```console\n\$ (.*?)\n(.*?)```", (ROOT / "docs/command-line.md").read_text(), re.S))
-QUICK = [command for command in BLOCKS if "--method svd" in command or "--plan" in command]
+QUICK = [command for command in BLOCKS if "--plan" in command]
 
 
 class Transcripts:

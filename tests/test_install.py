@@ -148,12 +148,12 @@ def test_ci_runs_the_long_tests_unless_nothing_they_cover_has_changed(tmp_path):
 
     run("git init -q")
     base = commit("lrattn/code.py")
-    assert made("bash .ci/run") == ["test-all"]  # no origin
-    assert made(f"bash .ci/run {base}") == ["test-all"]  # itself: nothing is known
+    assert made("bash .ci/run") == ["test-share"]  # no origin
+    assert made(f"bash .ci/run {base}") == ["test-share"]  # itself: nothing is known
     commit("docs/page.md")
     assert made(f"bash .ci/run {base}") == ["test"] and "they do not run" in run(f"bash .ci/run {base}")
     run(f"git update-ref refs/remotes/origin/main {base}")
     assert made("bash .ci/run") == ["test"]
     assert made("bash .ci/run", VLLM="1") == ["test", "test-vllm"]
     commit("lrattn/other.py")
-    assert made("bash .ci/run") == ["test-all"]
+    assert made("bash .ci/run") == ["test-share"]

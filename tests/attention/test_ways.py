@@ -8,7 +8,6 @@ import pytest
 import torch
 from cases import FAR, Case, make, make_layer
 from checks import attend, check, on
-from slowly import slow_unless
 
 import lrattn
 from bench.decode.ways import two_passes
@@ -170,8 +169,9 @@ def test_bits_do_not_depend_on_the_batch(case, device):
         assert torch.equal(got[0], whole[0][rows]) and torch.equal(got[1], whole[1][rows])
 
 
-@pytest.mark.parametrize("limit", slow_unless({1 << 16}, [1, 1 << 16, 256 << 20]))
-@pytest.mark.parametrize("chunk", slow_unless([None], [None, 64]))
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [1, 1 << 16, 256 << 20])
+@pytest.mark.parametrize("chunk", [None, 64])
 def test_bits_do_not_depend_on_whether_a_table_goes_piecemeal(chunk, limit, device):
     """With sinks too: they join what was merged."""
     call = {"num_splits": 3, "project": "latent"}

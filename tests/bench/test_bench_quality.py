@@ -119,6 +119,7 @@ def measured(tmp_path_factory):
     return held
 
 
+@pytest.mark.slow
 def test_losses_are_the_model_s_own_and_errors_of_differences_not_of_windows(measured, tmp_path):
     subject, (own, half) = Tokens(tmp_path), (measured[i]["texts"]["news"] for i in (0, 2))
     windows = subject.evaluation("news", 40, 3)

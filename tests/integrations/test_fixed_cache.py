@@ -8,7 +8,6 @@ import tiny
 import torch
 from latents import random_factors
 from passes import exact_ropes, fed
-from slowly import slow_unless
 from torch._dynamo.utils import counters
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import LlamaConfig
@@ -162,8 +161,9 @@ def test_a_captured_step_is_right_for_the_next(form, padded):
     assert int(cache.get_seq_length()) == cache.columns.count == 34
 
 
-@pytest.mark.parametrize("form", slow_unless({"in chunks"}, FORMS))
-@pytest.mark.parametrize("padded", slow_unless([True], [False, True]))
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("padded", [False, True])
 def test_a_compiled_step_is_one_graph_for_all(form, padded, fresh_dynamo):
     model, cache, ids, at, live, want = begun(form, padded)
     run, graphs = torch.compile(model, fullgraph=True, backend="eager"), []

@@ -104,6 +104,7 @@ def test_four_threads_score_at_once(way):
     assert sum(uses.compared(g, w) != "equal" for g, w in zip(got, want)) == 0
 
 
+@pytest.mark.slow
 def test_four_threads_generate_at_once_on_a_cache_each():
     untouched, latent, factors = made()
     prompts = [tokens(1, 10 + i % 7, seed=i) for i in range(64)]
