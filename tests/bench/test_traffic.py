@@ -228,6 +228,7 @@ def check_plain_tiles(layer, way, sides, seen, slots, firsts):
         most = 2 * max(128 // case.P, 1) if keys else 1
         if keys and way.keys == 0:
             most = 2
+            assert not got[~slots].any(), "read more often"
         elif keys and case.offsets is not None:  # tiles that begin inside a page meet two
             most *= 2
             got[firsts, 0] = np.minimum(got[firsts, 0], most)
@@ -401,12 +402,13 @@ MUTANTS = [
            "tl.load(pages + t // P, mask=live | (t % P == P - 1), other=0)", "rebuild"),
     Mutant("values.py", 'tl.store(p_lse, tl.full([BLOCK_Q], float("-inf")', "tl.store(p_lse, tl.full([BLOCK_Q], -1e30",
            "empty split"),
-    Mutant("attend.py", LIVE, "live = t < t_end", "one pass"),
+    Mutant("rows.py", "(t >= begin) & (t < t_end))", "t < t_end)", "one pass"),
     Mutant("attend.py", "            v = z\n",
            "            v = load_tile(ck, ck_stride, here, t0, value_columns, KEY_TOKEN, P, BLOCK_T, WARPS, live)\n",
            "one pass"),
     Mutant("attend_rebuilt.py", LIVE, "live = (t >= begin) & (t < tl.cdiv(t_end, P) * P)", "one pass, rebuilt"),
-    Mutant("packed.py", "first + ROW[N][FIRST] + tl", "first + ROW[N][FIRST] // 2 + tl", "one pass"),
+    Mutant("rows.py", "ROW[i][FIRST] + tl.arange(0, ROW[i][SIZE])\n        found",
+           "ROW[i][FIRST] // 2 + tl.arange(0, ROW[i][SIZE])\n        found", "one pass"),
     Mutant("attend_packed.py", "tl.minimum(at // P, last_page)", "at // P", "by tiles"),
     Mutant("attend_packed.py", "(t_end - 1) // P", "t_end // P", "by tiles"),
     Mutant("attend_packed.py", "k = tl.maximum(k, first_page)", "k = k", "by tiles"),
