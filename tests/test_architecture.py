@@ -27,8 +27,8 @@ ARROWS = {
 }
 ORDER = {
     "factors": "shapes band rope safefile formats projection operands layer record summary",
-    "kernels": "arguments pieces launch plan tiles planes packed rows scores pack write rebuild absorb turn "
-    "bands attend attend_rebuilt attend_packed values near combine project decode",
+    "kernels": "arguments pieces launch plan tiles planes packed rows scores pack write rebuild absorb "
+    "absorb_packed attend attend_rebuilt attend_packed values near combine project decode",
     "attention": "gpus dense cache near reference operators checks ops step outlook",
     "models": "masks states interface layers ropes weights",
     "compression": "arguments moments substitute batches sums calibrate clusters ranks bits methods averages problem "

@@ -38,7 +38,9 @@ from bench.decode.decode_shapes import CHUNK, packing
 from bench.support import report
 from lrattn.factors.operands import Operands
 from lrattn.factors.shapes import round_up
-from lrattn.kernels import absorb, bands, combine, decode, launch, near, plan, project, rebuild, turn, values, write
+from lrattn.kernels import combine, decode, launch, near, plan, project, rebuild, values, write
+from lrattn.kernels.absorb import absorb
+from lrattn.kernels.absorb_packed import absorb_packed
 from lrattn.kernels.arguments import Call, Near, Rule, Span, Tokens
 from lrattn.kernels.attend import attend
 from lrattn.kernels.attend_packed import attend_packed
@@ -178,10 +180,6 @@ class Problem(NamedTuple):
         pool = empty(BATCH, 4 + 64 + self.steps, 2, 2 * self.group, self.head, dtype=self.dtype)
         return Near(pool[:, :, 0], pool[:, :, 1], 4, 64, *told)
 
-    def turned(self) -> torch.Tensor:
-        """Queries as the scores take them."""
-        return empty(BATCH, 2, self.rows(), 2, launch.block_d(self.head) // 2, dtype=self.dtype)
-
     def codes(self) -> tuple[plan.Planes, torch.Tensor, torch.Tensor]:
         """How packed rows go by plane; absorbed queries for them, and what goes with these."""
         keys, side = self.sides()
@@ -192,14 +190,18 @@ class Problem(NamedTuple):
         dtype = torch.float32 if self.dtype == torch.float32 else torch.float16
         return codes, empty(*lead, self.rows(), width, dtype=dtype), fp32(*lead, count, padded)
 
-    def grouped(self) -> tuple[plan.Grouped, list[torch.Tensor | None]]:
-        """How `attend` takes the rows; queries for some blocks of tokens, x, a and terms."""
+    def way(self, rebuilt: bool = False) -> tuple[plan.Way, list[torch.Tensor | None]]:
+        """How rows are taken, keys before RoPE by a band or rebuilt; queries for some blocks of tokens, x, a and
+        terms."""
         keys, side = self.sides()
-        find = plan.absorbed if keys.sizes.absorbed else plan.banded
-        way = find(self.heads * self.steps, self.dtype, launch.name(META), keys.sizes, side.sizes)
+        sizes = self.heads * self.steps, self.dtype, launch.name(META), keys.sizes, side.sizes
+        if rebuilt:
+            way: plan.Way | None = plan.rebuilt(not self.has("positions"), *sizes)
+        else:
+            way = (plan.absorbed if keys.sizes.absorbed else plan.banded)(*sizes)
         assert way is not None, "the launch table has a row for it"
         kinds = torch.float32 if way.by_lane else self.dtype, self.dtype, torch.float32
-        ready, blocks = plan.group_queries(self.rows(), self.dtype, keys.sizes, way), 2 if way.block else 1
+        ready, blocks = plan.way_ready(self.rows(), self.dtype, keys.sizes, way), 2 if way.block else 1
         shapes = [shape and (BATCH, blocks * shape[0], *shape[1:]) for shape in ready.shapes]
         return way, [shape and empty(*shape, dtype=kind) for shape, kind in zip(shapes, kinds, strict=True)]
 
@@ -219,33 +221,31 @@ def fp32(*shape: int) -> torch.Tensor:
 
 
 def latent_scores(p: Problem) -> None:
-    attend_rebuilt(p.call(), p.turned(), p.scores(), None, None, SPAN, not p.has("positions"))
+    way, (x, _, _) = p.way(rebuilt=True)
+    assert not way.one_pass, "the launch table has none for it"
+    attend_rebuilt(p.call(), x, p.scores(), None, None, SPAN, way)  # type: ignore[arg-type]
 
 
 def turn_queries(p: Problem) -> None:
-    turn.turn_queries(p.call(), p.turned(), 0, not p.has("positions"))
+    way, queries = p.way(rebuilt=True)
+    absorb(p.call(), *queries, SPAN, way)  # type: ignore[arg-type]
 
 
-def absorb_band(p: Problem) -> None:
-    way, queries = p.grouped()
-    bands.absorb_band(p.call(), *queries, SPAN, way)  # type: ignore[arg-type]
+def absorb_queries(p: Problem) -> None:
+    way, queries = p.way()
+    absorb(p.call(), *queries, SPAN, way)  # type: ignore[arg-type]
 
 
 def grouped_pass(p: Problem) -> None:
-    way, queries = p.grouped()
+    way, queries = p.way()
     assert way.one_pass, "the launch table has a row for it"
     attend(p.call(), *queries, None, *p.partial(), SPAN, way)  # type: ignore[arg-type]
 
 
 def grouped_scores(p: Problem) -> None:
-    way, queries = p.grouped()
+    way, queries = p.way()
     assert not way.one_pass, "values are too wide for one pass"
     attend(p.call(), *queries, p.scores(), None, None, SPAN, way)  # type: ignore[arg-type]
-
-
-def absorb_queries(p: Problem) -> None:
-    _, (_, a, terms) = p.grouped()
-    absorb.absorb_queries(p.call(), a, terms, SPAN)  # type: ignore[arg-type]
 
 
 def latent_values(p: Problem) -> None:
@@ -253,16 +253,10 @@ def latent_values(p: Problem) -> None:
     values.latent_values(p.call(), p.scores(), y, lse, SPAN, launch.BLOCK_T)
 
 
-def one_pass(p: Problem, turned: bool) -> launch.Launch:
-    keys, side = p.sides()
-    choice = plan.fused(p.rows(), p.dtype, launch.name(META), keys.sizes, side.sizes, turned)
-    assert choice is not None, "the launch table has a row for it"
-    return choice
-
-
 def absorb_planes(p: Problem) -> None:
     codes, a, terms = p.codes()
-    absorb.absorb_queries(p.call(), a, terms, SPAN, codes.keys)
+    assert codes.keys is not None, "the launch table has a row for it"
+    absorb_packed(p.call(), a, terms, SPAN, codes.keys)
 
 
 def packed_pass(p: Problem) -> None:
@@ -288,8 +282,9 @@ def values_alone(p: Problem) -> None:
 
 
 def rebuilt_pass(p: Problem) -> None:
-    turned = not p.has("positions")
-    attend_rebuilt(p.call(), p.turned(), None, *p.partial(), SPAN, turned, one_pass(p, turned))
+    way, (x, _, _) = p.way(rebuilt=True)
+    assert way.one_pass, "the launch table has a row for it"
+    attend_rebuilt(p.call(), x, None, *p.partial(), SPAN, way)  # type: ignore[arg-type]
 
 
 def combine_heads(p: Problem, splits: int = plan.COMBINED) -> None:
@@ -436,8 +431,8 @@ def banded(device: str) -> Iterator[Compilation]:
                 yield Compilation(kernel, device, rows._replace(head=256, group=2, theta=5e5), True)
                 for bits in BY_PLANE if row.packed else [()]:
                     yield Compilation(kernel, device, lanes._replace(dtype=torch.float16, bits=bits), True)
-                yield Compilation(absorb_band, device, rows._replace(options="bias" if row.biased else ""))
-            yield Compilation(absorb_band, device, lanes)
+                yield Compilation(absorb_queries, device, rows._replace(options="bias" if row.biased else ""))
+            yield Compilation(absorb_queries, device, lanes)
 
 
 def by_plane(device: str) -> Iterator[Compilation]:
@@ -530,7 +525,7 @@ QUICK = [
     Compilation(grouped_pass, "sm90", Problem(160, 128, 1, 1, 4), True),
     Compilation(grouped_pass, "sm90", Problem(256, 128, 4, 1, 4, theta=5e5), True),
     Compilation(grouped_scores, "sm90", Problem(256, 128, 4, 1, 4, values=512, options=f"{ALL} near", theta=5e5), True),
-    Compilation(absorb_band, "sm90", Problem(160, 128, 4, 1, 4, options="bias", theta=5e5)),
+    Compilation(absorb_queries, "sm90", Problem(160, 128, 4, 1, 4, options="bias", theta=5e5)),
     Compilation(latent_values, "sm90", Problem(256, 128, group=4)),
     Compilation(grouped_pass, "sm90", Problem(256, 128, group=4, rope=False), True),
     Compilation(grouped_pass, "sm90", Problem(256, 128, group=4, rope=False, shared=True), True),

@@ -59,8 +59,8 @@ def compiled(model: Model, bits: tuple[int, ...]) -> Any:
             codes, a, terms = problem.codes()
             attend_packed(problem.call(), a, terms, None, *problem.partial(), resources.SPAN, codes.keys)
         else:
-            grouped, queries = problem.grouped()
-            attend(problem.call(), *queries, None, *problem.partial(), resources.SPAN, grouped)
+            way, queries = problem.way()
+            attend(problem.call(), *queries, None, *problem.partial(), resources.SPAN, way)
     ((_, binary),) = found
     return binary
 

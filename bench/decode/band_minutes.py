@@ -56,11 +56,11 @@ DRY = {
     "dry GQA": Layer(Shape(Model("dry GQA", 8, 4, 5e6, head_dim=64), "Palu", 0.25)),
 }
 WRITTEN = {  # by each kernel of a call: what it gives, the first that is there
-    "absorb_band": ("x",), "turn_queries": ("x",), "attend": ("y", "s"), "attend_rebuilt": ("y", "s"),
+    "absorb": ("x",), "attend": ("y", "s"), "attend_rebuilt": ("y", "s"),
     "latent_values": ("y",), "combine": ("out",),
 }  # fmt: skip
 BEFORE = {  # names of kernels there were, of which one now does the work
-    "turn_queries": ("turn_queries",), "attend_rebuilt": ("latent_scores",), "latent_values": ("latent_values",),
+    "absorb": ("turn_queries",), "attend_rebuilt": ("latent_scores",), "latent_values": ("latent_values",),
     "combine": ("merge", "combine"),
 }  # fmt: skip
 CALL = "call"

@@ -120,7 +120,7 @@ def variants(layer: Layer) -> list[Variant]:
 def used(variant: Variant) -> Iterator[None]:
     """Inside, calls are launched so."""
     with ExitStack() as patches:
-        for name in ("cut", "planes", "banded", "absorbed"):
+        for name in ("cut", "planes", "banded", "absorbed", "rebuilt"):
             patches.enter_context(patch.object(plan, name, lru_cache(getattr(plan, name).__wrapped__)))
         if variant.launch is not None:
             patches.enter_context(patch.object(launch, variant.kernel, partial(choose, variant)))

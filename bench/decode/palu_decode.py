@@ -25,18 +25,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bench.decode import decode_providers as providers
-from bench.decode import palu_scores, timing
+from bench.decode import palu_scores, timing, ways
 from bench.decode.decode_problem import Problem, attend, make
 from bench.decode.decode_shapes import LLAMA_2, Shape
 from bench.decode.gpu_decode import TIMED, Bench, Entry, ready
 from bench.decode.gpu_plot import DRY_TITLE
 from bench.support import report
 from bench.support.curves import curve, label_places
-from lrattn.kernels import launch
+from lrattn.kernels import launch, plan
+from lrattn.kernels.absorb import absorb
 from lrattn.kernels.arguments import Call, Rule, Span, Tokens
 from lrattn.kernels.attend_rebuilt import attend_rebuilt
-from lrattn.kernels.plan import cut
-from lrattn.kernels.turn import turn_queries
 
 TOKENS = (32768, 4096, 131072, 16384, 65536, 1024)
 KEEPS = (0.5, 0.25)  # ranks 256 and 128: what uniform ranks and what Fisher ranks leave the keys at keep 0.5
@@ -118,15 +117,16 @@ def our_scores(x: Problem) -> providers.Run:
     tokens, rule = Tokens(x.table, x.lens, None, None, x.tokens), Rule(1.0, 0.0, True, 0)
     q = x.q[:, None]
     call = Call(q, x.k_cache, x.v_cache, keys, values, tokens, rule)
-    device = launch.name(q.device)
-    sizes = (q.dtype, device, launch.processors(q.device), keys.sizes, values.sizes)
-    size = cut(1, 1, q.shape[2], *sizes, False, x.tokens, 0, 0, 256 << 20)
-    turned = q.new_empty(1, size.tiles, q.shape[2], 2, launch.block_d(q.shape[3]) // 2)
-    s = q.new_empty(1, q.shape[2], size.tiles * launch.BLOCK_T, dtype=torch.float32)
+    sizes = q.dtype, launch.name(q.device), launch.processors(q.device), keys.sizes, values.sizes
+    with ways.rebuilt(), ways.two_passes():
+        size = plan.cut(1, 1, q.shape[2], *sizes, False, x.tokens, 0, 0, 256 << 20)
+    turned, s = q.new_empty(size.shapes.x), q.new_empty(size.shapes.s, dtype=torch.float32)
+    span, way = Span(0, size.tiles, size.parts), size.way
+    assert way is not None, "keys are rebuilt"
 
     def run() -> Tensor:
-        turn_queries(call, turned, 0, True)
-        attend_rebuilt(call, turned, s, None, None, Span(0, size.tiles, size.parts), True)
+        absorb(call, turned, None, None, span, way)
+        attend_rebuilt(call, turned, s, None, None, span, way)
         return s[:, :, : x.tokens]
 
     return run

@@ -17,9 +17,9 @@ def two_passes() -> Iterator[None]:
     def scores_alone(find: Any) -> Any:  # as where values have groups of their own
         return lambda *shape: find(*shape[:-1], shape[-1]._replace(paired=0))
 
-    ways = {"fused": lambda *shape: None, "cut": lru_cache(plan.cut.__wrapped__)}
-    ways |= {"banded": scores_alone(plan.banded), "absorbed": scores_alone(plan.absorbed)}
-    with patch.multiple(plan, **ways):
+    ways = {name: scores_alone(getattr(plan, name)) for name in ("rebuilt", "banded", "absorbed")}
+    ways["cut"] = lru_cache(plan.cut.__wrapped__)
+    with patch.multiple(plan, **ways), patch.object(plan.Planes, "one_pass", lambda *_: None):
         yield
 
 

@@ -8,11 +8,11 @@ of one new token a sequence, is the sum over its kernels of
 with `share` and `us` of REACHED, chosen by hand to agree with what bench/results has of an H100. Each of these figures
 is within a factor of 1.35 of its estimate (tests/attention/test_outlook.py):
 
-    attend by a band, absorb_band   simulated_calls.json [simulated], whole calls
+    attend and absorb, by a band    simulated_calls.json [simulated], whole calls
     attend, absorbed; attend_packed simulated.json [simulated], the pass alone, of rank 256
     the others                      launches_gpu.json [measured], whole steps by the kernels of then: merge and
                                     combine are one now, queries were absorbed once, and not for each chunk
-    attend_near                     nothing: as other small kernels
+    attend_near, absorb_packed      nothing: as other small kernels
 
 Packed rows that queries are absorbed for were measured by kernels of then alone, which took 2 to 9 times as long: those
 are left out. The kernel that writes queries took 2 to 3 times as long on an H100 as it was simulated. What none of
@@ -52,9 +52,10 @@ class Reached(NamedTuple):
 
 
 REACHED = {
-    "absorb_band": Reached(0.7, 2.0, "simulated"),
-    "absorb_queries": Reached(0.3, 2.0, "measured"),
-    "turn_queries": Reached(0.27, 1.5, "measured"),
+    "absorb": Reached(0.7, 2.0, "simulated"),
+    "absorb, whole": Reached(0.3, 2.0, "measured"),
+    "absorb, none": Reached(0.27, 1.5, "measured"),
+    "absorb_packed": Reached(0.3, 2.0, "guessed"),
     "attend": Reached(0.82, 7.5, "simulated"),
     "attend, packed": Reached(0.38, 7.5, "simulated"),
     "attend, absorbed": Reached(0.965, 3.0, "simulated"),
@@ -164,14 +165,15 @@ def _far(
 def _queries(layer: LayerFactors, size: plan.Cut, query_heads: int, batch: int, launches: int) -> Kernel:
     """The kernel that makes queries ready: what it writes, and the products of absorbing."""
     keys, shapes = layer.operands.keys.sizes, size.shapes
-    name = "absorb_band" if size.banded else "absorb_queries" if keys.absorbed else "turn_queries"
+    name = "absorb_packed" if size.planes.keys else "absorb"
+    kind = name + ("" if size.banded or size.planes.keys else ", whole" if keys.absorbed else ", none")
     x = 4 if size.banded and size.banded.by_lane else 2
     sizes = ((shapes.x, x), (shapes.a, 2), (shapes.terms, 4))
     written = sum(math.prod(shape[1:]) * itemsize for shape, itemsize in sizes if shape)
     spans = batch * cdiv(size.total, size.tiles)
     blocks, products = (shapes.a or shapes.x)[1], 2 * query_heads * keys.head_dim * keys.rank * (keys.terms or 1)
-    flops = 0 if name == "turn_queries" else spans * blocks * products
-    return Kernel(name, name, launches, 0, spans * written, flops)
+    flops = 0 if shapes.a is None and not size.planes.keys else spans * blocks * products
+    return Kernel(name, kind, launches, 0, spans * written, flops)
 
 
 def _products(columns: int, owners: int, query_heads: int) -> int:

@@ -1,183 +1,194 @@
-"""Keys that need no rotation of their own are never rebuilt: queries are multiplied into the latents' space, once a
-call, or once for each chunk of positions, by whose first one they are turned back.
-"""
+"""Queries that are made ready, once a call or for each block of tokens: pairs that are turned back by tile, and others
+that are multiplied into the space of latents, so that their keys are never rebuilt."""
 
+import triton
 import triton.language as tl
 from torch import Tensor
 
 from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Call, Span, strides_of
-from lrattn.kernels.packed import BITS, COLUMN, FIRST, SEGMENT, SEGMENTS, SIZE
-from lrattn.kernels.pieces import PLANES, pieces
-from lrattn.kernels.planes import LOG2_E
-from lrattn.kernels.tiles import (
-    chunk_of,
-    lag_of,
-    load_pairs,
-    load_rows,
-    load_run,
-    load_turns,
-    pair_columns,
-    part_of,
-    reach,
-)
+from lrattn.kernels.packed import BITS, COLUMN, SIZE, load_basis_piece, operands, segments
+from lrattn.kernels.pieces import pieces
+from lrattn.kernels.plan import Way
+from lrattn.kernels.tiles import chunk_of, lag_of, load_pairs, load_rows, load_run, part_of, reach, turned_back
 
 
 # fmt: off
 @launch.kernel
-def absorb_queries_kernel(
+def absorb_kernel(
     q, q_strides,            # [B, S, Hq, D]    query, model order
     lens, lens_stride,       # [B]              int32, tokens held
     starts, starts_stride,   # [B]              int32, first token attended to, or None
     offsets, offsets_stride, # [B]              int32, token less position, or None
-    turns,                   # [max_chunk, ROTARY]  float32, cos and sin of a pair adjacent, of chunks' first positions
-    uk,                      # [sum Rk, C * D]  key basis; pairs adjacent with CHUNK
+    turns,                   # [max_position, ROTARY]  float32, cos and sin of a pair adjacent; of first positions of
+    #                          blocks, with neither FAST nor coefficients
+    coefficients,            # [2, T, D / 2]    float32, of the band, by pair; None where queries are absorbed whole
+    uk,                      # [sum Rk, C * D]  key basis, pairs adjacent
+    packs,                   # [G, 3 n]         int32: segments of packed rows; None where they are plain
     runs, heads,             # [G, 3], [Hkv]    int32: column, rank, first row of uk; place -> kv head
-    bias,                    # [Hkv, D]         float32, by place, as uk; None without
-    norms,                   # [Hkv]            float32, by place: of the longest row of a head's basis; for KEYS
-    packs,                   # [G, 3 n]         int32: segments; for KEYS
-    a, a_strides,            # [B, chunks, G, C * M * S, LONG]  out, dtype of q; chunks of tokens only; with KEYS
-    #                          [B, chunks, Hq * S, columns]     float16, or float32 of such a layer
-    terms, terms_strides,    # [B, chunks, G, C * M * S]        out, float32; None without a bias; with KEYS
-    #                          [B, chunks, n, Hq * S]
-    scale, bound, S, window, max_chunk, first_tile, tiles,
-    KEYS: tl.constexpr, LONG: tl.constexpr,
-    C: tl.constexpr, M: tl.constexpr, D: tl.constexpr, Hkv: tl.constexpr,
-    CHUNK: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, WINDOWED: tl.constexpr,
-    MAGIC: tl.constexpr, CHAINED: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
+    bias,                    # [Hkv, D]         float32 by place, as uk; None without
+    x, x_strides,            # [B, tiles, owners, rows, F]          out for FAST, dtype of q, or float32 BY_LANE
+    a, a_strides,            # [B, blocks, owners, rows * T, LONG]  out with T, dtype of q
+    terms, terms_strides,    # [B, blocks, owners, rows * T]        out, float32, or None
+    bound, S, window, max_position, first_tile, tiles,
+    C: tl.constexpr, M: tl.constexpr, D: tl.constexpr, Hkv: tl.constexpr, ROTARY: tl.constexpr,
+    INTERLEAVED: tl.constexpr, WINDOWED: tl.constexpr,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, FAST: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr,
+    BY_LANE: tl.constexpr, ROW: tl.constexpr, LONG: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, CHAINED: tl.constexpr,
 ):
-    """a[b, c, g, w] = x @ uk[k]^T,   terms[b, c, g, w] = x . bias[k],   x = Rot(-p) q[b, i, h],   k = h // M in g
+    """x[b, i, w] = Rot(-t0) q[b, w],   t0 the first token of tile i, of fast pairs, whose pieces are FAST
+    a[b, j, w, p] = (coefficients[p] applied to Rot(-b0) q[b, w]) @ uk[k]^T,   b0 the first position of block j
 
-    w is the row of (h, i) in group g, whose heads are in the group's order. p is the first position of the c-th chunk,
-    counted from that of the first of the tiles. Without CHUNK there is one, and x = q. Of packed rows, whose pieces are
-    KEYS,
+    coefficients[:, p] are alpha and beta of each pair: (low, high) -> (alpha low + beta high, alpha high - beta low).
+    Queries that are absorbed whole have none, and one term. terms are a with the bias in uk's place. Tiles and blocks
+    are counted from the first block of the tiles on; with BLOCK 0 there is one of each, and nothing is turned.
+    An owner has HEADS kv heads, ROWS query rows at a time; a row's terms follow each other BY_LANE, else a term's rows.
+    BY_LANE, of a piece's pairs those come first that are a multiple of 4, then those after these. For keys that are
+    rebuilt T is 0: FAST is a whole head, an owner a kv head in the model's order, and first dimensions of pairs lie
+    before all second ones.
 
-    a[b, c, h S + i, n, m] = log2(e) scale (x @ uk[k]^T)[latents of plane m of piece n] / (2^position(m) factor)
-    terms[b, c, n, h S + i] = sum_m middle a[.., n, m];  after those of all pieces: factor, log2(e) scale x . bias[k]
-
-    `factor`, a power of two of each row, brings its largest below 2^15: |x| max_r |uk[k, r]| is no smaller, and known
-    to each program alone. It takes in what codes, as float16, and scales lack: 2^24 (1 with MAGIC) and 2^-8.
-
-    Grid: (row blocks * Hkv, rank blocks or pieces, B). A program owns BLOCK_Q rows of one kv head, of all chunks, and
-    BLOCK_R latents, or one piece, BLOCK_R columns at a time: the basis is read once per row block. Columns past a
-    segment's end, or the key rank, are zero.
+    Grid: (row blocks * Hkv, 1 for FAST and the rest for latents, B). A program owns BLOCK_Q rows of one kv head, of all
+    blocks: their fast pairs, or all latents, one of the pieces ROW at a time, or without these BLOCK_R latents; zeros
+    past the key rank.
     Needs: BLOCK_D a power of two >= 32 and >= D. Sums are float32.
-    Reference: lrattn.attention.reference._absorbed_scores. Derivation: docs/kernels.md#absorbed-scores, #packed.
+    Reference: lrattn.factors.band, lrattn.attention.reference._absorbed_scores. Derivation: docs/kernels.md#scores,
+    #banded, #absorbed-scores.
     """
     if CHAINED:
         tl.extra.cuda.gdc_launch_dependents()
     i_b = tl.program_id(2).to(tl.int64)
-    first, chunks = 0, 1  # that the tiles are in
-    if CHUNK:
+    place = tl.program_id(0) % Hkv
+    owner, head, kv = place // HEADS, place % HEADS, tl.load(heads + place)
+    first, blocks, t_end = 0, 1, 1
+    if BLOCK:
         lag, shift = lag_of(offsets, offsets_stride, i_b, BLOCK_T)
         begin, end = reach(lens, lens_stride, starts, starts_stride, i_b, bound, S, window, WINDOWED)
         origin, _, t_end = part_of(begin, end, first_tile, tiles, 0, 1, BLOCK_T, shift)
-        first, before = chunk_of(origin, lag, CHUNK)
-        chunks = tl.where(t_end > origin, tl.maximum(before + t_end - 1 - origin, 0) // CHUNK + 1, 0)
-    n = tl.program_id(0) // Hkv * BLOCK_Q + tl.arange(0, BLOCK_Q)  # row of the kv head: c (M S) + m S + s
-    if tl.program_id(0) // Hkv * BLOCK_Q >= chunks * M * S:
+        first, before = chunk_of(origin, lag, BLOCK)
+        blocks = tl.where(t_end > origin, tl.maximum(before + t_end - 1 - origin, 0) // BLOCK + 1, 0)
+    n0 = tl.program_id(0) // Hkv * BLOCK_Q  # row of the kv head: c (M S) + m S + s, c the block
+    if n0 >= blocks * M * S:
         return
-    place, d = tl.program_id(0) % Hkv, tl.arange(0, BLOCK_D)
-    i = n % (M * S)
-    c, s, head = (n // (M * S)).to(tl.int64), (i % S).to(tl.int64), (tl.load(heads + place) * M + i // S).to(tl.int64)
-    in_q, row = c < chunks, head * S + s
-    p_q = q + i_b * q_strides[0] + s * q_strides[1] + head * q_strides[2]
-    if CHUNK:
-        low, high = pair_columns(tl.arange(0, BLOCK_D // 2), ROTARY, INTERLEAVED)
-        x_low, x_high = load_pairs(p_q, low, high, in_q, D)
-        squared = tl.sum(x_low * x_low + x_high * x_high, 1)
-        cos, sin = load_turns(turns, first + c, max_chunk, d, ROTARY)
-        x = tl.join(x_low * cos + x_high * sin, x_high * cos - x_low * sin)
-        x = tl.reshape(x, [BLOCK_Q, BLOCK_D])
-    else:
-        x = tl.load(p_q[:, None] + d[None, :], mask=in_q[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
-        squared = tl.sum(x * x, 1)
+    q += i_b * q_strides[0] + (kv * M).to(tl.int64) * q_strides[2]
+    step = tl.program_id(1) - (len(FAST) > 0)
+    if len(FAST) > 0:
+        if step < 0:
+            x += i_b * x_strides[0] + (kv if T == 0 else owner) * x_strides[2]
+            _turn(q, q_strides, turns, x, x_strides, n0, first, blocks, t_end, head, S, max_position, M, D, ROTARY,
+                  INTERLEAVED, FAST, T == 0, BLOCK, BY_LANE, BLOCK_Q, BLOCK_T)
+    if T > 0:
+        if step >= 0:
+            a += i_b * a_strides[0] + owner * a_strides[2]
+            if terms is not None:
+                terms += i_b * terms_strides[0] + owner * terms_strides[2]
+            _absorb(q, q_strides, turns, coefficients, uk, runs, packs, bias, a, a_strides, terms, terms_strides, n0,
+                    first, blocks, place, head, step, S, max_position, C, M, D, ROTARY, INTERLEAVED, ROWS, T, BLOCK,
+                    BY_LANE, ROW, LONG, BLOCK_D, BLOCK_Q, BLOCK_R)
+
+
+@triton.jit
+def _turn(
+    q, q_strides, turns, x, x_strides, n0, first, blocks, t_end, head, S, max_position,
+    M: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, FAST: tl.constexpr,
+    APART: tl.constexpr, BLOCK: tl.constexpr, BY_LANE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr,
+):
+    """Fast pairs of rows n0 .. n0 + BLOCK_Q of a kv head, its owner's `head`-th, for each tile of their block."""
+    TILES: tl.constexpr = max(BLOCK // BLOCK_T, 1)
+    n = n0 * TILES + tl.arange(0, BLOCK_Q * TILES)  # rows, each as often as a block has tiles
+    c, i = n // TILES // (M * S), n // TILES % (M * S)
+    tile = c * TILES + n % TILES
+    stored, t0 = c < blocks, None
+    if BLOCK:
+        t0 = first * BLOCK + tile * BLOCK_T
+        stored &= t0 < t_end
+    q += (i % S).to(tl.int64) * q_strides[1] + (i // S).to(tl.int64) * q_strides[2]
+    x += tile.to(tl.int64) * x_strides[1] + (head * (M * S) + i).to(tl.int64) * x_strides[3]
+    d = 0
+    for m in tl.static_range(len(FAST)):
+        low, high = load_pairs(q, d, FAST[m], stored, D, ROTARY, INTERLEAVED)
+        low, high = turned_back(low, high, turns, t0, max_position, d, FAST[m], ROTARY)
+        own = tl.arange(0, FAST[m] // 2)
+        if BY_LANE:
+            own = own % 4 * (FAST[m] // 8) + own // 4
+        to = x[:, None] + d + (own if APART else 2 * own)[None, :]
+        tl.store(to, low.to(x.dtype.element_ty), mask=stored[:, None])
+        tl.store(to + (FAST[m] // 2 if APART else 1), high.to(x.dtype.element_ty), mask=stored[:, None])
+        d += FAST[m]
+
+
+@triton.jit
+def _absorb(
+    q, q_strides, turns, coefficients, uk, runs, packs, bias, a, a_strides, terms, terms_strides, n0, first, blocks,
+    place, head, step, S, max_position, C: tl.constexpr, M: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr,
+    INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, BY_LANE: tl.constexpr,
+    ROW: tl.constexpr, LONG: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr,
+):
+    """Rows n0 .. n0 + BLOCK_Q of a kv head, or their slow pairs, in the space of latents, for their block."""
     _, rank, r0 = load_run(runs, place // C)
-    p_a = a + i_b * a_strides[0] + c * a_strides[1]
-    if len(KEYS) > 0:
-        p_a += row * a_strides[2]
+    n = n0 + tl.arange(0, BLOCK_Q)
+    c, i = n // (M * S), n % (M * S)
+    q += (i % S).to(tl.int64) * q_strides[1] + (i // S).to(tl.int64) * q_strides[2]
+    at = None
+    if coefficients is not None:
+        j = tl.arange(0, BLOCK_D // 2)
+        of = coefficients + tl.arange(0, T)[:, None] * (D // 2) + j[None, :]
+        alpha = tl.load(of, mask=(j < D // 2)[None, :], other=0.0)[None, :, :]
+        beta = tl.load(of + T * (D // 2), mask=(j < D // 2)[None, :], other=0.0)[None, :, :]
+        at = (first + c) * BLOCK
+    elif BLOCK:
+        at = first + c
+    low, high = load_pairs(q, 0, BLOCK_D, c < blocks, D, ROTARY, INTERLEAVED)
+    low, high = turned_back(low, high, turns, at, max_position, 0, BLOCK_D, ROTARY)
+    if coefficients is not None:
+        low, high = low[:, None, :], high[:, None, :]
+        low, high = alpha * low + beta * high, alpha * high - beta * low  # [BLOCK_Q, T, BLOCK_D / 2]
+    y = tl.reshape(tl.join(low, high), [BLOCK_Q * T, BLOCK_D])
+    k, d = tl.arange(0, BLOCK_Q * T), tl.arange(0, BLOCK_D)
+    m, p = n0 + k // T, k % T
+    block, w = m // (M * S), head * (M * S) + m % (M * S)
+    if BY_LANE:
+        column = w * T + p
     else:
-        p_a += (place // C).to(tl.int64) * a_strides[2] + (place % C * (M * S) + i).to(tl.int64) * a_strides[3]
+        column = w // ROWS * (ROWS * T) + p * ROWS + w % ROWS
+    stored = block < blocks
     if terms is not None:
-        p_terms = terms + i_b * terms_strides[0] + c * terms_strides[1]
-        if len(KEYS) > 0:
-            p_terms += row
-        else:
-            p_terms += place // C * terms_strides[2] + place % C * (M * S) + i
-    if bias is not None:
-        if tl.program_id(1) == 0:
-            share = tl.sum(x * tl.load(bias + place * D + d, mask=d < D, other=0.0)[None, :], 1)
-            if len(KEYS) > 0:
-                share *= scale * LOG2_E
-                p_share = p_terms + (len(KEYS) + 1) * terms_strides[2]
-            else:
-                p_share = p_terms
-            tl.store(p_share, share, mask=in_q)
-    rounded = x.to(q.dtype.element_ty)
-    if len(KEYS) == 0:
-        r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-        u = load_rows(uk, C * D, r0, rank, place % C * D, d, D, r).to(rounded.dtype)
-        got = tl.dot(rounded, tl.trans(u), input_precision="ieee")
-        tl.store(p_a[:, None] + r[None, :], got.to(a.dtype.element_ty), mask=in_q[:, None] & (r < LONG)[None, :])
+        if step == 0:
+            share = tl.sum(y * tl.load(bias + place * D + d, mask=d < D, other=0.0)[None, :], 1)
+            tl.store(terms + block.to(tl.int64) * terms_strides[1] + column, share, mask=stored)
+    y = y.to(a.dtype.element_ty)
+    a += block.to(tl.int64) * a_strides[1] + column * LONG
+    if len(ROW) == 0:
+        r = step * BLOCK_R + tl.arange(0, BLOCK_R)
+        u = load_rows(uk, C * D, r0, rank, place % C * D, d, D, r).to(y.dtype)
+        got = tl.dot(y, tl.trans(u), input_precision="ieee")
+        tl.store(a[:, None] + r[None, :], got.to(y.dtype), mask=stored[:, None] & (r < LONG)[None, :])
     else:
-        largest = tl.sqrt(squared) * tl.load(norms + place) * tl.abs(scale) * LOG2_E
-        exponent = ((largest.to(tl.int32, bitcast=True) >> 23) & 255) - 127  # of what is not finite 128
-        exponent = tl.minimum(tl.maximum(exponent, -40), 100)  # below that scores are nothing
-        up = tl.exp2((14 - exponent).to(tl.float32)) * (scale * LOG2_E)
-        if tl.program_id(1) == 0:
-            factor = tl.exp2((exponent + (2 - 24 * MAGIC)).to(tl.float32))
-            tl.store(p_terms + len(KEYS) * terms_strides[2], factor, mask=in_q)
-        rest = (x - rounded.to(tl.float32)).to(rounded.dtype)  # what turning left of it
-        segment, bits, begin, size, column = 0, 16, 0, 1, 0
-        for k in tl.static_range(len(KEYS)):
-            if tl.program_id(1) == k:
-                segment, bits, begin = KEYS[k][SEGMENT], KEYS[k][BITS], KEYS[k][FIRST]
-                size, column = KEYS[k][SIZE], KEYS[k][COLUMN]
-        packs += place // C * 3 * KEYS[0][SEGMENTS]
-        halfwords, latent = tl.load(packs + 3 * segment + 1) * bits // 16, tl.load(packs + 3 * segment + 2)
-        middles = tl.zeros([BLOCK_Q], tl.float32)
-        for j0 in range(0, size * (16 // bits), BLOCK_R):
-            j = j0 + tl.arange(0, BLOCK_R)
-            m, h = j // size, begin + j % size
-            r = latent + m * halfwords + h
-            inside = j < size * (16 // bits)
-            there = inside & (h < halfwords) & (r < rank)
-            u = tl.load(uk + (r0 + r)[:, None] * (C * D) + (place % C * D + d)[None, :],
-                        mask=there[:, None] & (d < D)[None, :], other=0.0, eviction_policy="evict_last")
-            moved = tl.where(bits >= 8, 0, tl.where(bits == 4, m % 2 * 4, m * 2 % 10))
-            weight = tl.exp2(-moved.to(tl.float32))
-            u = tl.trans(u.to(rounded.dtype))
-            got = tl.dot(rounded, u, input_precision="ieee")
-            if CHUNK:
-                got = tl.dot(rest, u, got, input_precision="ieee")
-            got = (got * up[:, None] * weight[None, :]).to(a.dtype.element_ty)
-            tl.store(p_a[:, None] + (column + j)[None, :], got, mask=in_q[:, None] & inside[None, :])
-            middles += tl.sum(got.to(tl.float32) * (1.0 / weight)[None, :], 1)
-        middle = tl.where(bits == 16, 0.0, ((1 << bits) - 1) * 0.5)
-        middles *= middle * tl.where(MAGIC, 1.0, 2.0**-24)
-        tl.store(p_terms + tl.program_id(1) * terms_strides[2], middles, mask=in_q)
+        segs = segments(packs, place // C, 0, rank, ROW)
+        for n in tl.static_range(len(ROW)):
+            u = load_basis_piece(uk, C * D, r0, segs, place % C * D, d, D, ROW, n, None, a)
+            got = tl.dot(y, tl.trans(u), input_precision="ieee")
+            to = a[:, None] + ROW[n][COLUMN] + tl.arange(0, ROW[n][SIZE] * operands(ROW[n][BITS]))[None, :]
+            tl.store(to, got.to(y.dtype), mask=stored[:, None])
 # fmt: on
 
 
-def absorb_queries(call: Call, a: Tensor, terms: Tensor | None, span: Span, codes: launch.Launch | None = None) -> None:
-    """Queries [B, S, Hq, D] in the latents' space for each chunk that tiles of `span` are in, one where keys have no
-    chunks: a [B, chunks, G, C M S, LONG], zero past the key rank, and what a bias adds, terms [B, chunks, G, C M S].
-
-    codes: the launch of attend_packed that takes them, of rows in planes. Then a is [B, chunks, Hq S, columns] and
-    terms [B, chunks, n, Hq S].
-    """
-    q, keys, tokens, size, (batch, chunks, *_) = call.q, call.keys, call.tokens, call.keys.sizes, a.shape
-    row, rows = () if codes is None else pieces(size, PLANES), chunks * q.shape[1] * q.shape[2] // size.num_heads
-    choice = launch.absorb_queries(launch.name(q.device), q.itemsize, chunked=size.chunk > 0 or codes is not None)
-    block_q, long = min(choice.block_q, launch.block_q(rows)), a.shape[-1]
-    names = "C M D Hkv CHUNK ROTARY INTERLEAVED WINDOWED BLOCK_D BLOCK_R"
-    absorb_queries_kernel[cdiv(rows, block_q) * size.num_heads, len(row) or cdiv(long, choice.block_r), batch](
-        q, q.stride(), *tokens.seen, *tokens.lag, keys.turns, keys.rows, keys.runs, keys.heads, keys.bias,
-        keys.norms if row else None, keys.packs if row else None, a, a.stride(), terms, strides_of(terms, 4),
-        call.rule.scale, *call.limits, size.max_position, *span[:2],
-        KEYS=row, LONG=long, MAGIC=codes is not None and codes.magic, CHAINED=launch.chained(q.device),
-        BLOCK_Q=block_q, BLOCK_T=launch.BLOCK_T if codes is None else codes.block_t,
-        **launch.constants(names, call.form, size, choice),
+def absorb(call: Call, x: Tensor | None, a: Tensor | None, terms: Tensor | None, span: Span, way: Way) -> None:
+    """Queries [B, S, Hq, D] for each block that tiles of `span` are in: x [B, tiles, owners, rows, F], a [B, blocks,
+    owners, rows T, LONG], and what a bias adds, terms [B, blocks, owners, rows T]."""
+    q, keys, tokens, size = call.q, call.keys, call.tokens, call.keys.sizes
+    choice = launch.absorb(launch.name(q.device), q.itemsize, head=size.head_dim)
+    blocks, *_, long = next(made.shape[1:] for made in (a, x) if made is not None)  # tiles, where there are no terms
+    rows = blocks * q.shape[1] * q.shape[2] // size.num_heads
+    block_q = min(choice.block_q // (way.terms or 4), launch.block_q(rows))
+    row = way.row if size.packed else pieces(size._replace(rank=long), choice.block_r)
+    steps = 0 if a is None else 1 if way.banded else cdiv(long, choice.block_r)
+    absorb_kernel[cdiv(rows, block_q) * size.num_heads, (len(way.fast) > 0) + steps, q.shape[0]](
+        q, q.stride(), *tokens.seen, *tokens.lag, keys.turns, keys.coefficients, keys.rows, keys.packs, keys.runs,
+        keys.heads, keys.bias, x, strides_of(x, 5), a, strides_of(a, 5), terms, strides_of(terms, 4), *call.limits,
+        size.max_position, *span[:2], HEADS=way.heads, ROWS=way.rows, FAST=way.fast, T=way.terms, BLOCK=way.block,
+        BY_LANE=way.by_lane, ROW=row if way.banded else (), LONG=long, BLOCK_Q=block_q,
+        BLOCK_T=way.launch.block_t, CHAINED=launch.chained(q.device),
+        **launch.constants("C M D Hkv ROTARY INTERLEAVED WINDOWED BLOCK_D BLOCK_R", call.form, size, choice),
     )  # fmt: skip

@@ -11,7 +11,7 @@ from lrattn.kernels import launch
 from lrattn.kernels.arguments import Call, Span, stride, strides_of
 from lrattn.kernels.packed import segments
 from lrattn.kernels.pieces import next_power_of_2, pieces, strides
-from lrattn.kernels.plan import Grouped
+from lrattn.kernels.plan import Way
 from lrattn.kernels.rows import (
     add_repeated,
     columns_within,
@@ -261,7 +261,7 @@ def dims(fast):
 
 def attend(
     call: Call, x: Tensor | None, a: Tensor, terms: Tensor | None, s: Tensor | None, y: Tensor | None,
-    lse: Tensor | None, span: Span, way: Grouped,
+    lse: Tensor | None, span: Span, way: Way,
 ) -> None:  # fmt: skip
     """Absorbed queries over the tiles of each split: y [B, slots, Hq S, Rv] and its lse; without y scores, to s
     [B, Hq S, T]."""

@@ -7,7 +7,8 @@ from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
 from lrattn.kernels.arguments import Call, Span, stride, strides_of
 from lrattn.kernels.packed import located, segments
-from lrattn.kernels.pieces import Pieces, columns, pieces, strides
+from lrattn.kernels.pieces import pieces, strides
+from lrattn.kernels.plan import Way
 from lrattn.kernels.rows import (
     add_weighted,
     columns_within,
@@ -190,29 +191,20 @@ def attend_rebuilt_kernel(
 
 
 def attend_rebuilt(
-    call: Call, x: Tensor, s: Tensor | None, y: Tensor | None, lse: Tensor | None, span: Span, turned: bool,
-    choice: launch.Launch | None = None,
+    call: Call, x: Tensor, s: Tensor | None, y: Tensor | None, lse: Tensor | None, span: Span, way: Way
 ) -> None:  # fmt: skip
-    """Turned queries x over the tiles of each split: y [B, slots, Hq S, Rv] and its lse, by the launch that is given;
+    """Turned queries x [B, tiles, Hkv, M S, D] over the tiles of each split: y [B, slots, Hq S, Rv] and its lse;
     without y scores, to s [B, Hq S, T]."""
-    ck, cv, keys, values, tokens = call.ck, call.cv, call.keys, call.values, call.tokens
-    key, value = keys.sizes, values.sizes
-    rows, weighted = x.shape[2] // key.num_heads, Pieces()
-    if choice is None:
-        choice = launch.latent_scores(
-            launch.name(ck.device), x.itemsize, head=key.head_dim, rank=columns(key), rows=rows, turned=turned,
-            packed=bool(key.packed),
-        )  # fmt: skip
-        scored = launch.scored(key, choice)
-    else:
-        scored, weighted = (pieces(side, choice.block_r) for side in (value if cv is None else key, value))
+    ck, cv, keys, values, tokens, choice = call.ck, call.cv, call.keys, call.values, call.tokens, way.launch
+    key, turned, (batch, tiles, _, row, _) = keys.sizes, way.block > 0, x.stride()
     names = "C M P Hkv CAUSAL WINDOWED CAPPED D ROTARY TABLE BLOCK_D BLOCK_Q BLOCK_T"
-    attend_rebuilt_kernel[cdiv(rows, choice.block_q) * key.num_heads, span.parts, x.shape[0]](
-        x, x.stride(), ck, strides(ck, keys), cv, stride(cv), *tokens.paged, *tokens.seen,
+    attend_rebuilt_kernel[cdiv(x.shape[3], choice.block_q) * key.num_heads, span.parts, x.shape[0]](
+        x, (batch, tiles, row, row // 2, 1), ck, strides(ck, keys), cv, stride(cv), *tokens.paged, *tokens.seen,
         keys.rows, keys.runs, values.runs, keys.heads, keys.packs, keys.bias,
         keys.offset_turns if turned else keys.turns, *tokens.placed, s, strides_of(s, 3), y, strides_of(y, 3),
         lse, strides_of(lse, 3), *call.numbers, key.max_position, *span,
-        KEYS=scored, VALUES=weighted, RESIDENT=choice.resident or bool(weighted), WARPS=choice.warps,
+        KEYS=way.row, VALUES=() if y is None else pieces(values.sizes, choice.block_r),
+        RESIDENT=choice.resident or y is not None, WARPS=choice.warps,
         KEY_TOKEN=ck.stride(1), VALUE_TOKEN=0 if cv is None else cv.stride(1),
         **launch.constants(names, call.form, key, choice, turned),
     )  # fmt: skip

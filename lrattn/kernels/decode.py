@@ -4,17 +4,16 @@ import torch
 from torch import Tensor
 
 from lrattn.kernels import launch, plan
-from lrattn.kernels.absorb import absorb_queries
+from lrattn.kernels.absorb import absorb
+from lrattn.kernels.absorb_packed import absorb_packed
 from lrattn.kernels.arguments import Call, Span
 from lrattn.kernels.attend import attend
 from lrattn.kernels.attend_packed import attend_packed
 from lrattn.kernels.attend_rebuilt import attend_rebuilt
-from lrattn.kernels.bands import absorb_band
 from lrattn.kernels.combine import combine
 from lrattn.kernels.near import attend_near
 from lrattn.kernels.plan import Cut, Workspace
 from lrattn.kernels.project import project
-from lrattn.kernels.turn import turn_queries
 from lrattn.kernels.values import latent_values
 
 
@@ -55,7 +54,7 @@ def _allocate(call: Call, size: Cut) -> Workspace:
     kind = call.q.dtype
     if size.planes.keys is not None and call.q.itemsize == 2:
         kind = torch.float16
-    elif size.grouped is not None and size.grouped.by_lane:
+    elif size.banded is not None and size.banded.by_lane:
         kind = torch.float32
     queries = x and call.q.new_empty(*x, dtype=kind), a and call.q.new_empty(*a)
     fp32 = call.keys.norms.new_empty  # a shape as numbers, and no dtype: both take time to read
@@ -88,31 +87,22 @@ def _attend(call: Call, size: Cut, work: Workspace) -> range:
 
 def _attend_tiles(call: Call, size: Cut, work: Workspace, y: Tensor, lse: Tensor, first: int) -> None:
     """Tiles first .. first + size.tiles of every sequence, to slots 0 .. size.splits of y and lse."""
-    keys, x, a, terms, codes, way = call.keys.sizes, work.x, work.a, work.terms, size.planes, size.grouped
+    x, a, terms, codes, way = work.x, work.a, work.terms, size.planes, size.way
     span, scored = Span(first, size.tiles, size.splits), Span(first, size.tiles, size.parts)
-    if size.turned or keys.chunk or not first:  # else they are ready
+    if size.block or not first:  # else they are ready
         if codes.keys is not None:
-            absorb_queries(call, x, terms, span, codes.keys)
-        elif keys.absorbed:
-            absorb_queries(call, a, terms, span)
+            absorb_packed(call, x, terms, span, codes.keys)
         elif way is not None:
-            absorb_band(call, x, a, terms, span, way)
-        else:
-            turn_queries(call, x, first, size.turned)
-    if size.fused:
-        if codes.keys is not None:
-            attend_packed(call, x, terms, None, y, lse, span, codes.keys)
-        elif way is not None:
-            attend(call, x, a, terms, None, y, lse, span, way)
-        else:
-            attend_rebuilt(call, x, None, y, lse, span, size.turned, size.fused)
-        return
+            absorb(call, x, a, terms, span, way)
+    s, own_y, own_lse, own = (None, y, lse, span) if size.fused else (work.s, None, None, scored)
     if codes.keys is not None:
-        attend_packed(call, x, terms, work.s, None, None, scored, codes.keys)
+        attend_packed(call, x, terms, s, own_y, own_lse, own, codes.keys)
+    elif way is not None and way.terms:
+        attend(call, x, a, terms, s, own_y, own_lse, own, way)
     elif way is not None:
-        attend(call, x, a, terms, work.s, None, None, scored, way)
-    else:
-        attend_rebuilt(call, x, work.s, None, None, scored, size.turned)
+        attend_rebuilt(call, x, s, own_y, own_lse, own, way)
+    if size.fused:
+        return
     if codes.values is not None:
         attend_packed(call, None, None, work.s, y, lse, span, codes.values)
     else:

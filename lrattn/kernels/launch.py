@@ -171,16 +171,15 @@ ATTEND_SCORES = (
     Row(Launch(8, 1, block_r=128, block_t=128), ("sm90",), rank=256, queries=64, packed=True),
     Row(Launch(4, 1, block_r=128), ("sm90",), rank=128, queries=64, itemsize=4, least_itemsize=4, packed=True),
 )
-ABSORB_QUERIES = (
-    Row(Launch(4, 1, block_q=16, block_r=64), (), chunked=False),
-    Row(Launch(8, 1, block_q=64, block_r=64), (), chunked=True),  # rows of many chunks
+ABSORB = (
+    Row(Launch(4, 1, block_q=64, block_r=64), (), head=128),
+    Row(Launch(8, 1, block_q=64, block_r=64), ()),
     Row(Launch(4, 1, block_q=16, block_r=32), (), itemsize=4),
 )
-ABSORB_BAND = (
-    Row(Launch(4, 1, block_q=64, block_r=32), ()),
+ABSORB_PACKED = (
+    Row(Launch(8, 1, block_q=64, block_r=64), ()),
     Row(Launch(4, 1, block_q=16, block_r=32), (), itemsize=4),
 )
-TURN_QUERIES = (Row(Launch(4, 1, block_q=16), (), itemsize=4),)
 COMBINE = (
     Row(Launch(4, 2, block_q=16, block_s=8, block_r=64, block_d=64), ()),
     Row(Launch(4, 1, block_q=16, block_s=8, block_r=32, block_d=32), (), itemsize=4),
@@ -244,9 +243,8 @@ def pick(table: tuple[Row, ...], device: str, itemsize: int, **shape: Any) -> La
 
 
 # launch of a kernel: device and itemsize, and what its table tells apart
-absorb_queries, absorb_band, turn_queries, combine, combine_many, project, write_latents = (
-    cache(partial(pick, table))
-    for table in (ABSORB_QUERIES, ABSORB_BAND, TURN_QUERIES, COMBINE, COMBINE_MANY, PROJECT, WRITE_LATENTS)
+absorb, absorb_packed, combine, combine_many, project, write_latents = (
+    cache(partial(pick, table)) for table in (ABSORB, ABSORB_PACKED, COMBINE, COMBINE_MANY, PROJECT, WRITE_LATENTS)
 )
 rebuild, attend_near, write_near, latent_scores, absorbed_scores, latent_values = (
     cache(partial(pick, table))

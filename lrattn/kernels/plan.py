@@ -26,28 +26,34 @@ class Planes(NamedTuple):
     keys: launch.Launch | None
     values: launch.Launch | None
 
+    def one_pass(self, values: ValueSizes) -> launch.Launch | None:
+        """That of both; None where scores and values take a pass each."""
+        whole = self.keys is not None and self.values is not None and values.paired
+        return self.keys if whole and len(parts(values)) == 1 else None
 
-class Grouped(NamedTuple):
-    """How rows are attended to whose latents absorbed queries meet: see attend.py."""
+
+class Way(NamedTuple):
+    """How rows are attended to but in planes: absorbed queries meet latents, see attend.py, or keys are rebuilt, see
+    attend_rebuilt.py."""
 
     launch: launch.Launch
     row: Pieces  # of keys
     one_pass: bool  # over keys and values; else scores alone
     heads: int  # kv heads of a program, a divisor of the group's
     rows: int  # query rows of a program, padded
-    block: int  # tokens that queries are absorbed for; 0: all
+    block: int  # tokens that queries are made ready for; 0: all
     banded: bool = False  # keys before RoPE, by a band: slow pairs alone are absorbed
     by_lane: bool = False  # one query row a head
     fast: tuple[int, ...] = ()  # pieces of the dimensions that are rebuilt
-    terms: int = 1  # T
+    terms: int = 1  # T; 0: keys are rebuilt
     streamed: bool = False  # a piece goes along a row
 
 
 class Workspace(NamedTuple):
     """Temporaries of the sequences taken at a time, B of them, or their shapes; None of what a call does without."""
 
-    x: Any  # [B, tiles, Hq S, 2, D / 2] queries by tile, in q's dtype; by a band fast pairs [B, tiles, owners, rows,
-    # F], float32 by lane; for rows in planes absorbed ones [B, chunks, Hq S, columns], float16 of 16-bit layers
+    x: Any  # [B, tiles, owners, rows, F] queries by tile, or their fast pairs by a band, in q's dtype, float32 by lane;
+    # for rows in planes absorbed ones [B, chunks, Hq S, columns], float16 of 16-bit layers
     a: Any  # [B, blocks, owners, rows T, LONG] in q's dtype: absorbed queries, or their slow pairs by a band
     terms: Any  # float32, what goes with absorbed queries: [B, blocks, owners, rows T]; for rows in planes
     # [B, chunks, n, Hq S padded]
@@ -72,15 +78,15 @@ class Cut(NamedTuple):
     block_t: int  # tokens of a tile
     fused: launch.Launch | None  # of the one pass
     planes: Planes  # of packed rows
-    grouped: Grouped | None
-    turned: bool  # queries are turned back by tile
+    way: Way | None  # None of keys in planes
+    block: int  # tokens that queries are made ready for; 0: all
     shapes: Workspace
     nbytes: int  # of temporaries
 
     @property
-    def banded(self) -> Grouped | None:
+    def banded(self) -> Way | None:
         """Of keys that go by a band."""
-        return self.grouped if self.grouped is not None and self.grouped.banded else None
+        return self.way if self.way is not None and self.way.banded else None
 
 
 @lru_cache(maxsize=256)
@@ -102,31 +108,33 @@ def planes(dtype: torch.dtype, device: str, keys: KeySizes, values: ValueSizes, 
     )
 
 
-def fused(
-    rows: int, dtype: torch.dtype, device: str, keys: KeySizes, values: ValueSizes, turned: bool
-) -> launch.Launch | None:
-    """The launch of the one pass over packed rows by plane or rebuilt keys, or None: scores and values then take a pass
-    each.
+@lru_cache(maxsize=256)
+def rebuilt(
+    turned: bool, rows: int, dtype: torch.dtype, device: str, keys: KeySizes, values: ValueSizes
+) -> Way:  # fmt: skip
+    """How keys are rebuilt: a program for each head. One pass would read a group's value latents again for each, unless
+    rows are shared.
 
-    It takes groups of keys and of values that hold the same heads, and a kernel that fits (the launch tables). Rebuilt
-    keys have a program for each head: unless rows are shared, each would read its group's value latents again.
-
-    Args: rows: Hq S, query rows of a sequence. turned: queries are turned back by tile.
+    turned: queries are turned back by tile. rows: M S, query rows of a kv head.
     """
-    if not values.paired:
-        return None
-    codes = planes(dtype, device, keys, values)
-    if codes.keys is not None and codes.values is not None:
-        return codes.keys if len(parts(values)) == 1 else None
-    if keys.packed or values.packed or keys.absorbed or (keys.group_size > 1 and not values.shared):
-        return None
-    shape = {"rank": 0 if values.shared else keys.rank, "values": values.rank, "biased": bool(keys.biased)}
-    rows //= keys.num_heads
-    return launch.fused_rebuilt(device, dtype.itemsize, rows=rows, head=keys.head_dim, turned=turned, **shape)
+    shape: dict[str, Any] = {"head": keys.head_dim, "rows": rows, "turned": turned}
+    found, packed = None, bool(keys.packed)
+    if values.paired and not packed and not values.packed and (keys.group_size == 1 or values.shared):
+        found = launch.fused_rebuilt(
+            device, dtype.itemsize, rank=0 if values.shared else keys.rank, values=values.rank,
+            biased=bool(keys.biased), **shape,
+        )  # fmt: skip
+    choice = found or launch.latent_scores(device, dtype.itemsize, rank=columns(keys), packed=packed, **shape)
+    if found is not None:
+        row = pieces(values if values.shared else keys, choice.block_r)
+    else:
+        row = launch.scored(keys, choice)
+    head = (launch.block_d(keys.head_dim),)
+    return Way(choice, row, found is not None, 1, choice.block_q, launch.BLOCK_T * turned, fast=head, terms=0)
 
 
 @lru_cache(maxsize=256)
-def absorbed(rows: int, dtype: torch.dtype, device: str, keys: KeySizes, values: ValueSizes) -> Grouped:
+def absorbed(rows: int, dtype: torch.dtype, device: str, keys: KeySizes, values: ValueSizes) -> Way:
     """How plain rows go whose queries are absorbed whole: all heads of a group in a program.
 
     rows: M S, query rows of a kv head.
@@ -145,11 +153,11 @@ def absorbed(rows: int, dtype: torch.dtype, device: str, keys: KeySizes, values:
     else:
         row = streamed(keys, choice.block_r)
     streams = not (whole or choice.resident)
-    return Grouped(choice, row, whole, keys.group_size, choice.block_q, keys.chunk, streamed=streams)
+    return Way(choice, row, whole, keys.group_size, choice.block_q, keys.chunk, streamed=streams)
 
 
 @lru_cache(maxsize=256)
-def banded(rows: int, dtype: torch.dtype, device: str, keys: KeySizes, values: ValueSizes) -> Grouped | None:
+def banded(rows: int, dtype: torch.dtype, device: str, keys: KeySizes, values: ValueSizes) -> Way | None:
     """How keys go by a band, where that has less work than to rebuild them: at least two heads a program.
 
     rows: M S, query rows of a kv head.
@@ -177,7 +185,7 @@ def banded(rows: int, dtype: torch.dtype, device: str, keys: KeySizes, values: V
     if second is not None and second.block_t != found.block_t:
         return None
     row = pieces(keys, found.block_r, True)
-    return Grouped(found, row, bool(whole), heads, padded, keys.block, True, by_lane, fast, keys.terms)
+    return Way(found, row, bool(whole), heads, padded, keys.block, True, by_lane, fast, keys.terms)
 
 
 def turns_queries(keys: KeySizes, dtype: torch.dtype, placed: bool) -> bool:
@@ -203,23 +211,23 @@ def cut(
     rows = query_heads * num_queries
     padded = round_up(rows, 16)  # at multiples of 16, whatever the number of splits or chunks: one compilation
     turned = turns_queries(keys, dtype, placed)
-    one_pass = fused(rows, dtype, device, keys, values, turned)
     way, each_head = None, rows // keys.num_heads
-    if keys.absorbed and not keys.packed:
-        way = absorbed(each_head, dtype, device, keys, values)
-    elif turned:
-        way = banded(each_head, dtype, device, keys, values)
-    if way is not None:
-        one_pass = way.launch if way.one_pass else None
+    given = each_head, dtype, device, keys, values
+    if not keys.absorbed:
+        way = (banded(*given) if turned else None) or rebuilt(turned, *given)
+    elif not keys.packed:
+        way = absorbed(*given)
+    grouped = way if way is not None and way.terms else None  # whose programs have several heads
     block_t = launch.BLOCK_T if way is None else way.launch.block_t
     codes = planes(dtype, device, keys, values, block_t)
-    if codes.keys is not None and codes.values is not None:
-        block_t = codes.keys.block_t
-    value_programs = score_programs = _blocks(rows, keys.num_heads)
     if way is not None:
+        one_pass = way.launch if way.one_pass else None
         value_programs = score_programs = keys.num_heads // way.heads * cdiv(each_head * way.heads, way.rows)
-    if codes.keys is not None:
+    else:
+        one_pass = codes.one_pass(values)
         value_programs = score_programs = cdiv(rows // keys.groups, 16) * keys.groups
+        if codes.keys is not None and codes.values is not None:
+            block_t = codes.keys.block_t
     if one_pass is None and codes.values is not None:
         value_programs = cdiv(rows // values.groups, 16) * values.groups
     elif one_pass is None:
@@ -230,9 +238,9 @@ def cut(
     total = cdiv(bound - begin, block_t)
     if window:  # a window may begin and end inside a tile
         total = min(total, cdiv(window + num_queries - 2, block_t) + 1)
-    fill = _fill(processors, one_pass if way is not None else codes.values if one_pass is None else codes.keys)
+    fill = _fill(processors, one_pass if grouped is not None else codes.values if one_pass is None else codes.keys)
     per_split = (rows * values.rank + padded) * 4  # a partial result and its lse
-    ready = _ready(rows, dtype, keys, codes, way, turned)
+    ready = plane_ready(rows, dtype, keys) if way is None else way_ready(rows, dtype, keys, way)
     per_tile = 0 if one_pass is not None else rows * block_t * 4
     fixed = rows * keys.head_dim * dtype.itemsize  # heads before the output projection
     fixed += near * (rows * keys.head_dim + padded) * 4
@@ -243,12 +251,12 @@ def cut(
     room = min((limit - fixed - per_tile) // per_split - 2, limit // (2 * per_split))  # splits
     balanced = min(cdiv(total, PART_TILES), room // max(batch, 1))
     wanted = max(cdiv(fill, max(batch, 1) * value_programs), balanced)
-    if (codes.keys or way) is not None and one_pass is not None:
+    if (codes.keys or grouped) is not None and one_pass is not None:
         each = max(batch, 1) * value_programs
-        if way is not None:  # whose queries may leave room for some of the sequences at a time
+        if grouped is not None:  # whose queries may leave room for some of the sequences at a time
             each = _at_a_time(batch, limit // (fixed + total * per_tile)) * value_programs
             wanted = max(cdiv(fill, each), balanced)
-        if way is not None and each * COMBINED >= fill:
+        if grouped is not None and each * COMBINED >= fill:
             wanted = min(wanted, COMBINED)  # of more a query row would be combined by a program of its own
         wanted = _whole(wanted, each, fill, total)
     splits = num_splits or max(1, min(wanted, total, room, MAX_SPLITS))
@@ -256,9 +264,9 @@ def cut(
     tiles = max(1, min(total, (limit - fixed) // per_tile if per_tile else total, MOST_TILES))
     held = fixed + tiles * per_tile
     at_once = _at_a_time(batch, min(limit // held, LARGEST_AXIS))
-    fill, each = _fill(processors, way.launch if way else codes.keys), at_once * score_programs
+    fill, each = _fill(processors, grouped.launch if grouped else codes.keys), at_once * score_programs
     parts = min(tiles, max(cdiv(fill, each), cdiv(tiles, PART_TILES)))
-    if way is not None:
+    if grouped is not None:
         parts = _whole(parts, each, fill, tiles)
     blocks = cdiv(tiles - 1, ready.block // block_t) + 1 if ready.block else 1
     slots = splits + (0 if tiles >= total else 2)
@@ -273,7 +281,7 @@ def cut(
         (at_once, rows, keys.head_dim) if near else None,
         (at_once, padded) if near else None,
     )
-    return Cut(at_once, total, tiles, parts, splits, block_t, one_pass, codes, way, turned, shapes, at_once * held)
+    return Cut(at_once, total, tiles, parts, splits, block_t, one_pass, codes, way, ready.block, shapes, at_once * held)
 
 
 class Ready(NamedTuple):
@@ -284,31 +292,25 @@ class Ready(NamedTuple):
     nbytes: int
 
 
-def _ready(rows: int, dtype: torch.dtype, keys: KeySizes, codes: Planes, way: Grouped | None, turned: bool) -> Ready:
-    """rows: Hq S."""
-    if way is not None:
-        return group_queries(rows, dtype, keys, way)
-    if codes.keys is not None:
-        block, (width, count) = keys.chunk, plane_queries(keys)
-        x: tuple[int, ...] = (1, rows, width)
-    else:
-        block, width, count = launch.BLOCK_T if turned else 0, launch.block_d(keys.head_dim), 0
-        x = (1, rows, 2, width // 2)
-    terms = (1, count, round_up(rows, 16)) if count else None
-    return Ready(block, (x, None, terms), rows * width * dtype.itemsize + round_up(rows, 16) * count * 4)
-
-
-def group_queries(rows: int, dtype: torch.dtype, keys: KeySizes, way: Grouped) -> Ready:
-    """Those of `attend`. rows: Hq S."""
+def way_ready(rows: int, dtype: torch.dtype, keys: KeySizes, way: Way) -> Ready:
+    """Those of `attend` and attend_rebuilt. rows: Hq S."""
     owners = keys.num_heads // way.heads
     own = round_up(rows // owners, way.rows) if way.banded else rows // owners
-    long = round_up(keys.rank, way.row[0][3]) if way.streamed else width(way.row)
-    x = (way.block // way.launch.block_t, owners, own, sum(way.fast)) if way.banded else None
-    a = 1, owners, own * way.terms, long
-    terms = (1, owners, round_up(own * way.terms, 16)) if keys.biased else None
-    nbytes = math.prod(a) * dtype.itemsize + (math.prod(terms) * 4 if terms else 0)
-    nbytes += math.prod(x) * (4 if way.by_lane else dtype.itemsize) if x else 0
-    return Ready(way.block, (x, a, terms), nbytes)
+    x = (way.block // way.launch.block_t or 1, owners, own, sum(way.fast)) if way.fast else None
+    a = terms = None
+    if way.terms:
+        a = 1, owners, own * way.terms, round_up(keys.rank, way.row[0][3]) if way.streamed else width(way.row)
+        terms = (1, owners, round_up(own * way.terms, 16)) if keys.biased else None
+    sizes = zip((x, a, terms), (4 if way.by_lane else dtype.itemsize, dtype.itemsize, 4), strict=True)
+    return Ready(way.block, (x, a, terms), sum(size * math.prod(shape) for shape, size in sizes if shape))
+
+
+def plane_ready(rows: int, dtype: torch.dtype, keys: KeySizes) -> Ready:
+    """Those of rows in planes. rows: Hq S."""
+    width, count = plane_queries(keys)
+    padded = round_up(rows, 16)
+    nbytes = rows * width * dtype.itemsize + padded * count * 4
+    return Ready(keys.chunk, ((1, rows, width), None, (1, count, padded)), nbytes)
 
 
 def plane_queries(keys: KeySizes) -> tuple[int, int]:

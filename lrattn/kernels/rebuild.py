@@ -71,7 +71,7 @@ def rebuild_kernel(
     if turns is None:
         tl.store(p_x[:, None] + d[None, :], k.to(x.dtype.element_ty), mask=stored[:, None] & (d < D)[None, :])
     else:
-        low, high = pair_columns(tl.arange(0, BLOCK_D // 2), ROTARY, INTERLEAVED)
+        low, high = pair_columns(tl.arange(0, BLOCK_D // 2), D, ROTARY, INTERLEAVED)
         k_low, k_high = tl.split(tl.reshape(k, [BLOCK_T, BLOCK_D // 2, 2]))
         where = t
         if positions is not None:

@@ -1,4 +1,4 @@
-"""Scores of one tile by queries that are ready for its latents (absorb.py, bands.py), for `attend`."""
+"""Scores of one tile by queries that are ready for its latents (absorb.py), for `attend`."""
 
 import triton
 import triton.language as tl

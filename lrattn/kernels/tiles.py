@@ -56,12 +56,12 @@ def chunk_of(t0, lag, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def slots(pages, t0, t, live, P: tl.constexpr, BLOCK_T: tl.constexpr, offsets=None):
+def slots(pages, t0, t, live, P: tl.constexpr, BLOCK_T: tl.constexpr):
     """Page and offset of the tokens t of the tile from t0 on, int64; pages: one sequence's row of the table.
 
     Pages that hold whole tiles are looked up once a tile.
     """
-    if P % BLOCK_T == 0 and offsets is None:
+    if P % BLOCK_T == 0:
         page = tl.load(pages + t0 // P).to(tl.int64)
     else:
         page = tl.load(pages + t // P, mask=live, other=0).to(tl.int64)
@@ -118,22 +118,16 @@ def load_rows(rows, width, r0, rank, c, d, D, r):
 
 
 @triton.jit
-def pair_columns(j, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Where the two dimensions of pairs j lie in a head in the model's order.
+def pair_columns(j, D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Where the two dimensions of pairs j lie in a head of D in the model's order.
 
     Dimensions from ROTARY on are not rotated; they make pairs as they come.
     """
     if INTERLEAVED:
         return 2 * j, 2 * j + 1
+    if ROTARY == D:
+        return j, j + ROTARY // 2  # in runs, which a choice would hide
     return tl.where(j < ROTARY // 2, j, 2 * j), tl.where(j < ROTARY // 2, j + ROTARY // 2, 2 * j + 1)
-
-
-@triton.jit
-def load_pairs(q, low, high, in_q, D: tl.constexpr):
-    """Both dimensions of pairs of the rows that `q` points at: [BLOCK_Q, pairs] float32 each; zeros past D."""
-    x_low = tl.load(q[:, None] + low[None, :], mask=in_q[:, None] & (low < D)[None, :], other=0.0)
-    x_high = tl.load(q[:, None] + high[None, :], mask=in_q[:, None] & (high < D)[None, :], other=0.0)
-    return x_low.to(tl.float32), x_high.to(tl.float32)
 
 
 @triton.jit
@@ -153,6 +147,25 @@ def load_turns(turns, at, rows, d, ROTARY: tl.constexpr):
     pair, _ = tl.split(tl.reshape(d, [d.shape[0] // 2, 2]))
     cos = tl.where((pair < ROTARY)[None, :], cos, 1.0)
     return tl.where(inside[:, None], cos, float("nan")), sin
+
+
+@triton.jit
+def load_pairs(q, d, WIDE: tl.constexpr, in_q, D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Both dimensions of the pairs in dims d .. d + WIDE of the rows that `q` points at: [len(q), WIDE / 2] float32
+    each; zeros past D."""
+    low, high = pair_columns(d // 2 + tl.arange(0, WIDE // 2), D, ROTARY, INTERLEAVED)
+    x_low = tl.load(q[:, None] + low[None, :], mask=in_q[:, None] & (low < D)[None, :], other=0.0)
+    x_high = tl.load(q[:, None] + high[None, :], mask=in_q[:, None] & (high < D)[None, :], other=0.0)
+    return x_low.to(tl.float32), x_high.to(tl.float32)
+
+
+@triton.jit
+def turned_back(low, high, turns, at, rows, d, WIDE: tl.constexpr, ROTARY: tl.constexpr):
+    """Pairs in dims d .. d + WIDE turned back by rows `at` of the table; as they are where `at` is None."""
+    if at is not None:
+        cos, sin = load_turns(turns, at, rows, d + tl.arange(0, WIDE), ROTARY)
+        low, high = low * cos + high * sin, high * cos - low * sin
+    return low, high
 
 
 @triton.jit

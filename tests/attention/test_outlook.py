@@ -109,7 +109,7 @@ def test_steps_on_rebuilt_keys_agree_with_the_measured_ones():
                 found["us"], row["us"].get(launches.TABLE) or sum(row["kernels"].values()), row["layer"], row["batch"]
             )
             held |= {(k["kernel"], k["by"]) for k in found["kernels"]}
-    names = ("turn_queries", "absorb_queries", "attend_rebuilt", "latent_values", "combine")
+    names = ("absorb", "attend_rebuilt", "latent_values", "combine")
     assert held >= {(name, "measured") for name in names}
 
 
@@ -125,9 +125,10 @@ def test_the_way_and_the_splits_are_those_of_the_plan(name, gpu):
     kernels = [k["kernel"] for k in found["kernels"]]
     assert found["splits"] == cut.splits and kernels[-1] == "combine"
     assert ("one pass" in found["way"]) == (cut.fused is not None) == (len(kernels) == 3)
-    assert ("by a band" in found["way"]) == (cut.banded is not None) == ("absorb_band" in kernels)
+    assert ("by a band" in found["way"]) == (cut.banded is not None)
+    assert kernels[0] == ("absorb_packed" if cut.planes.keys else "absorb")
     assert ("by plane" in found["way"]) == (cut.planes != (None, None)) == ("attend_packed" in kernels)
-    assert ("absorbed" in found["way"]) == layer.absorbed == ("absorb_queries" in kernels)
+    assert ("absorbed" in found["way"]) == layer.absorbed
     assert (found["not_by_a_band"] is None) == (layer.absorbed or cut.banded is not None)
 
 
@@ -228,7 +229,8 @@ def test_info_prints_what_is_estimated(files, capsys):
     head, _, _, names, *rows = shown.splitlines()
     assert head == "[estimated] a decode step of attention on h100, 1 sequence of 32,768 tokens, one new token each"
     assert "dense / it" in names and [row.split()[0] for row in rows[:2]] == ["0-2", "model"]
-    assert f"{found['us']:,.1f}" in rows[1] and "absorb_band" in rows[0] and "keys hold for positions 0..511 " in shown
+    assert f"{found['us']:,.1f}" in rows[1] and ": absorb, attend" in rows[0]
+    assert "keys hold for positions 0..511 " in shown
     more = "--device", "a100", "--context", 500, "--batch", 3, "--query-heads", 4, "--dtype", "float16"
     told = run(capsys, "info", files / "near", "--plan", *more)
     assert "on a100, 3 sequences of 500 tokens" in told and "4 query heads, float16" in told

@@ -45,8 +45,8 @@ def rehearsed(folder, monkeypatch, bench, cases, *words):
 
 @pytest.mark.every(4)
 @pytest.mark.parametrize("case, kernels", [
-    (Case(MHA, 1), {"absorb_band", "attend", "combine"}),
-    (Case(GQA, 2, REBUILT), {"turn_queries", "attend_rebuilt", "latent_values", "combine"}),
+    (Case(MHA, 1), {"absorb", "attend", "combine"}),
+    (Case(GQA, 2, REBUILT), {"absorb", "attend_rebuilt", "latent_values", "combine"}),
 ], ids=["band", "rebuilt"])  # fmt: skip
 def test_each_kernel_is_timed_alone_and_together_they_are_right(case, kernels, bench):
     row = band_minutes.measure(case, bench)
@@ -118,10 +118,10 @@ def test_cases_are_those_simulated_and_the_verdict_comes_first():
 def test_what_a_kernel_stands_beside():
     """All launches of a call that goes some sequences at a time; what two kernels did that are now one."""
     told = band_minutes.predicted(Case("Llama-2-7B, keep 0.5", 16))
-    assert told == pytest.approx({"absorb_band": 49.7 + 49.7, "attend": 814.7 + 814.7, "combine": 8.7 + 8.7,
+    assert told == pytest.approx({"absorb": 49.7 + 49.7, "attend": 814.7 + 814.7, "combine": 8.7 + 8.7,
                                   "call": 1839.9})  # fmt: skip
     told = band_minutes.before(Case("Llama-2-7B, keep 0.3", 1))
-    assert told == pytest.approx({"turn_queries": 6.6, "attend_rebuilt": 215.2, "latent_values": 53.9,
+    assert told == pytest.approx({"absorb": 6.6, "attend_rebuilt": 215.2, "latent_values": 53.9,
                                   "combine": 3.7 + 5.5, "call": 287.78})  # fmt: skip
     assert band_minutes.beside(FIRST, {"attend": 125.8})["ratio"] == {"attend": 2.0}
     assert not band_minutes.predicted(Case(MHA, 1)) and not band_minutes.before(Case(MHA, 1))

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from functools import partial
 from itertools import pairwise, product
 from types import SimpleNamespace
 
@@ -74,10 +75,11 @@ def test_the_ways_counted_are_those_taken(shape, device):
     rope = lrattn.Rope(model.theta, model.head_dim, 64)
     for way, chunk in (("two passes", None), ("position-free", decode_shapes.CHUNK)):
         sizes = [side.sizes for side in lrattn.LayerFactors(keys, values, rope=rope, chunk=chunk).operands]
-        one_pass = plan.fused(model.query_heads, dtype, device, *sizes, chunk is None) is not None
-        if chunk and not shape.bits:
-            rows = model.query_heads // model.kv_heads
-            one_pass = plan.absorbed(rows, dtype, device, *sizes).one_pass
+        if chunk and shape.bits:
+            one_pass = plan.planes(dtype, device, *sizes).one_pass(sizes[1]) is not None
+        else:
+            find = plan.absorbed if chunk else partial(plan.rebuilt, True)
+            one_pass = find(model.query_heads // model.kv_heads, dtype, device, *sizes).one_pass
         kept = decode_shapes.counts(shape)[f"lrattn, {way}"].temporaries
         assert (kept < 2 * 4 * model.query_heads) == one_pass
 

@@ -73,10 +73,6 @@ def read_by_tiles(layer, case):
     """Of keys and of values, the tokens of a tile where it is read without a mask, else 0."""
     keys, values = (side.sizes for side in layer.operands)
     codes = plan.planes(layer.dtype, "sm90", keys, values)
-    turned = plan.turns_queries(keys, layer.dtype, case.positions)
-    one_pass = plan.fused(case.Hkv * case.M * case.S, layer.dtype, "sm90", keys, values, turned)
-    if codes.keys is None and one_pass is not None:
-        return 0, 0
     return tuple(0 if x is None else x.block_t for x in codes)
 
 
@@ -332,7 +328,7 @@ def asked(case, two, tile):
 def test_absorbed_queries_are_written_once_and_read_once_a_tile(two):
     _, counts, written, read = asked(QUERIES, two, 64)
     for name, size in (("a", QUERIES.dtype.itemsize * max(QUERIES.key_ranks)), ("terms", 4)):
-        assert counts["absorb_queries_kernel", name, "writes"] == written * size
+        assert counts["absorb_kernel", name, "writes"] == written * size
         assert counts["attend_kernel", name, "reads"] == read * size
 
 
@@ -345,9 +341,9 @@ def test_absorbed_queries_by_plane_too_and_their_terms(two):
     layer, counts, written, read = asked(case, two, 128)
     keys = layer.operands.keys.sizes
     width, terms = columns(keys), len(pieces(keys, PLANES))
-    assert counts["absorb_queries_kernel", "a", "writes"] == written * 2 * width
+    assert counts["absorb_packed_kernel", "a", "writes"] == written * 2 * width
     assert counts["attend_packed_kernel", "a", "reads"] == read * 2 * width
-    assert counts["absorb_queries_kernel", "terms", "writes"] == written * 4 * (terms + 2)
+    assert counts["absorb_packed_kernel", "terms", "writes"] == written * 4 * (terms + 2)
     factors = sum(n > 0 for n in case.lens) * case.Hkv * case.M  # a sequence's tiles are one program's
     assert counts["attend_packed_kernel", "terms", "reads"] == read * 4 * (terms + 1) + factors * 4
 

@@ -57,9 +57,9 @@ def check(case, dtype, device, ran, **expected):
     found = way(case, dtype)
     assert found is not None and {n: getattr(found, n) for n in expected} == expected
     check_kernels(case, dtype, device)
-    others = {"attend_rebuilt_kernel", "turn_queries_kernel", "absorb_queries_kernel"}
+    others = {"attend_rebuilt_kernel", "absorb_packed_kernel"}
     seen = any(begin < end for begin, end in (reach(case, b) for b in range(len(case.lens))))
-    assert not others & set(ran) and (not seen or {"absorb_band_kernel", "attend_kernel"} <= set(ran))
+    assert not others & set(ran) and (not seen or {"absorb_kernel", "attend_kernel"} <= set(ran))
     second = "attend_packed_kernel" if make_layer(case, dtype).values.formats else "latent_values_kernel"
     assert (second in ran) == (not found.one_pass) or not seen
 
