@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -135,6 +136,36 @@ def test_what_combines_goes_through_its_ranks_and_splits(splits, rank, loops):
     assert (row["trips"], simulator.told[-1]["inner"]) == loops
 
 
+@dataclass
+class Instruction:
+    op: str
+    pred: str = ""
+    target: int = -1
+
+
+TURNS = [Instruction("EXIT", "P1"), Instruction("BRA", "P0", 4), Instruction("STG"), Instruction("EXIT")]
+ABSORBS = [Instruction("BRA", "", 6), Instruction("EXIT"), Instruction("HGMMA"), Instruction("EXIT")]
+
+
+def test_a_kernel_of_two_kinds_of_programs_takes_what_each_does_by_its_share():
+    """Also where those that absorb come first in the code."""
+
+    class Two(Simulator):
+        def predict(self, code, machine, **given):
+            return SimpleNamespace(us=10.0 if simulated_calls.products(code) else 4.0, waves=1)
+
+    other = [*TURNS[:2], Instruction("HGMMA"), Instruction("EXIT"), Instruction("STG"), Instruction("EXIT")]
+    for code in (TURNS + ABSORBS, other):
+        simulator = Two()
+        simulator.parse = lambda _, code=code: code
+        launch = launched((8, 3, 1), FAST=(16,), T=4)._replace(kernel=simulated_calls.ABSORB)
+        row = Simulation(simulator)(launch, Work(0, 0, 1.0, 64))
+        assert row["us"] == 8.0 and code[1].pred == "P0"
+    for code in (TURNS + TURNS, [*TURNS[:2], *ABSORBS[2:], *ABSORBS[2:]]):
+        with pytest.raises(RuntimeError, match="one side of the first branch"):
+            simulated_calls.ways(code)
+
+
 def test_launches_that_are_alike_are_simulated_once():
     simulator = Simulator()
     simulation = Simulation(simulator)
@@ -144,10 +175,13 @@ def test_launches_that_are_alike_are_simulated_once():
 
 
 CALL = """
+from dataclasses import make_dataclass
 from types import SimpleNamespace
 from bench.compiled.simulated_calls import CASES, PATH, SHAPES, Case, Simulation, report, simulate
+Instruction = make_dataclass("Instruction", ("op", "pred", "target"))
+code = [Instruction(*given) for given in (("BRA", "P0", 2), ("EXIT", "", 0), ("HMMA", "", 0), ("EXIT", "", 0))]
 class Simulator:
-    Machine = parse = staticmethod(lambda *_: None)
+    Machine, parse = staticmethod(lambda: None), staticmethod(lambda _: code)
     usage = staticmethod(lambda _: {"REG": 0, "STACK": 0})
     predict = staticmethod(lambda *_, **given: SimpleNamespace(us=1.0, waves=1))
 rows = {tuple(case.told().values()): row for case, row in zip(CASES, report.load(PATH)["rows"])}
