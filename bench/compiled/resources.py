@@ -592,6 +592,8 @@ def compile_for(c: Compilation) -> list[dict[str, Any]]:
             codes, _, _ = c.problem.codes()
             choice = codes.values if c.kernel is packed_values else codes.keys
             told = {"pass": c.kernel.__name__, "tokens": choice.block_n}  # of a warp
+        elif c.kernel is turn_queries:
+            told = {"pass": c.kernel.__name__}
     told |= {"device": c.device, **describe(c)}
     return [{"kernel": kernel, **told, **resources(binary)} for kernel, binary in compiled]
 

@@ -1,17 +1,24 @@
 """Queries that are made ready, once a call or for each block of tokens: pairs that are turned back by tile, and others
 that are multiplied into the space of latents, so that their keys are never rebuilt."""
 
+from functools import lru_cache
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lrattn.factors.operands import KeySizes
 from lrattn.factors.shapes import cdiv
 from lrattn.kernels import launch
-from lrattn.kernels.arguments import Call, Span, strides_of
+from lrattn.kernels.arguments import Call, Form, Span, strides_of
 from lrattn.kernels.packed import BITS, COLUMN, SIZE, load_basis_piece, operands, segments
-from lrattn.kernels.pieces import pieces
+from lrattn.kernels.pieces import Pieces, pieces
 from lrattn.kernels.plan import Way
 from lrattn.kernels.tiles import chunk_of, lag_of, load_pairs, load_rows, load_run, part_of, reach, turned_back
+
+NARROW = 32  # latents of a piece by a band: so four programs fit on a multiprocessor, with wider ones three
 
 
 # fmt: off
@@ -75,12 +82,12 @@ def absorb_kernel(
     step = tl.program_id(1) - (len(FAST) > 0)
     if len(FAST) > 0:
         if step < 0:
-            x += i_b * x_strides[0] + (kv if T == 0 else owner) * x_strides[2]
+            x += i_b * x_strides[0] + (kv if T == 0 else owner).to(tl.int64) * x_strides[2]
             _turn(q, q_strides, turns, x, x_strides, n0, first, blocks, t_end, head, S, max_position, M, D, ROTARY,
                   INTERLEAVED, FAST, T == 0, BLOCK, BY_LANE, BLOCK_Q, BLOCK_T)
     if T > 0:
         if step >= 0:
-            a += i_b * a_strides[0] + owner * a_strides[2]
+            a += i_b * a_strides[0] + owner.to(tl.int64) * a_strides[2]
             if terms is not None:
                 terms += i_b * terms_strides[0] + owner * terms_strides[2]
             _absorb(q, q_strides, turns, coefficients, uk, runs, packs, bias, a, a_strides, terms, terms_strides, n0,
@@ -158,7 +165,7 @@ def _absorb(
             share = tl.sum(y * tl.load(bias + place * D + d, mask=d < D, other=0.0)[None, :], 1)
             tl.store(terms + block.to(tl.int64) * terms_strides[1] + column, share, mask=stored)
     y = y.to(a.dtype.element_ty)
-    a += block.to(tl.int64) * a_strides[1] + column * LONG
+    a += block.to(tl.int64) * a_strides[1] + column.to(tl.int64) * LONG
     if len(ROW) == 0:
         r = step * BLOCK_R + tl.arange(0, BLOCK_R)
         u = load_rows(uk, C * D, r0, rank, place % C * D, d, D, r).to(y.dtype)
@@ -178,17 +185,31 @@ def absorb(call: Call, x: Tensor | None, a: Tensor | None, terms: Tensor | None,
     """Queries [B, S, Hq, D] for each block that tiles of `span` are in: x [B, tiles, owners, rows, F], a [B, blocks,
     owners, rows T, LONG], and what a bias adds, terms [B, blocks, owners, rows T]."""
     q, keys, tokens, size = call.q, call.keys, call.tokens, call.keys.sizes
-    choice = launch.absorb(launch.name(q.device), q.itemsize, head=size.head_dim)
     blocks, *_, long = next(made.shape[1:] for made in (a, x) if made is not None)  # tiles, where there are no terms
     rows = blocks * q.shape[1] * q.shape[2] // size.num_heads
-    block_q = min(choice.block_q // (way.terms or 4), launch.block_q(rows))
-    row = way.row if size.packed else pieces(size._replace(rank=long), choice.block_r)
-    steps = 0 if a is None else 1 if way.banded else cdiv(long, choice.block_r)
-    absorb_kernel[cdiv(rows, block_q) * size.num_heads, (len(way.fast) > 0) + steps, q.shape[0]](
+    most, steps, constants = _launch(q.device, q.itemsize, call.form, size, way, long)
+    block_q = min(most, launch.block_q(rows))
+    absorb_kernel[cdiv(rows, block_q) * size.num_heads, steps, q.shape[0]](
         q, q.stride(), *tokens.seen, *tokens.lag, keys.turns, keys.coefficients, keys.rows, keys.packs, keys.runs,
         keys.heads, keys.bias, x, strides_of(x, 5), a, strides_of(a, 5), terms, strides_of(terms, 4), *call.limits,
-        size.max_position, *span[:2], HEADS=way.heads, ROWS=way.rows, FAST=way.fast, T=way.terms, BLOCK=way.block,
-        BY_LANE=way.by_lane, ROW=row if way.banded else (), LONG=long, BLOCK_Q=block_q,
-        BLOCK_T=way.launch.block_t, CHAINED=launch.chained(q.device),
-        **launch.constants("C M D Hkv ROTARY INTERLEAVED WINDOWED BLOCK_D BLOCK_R", call.form, size, choice),
+        size.max_position, *span[:2], BLOCK_Q=block_q, **constants,
     )  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def _launch(
+    device: torch.device, itemsize: int, form: Form, size: KeySizes, way: Way, long: int
+) -> tuple[int, int, dict[str, Any]]:
+    """Most query rows of a program, programs for fast pairs and for latents, and constants; once for all calls."""
+    choice, fast = launch.absorb(launch.name(device), itemsize, head=size.head_dim), len(way.fast) > 0
+    row: Pieces = ()
+    if way.banded:
+        row = way.row if size.packed else pieces(size._replace(rank=long), NARROW)
+    steps = 0 if not way.terms else 1 if way.banded else cdiv(long, choice.block_r)
+    names = "C M D Hkv ROTARY INTERLEAVED WINDOWED BLOCK_D BLOCK_R"
+    constants = launch.constants(names, form, size, choice) | {
+        "HEADS": way.heads, "ROWS": way.rows if way.banded else 1, "FAST": way.fast, "T": way.terms, "BLOCK": way.block,
+        "BY_LANE": way.by_lane, "ROW": row, "LONG": long, "BLOCK_T": way.launch.block_t,
+        "CHAINED": launch.chained(device),
+    }  # fmt: skip
+    return choice.block_q // (way.terms or 4), fast + steps, constants

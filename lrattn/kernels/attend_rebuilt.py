@@ -193,7 +193,7 @@ def attend_rebuilt_kernel(
 def attend_rebuilt(
     call: Call, x: Tensor, s: Tensor | None, y: Tensor | None, lse: Tensor | None, span: Span, way: Way
 ) -> None:  # fmt: skip
-    """Turned queries x [B, tiles, Hkv, M S, D] over the tiles of each split: y [B, slots, Hq S, Rv] and its lse;
+    """Turned queries x [B, tiles, Hkv, M S, BLOCK_D] over the tiles of each split: y [B, slots, Hq S, Rv] and its lse;
     without y scores, to s [B, Hq S, T]."""
     ck, cv, keys, values, tokens, choice = call.ck, call.cv, call.keys, call.values, call.tokens, way.launch
     key, turned, (batch, tiles, _, row, _) = keys.sizes, way.block > 0, x.stride()

@@ -71,7 +71,8 @@ def rebuild_kernel(
     if turns is None:
         tl.store(p_x[:, None] + d[None, :], k.to(x.dtype.element_ty), mask=stored[:, None] & (d < D)[None, :])
     else:
-        low, high = pair_columns(tl.arange(0, BLOCK_D // 2), D, ROTARY, INTERLEAVED)
+        j = tl.arange(0, BLOCK_D // 2)
+        low, high = pair_columns(j, D, ROTARY, INTERLEAVED)
         k_low, k_high = tl.split(tl.reshape(k, [BLOCK_T, BLOCK_D // 2, 2]))
         where = t
         if positions is not None:
@@ -81,7 +82,7 @@ def rebuild_kernel(
             where = tl.maximum(t.to(tl.int64) - lag, 0) // CHUNK
         cos, sin = load_turns(turns, where, max_position, d, ROTARY)
         turned = (k_low * cos - k_high * sin).to(x.dtype.element_ty)
-        tl.store(p_x[:, None] + low[None, :], turned, mask=stored[:, None] & (low < D)[None, :])
+        tl.store(p_x[:, None] + low[None, :], turned, mask=stored[:, None] & (2 * j < D)[None, :])
         turned = (k_low * sin + k_high * cos).to(x.dtype.element_ty)
         tl.store(p_x[:, None] + high[None, :], turned, mask=stored[:, None] & (high < D)[None, :])
 # fmt: on

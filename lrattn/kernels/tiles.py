@@ -119,7 +119,8 @@ def load_rows(rows, width, r0, rank, c, d, D, r):
 
 @triton.jit
 def pair_columns(j, D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Where the two dimensions of pairs j lie in a head of D in the model's order.
+    """Where the two dimensions of pairs j lie in a head of D in the model's order. Past D, where 2 j is, they may be
+    those of other pairs.
 
     Dimensions from ROTARY on are not rotated; they make pairs as they come.
     """
@@ -153,8 +154,9 @@ def load_turns(turns, at, rows, d, ROTARY: tl.constexpr):
 def load_pairs(q, d, WIDE: tl.constexpr, in_q, D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr):
     """Both dimensions of the pairs in dims d .. d + WIDE of the rows that `q` points at: [len(q), WIDE / 2] float32
     each; zeros past D."""
-    low, high = pair_columns(d // 2 + tl.arange(0, WIDE // 2), D, ROTARY, INTERLEAVED)
-    x_low = tl.load(q[:, None] + low[None, :], mask=in_q[:, None] & (low < D)[None, :], other=0.0)
+    j = d // 2 + tl.arange(0, WIDE // 2)
+    low, high = pair_columns(j, D, ROTARY, INTERLEAVED)
+    x_low = tl.load(q[:, None] + low[None, :], mask=in_q[:, None] & (2 * j < D)[None, :], other=0.0)
     x_high = tl.load(q[:, None] + high[None, :], mask=in_q[:, None] & (high < D)[None, :], other=0.0)
     return x_low.to(tl.float32), x_high.to(tl.float32)
 

@@ -108,9 +108,9 @@ def test_steps_on_rebuilt_keys_agree_with_the_measured_ones():
             agrees(
                 found["us"], row["us"].get(launches.TABLE) or sum(row["kernels"].values()), row["layer"], row["batch"]
             )
-            held |= {(k["kernel"], k["by"]) for k in found["kernels"]}
-    names = ("absorb", "attend_rebuilt", "latent_values", "combine")
-    assert held >= {(name, "measured") for name in names}
+            held |= {(k["kernel"], k["by"], layer.absorbed) for k in found["kernels"]}
+    kernels = {"absorb": (False, True), "attend_rebuilt": (False,), "latent_values": (False,), "combine": (False, True)}
+    assert held >= {(name, "measured", absorbed) for name, ways in kernels.items() for absorbed in ways}
 
 
 @of_all

@@ -37,7 +37,7 @@ def test_every_launch_fits():
     for row in RESULTS["rows"]:
         assert row["shared"] <= resources.DEVICES[row["device"]].shared, row
         if row["dtype"] != "float32":
-            assert row["products"] or row["kernel"] in plain, row
+            assert row["products"] or row["kernel"] in plain or row.get("pass") == "turn_queries", row
             kept = row["kernel"] == "attend_kernel" and row["M"] == 1 and row["rank"] > 160  # outside the loop
             assert row["spilled"] <= (48 if row["bits"] or kept else 0), row
 

@@ -161,6 +161,7 @@ WAYS = [
     way("rebuild, joint values", 2, 4, rebuilds=True, value_ranks=(528,), lens=(70, 0)),
     way("rebuild, riding row", 2, 2, rebuilds=True, lens=(70, 0), **RIDING),
     way("rebuild, chunks", 2, 2, rebuilds=True, chunk=64, offsets=(37, 0, -100, 0)),
+    way("rebuild, 80 dimensions", 2, 2, rebuilds=True, D=80, lens=(70, 0)),
     way("rebuild, no rope", 2, 2, rebuilds=True, rope=None, P=48, **ONE),
 ]  # fmt: skip
 

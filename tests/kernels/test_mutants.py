@@ -204,7 +204,7 @@ MUTANTS = [
     Mutant("rows.py", "(t >= begin) & (t < t_end))", "t > -1000)", "padded"),
     Mutant("absorb.py", "(r < LONG)[None, :]", "(r < rank)[None, :]", "shared absorbed"),
     Mutant("absorb.py", "head * (M * S) + m", "(C - 1 - head) * (M * S) + m", "absorbed"),
-    Mutant("absorb.py", "owner * a_strides[2]", "0 * a_strides[2]", "absorbed"),
+    Mutant("absorb.py", "owner.to(tl.int64) * a_strides[2]", "0 * a_strides[2]", "absorbed"),
     Mutant("absorb.py", "owner * terms_strides[2]", "0 * terms_strides[2]", "absorbed"),
     Mutant("scores.py", "range(0, rank, SIZE_R)", "range(0, SIZE_R, SIZE_R)", "long absorbed"),
     Mutant("scores.py", "load_latents(rows, column, rank, live, r)", "load_latents(rows, column, rank - 16, live, r)",
