@@ -116,12 +116,16 @@ def _turn(
     for m in tl.static_range(len(FAST)):
         low, high = load_pairs(q, d, FAST[m], stored, D, ROTARY, INTERLEAVED)
         low, high = turned_back(low, high, turns, t0, max_position, d, FAST[m], ROTARY)
-        own = tl.arange(0, FAST[m] // 2)
-        if BY_LANE:
-            own = own % 4 * (FAST[m] // 8) + own // 4
-        to = x[:, None] + d + (own if APART else 2 * own)[None, :]
-        tl.store(to, low.to(x.dtype.element_ty), mask=stored[:, None])
-        tl.store(to + (FAST[m] // 2 if APART else 1), high.to(x.dtype.element_ty), mask=stored[:, None])
+        if APART:
+            to = x[:, None] + d + tl.arange(0, FAST[m] // 2)[None, :]
+            tl.store(to, low.to(x.dtype.element_ty), mask=stored[:, None])
+            tl.store(to + FAST[m] // 2, high.to(x.dtype.element_ty), mask=stored[:, None])
+        else:
+            pairs = tl.join(low, high).to(x.dtype.element_ty)
+            if BY_LANE:
+                pairs = tl.permute(tl.reshape(pairs, [BLOCK_Q * TILES, FAST[m] // 8, 4, 2]), (0, 2, 1, 3))
+            pairs = tl.reshape(pairs, [BLOCK_Q * TILES, FAST[m]])
+            tl.store(x[:, None] + d + tl.arange(0, FAST[m])[None, :], pairs, mask=stored[:, None])
         d += FAST[m]
 
 
