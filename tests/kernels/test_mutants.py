@@ -171,7 +171,7 @@ MUTANTS = [
     Mutant("attend_rebuilt.py", "k_low * cos - k_high * sin", "k_low * cos + k_high * sin", "groups"),
     Mutant("tiles.py", "high * cos - low * sin", "high * cos + low * sin", "groups"),
     Mutant("absorb.py", "(kv if T == 0 else owner)", "owner", "groups"),
-    Mutant("absorb.py", "FAST[m] // 2 if APART else 1", "1", "groups"),
+    Mutant("absorb.py", "to + FAST[m] // 2, high", "to + 1, high", "groups"),
     Mutant("absorb.py", "t0 = first * BLOCK", "t0 = 0 * first", "window"),
     Mutant("attend_rebuilt.py", "(t0 - origin) // BLOCK_T", "(t0 - t_begin) // BLOCK_T", "long parts"),
     Mutant("attend_rebuilt.py", "place % C * D", "0", "groups"),
