@@ -52,7 +52,7 @@ class Reached(NamedTuple):
 
 
 REACHED = {
-    "absorb": Reached(0.7, 2.0, "simulated"),
+    "absorb": Reached(0.55, 2.0, "simulated"),
     "absorb, whole": Reached(0.3, 2.0, "measured"),
     "absorb, none": Reached(0.27, 1.5, "measured"),
     "absorb_packed": Reached(0.3, 2.0, "guessed"),
