@@ -190,11 +190,12 @@ class Problem(NamedTuple):
         dtype = torch.float32 if self.dtype == torch.float32 else torch.float16
         return codes, empty(*lead, self.rows(), width, dtype=dtype), fp32(*lead, count, padded)
 
-    def way(self, rebuilt: bool = False) -> tuple[plan.Way, list[torch.Tensor | None]]:
+    def way(self, rebuilt: bool = False, scores: bool = False) -> tuple[plan.Way, list[torch.Tensor | None]]:
         """How rows are taken, keys before RoPE by a band or rebuilt; queries for some blocks of tokens, x, a and
-        terms."""
+        terms. scores: alone, also where one pass could do both."""
         keys, side = self.sides()
-        sizes = self.heads * self.steps, self.dtype, launch.name(META), keys.sizes, side.sizes
+        values = side.sizes._replace(paired=0) if scores else side.sizes
+        sizes = self.heads * self.steps, self.dtype, launch.name(META), keys.sizes, values
         if rebuilt:
             way: plan.Way | None = plan.rebuilt(not self.has("positions"), *sizes)
         else:
@@ -221,8 +222,7 @@ def fp32(*shape: int) -> torch.Tensor:
 
 
 def latent_scores(p: Problem) -> None:
-    way, (x, _, _) = p.way(rebuilt=True)
-    assert not way.one_pass, "the launch table has none for it"
+    way, (x, _, _) = p.way(rebuilt=True, scores=True)
     attend_rebuilt(p.call(), x, p.scores(), None, None, SPAN, way)  # type: ignore[arg-type]
 
 

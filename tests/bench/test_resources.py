@@ -59,6 +59,27 @@ def test_packed_rows_fit_by_the_triton_that_they_were_written_against():
         assert row["tokens"] == 16 or resources.a_token(row) <= most, row
 
 
+ASKED = """
+from unittest.mock import patch
+from triton.runtime.jit import JITFunction
+from bench.compiled import resources
+asked = []
+for c in dict.fromkeys([*resources.compilations(), *resources.QUICK]):
+    with resources.compiling(c.device), patch.object(JITFunction, "run", lambda *_, **__: asked.append(c)):
+        c.kernel(c.problem)
+    assert asked[-1] is c
+assert len(asked) > 1500
+"""
+
+
+def test_every_compilation_is_of_a_launch_that_the_library_makes():
+    """In a process of its own, since this one interprets; nothing is compiled."""
+    env = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", ASKED]
+    run = subprocess.run(command, env=env, cwd=report.RESULTS.parents[1], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
 ROW = {"dtype": "bfloat16", "registers": 99, "spilled": 0, "shared": 1024, "products": ["wgmma.mma_async.m64n16k16"]}
 
 
