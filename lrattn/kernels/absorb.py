@@ -4,7 +4,6 @@ that are multiplied into the space of latents, so that their keys are never rebu
 from functools import lru_cache
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -191,7 +190,8 @@ def absorb(call: Call, x: Tensor | None, a: Tensor | None, terms: Tensor | None,
     q, keys, tokens, size = call.q, call.keys, call.tokens, call.keys.sizes
     blocks, *_, long = next(made.shape[1:] for made in (a, x) if made is not None)  # tiles, where there are no terms
     rows = blocks * q.shape[1] * q.shape[2] // size.num_heads
-    most, steps, constants = _launch(q.device, q.itemsize, call.form, size, way, long)
+    device = launch.name(q.device), launch.chained(q.device)
+    most, steps, constants = _launch(*device, q.itemsize, call.form, size, way, long)
     block_q = min(most, launch.block_q(rows))
     absorb_kernel[cdiv(rows, block_q) * size.num_heads, steps, q.shape[0]](
         q, q.stride(), *tokens.seen, *tokens.lag, keys.turns, keys.coefficients, keys.rows, keys.packs, keys.runs,
@@ -202,10 +202,10 @@ def absorb(call: Call, x: Tensor | None, a: Tensor | None, terms: Tensor | None,
 
 @lru_cache(maxsize=256)
 def _launch(
-    device: torch.device, itemsize: int, form: Form, size: KeySizes, way: Way, long: int
+    device: str, chained: bool, itemsize: int, form: Form, size: KeySizes, way: Way, long: int
 ) -> tuple[int, int, dict[str, Any]]:
     """Most query rows of a program, programs for fast pairs and for latents, and constants; once for all calls."""
-    choice, fast = launch.absorb(launch.name(device), itemsize, head=size.head_dim), len(way.fast) > 0
+    choice, fast = launch.absorb(device, itemsize, head=size.head_dim), len(way.fast) > 0
     row: Pieces = ()
     if way.banded:
         row = way.row if size.packed else pieces(size._replace(rank=long), NARROW)
@@ -214,6 +214,6 @@ def _launch(
     constants = launch.constants(names, form, size, choice) | {
         "HEADS": way.heads, "ROWS": way.rows if way.banded else 1, "FAST": way.fast, "T": way.terms, "BLOCK": way.block,
         "BY_LANE": way.by_lane, "ROW": row, "LONG": long, "BLOCK_T": way.launch.block_t,
-        "CHAINED": launch.chained(device),
+        "CHAINED": chained,
     }  # fmt: skip
     return choice.block_q // (way.terms or 4), fast + steps, constants
