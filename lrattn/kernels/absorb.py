@@ -15,7 +15,7 @@ from lrattn.kernels.arguments import Call, Form, Span, strides_of
 from lrattn.kernels.packed import BITS, COLUMN, SIZE, load_basis_piece, operands, segments
 from lrattn.kernels.pieces import Pieces, pieces
 from lrattn.kernels.plan import Way
-from lrattn.kernels.tiles import chunk_of, lag_of, load_pairs, load_rows, load_run, part_of, reach, turned_back
+from lrattn.kernels.tiles import blocks_of, load_pairs, load_rows, load_run, turned_back
 
 NARROW = 32  # latents of a piece by a band: so four programs fit on a multiprocessor, with wider ones three
 
@@ -67,13 +67,8 @@ def absorb_kernel(
     i_b = tl.program_id(2).to(tl.int64)
     place = tl.program_id(0) % Hkv
     owner, head, kv = place // HEADS, place % HEADS, tl.load(heads + place)
-    first, blocks, t_end = 0, 1, 1
-    if BLOCK:
-        lag, shift = lag_of(offsets, offsets_stride, i_b, BLOCK_T)
-        begin, end = reach(lens, lens_stride, starts, starts_stride, i_b, bound, S, window, WINDOWED)
-        origin, _, t_end = part_of(begin, end, first_tile, tiles, 0, 1, BLOCK_T, shift)
-        first, before = chunk_of(origin, lag, BLOCK)
-        blocks = tl.where(t_end > origin, tl.maximum(before + t_end - 1 - origin, 0) // BLOCK + 1, 0)
+    first, blocks, t_end = blocks_of(lens, lens_stride, starts, starts_stride, offsets, offsets_stride, i_b, bound, S,
+                                     window, first_tile, tiles, WINDOWED, BLOCK, BLOCK_T)
     n0 = tl.program_id(0) // Hkv * BLOCK_Q  # row of the kv head: c (M S) + m S + s, c the block
     if n0 >= blocks * M * S:
         return

@@ -10,7 +10,7 @@ from lrattn.kernels.arguments import Call, Span
 from lrattn.kernels.packed import BITS, COLUMN, FIRST, SEGMENT, SEGMENTS, SIZE
 from lrattn.kernels.pieces import PLANES, pieces
 from lrattn.kernels.planes import LOG2_E
-from lrattn.kernels.tiles import chunk_of, lag_of, load_pairs, load_run, part_of, reach, turned_back
+from lrattn.kernels.tiles import blocks_of, load_pairs, load_run, turned_back
 
 
 # fmt: off
@@ -52,13 +52,8 @@ def absorb_packed_kernel(
     if CHAINED:
         tl.extra.cuda.gdc_launch_dependents()
     i_b = tl.program_id(2).to(tl.int64)
-    first, chunks = 0, 1  # that the tiles are in
-    if CHUNK:
-        lag, shift = lag_of(offsets, offsets_stride, i_b, BLOCK_T)
-        begin, end = reach(lens, lens_stride, starts, starts_stride, i_b, bound, S, window, WINDOWED)
-        origin, _, t_end = part_of(begin, end, first_tile, tiles, 0, 1, BLOCK_T, shift)
-        first, before = chunk_of(origin, lag, CHUNK)
-        chunks = tl.where(t_end > origin, tl.maximum(before + t_end - 1 - origin, 0) // CHUNK + 1, 0)
+    first, chunks, _ = blocks_of(lens, lens_stride, starts, starts_stride, offsets, offsets_stride, i_b, bound, S,
+                                 window, first_tile, tiles, WINDOWED, CHUNK, BLOCK_T)
     n = tl.program_id(0) // Hkv * BLOCK_Q + tl.arange(0, BLOCK_Q)  # row of the kv head: c (M S) + m S + s
     if tl.program_id(0) // Hkv * BLOCK_Q >= chunks * M * S:
         return

@@ -56,6 +56,21 @@ def chunk_of(t0, lag, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def blocks_of(lens, lens_stride, starts, starts_stride, offsets, offsets_stride, i_b, bound, S, window, first_tile,
+              tiles, WINDOWED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_T: tl.constexpr):  # fmt: skip
+    """First block of BLOCK positions that tiles first_tile .. first_tile + tiles of sequence i_b are in, how many they
+    are in, and the end of their tokens. With BLOCK 0 there is one."""
+    first, blocks, t_end = 0, 1, 1
+    if BLOCK:
+        lag, shift = lag_of(offsets, offsets_stride, i_b, BLOCK_T)
+        begin, end = reach(lens, lens_stride, starts, starts_stride, i_b, bound, S, window, WINDOWED)
+        origin, _, t_end = part_of(begin, end, first_tile, tiles, 0, 1, BLOCK_T, shift)
+        first, before = chunk_of(origin, lag, BLOCK)
+        blocks = tl.where(t_end > origin, tl.maximum(before + t_end - 1 - origin, 0) // BLOCK + 1, 0)
+    return first, blocks, t_end
+
+
+@triton.jit
 def slots(pages, t0, t, live, P: tl.constexpr, BLOCK_T: tl.constexpr):
     """Page and offset of the tokens t of the tile from t0 on, int64; pages: one sequence's row of the table.
 
