@@ -30,11 +30,13 @@ from lrattn.compression.moments import Moments
 from lrattn.compression.nested import narrowed
 from lrattn.compression.older import in_kv_space
 from lrattn.compression.refine import refine
+from lrattn.compression.sharing import donors
 from lrattn.factors.formats import Format
 from lrattn.factors.layer import LayerFactors
 from lrattn.factors.projection import Projection
 from lrattn.factors.record import Factors
 from lrattn.factors.rope import Rope
+from lrattn.factors.selection import Selection
 
 __all__ = [
     "Factors",
@@ -44,10 +46,12 @@ __all__ = [
     "Near",
     "Projection",
     "Rope",
+    "Selection",
     "allocate_cache",
     "calibrate",
     "compress",
     "decode_attention",
+    "donors",
     "in_kv_space",
     "merge_attention",
     "methods",

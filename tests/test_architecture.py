@@ -19,20 +19,22 @@ LINES = 350
 # What the files of a folder may import, beside files of its own that stand before them: the order of the data.
 ARROWS = {
     "factors": (),
+    "selection": ("factors",),
     "kernels": ("factors",),
     "attention": ("factors", "kernels"),
     "models": ("factors", "attention"),
-    "compression": ("factors", "attention", "models"),
-    "integrations": ("factors", "attention", "models"),
+    "compression": ("factors", "selection", "attention", "models"),
+    "integrations": ("factors", "selection", "attention", "models"),
 }
 ORDER = {
-    "factors": "shapes band rope safefile formats projection operands layer record summary",
+    "factors": "shapes band rope safefile formats projection operands layer selection record summary",
+    "selection": "held l2norm curdkv chunkkv refreekv",
     "kernels": "arguments pieces launch plan tiles planes packed rows scores pack write rebuild absorb "
     "absorb_packed attend attend_rebuilt attend_packed values near combine project decode",
     "attention": "gpus dense cache near reference operators checks ops step outlook",
     "models": "masks states interface layers ropes weights",
     "compression": "arguments moments substitute batches sums calibrate clusters ranks bits methods averages problem "
-    " propagate nested refine older compress compressibility",
+    " propagate nested refine older sharing whole compress compressibility",
     "integrations": "transformers vllm",
 }
 DUMPING_GROUNDS = {"utils", "helpers", "common", "misc", "base", "tools", "core"}

@@ -100,9 +100,15 @@ def measure(
             lost = torch.nn.functional.cross_entropy(logits, tail, reduction="none")
             nll[i] = lost.view(count, PASSAGE)[:, 1:]
             right[i] = (logits.argmax(-1) == tail).float().view(count, PASSAGE)[:, 1:]
+    return gains_of(nll, right, distances)
+
+
+def gains_of(nll: Tensor, right: Tensor, distances: tuple[int, ...] = DISTANCES) -> list[dict[str, float]]:
+    """What `measure` returns, of the loss of each token of the passages in each sequence, and of where the model's
+    likeliest token is the right one, [sequences, passages, PASSAGE - 1]."""
     found = []
     for i, distance in enumerate(sorted(distances)):
-        again = [(s, 2 * i + s % 2) for s in range(len(ids))]  # sequence and place of each passage that was planted
+        again = [(s, 2 * i + s % 2) for s in range(len(nll))]  # sequence and place of each passage that was planted
         first = [(s ^ 1, place) for s, place in again]  # the other of the pair
         gains = [(nll[f] - nll[a]).mean().item() for f, a in zip(first, again, strict=True)]
         found.append(

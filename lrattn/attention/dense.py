@@ -18,6 +18,7 @@ from lrattn.factors.shapes import accumulator
 BLOCK = 512  # queries at a time
 SMALL_BLOCK = 64  # where their scores are held
 Pair = tuple[Tensor, Tensor]  # keys and values, [B, Hkv, n, D] each
+Kept = tuple[Pair, Tensor]  # and which of them are there, [B, n] bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +117,7 @@ def dense_attention(
     far: Pair | None,
     recent: Pair | None = None,
     first: Pair | None = None,
+    kept: Kept | None = None,
     *,
     scale: float,
     softcap: float = 0.0,
@@ -126,44 +128,96 @@ def dense_attention(
     Args:
         far: keys and values of all columns, as those that are far see them; None where all are near.
         recent: of the last columns, exact. first: of each row's first live columns, exact.
+        kept: of tokens before all columns, that every query sees.
         sinks: [Hq], logits that join the denominator alone.
 
     A query that sees nothing gives zeros. Memory a row: O(BLOCK * T); with softcap or sinks O(SMALL_BLOCK * Hq * T).
     Gradients pass.
     """
     plain = sight.begin == 0 and sight.plain and sight.pads is None and sight.window is None
-    if far is not None and recent is None and first is None and plain and not softcap and sinks is None:
+    if far is not None and plain and not any((recent, first, kept)) and not softcap and sinks is None:
         return F.scaled_dot_product_attention(
             q, *far, is_causal=True, scale=scale, enable_gqa=q.shape[1] != far[0].shape[1]
         )
     outs, step = [], SMALL_BLOCK if softcap or sinks is not None else BLOCK
     for a in range(0, q.shape[2], step):
         b = min(a + step, q.shape[2])
-        k, v, seen = side_by_side(sight, a, b, far, recent, first)
+        k, v, seen, _ = side_by_side(sight, a, b, far, recent, first, kept)
         outs.append(_attend(q[:, :, a:b], k, v, seen[:, None], scale, softcap, sinks))
     return torch.cat(outs, 2) if len(outs) > 1 else outs[0]
 
 
 def side_by_side(
-    sight: Sight, a: int, b: int, far: Pair | None, recent: Pair | None, first: Pair | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What queries a .. b see of far, recent and first columns: k, v [B, Hkv, n, D], and which of them sees which,
-    [1 or B, b - a, n] bool. One of the three at least is given."""
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    sight: Sight, a: int, b: int, far: Pair | None, recent: Pair | None, first: Pair | None, kept: Kept | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What queries a .. b see of far, recent, first and kept columns, one of which at least is given.
+
+    Returns: k, v [B, Hkv, n, D]; which query sees which, [1 or B, b - a, n] bool; and which column each is, [1 or B,
+        n], with the kept ones before all others.
+    """
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    before = 0 if kept is None else kept[1].shape[1]
+
+    def add(pair: Pair, seen: Tensor, columns: Tensor) -> None:
+        if pair[0].shape[2] or not parts:
+            parts.append((*pair, seen, columns))
+
+    def places(low: int, pair: Pair) -> Tensor:
+        return torch.arange(before + low, before + low + pair[0].shape[2], device=pair[0].device)[None]
+
+    if kept is not None:
+        add(kept[0], kept[1][:, None].expand(-1, b - a, -1), places(-before, kept[0]))
     if far is not None:
         at, seen = sight.far(a, b, far[0])
-        parts.append((far[0][:, :, at], far[1][:, :, at], seen))
+        own = far[0][:, :, at], far[1][:, :, at]
+        add(own, seen, places(at.start, own))
     if recent is not None:
-        at, seen = sight.recent(a, b, recent[0].shape[2], recent[0])
-        parts.append((recent[0][:, :, at], recent[1][:, :, at], seen))
+        held = recent[0].shape[2]
+        at, seen = sight.recent(a, b, held, recent[0])
+        own = recent[0][:, :, at], recent[1][:, :, at]
+        add(own, seen, places(at.start + sight.end - held, own))
     if first is not None:
-        parts.append((*first, sight.first(a, b, first[0])))
-    parts = [part for part in parts if part[0].shape[2]] or parts[:1]
+        columns = torch.arange(sight.sinks, device=first[0].device)[None]
+        base = sight.pads if sight.base is None else sight.base
+        columns = columns + before if base is None else columns + before + base[:, None]
+        add(first, sight.first(a, b, first[0]), columns.clamp(max=before + sight.end - 1))
     if len(parts) == 1:
         return parts[0]
-    keys, values, seens = zip(*parts, strict=True)
-    batch = max(map(len, seens))
-    return torch.cat(keys, 2), torch.cat(values, 2), torch.cat([x.expand(batch, -1, -1) for x in seens], 2)
+    keys, values, seens, columns_of = zip(*parts, strict=True)
+    batch, rows = max(map(len, seens)), max(map(len, columns_of))
+    seen = torch.cat([x.expand(batch, -1, -1) for x in seens], 2)
+    return torch.cat(keys, 2), torch.cat(values, 2), seen, torch.cat([x.expand(rows, -1) for x in columns_of], 1)
+
+
+def probability_rows(
+    q: Tensor,
+    count: int,
+    sight: Sight,
+    far: Pair | None,
+    recent: Pair | None,
+    first: Pair | None,
+    kept: Kept | None,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """What the last queries give to each column: [B, Hq, min(count, S), n + T] float32, n of kept ones before T.
+
+    Arguments as of `dense_attention`. Of each query's scores there is a row, and no more.
+    """
+    last = q.shape[2]
+    a = max(last - count, 0)
+    k, _, seen, columns = side_by_side(sight, a, last, far, recent, first, kept)
+    heads = q[:, :, a:].float().unflatten(1, (k.shape[1], -1)) * scale  # [B, Hkv, M, s, D]
+    scores = torch.einsum("bhmsd,bhtd->bhmst", heads, k.float()).flatten(1, 2)
+    scores = softcap * (scores / softcap).tanh() if softcap else scores
+    scores = scores.masked_fill(~seen[:, None], -torch.inf)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.float()[None, :, None, None].expand(*scores.shape[:3], 1)), 3)
+    found = scores.softmax(3).nan_to_num(0.0)[..., : k.shape[2]]  # of a query that sees nothing: nothing
+    whole = sight.end + (0 if kept is None else kept[1].shape[1])
+    return found.new_zeros(*found.shape[:3], whole).scatter_add_(3, columns[:, None, None].expand_as(found), found)
 
 
 def _attend(

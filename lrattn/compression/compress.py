@@ -29,14 +29,18 @@ from lrattn.compression.ranks import RULES, LayerShape, budget, condition, fishe
 from lrattn.compression.refine import digest_of, parted
 from lrattn.compression.refine import refine as distil
 from lrattn.compression.substitute import Window
+from lrattn.compression.whole import whole
 from lrattn.factors import safefile
 from lrattn.factors.layer import LayerFactors
 from lrattn.factors.record import Factors
 from lrattn.factors.rope import Rope
+from lrattn.factors.selection import Selection
 from lrattn.factors.shapes import CHUNK_STEP
-from lrattn.models.layers import AttentionLayer, attention_layers, sample
+from lrattn.models.interface import name_of
+from lrattn.models.layers import AttentionLayer, attention_layers, samples_of
 from lrattn.models.ropes import ropes_of
 from lrattn.models.weights import check_readable, linear
+from lrattn.selection import policy_of
 
 JOINT_WITHIN = 256  # latents a row may have for keys to be rebuilt from all of it: see docs/decisions.md
 KEEP, PLAIN = 0.125, 0.5  # where the caller names no bytes, of packed latents and of plain ones
@@ -64,6 +68,7 @@ def compress(
     chunk: int | None = None,
     positions: int | None = None,
     bytes_per_token: int | None = None,
+    select: Selection | str | None = None,
     progress: bool = True,
 ) -> Factors:
     """Factors of a model's keys and values; the model itself is not changed.
@@ -72,17 +77,14 @@ def compress(
         model: of transformers, whose attention goes through its AttentionInterface. "svd", "lorc", "asvd", "kq-svd" and
             ranks "fisher" read weights too, of models whose projections are Linear layers.
         batches: token ids [b, t], or mappings with input_ids and maybe attention_mask, to calibrate on: of sequences as
-            long as the contexts to be read, more of what is far back is kept. "svd" and "lorc" need none, but for ranks
-            "fisher".
+            long as the contexts to be read, more of what is far back is kept. Some methods need none.
         method: one of lrattn.methods.METHODS. "lrattn", the default, stores keys turned to their place in a chunk of
-            positions: queries meet latents at any position. "lrattn-rebuilt" is smaller yet at an equal loss: keys
-            before their rotation, rebuilt whenever they are read.
+            positions: queries meet latents. "lrattn-rebuilt" is smaller yet: keys before their rotation, rebuilt.
         keep: bytes of the latent cache / bytes of the dense 16-bit cache, in (0, 1]. 1 is full rank, and exact at 16
             bits. None: what bytes_per_token say, or 0.125; 0.5 where `bits` are 16 or cannot be "auto".
         group_size: kv heads per group; the largest divisor of Hkv / shards not above it is used. Some methods give
             each head, or the whole layer, a latent of its own whatever it says.
-        ranks: what shares them out: "spectrum", "fisher" (as Palu and ReCalKV do; takes a backward pass), "uniform" or
-            "condition" (as LoRC does). None: "condition" for "lorc", "spectrum" for the others.
+        ranks: what shares them out: "spectrum", "fisher" (as Palu does), "uniform" or "condition"; None: the method's.
         shared: the form of a row, for "lrattn" and "lrattn-rebuilt": False, keys and values apart; True, one latent for
             both, which loses least at equal bytes, and of which both read all; "ride", of keys that are rebuilt: values
             also use the keys' latent. None: False for "lrattn"; for "lrattn-rebuilt" True where a group's row has at
@@ -105,18 +107,28 @@ def compress(
             and values, in segments of multiples of 16, 32 and 64 latents at 8, 4 and 2 bits, of twice as many in rows
             of 512 or more (lrattn/compression/bits.py). None: "auto" where it can be, for a keep below 0.5 without
             `nested`; else 16.
-        chunk: positions in a chunk, for "lrattn": a multiple of 64. Shorter ones lose less, and queries are absorbed
-            for each. None: 512. Layers without a rotation have none.
+        chunk: positions in a chunk, for "lrattn": a multiple of 64, None for 512. Shorter ones lose less, and queries
+            are absorbed for each. Layers without a rotation have none.
         positions: for "lrattn-rotated" and other methods of rotated keys: factors are made for positions 0 ..
             positions - 1, by averages over rotations, which the model's config has to tell. None: as published, from
             the positions of the calibration; they are wrong beyond its longest sequence.
         bytes_per_token: of the latent cache, scales and padding included: instead of `keep`.
-        progress: show bars on stderr.
+        select: which tokens a cache of them keeps, a lrattn.Selection or the name of a policy; None: all. Methods that
+            are a policy take `keep` as the share of the tokens, "kvsharer" of the layers, and no other choice.
+        progress: show bars.
 
     Returns: Factors in the model's dtype, on its device.
     Raises: ValueError naming the argument, what was expected and what came; OSError if a state cannot be written.
     """
+    select = Selection(select) if isinstance(select, str) else select
+    if isinstance(method, str) and method in METHODS and METHODS[method].exact:
+        others: dict[str, Any] = {"ranks": ranks, "shared": shared, "far": far, "moments": moments, "state": state}
+        others |= {"chunk": chunk, "positions": positions, "select": select, "bytes_per_token": bytes_per_token}
+        others |= {"refine": refine or None, "nested": nested or None, "bits": None if bits == 16 else bits}
+        return whole(model, batches, method, keep, others, progress)
     recipe, ranks, chunk = recipe_of(method, ranks, shared, chunk, positions)
+    if select is not None:
+        policy_of(select)
     for name, count, least in (("group_size", group_size, 1), ("shards", shards, 1), ("refine", refine, 0)):
         check_count(name, count, least)
     check_flag("nested", nested)
@@ -250,15 +262,15 @@ def compress(
                     return made[i]
 
                 propagate(model, layers, lessons, refitted)
-    samples = [x for layer in layers if (x := sample(layer.module)) is not None]
     factors = Factors(
         layers=tuple(made),
         method=method,
-        model=str(getattr(model.config, "_name_or_path", "")),
+        model=name_of(model),
         rule=ranks,
         predicted=tuple(problem.lost for problem in problems) if recipe.in_nats else (),
         near=far,
-        samples=tuple(samples) if len(samples) == len(layers) else (),
+        samples=samples_of(layers),
+        select=select,
     )
     if not refine:
         return factors

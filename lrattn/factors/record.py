@@ -15,6 +15,7 @@ from lrattn.factors.formats import LAYOUT, Format
 from lrattn.factors.layer import LayerFactors
 from lrattn.factors.projection import Projection
 from lrattn.factors.rope import Rope
+from lrattn.factors.selection import Selection
 from lrattn.factors.shapes import check_tokens
 
 
@@ -28,6 +29,10 @@ class Factors:
         predicted: per layer, what it adds to the loss of a token, in nats, to second order; () where not known.
         near: (recent, sinks), the dense window that a cache of these factors should hold: the last and first tokens a
             query sees exactly. Caches in transformers hold it where they are not told otherwise.
+        select: which tokens a cache of these factors should keep, see Selection; None: all. Caches in transformers do
+            so where they are not told otherwise; others refuse such factors.
+        donors: per layer, the one whose latents it reads: itself, or one before it, whose factors then are the layer's,
+            too, and nothing is held for it. () where each reads its own.
         samples: per layer, a few numbers of its attention's parameters, in their dtype: they tell another model, or the
             same one with other weights. () where not known.
     """
@@ -39,9 +44,12 @@ class Factors:
     predicted: tuple[float, ...] = ()
     near: tuple[int, int] = (0, 0)
     samples: tuple[Tensor, ...] = ()
+    select: Selection | None = None
+    donors: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        vars(self).update({name: tuple(getattr(self, name)) for name in ("layers", "predicted", "near", "samples")})
+        names = "layers", "predicted", "near", "samples", "donors"
+        vars(self).update({name: tuple(getattr(self, name)) for name in names})
         if not self.layers:
             raise ValueError("layers: expected at least one LayerFactors, got none")
         for name in ("predicted", "samples"):
@@ -49,6 +57,28 @@ class Factors:
                 raise ValueError(f"{name}: expected one for each of {len(self.layers)} layers, got {given}")
         if len(self.near) != 2 or any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in self.near):
             raise ValueError(f"near: expected two numbers of tokens, recent and sinks, got {self.near}")
+        if self.select is not None and not isinstance(self.select, Selection):
+            raise ValueError(f"select: expected None or a Selection, got {type(self.select).__name__}")
+        if self.donors:
+            self._share()
+
+    def _share(self) -> None:
+        donors, layers = self.donors, self.layers
+        if len(donors) != len(layers) or any(not 0 <= d <= i or donors[d] != d for i, d in enumerate(donors)):
+            expected = f"for each of {len(layers)} layers itself or one before it that reads its own"
+            raise ValueError(f"donors: expected {expected}, got {donors}")
+        for i, d in enumerate(donors):
+            own, read = ((x.num_kv_heads, x.head_dim) for x in (layers[i], layers[d]))
+            if own != read:
+                raise ValueError(
+                    f"donors: expected layers of the same heads, (Hkv, D) = {own} in layer {i}, got {read}"
+                )
+        vars(self).update(layers=tuple(layers[d] for d in donors))
+
+    @property
+    def held(self) -> tuple[LayerFactors, ...]:
+        """The layers that latents are held for."""
+        return tuple(x for i, x in enumerate(self.layers) if not self.donors or self.donors[i] == i)
 
     def __repr__(self) -> str:
         first = self.layers[0]
@@ -59,7 +89,7 @@ class Factors:
     def bytes_per_token(self) -> int:
         """Bytes a token holds in the latent caches of all layers: scales and padding included, what is not packed at
         16 bits a number."""
-        return sum(layer.bytes_per_token for layer in self.layers)
+        return sum(layer.bytes_per_token for layer in self.held)
 
     @property
     def dense_bytes_per_token(self) -> int:
@@ -89,7 +119,12 @@ class Factors:
         devices = [device] * len(self.layers) if device is None or isinstance(device, str | torch.device) else device
         if len(devices) != len(self.layers):
             raise ValueError(f"device: expected one, or one for each of {len(self.layers)} layers, got {len(devices)}")
-        return replace(self, layers=tuple(x.to(d, dtype) for x, d in zip(self.layers, devices, strict=True)))
+        donors = self.donors or range(len(self.layers))
+        moved = [
+            x.to(d, dtype) if i == n else x
+            for n, (x, d, i) in enumerate(zip(self.layers, devices, donors, strict=True))
+        ]
+        return replace(self, layers=tuple(moved))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file, no pickle; the file at `path` is replaced only when the new one is whole.
@@ -97,8 +132,11 @@ class Factors:
         Raises: OSError if it cannot be written there.
         """
         tensors: dict[str, Tensor] = {}
-        layers = []
+        layers: list[dict[str, Any]] = []
         for i, layer in enumerate(self.layers):
+            if self.donors and self.donors[i] != i:
+                layers.append({})
+                continue
             entry: dict[str, Any] = {"shared": layer.shared, "rope": layer.rope and asdict(layer.rope)}
             entry |= {"chunk": layer.chunk, "max_position": layer.max_position}
             for name in ("keys", "values"):
@@ -112,8 +150,9 @@ class Factors:
                 tensors[f"{i}.wo"] = layer.wo
             layers.append(entry)
         tensors |= {f"{i}.samples": x for i, x in enumerate(self.samples)}
-        names = ("method", "model", "rule", "predicted", "near")
+        names = ("method", "model", "rule", "predicted", "near", "donors")
         record = {name: getattr(self, name) for name in names} | {"layers": layers}
+        record["select"] = self.select and asdict(self.select)
         safefile.write(path, "factors", record, tensors)
 
     @classmethod
@@ -131,8 +170,12 @@ class Factors:
                 f"{path}: expected factors without a key norm, got those of version {version}, whose latents are of "
                 "keys before the norm: make them anew with lrattn.compress"
             )
-        layers = []
+        layers: list[LayerFactors] = []
+        donors = record.get("donors", ())  # since version 6, as is `select`
         for i, entry in enumerate(record["layers"]):
+            if not entry:
+                layers.append(layers[donors[i]])
+                continue
             sides: dict[str, Any] = {}
             for name in ("keys", "values"):
                 kept = dict(entry[name])
@@ -153,4 +196,6 @@ class Factors:
             layers.append(LayerFactors(**sides, rope=rope, shared=entry["shared"], wo=wo, **form))
         given = {name: record[name] for name in ("rule", "predicted", "near") if name in record}
         samples = tuple(tensors[f"{i}.samples"] for i in range(len(layers)) if f"{i}.samples" in tensors)
-        return cls(tuple(layers), record["method"], record["model"], **given, samples=samples)
+        select = (chosen := record.get("select")) and Selection(**chosen)
+        more = {"samples": samples, "select": select, "donors": donors}
+        return cls(tuple(layers), record["method"], record["model"], **given, **more)

@@ -183,6 +183,11 @@ def positions_of(model: nn.Module) -> int | None:
     return found
 
 
+def name_of(model: nn.Module) -> str:
+    """Of what it was loaded from, as its config has it; or ''."""
+    return str(getattr(model.config, "_name_or_path", ""))
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where token ids go: to the first parameter that is somewhere; offloaded models move them by themselves."""
     return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))

@@ -155,6 +155,12 @@ def sample(module: nn.Module) -> Tensor | None:
     return sample_of(parameters)
 
 
+def samples_of(layers: Sequence[AttentionLayer]) -> tuple[Tensor, ...]:
+    """Of every layer, or none."""
+    found = [x for layer in layers if (x := sample(layer.module)) is not None]
+    return tuple(found) if len(found) == len(layers) else ()
+
+
 def sample_of(parameters: Mapping[str, Tensor]) -> Tensor:
     """The same of parameters by name."""
     ordered = [p for _, p in sorted(parameters.items())]

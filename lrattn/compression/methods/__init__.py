@@ -29,6 +29,7 @@ from lrattn.compression.clusters import Cluster, balanced, greedy
 from lrattn.compression.methods import asvd, eigen, gradient, kq_svd, palu, recalkv, rotated, svd, think
 from lrattn.compression.methods.rows import FORMS, Form
 from lrattn.compression.moments import SIDES, Moments
+from lrattn.factors.selection import Selection
 from lrattn.models.layers import AttentionLayer
 
 Measure = Callable[[AttentionLayer, Moments, int, str], tuple[Tensor, Tensor | None]]
@@ -64,6 +65,9 @@ class Method:
         whole_values: values are kept at full rank.
         ranks: the rule that shares them out where the caller names none.
         near: (recent, sinks) of the dense window its cache holds where the caller names none.
+        exact: latents are the heads themselves, and nothing else here is asked: what follows says what is not held.
+        select: which tokens are kept, with first and recent ones of its own. shares_layers: some layers read what
+            another one holds.
     """
 
     decompose: Decompose = palu.decompose
@@ -83,6 +87,9 @@ class Method:
     whole_values: bool = False
     ranks: str = "spectrum"
     near: tuple[int, int] = (0, 0)
+    exact: bool = False
+    select: Selection | None = None
+    shares_layers: bool = False
 
     @property
     def forms(self) -> tuple[Form, ...]:
@@ -115,6 +122,7 @@ UNREBUILT = Method(
     measure=gradient.measure_rotated, gather=("rotated", "rotated-metric"), in_nats=True, rotated=True, near=NEAR
 )
 RECALKV = Method(groups=("given", "layer"))
+EXACT = Method(groups=HEAD, gather=(), needs_data=False, rotated=True, exact=True)
 
 METHODS: dict[str, Method] = {
     "lrattn": replace(REBUILT, chunk=512, centred=("keys",)),
@@ -140,5 +148,10 @@ METHODS: dict[str, Method] = {
     "matryoshka": Method(measure=rotated.measure, groups=HEAD, gather=("rotated",), rotated=True),  # before training
     "matryoshka-pca": Method(measure=rotated.measure, groups=HEAD, gather=("rotated",), rotated=True, centred=SIDES),
     "think": Method(think.decompose, think.measure, groups=HEAD, gather=("rotated",), rotated=True, whole_values=True),
+    "l2norm": replace(EXACT, select=Selection("l2norm")),
+    "curdkv": replace(EXACT, select=Selection("curdkv")),
+    "chunkkv": replace(EXACT, select=Selection("chunkkv")),
+    "refreekv": replace(EXACT, select=Selection("refreekv")),
+    "kvsharer": replace(EXACT, shares_layers=True),
 }
 DEFAULT = "lrattn"

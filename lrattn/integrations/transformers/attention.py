@@ -15,15 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from lrattn.attention.cache import stored
-from lrattn.attention.dense import Pair, Sight, dense_attention
-from lrattn.attention.ops import decode_attention, rebuild
+from lrattn.attention.dense import Kept, Pair, Sight, dense_attention, probability_rows
+from lrattn.attention.ops import decode_attention, merge_attention, rebuild
 from lrattn.factors.record import Factors
 from lrattn.factors.shapes import accumulator
 from lrattn.integrations.transformers.columns import Columns
 from lrattn.integrations.transformers.fit import layer_of, near_of
 from lrattn.integrations.transformers.layer import LatentKeys, LatentLayer, Written
+from lrattn.integrations.transformers.selecting import choose, left
 from lrattn.models.interface import Attention, attending, cache_argument, is_causal, not_causal, register
 from lrattn.models.masks import Said, said
+from lrattn.selection import policy_of
 
 DECODE_ROWS = 64  # query rows per kv head up to which decode_attention is tuned
 
@@ -85,7 +87,8 @@ def _attend(
     few = begin > 0 and query.shape[2] * (query.shape[1] // key.shape[1]) <= DECODE_ROWS and layer.takes(query.shape[2])
     fixed = few and layer.columns.most is not None and (mask is None or hasattr(mask, "word"))
     end = begin + query.shape[2]
-    what = _unread(mask, sliding_window) if fixed else said(mask, sliding_window, len(query), end)
+    what = _unread(mask, sliding_window) if fixed else said(mask, sliding_window, len(query), end + layer.columns.gone)
+    what, chooses = left(layer.columns, what, layer.index), written is None and layer.held
     if written is None:  # else layers share keys
         keys = (key.plain_keys.to(kind), value.to(kind)) if narrowed else (key.plain_keys, value)
         written = key.written = layer.write(keys, position_ids, what, module, few)
@@ -93,11 +96,20 @@ def _attend(
     sight = _sight(what, end, layer, written)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key.plain_keys, value))
-    if few and sight.plain and not differentiated:
-        return _decode(query.to(kind).transpose(1, 2).contiguous(), layer, sight, scale, softcap or 0.0, s_aux)
-    far, near = _far(layer, written, sight), written.near or layer.near_pairs(written.begin, written.keys)
-    out = dense_attention(query.to(kind), sight, far, *near, scale=scale, softcap=softcap or 0.0, sinks=s_aux)
-    return out.transpose(1, 2).contiguous()
+    decodes, chooses = few and sight.plain and not differentiated, chooses and layer.columns.due
+    probes = policy_of(layer.columns.selection).probes if chooses and layer.columns.selection is not None else 0
+    query = query.to(kind)
+    if not decodes or probes:
+        far, near = _far(layer, written, sight), written.near or layer.near_pairs(written.begin, written.keys)
+        rule: dict[str, Any] = {"scale": scale, "softcap": softcap or 0.0, "sinks": s_aux}
+        seen = far, *near, _kept(layer)
+    if decodes:
+        out = _decode(query.transpose(1, 2).contiguous(), layer, sight, scale, softcap or 0.0, s_aux)
+    else:
+        out = dense_attention(query, sight, *seen, **rule).transpose(1, 2).contiguous()
+    if chooses:
+        choose(layer, end, probability_rows(query, probes, sight, *seen, **rule) if probes else None)
+    return out
 
 
 def _unread(mask: Tensor | None, window: int | None) -> Said:
@@ -134,9 +146,17 @@ def _decode(q: Tensor, layer: LatentLayer, sight: Sight, scale: float, softcap: 
         window_size=sight.window,
         sinks=None if s_aux is None else s_aux.to(accumulator(q.dtype)),
         near=layer.window_from(firsts) if layer.recent or layer.sinks else None,
+        return_lse=layer.kept is not None,
         backend=layer.backend,
     )
-    return cast(Tensor, heads)
+    if layer.kept is None:
+        return cast(Tensor, heads)
+    outs, lses = zip(heads, *layer.kept.attend(q, scale, softcap, layer.backend), strict=True)
+    return merge_attention(outs, lses)[0]
+
+
+def _kept(layer: LatentLayer) -> Kept | None:
+    return None if layer.kept is None else layer.kept.dense()
 
 
 def _far(layer: LatentLayer, written: Written, sight: Sight) -> Pair | None:
@@ -199,6 +219,10 @@ def latent_attention(
 def _bound(factors: Factors, near: tuple[int, int], backend: str | None) -> Attention:
     """latent_forward; where there is no LatentCache, on a layer of its own that is thrown away after the pass."""
 
+    donors = factors.donors or tuple(range(len(factors.layers)))
+    last = {d: i for i, d in enumerate(donors) if d != i}  # of the layers that read another
+    latest: dict[int, LatentKeys] = {}  # of those that are read, in the pass under way
+
     def forward(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, None]:
@@ -206,9 +230,16 @@ def _bound(factors: Factors, near: tuple[int, int], backend: str | None) -> Atte
             i = getattr(key, "latent_layer", getattr(module, "layer_idx", None))  # of who made them, where layers share
             if key.shape[2] != query.shape[2] or i is None:
                 raise _no_cache()
+            if factors.select is not None:
+                raise ValueError(f"select: these factors select tokens after a pass ({factors.select}): {_no_cache()}")
             key.latent_layer = i  # type: ignore[attr-defined]
-            columns = Columns((layer_of(factors, i),), near[1])
-            key = LatentKeys.of(key, value, LatentLayer(factors, i, near, columns, backend, held=False))
+            columns, donor = Columns((layer_of(factors, i),), near[1]), donors[i]
+            if donor == i:
+                key = LatentKeys.of(key, value, LatentLayer(factors, i, near, columns, backend, held=False))
+                latest.update({i: key} if i in last else {})
+            else:
+                key = latest.pop(donor) if last[donor] == i else latest[donor]
+                value = key.plain_values
         return latent_forward(module, query, key, value, attention_mask, **kwargs)
 
     return forward

@@ -12,9 +12,12 @@ from transformers.cache_utils import Cache
 
 from lrattn.attention.checks import check_integer
 from lrattn.factors.record import Factors
+from lrattn.factors.selection import Selection
 from lrattn.integrations.transformers.columns import Columns
 from lrattn.integrations.transformers.fit import layer_of, near_of
 from lrattn.integrations.transformers.layer import LatentLayer
+from lrattn.integrations.transformers.selecting import settle
+from lrattn.selection import shares
 
 KEEPS_LENGTH = "max_length" in inspect.signature(Cache.crop).parameters  # as in 5.5; not in 5.19
 
@@ -32,6 +35,11 @@ class LatentCache(Cache):  # type: ignore[misc]
             from the device and change no shape, so that torch.compile and CUDA graphs may take them (`replayed`).
             Every row has a column in the first pass, and no later mask may hide or show another one: NaN where it
             does, and ValueError for more columns. None: it grows.
+        select: which tokens are kept, of all layers or of those that the policy says, or the name of a policy; None: as
+            the factors say (Factors.select). A layer chooses after the first pass, which is to be the whole prompt, or
+            every so many columns; what it drops is given back. Attention is then to all columns, padding on the left
+            aside: a ValueError for sliding windows and other masks, for `max_tokens`, and for taking columns back
+            that were chosen from.
         backend: of lrattn.decode_attention.
 
     It grows as tokens come; padding is held as in a DynamicCache. Every column has its latents: what `crop` brings back
@@ -47,21 +55,49 @@ class LatentCache(Cache):  # type: ignore[misc]
         recent: int | None = None,
         sinks: int | None = None,
         max_tokens: int | None = None,
+        select: Selection | str | None = None,
         backend: str | None = None,
     ) -> None:
         near = near_of(factors, recent, sinks, backend)
         check_integer("max_tokens", max_tokens, 1, optional=True)
         self.factors, (self.recent, self.sinks) = factors, near
         self.columns = Columns(factors.layers, self.sinks, max_tokens)
+        self.selection = factors.select if select is None else select
         layers = [LatentLayer(factors, i, near, self.columns, backend) for i in range(len(factors.layers))]
         super().__init__(layers=layers)
-        self.columns.layers = layers
+        for layer, donor in zip(layers, factors.donors, strict=bool(factors.donors)):
+            layer.read_from(layers[donor])
+        self.columns.layers = [layer for layer in layers if layer.donor is None]
+
+    @property
+    def selection(self) -> Selection | None:
+        """Which tokens are kept; None: all. It may be set between two passes, as before the last part of a long prompt:
+        the next pass chooses, of all columns that are held.
+
+        Raises: ValueError for what no policy can do, or with max_tokens.
+        """
+        return self.columns.selection
+
+    @selection.setter
+    def selection(self, select: Selection | str | None) -> None:
+        select = Selection(select) if isinstance(select, str) else select
+        if select is not None:
+            if not isinstance(select, Selection):
+                got = type(select).__name__
+                raise ValueError(f"select: expected None, a Selection or the name of a policy, got {got}")
+            shares(select, len(self.factors.held))
+            if self.columns.most is not None:
+                raise ValueError(f"max_tokens: expected None where tokens are selected, got {self.columns.most}")
+        settle(self.columns)
+        self.columns.selection, self.columns.chosen_at = select, 0
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """As LatentLayer.update. Raises: ValueError for a layer that the factors do not have."""
         layer_of(self.factors, layer_idx)
+        if self.layers[layer_idx].donor is None:
+            settle(self.columns)
         if self.layers[layer_idx].next is not None:  # its last pass is not over, and another one begins
             self.columns.undo()
         keys, values = self.layers[layer_idx].update(key_states, value_states)
@@ -84,21 +120,27 @@ class LatentCache(Cache):  # type: ignore[misc]
         """
         if tokens_to_remove > 0 and not KEEPS_LENGTH:
             raise ValueError(f"tokens_to_remove: expected 0 or a negative number of tokens, got {tokens_to_remove}")
-        count = self.columns.count
-        kept = tokens_to_remove if KEEPS_LENGTH and tokens_to_remove >= 0 else count + tokens_to_remove
+        settle(self.columns)
+        count, gone = self.columns.count, self.columns.gone
+        kept = tokens_to_remove if KEEPS_LENGTH and tokens_to_remove >= 0 else count + gone + tokens_to_remove
         self.columns.undo()
         if kept <= 0:
             self.reset()
-        elif kept < count:
-            for layer in self.layers:
+            return
+        least = gone + self.sinks if gone else 0
+        if kept < least:
+            raise ValueError(f"tokens_to_remove: expected to keep {least}, of which tokens were selected, got {kept}")
+        if (kept := kept - gone) < count:
+            for layer in self.columns.layers:
                 layer.crop(kept)
             self.columns.crop(kept)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows `beam_idx` of the batch become the new one."""
+        settle(self.columns)
         self.columns.undo()
         if self.columns.count:
-            for layer in self.layers:
+            for layer in self.columns.layers:
                 layer.select(beam_idx)
             self.columns.select(beam_idx)
 
@@ -131,13 +173,22 @@ class LatentCache(Cache):  # type: ignore[misc]
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors held: pages, free room in them included, the dense window, and where they lie."""
-        tensors = [*self.columns.tensors, *(x for layer in self.layers for x in layer.tensors)]
+        settle(self.columns)
+        tensors = [*self.columns.tensors, *(x for layer in self.columns.layers for x in layer.tensors)]
         return sum(x.untyped_storage().nbytes() for x in tensors)
 
     def __repr__(self) -> str:
         batch = self.columns.batch if self.columns.count else 0
-        held = f"batch={batch}, columns={self.columns.count}, nbytes={self.nbytes:,}"
-        return f"LatentCache({held}, keep={self.factors.keep:.3f}, recent={self.recent}, sinks={self.sinks})"
+        held = f"batch={batch}, columns={self.columns.count + self.columns.gone}, nbytes={self.nbytes:,}"
+        near = f"recent={self.recent}, sinks={self.sinks}"
+        chosen = "" if self.selection is None else f", select={self.selection.policy!r}"
+        return f"LatentCache({held}, keep={self.factors.keep:.3f}, {near}{chosen})"
+
+    @property
+    def tokens(self) -> list[Tensor]:
+        """Of each layer that holds tokens, how many of each row, [B] int64: all, or those that are kept."""
+        settle(self.columns)
+        return [layer.tokens for layer in self.columns.layers]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LatentCache:
         """Factors never change, and are shared."""

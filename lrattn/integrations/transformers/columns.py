@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lrattn.factors.layer import LayerFactors
+from lrattn.factors.selection import Selection
 from lrattn.models.masks import Said
 
 PAGE = 16  # columns
@@ -39,7 +40,7 @@ class Columns:
 
     Args:
         forms: the layers that share them. sinks: of the dense window. most: columns that there is room for from the
-            first pass on; None: room grows.
+            first pass on; None: room grows. select: what is kept of them; None: all.
 
     count: columns that every layer holds. batch, pages: rows, and pages of each. table: [batch, pages] int32.
     positions: of keys before RoPE, [batch, room] int32; None: every position so far is its column's index.
@@ -54,18 +55,26 @@ class Columns:
 
     With `most`, passes after the first read nothing from the device: rows begin in the first one for good, and what a
     mask says must be that. denied: [B] bool, of which rows it is not; None: of no row.
+
+    With `select`, columns are counted without those that were dropped or moved to Kept: the first ones of the dense
+    window come first, at once followed by what came after them. gone: how many there were. due: whether tokens are
+    chosen in the pass under way, or were in the last one. begun: [B], where rows began before columns were gone.
     """
 
-    def __init__(self, forms: Sequence[LayerFactors], sinks: int, most: int | None = None) -> None:
+    def __init__(
+        self, forms: Sequence[LayerFactors], sinks: int, most: int | None = None, select: Selection | None = None
+    ) -> None:
         self.chunked = any(form.chunk is not None for form in forms)
         self.turned = any(form.rope is not None and form.chunk is None for form in forms)
         self.bounded = any(form.rope is not None or form.max_position is not None for form in forms)
-        self.sinks, self.most = sinks, most
+        self.sinks, self.most, self.selection = sinks, most, select
         self.layers: list[Any] = []  # LatentLayers
         self.reset()
 
     def reset(self) -> None:
-        self.count = self.batch = self.pages = 0
+        self.count = self.batch = self.pages = self.gone = self.chosen_at = 0
+        self.due = False
+        self.begun: Tensor | None = None
         self.table: Tensor | None = None
         self.positions: Tensor | None = None
         self.offsets: Tensor | None = None
@@ -87,12 +96,14 @@ class Columns:
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [x for x in (self.table, self.positions, self.offsets, self.base, self.lens) if x is not None]
+        held = self.table, self.positions, self.offsets, self.base, self.lens, self.begun
+        return [x for x in held if x is not None]
 
     @property
     def length(self) -> int | Tensor:
-        """count; with `most` a tensor, int64, once there are columns, so that a captured step goes on with it."""
-        return self.lens[0].long() if self.lens is not None and self.count else self.count
+        """Columns there were; with `most` a tensor, int64, once there are some, so that a captured step goes on with
+        it."""
+        return self.lens[0].long() if self.lens is not None and self.count else self.count + self.gone
 
     @property
     def settled(self) -> bool:
@@ -116,23 +127,24 @@ class Columns:
             return
         if not begin:
             self.positions = self.offsets = self.base = None
-        told, unread, self.last = position_ids is not None, torch.compiler.is_compiling(), end - 1
+        told, unread, self.last = position_ids is not None, torch.compiler.is_compiling(), end + self.gone - 1
+        if self.selection is not None:
+            every, since = self.selection.every, end + self.gone - self.chosen_at
+            self.due = not self.chosen_at or 0 < every <= since
         if position_ids is not None and self.bounded:
             self.last = 0 if unread else int(position_ids.max())
-        at = positions_at(position_ids, begin, batch, new, device) if self.turned or self.chunked else None
-        if self.sinks or self.chunked or self.most is not None:
-            live = _live(said, begin, end)
-            live = None if live is None else live.expand(batch, -1).to(device)
-            self._find_base(live, end)
-            if self.most is not None and self.base is not None and bool((self.base >= end).any()):
-                raise ValueError(
-                    "attention_mask: expected a column in every row of the first pass, as max_tokens needs"
-                )
-            if self.chunked and told and at is not None:
-                self._find_offsets(at, live, unread)
+        first = begin + self.gone
+        at = positions_at(position_ids, first, batch, new, device) if self.turned or self.chunked else None
+        live = _live(said, begin, end)
+        live = None if live is None else live.expand(batch, -1).to(device)
+        self._find_base(live, end)
+        if self.most is not None and self.base is not None and bool((self.base >= end).any()):
+            raise ValueError("attention_mask: expected a column in every row of the first pass, as max_tokens needs")
+        if self.chunked and told and at is not None:
+            self._find_offsets(at, live, unread)
         even = not (self.turned and told)
         if at is not None and not even and not unread:
-            even = torch.equal(at, positions_at(None, begin, batch, new, device))
+            even = torch.equal(at, positions_at(None, first, batch, new, device))
         if end > self.room or batch != self.batch:
             self._grow(batch, self.most or end, device)
         if self.most is not None and not begin:
@@ -227,9 +239,9 @@ class Columns:
             wrong = wrong if live is None else wrong & live
             if wrong.any():
                 row, i = wrong.nonzero()[0].tolist()
-                expected, got = begin + i - int(offsets[row]), int(at[row, i])
+                expected, got, column = begin + i - int(offsets[row]), int(at[row, i]), begin + i + self.gone
                 raise ValueError(
-                    f"position_ids: expected those of a row to follow one another, {expected} in column {begin + i} of "
+                    f"position_ids: expected those of a row to follow one another, {expected} in column {column} of "
                     f"row {row}, as keys in chunks need, got {got}: use factors of method 'lrattn-rebuilt' (any "
                     "positions) or 'lrattn-rotated'"
                 )
@@ -251,8 +263,36 @@ class Columns:
     def undo(self) -> None:
         """The pass under way, if there is one, has failed: it counts for nothing."""
         for layer in self.layers:
-            layer.next = None
+            layer.next = layer.chosen = None
         self.end()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def leave(self, cut: int) -> Tensor:
+        """Columns before `cut` are gone, but for the first ones of the dense window -> where all that are left were,
+        [B, count], before."""
+        delta, device = cut - self.sinks, self.table.device  # type: ignore[union-attr]
+        base = torch.zeros(self.batch, dtype=torch.int64, device=device) if self.base is None else self.base.long()
+        if not self.gone and self.base is not None:
+            self.begun = self.base
+        at = torch.arange(self.count - delta, device=device)[None]
+        at = torch.where((at < self.sinks) & (base[:, None] <= delta), base[:, None] + at, at + delta)
+        if self.chunked:
+            zeros = torch.zeros(self.batch, dtype=torch.int32, device=device)
+            self.offsets = (zeros if self.offsets is None else self.offsets) - delta
+        held = self.positions
+        if self.turned and held is None:
+            held = self.gone + torch.arange(self.room, dtype=torch.int32, device=device).repeat(self.batch, 1)
+        self.base = None if self.base is None else (base - delta).clamp_min(0)
+        if self.base is not None and not self.base.any():
+            self.base = None
+        self.count, self.gone, self.pages = self.count - delta, self.gone + delta, 0
+        self.positions = None
+        self._grow(self.batch, self.count, device)
+        if held is not None:
+            self.positions = held.new_zeros(self.batch, self.room)
+            self.positions[:, : self.count] = held.gather(1, at)
+        return at
 
     def crop(self, columns: int) -> None:
         """Only the first columns are left."""
@@ -265,9 +305,9 @@ class Columns:
         assert self.table is not None
         self.batch, rows = len(rows), rows.to(self.table.device)
         self.table = self.renewed(self.table, _table(self.batch, self.pages, rows.device))
-        held = self.positions, self.offsets, self.base, self.lens
+        held = self.positions, self.offsets, self.base, self.lens, self.begun
         chosen = (None if x is None else self.renewed(x, x[rows]) for x in held)
-        self.positions, self.offsets, self.base, self.lens = chosen
+        self.positions, self.offsets, self.base, self.lens, self.begun = chosen
 
     def renewed(self, old: Tensor, new: Tensor) -> Tensor:
         """The new one, in the place of the old one where that has to stay: a captured step knows it by its address."""

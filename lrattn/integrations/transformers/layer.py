@@ -9,17 +9,15 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
-from lrattn.attention.cache import allocate_cache, sections, unpack
+from lrattn.attention.cache import allocate_cache
 from lrattn.attention.dense import Pair
 from lrattn.attention.near import Near
 from lrattn.attention.ops import write_latents, write_near
-from lrattn.factors.projection import Projection
 from lrattn.factors.record import Factors
 from lrattn.integrations.transformers.columns import PAGE, Columns
 from lrattn.integrations.transformers.fit import check_fit, layer_of, warn_beyond, warn_untold
+from lrattn.integrations.transformers.kept import Kept, Latents, latents_of, rows_of
 from lrattn.models.masks import Said
-
-Latents = tuple[Tensor, Tensor | None]  # of them; None: the first row serves both
 
 # Asked of a tensor without computing on it. torch.compile asks by names with one underscore, too.
 METADATA = {
@@ -101,20 +99,48 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
         super().__init__()
         self.whole, self.index, self.factors = factors, index, layer_of(factors, index)
         (self.recent, self.sinks), self.columns, self.backend, self.held = near, columns, backend, held
+        self.donor: LatentLayer | None = None  # the layer that this one reads; None: itself
+        self.readers = self.left = 0  # others that read it, and those that are still to do so in the pass under way
+        self.latest: LatentKeys | None = None  # of that pass, until the last of them did
         self.reset()
+
+    def read_from(self, donor: LatentLayer) -> None:
+        """This layer holds nothing, and reads what another one holds."""
+        if donor is not self:
+            self.donor = donor
+            donor.readers += 1
 
     @torch.inference_mode(False)
     def reset(self) -> None:
         self.pages: Latents = allocate_cache(self.factors, 0, PAGE)
         self.window = self._empty(0, 0)
         self.next: Near | None = None  # the window, once every layer holds the pass under way
+        self.kept: Kept | None = None  # of columns that are gone
+        self.chosen: Tensor | None = None  # of kept tokens and columns, those that will be: see selecting.py
+        self.choice: object = None
+        self.latest = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: the first `write` makes room."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keys as a handle for the attention function, which writes them, and values as they are."""
-        return LatentKeys.of(key_states, value_states, self), value_states
+        """Keys as a handle for the attention function, which writes them, and values as they are; of a layer that reads
+        another, that one's.
+
+        Raises: ValueError where that one is not in the pass.
+        """
+        donor, new = self.donor, None
+        if donor is None:
+            new = LatentKeys.of(key_states, value_states, self)
+            self.latest, self.left = new if self.readers else None, self.readers
+            return new, value_states
+        if donor.latest is None:
+            raise ValueError(
+                f"layer {self.index}: expected layer {donor.index}, which it reads, to come first in a pass"
+            )
+        new, donor.left = donor.latest, donor.left - 1
+        donor.latest = new if donor.left else None
+        return new, new.plain_values
 
     def write(self, keys: Pair, position_ids: Tensor | None, said: Said, module: nn.Module, few: bool) -> Written:
         """Holds a pass's keys and values [B, Hkv, S, D] of an attention module.
@@ -248,11 +274,22 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
             "offsets": offsets,
         }
 
+    def moved_back(self, count: int, cut: int, by: int) -> None:
+        """The window of columns that were counted up to `count`, once those before `cut` are gone, `by` fewer."""
+        window, slots = self.window, self.window.slots
+        held = torch.arange(max(count - slots, cut), count, device=self.factors.device)
+        moved = self._empty(len(window.keys), slots)
+        for new, old in ((moved.keys, window.keys), (moved.values, window.values)):
+            new[:, : self.sinks] = old[:, : self.sinks]
+            if self.recent:
+                new[:, self._places(held - by, slots)] = old[:, self._places(held, slots)]
+        self.window = moved
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def crop(self, columns: int) -> None:
         """To its first columns. What had left the last `recent` and is among them again comes from latents."""
-        low = max(columns - self.recent, 0)
+        low = max(columns - self.recent, self.sinks if self.columns.gone else 0)
         lost = range(low, max(min(self.columns.count - self.recent, columns), low))
         if lost:
             at = self._places(torch.arange(lost.start, lost.stop, device=self.factors.device), self.window.slots)
@@ -262,16 +299,8 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
     def _rebuilt(self, begin: int, end: int) -> Pair:
         """Keys and values of some columns from their latents, [B, Hkv, n, D] each."""
         layer, held = self.factors, self.columns
-
-        def latents(side: Projection, pages: Tensor) -> Tensor:
-            rows = [x.unflatten(0, (held.batch, -1)).flatten(1, 2)[:, begin:end] for x in sections(side, pages)]
-            return unpack(side, rows).to(layer.dtype)
-
-        zk, zv = latents(layer.row_side, self.pages[0]), None
-        if self.pages[1] is not None:
-            zv = latents(layer.values, self.pages[1])
-        positions = held.positions_of(layer, begin, end)
-        k, v = layer.rebuild(zk, zv, positions)
+        rows = rows_of(layer, self.pages, held.batch, begin, end)
+        k, v = layer.rebuild(*latents_of(layer, rows), held.positions_of(layer, begin, end))
         return k.transpose(1, 2), v.transpose(1, 2)
 
     @torch.inference_mode(False)
@@ -279,6 +308,8 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
     def select(self, rows: Tensor) -> None:
         """Rows `rows` of the batch, as the columns still know it, become the new one."""
         rows, shape = rows.to(self.factors.device), (self.columns.batch, -1)
+        if self.kept is not None:
+            self.kept.select(rows)
         renewed, window = self.columns.renewed, self.window
         k, v = (None if x is None else renewed(x, x.unflatten(0, shape)[rows].flatten(0, 1)) for x in self.pages)
         assert k is not None
@@ -289,15 +320,24 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
     @property
     def tensors(self) -> list[Tensor]:
         windows = self.window, self.window if self.next is None else self.next
-        held = {id(x): x for x in (*self.pages, *(x for near in windows for x in (near.keys, near.values)))}
+        dense = [x for near in windows for x in (near.keys, near.values)]
+        held = {id(x): x for x in (*self.pages, *dense, *([] if self.kept is None else self.kept.tensors))}
         return [x for x in held.values() if x is not None]
+
+    @property
+    def tokens(self) -> Tensor:
+        """Of each row, those that it holds, [B] int64."""
+        columns = self.columns
+        base = torch.zeros(columns.batch, dtype=torch.int64) if columns.base is None else columns.base.cpu()
+        held = columns.count - base.clamp(max=columns.count)
+        return held if self.kept is None else held + self.kept.counts.cpu()
 
     def get_seq_length(self) -> int | Tensor:
         return self.columns.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """All columns, also where a window slides: masks are then of columns."""
-        return self.columns.most or self.columns.count + query_length, 0
+        return self.columns.most or self.columns.count + self.columns.gone + query_length, 0
 
     def get_max_length(self) -> int:
         return self.columns.most or -1

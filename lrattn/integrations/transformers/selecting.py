@@ -1,0 +1,154 @@
+"""Tokens of a LatentCache are selected: each layer chooses in the pass that is due, and what it does not keep is gone
+before the next pass begins."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lrattn.integrations.transformers.columns import Columns
+from lrattn.integrations.transformers.kept import Kept, Rows, latents_of, moved, rows_of
+from lrattn.integrations.transformers.layer import LatentLayer
+from lrattn.models.masks import Said
+from lrattn.selection import Held, policy_of, shares
+
+
+def left(columns: Columns, said: Said, layer: int) -> Said:
+    """What a mask says of all columns, of those that are left.
+
+    Raises: ValueError where tokens are selected and it says more than where rows begin, or another beginning.
+    """
+    if columns.selection is None:
+        return said
+    where = f"as select={columns.selection.policy!r} needs in layer {layer}"
+    if said.window is not None:
+        raise ValueError(f"sliding_window: expected attention to all columns, {where}, got {said.window} of them")
+    if said.live is not None or said.full is not None:
+        raise ValueError(f"attention_mask: expected a causal one with padding on the left alone, {where}, got another")
+    if not columns.gone:
+        return said
+    if not columns.written:  # read once a pass
+        begun = torch.zeros(columns.batch, dtype=torch.int64) if columns.begun is None else columns.begun.cpu()
+        pads = torch.zeros_like(begun) if said.pads is None else said.pads.cpu()
+        if not torch.equal(pads, begun):
+            raise ValueError(
+                f"attention_mask: expected {begun.tolist()} columns of padding, {where}, got {pads.tolist()}"
+            )
+    return said._replace(pads=columns.base)
+
+
+@torch.no_grad()
+def choose(layer: LatentLayer, end: int, probabilities: Tensor | None) -> None:
+    """layer.chosen: which of its kept tokens and its columns 0 .. end the policy keeps, [B, n + end] bool.
+
+    probabilities: [B, Hq, s, n + end] of the last queries, where the policy asks for them.
+    """
+    columns, selection, index = layer.columns, layer.columns.selection, layer.columns.layers.index(layer)
+    assert selection is not None
+    live, key = _entries(layer, end)
+    order = torch.where(live, key, key.max() + 1).argsort(dim=1, stable=True)
+    lengths = live.sum(1)
+    share = shares(selection, len(columns.layers))[index]
+    base = columns.begun if columns.gone else columns.base
+    total = end + columns.gone - (torch.zeros_like(lengths) if base is None else base.to(lengths.device))
+    zk, zv = latents_of(layer.factors, _rows(layer, end))
+    before = columns.layers[index - 1] if index else None
+    same = before is not None and _choice(before.kept) is _choice(layer.kept)
+    held = Held(
+        layer.factors,
+        index,
+        _gathered(zk, order),
+        None if zv is None else _gathered(zv, order),
+        lengths,
+        (share * total).floor().long().clamp(max=lengths),
+        max(selection.sinks, layer.sinks),
+        max(selection.recent, layer.recent, 1),
+        None if probabilities is None else probabilities.gather(3, order[:, None, None].expand_as(probabilities)),
+        before.chosen.gather(1, order) if before is not None and same else None,
+    )
+    kept = policy_of(selection).kept(held)
+    layer.choice = before.choice if before is not None and kept is held.before else object()
+    kept = held.live & (kept | held.fixed)
+    layer.chosen = torch.zeros_like(live).scatter(1, order, kept)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def settle(columns: Columns) -> None:
+    """What the last pass chose is kept, and the rest is gone, if it is over and every layer has chosen."""
+    layers: list[LatentLayer] = columns.layers
+    if columns.written or not layers or any(layer.chosen is None for layer in layers):
+        return
+    assert columns.selection is not None
+    columns.chosen_at = columns.count + columns.gone
+    count, sinks = columns.count, layers[0].sinks
+    cut = count - max(columns.selection.recent, layers[0].recent, 1)
+    if cut > sinks:
+        kept = [_kept(layer, cut) for layer in layers]
+        batch, at = columns.batch, columns.leave(cut)
+        for layer, own in zip(layers, kept, strict=True):
+            layer.kept = own
+            rows = rows_of(layer.factors, layer.pages, batch, 0, count)
+            layer.pages = moved(layer.factors, rows, at.to(layer.factors.device), columns.pages)
+            layer.moved_back(count, cut, cut - sinks)
+    for layer in layers:
+        layer.chosen = None
+
+
+def _kept(layer: LatentLayer, cut: int) -> Kept | None:
+    """Of the tokens chosen, those that were kept before and those of columns before `cut` but the window's first."""
+    columns, n = layer.columns, 0 if layer.kept is None else layer.kept.most
+    assert layer.chosen is not None
+    device = layer.chosen.device
+    place = torch.arange(-n, columns.count, device=device)
+    base = 0 if columns.base is None else columns.base.to(device)[:, None]
+    older = (place < 0) | ((place >= base + layer.sinks) & (place < cut))
+    wanted = layer.chosen & older
+    counts = wanted.sum(1)
+    most = int(counts.max())
+    if not most:
+        return None
+    at = (~wanted).int().argsort(dim=1, stable=True)[:, :most]
+    positions = columns.positions_of(layer.factors, 0, columns.count)
+    if positions is not None:
+        if layer.kept is not None and layer.kept.positions is not None:
+            positions = torch.cat((layer.kept.positions[:, :n].to(positions.dtype), positions), 1)
+        positions = positions.gather(1, at)
+    made = Kept(layer.factors, _rows(layer, columns.count), at, counts, positions)
+    made.choice = layer.choice
+    return made
+
+
+def _entries(layer: LatentLayer, end: int) -> tuple[Tensor, Tensor]:
+    """Of kept tokens and then of columns: which are there, [B, n + end] bool, and their order, [1, n + end].
+
+    Between the first columns of the dense window and the others lie those that were kept.
+    """
+    columns, device = layer.columns, layer.factors.device
+    place = torch.arange(end, device=device)[None]
+    live = (place >= 0).expand(columns.batch, -1)
+    if columns.base is not None:
+        live = place >= columns.base.to(device)[:, None]
+    if layer.kept is None:
+        return live, place
+    n = layer.kept.most
+    key = torch.cat((layer.sinks + torch.arange(n, device=device)[None], place + n * (place >= layer.sinks)), 1)
+    return torch.cat((layer.kept.live, live), 1), key
+
+
+def _rows(layer: LatentLayer, end: int) -> Rows:
+    """Of kept tokens and then of columns 0 .. end."""
+    rows = rows_of(layer.factors, layer.pages, layer.columns.batch, 0, end)
+    if layer.kept is None:
+        return rows
+    return [
+        [torch.cat(pair, 1) for pair in zip(*sides, strict=True)] for sides in zip(layer.kept.rows, rows, strict=True)
+    ]
+
+
+def _gathered(x: Tensor, order: Tensor) -> Tensor:
+    return x.gather(1, order[..., None].expand(-1, -1, x.shape[2]))
+
+
+def _choice(kept: Kept | None) -> object:
+    return None if kept is None else kept.choice
