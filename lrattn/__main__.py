@@ -8,13 +8,15 @@ import os
 import re
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from lrattn import Factors, __version__, calibrate, compress, in_kv_space, narrowed
+from lrattn import Factors, __version__, compress, in_kv_space, narrowed
 from lrattn.attention.gpus import GPUS
 from lrattn.compression import compressibility
 from lrattn.compression.bits import Bits, ladder_of
@@ -24,6 +26,7 @@ from lrattn.compression.ranks import RULES
 from lrattn.factors import safefile
 from lrattn.factors.formats import WIDTHS
 from lrattn.factors.summary import comparison, headline, summarize, table
+from lrattn.selection import selection_of
 
 EXAMPLES = """\
 A model is a folder that save_pretrained wrote, a .gguf file, or a model in the hub's local cache; nothing is fetched.
@@ -39,6 +42,7 @@ MODEL = "folder, .gguf file, or model in the hub's local cache"
 WHERE = "cpu, cuda, cuda:1 ... (default cpu)"
 SHARED = {"auto": None, "no": False, "ride": "ride", "joint": True}
 STATE = "calibration file, written as it goes and gone on from; --refine goes on from STATE.<hash of the run>.refine"
+SELECT = "tokens that a cache keeps: POLICY, POLICY:SHARE or POLICY:SHARE:EVERY, such as curdkv:0.5"
 FAR = "the dense window the cache will hold: gradients count beyond it (default: the method's; 0 0 for none)"
 
 
@@ -93,7 +97,10 @@ def _parser() -> Parser:
 
     def factors(added: Parser) -> None:
         added.add_argument("--factors", type=Path, help="factors file; without it the model is used as it is")
-        added.add_argument("--keep", type=_share, help="fewer of the factors' latents, of plain ones (default: all)")
+        added.add_argument("--method", choices=METHODS, help="make factors first, by this method, instead of --factors")
+        added.add_argument("--calibration", type=Path, help="UTF-8 text file for --method, 16 windows of 1024 tokens")
+        added.add_argument("--keep", type=_share, help="fewer of the factors' latents, of plain ones; or of --method")
+        added.add_argument("--select", help=SELECT)
         added.add_argument("--recent", type=int, help="last tokens also held dense (default: as the factors say)")
         added.add_argument("--sinks", type=int, help="first tokens also held dense (default: as the factors say)")
 
@@ -111,6 +118,7 @@ def _parser() -> Parser:
     added.add_argument("--far", type=int, nargs=2, metavar=("RECENT", "SINKS"), help=FAR)
     added.add_argument("--refine", type=int, default=0, metavar="STEPS", help="distil the factors (default 0: no)")
     added.add_argument("--nested", action="store_true", help="distil all prefixes of plain latents, for --keep of eval")
+    added.add_argument("--select", help=SELECT)
     added.add_argument("--group-size", type=int, default=4, help="kv heads that share a key latent (default 4)")
     added.add_argument("--shards", type=int, default=1, help="tensor-parallel ranks no key group may lie across")
     added.add_argument("--state", type=Path, help=STATE)
@@ -120,6 +128,7 @@ def _parser() -> Parser:
     model(added)
     text(added, 8)
     factors(added)
+    added.add_argument("--read", type=int, help="tokens of a window read first, not scored (default 0; --select: half)")
 
     added = command("generate", _generate, "Generate text from the latent cache with --factors, else from a dense one.")
     model(added)
@@ -175,9 +184,10 @@ def _compress(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         if os.path.realpath(args.state) == os.path.realpath(args.out):
             raise ValueError(f"state: expected another file than --out, got {args.state}")
     recipe_of(args.method, args.ranks, SHARED[args.shared], args.chunk, args.positions)  # before a model is read
-    model, windows = _read(args.model, args)
+    selection_of(args.select)
+    model, windows, _ = _read(args.model, args)
     begin = time.perf_counter()
-    names = "method keep group_size ranks refine nested state shards bits bytes_per_token chunk positions"
+    names = "method keep group_size ranks refine nested state shards bits bytes_per_token chunk positions select"
     choice: dict[str, Any] = {name: getattr(args, name) for name in names.split()}
     far = None if args.far is None else tuple(args.far)
     factors = compress(model, windows.split(1), shared=SHARED[args.shared], far=far, **choice)
@@ -190,16 +200,21 @@ def _compress(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 
 def _eval(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    from lrattn.integrations.transformers.either import attending
+    from lrattn.integrations.transformers.either import attending, new_cache
     from lrattn.integrations.transformers.perplexity import perplexity
 
     factors = _load_factors(args)
-    model, windows = _read(args.model, args)
-    factors = _fitted(factors, model)
+    model, windows, tokenizer = _read(args.model, args)
+    factors = _fitted(factors, model, tokenizer, args)
+    half = 0 if factors is None or factors.select is None else windows.shape[1] // 2
+    read = half if args.read is None else args.read
+    cache = partial(new_cache, factors, args.recent, args.sinks) if read else None
     with attending(model, factors, args.recent, args.sinks):
-        results = {**_what(factors, args), "perplexity": perplexity(model, windows), "windows": list(windows.shape)}
+        found = perplexity(model, windows, read=read, cache=cache)
+    results = {**_what(factors, args), "perplexity": found, "windows": list(windows.shape), "read": read}
     line = f"{_made(results)}: perplexity {results['perplexity']:.3f}"
-    return f"{line} over {windows.shape[0]} windows of {windows.shape[1]} tokens", results
+    after = f", of the tokens after the first {read}" if read else ""
+    return f"{line} over {windows.shape[0]} windows of {windows.shape[1]} tokens{after}", results
 
 
 def _generate(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
@@ -208,7 +223,7 @@ def _generate(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
     factors = _load_factors(args)
     model, tokenizer = load_model(args.model, args.dtype, args.device)
-    factors = _fitted(factors, model)
+    factors = _fitted(factors, model, tokenizer, args)
     options = ("chat", "tokens", "beams", "temperature", "seed", "recent", "sinks")
     choice = {name: getattr(args, name) for name in options}
     results = {**_what(factors, args), **generate(model, tokenizer, factors, args.prompt, **choice)}
@@ -269,20 +284,13 @@ def _compressibility(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     if args.plot is not None:
         safefile.check_target("plot", args.plot)
         figure = compressibility.canvas(args.plot)
-    model, windows = _read(name, args)
-    layers = compressibility.compressibility(calibrate(model, windows.split(1)))
-    results = {"model": name, "text": str(args.text), "windows": list(windows.shape), "layers": layers}
-    what = f"normalised effective ranks over {windows.shape[0]} windows of {windows.shape[1]} tokens"
-    lines = [what, "", compressibility.table(layers)]
-    if figure is not None:
-        with safefile.replacing("plot", args.plot) as partial:
-            compressibility.draw(figure, layers, partial)
-        lines.append(f"wrote {args.plot}")
-    return "\n".join(lines), results
+    model, windows, _ = _read(name, args)
+    lines, results = compressibility.measured(model, windows, figure, args.plot)
+    return lines, {"model": name, "text": str(args.text)} | results
 
 
-def _read(name: str, args: argparse.Namespace) -> tuple[Any, Tensor]:
-    """The model, and windows of the text that it has positions for."""
+def _read(name: str, args: argparse.Namespace) -> tuple[Any, Tensor, Any]:
+    """The model, windows of the text that it has positions for, and its tokenizer."""
     from lrattn.integrations.transformers.load import load_model, read_text, read_windows
     from lrattn.models.interface import positions_of
 
@@ -291,21 +299,31 @@ def _read(name: str, args: argparse.Namespace) -> tuple[Any, Tensor]:
     windows, most = read_windows(tokenizer, text, args.length, args.windows), positions_of(model)
     if most is not None and windows.shape[1] > most:
         raise ValueError(f"length: expected at most {most} tokens, the model's positions, got {args.length}")
-    return model, windows
+    return model, windows, tokenizer
 
 
 def _load_factors(args: argparse.Namespace) -> Factors | None:
-    if args.factors is not None:
-        factors = Factors.load(args.factors)
-        return factors if args.keep is None else narrowed(factors, args.keep)
-    for name in ("keep", "recent", "sinks"):
+    """Those of a file; None where they are to be made, or there are none."""
+    select, beside = selection_of(args.select), "without" if args.factors is None else "with"
+    others = () if args.method is not None else ("keep", "recent", "sinks", "select", "calibration")
+    for name in others if args.factors is None else ("method", "calibration"):
         if getattr(args, name):
-            raise ValueError(f"{name}: expected none without --factors, got {getattr(args, name)}")
-    return None
+            raise ValueError(f"{name}: expected none {beside} --factors, got {getattr(args, name)}")
+    if args.factors is None:
+        return None
+    factors = Factors.load(args.factors)
+    factors = factors if args.keep is None else narrowed(factors, args.keep)
+    return factors if select is None else replace(factors, select=select)
 
 
-def _fitted(factors: Factors | None, model: Any) -> Factors | None:
-    """In the model's dtype, on its device; those of an older file with a write side of the model's."""
+def _fitted(factors: Factors | None, model: Any, tokenizer: Any, args: argparse.Namespace) -> Factors | None:
+    """In the model's dtype, on its device; of an older file with a write side of the model's. Or made by --method."""
+    if factors is None and args.method is not None:
+        from lrattn.integrations.transformers.load import read_text, read_windows
+
+        text = None if args.calibration is None else read_text(args.calibration, "calibration")
+        batches = None if text is None else read_windows(tokenizer, text, 1024, 16).split(1)
+        return compress(model, batches, args.method, args.keep, select=args.select)
     if factors is None:
         return None
     factors = factors.to(model.device, model.dtype)
@@ -315,14 +333,16 @@ def _fitted(factors: Factors | None, model: Any) -> Factors | None:
 
 def _what(factors: Factors | None, args: argparse.Namespace) -> dict[str, Any]:
     if factors is None:
-        return {"method": "dense", "ranks": "", "keep": 1.0, "recent": 0, "sinks": 0}
+        return {"method": "dense", "ranks": "", "keep": 1.0, "recent": 0, "sinks": 0, "select": ""}
     recent, sinks = factors.near_or(args.recent, args.sinks)
-    return {"method": factors.method, "ranks": factors.rule, "keep": factors.keep, "recent": recent, "sinks": sinks}
+    what = {"method": factors.method, "ranks": factors.rule, "keep": factors.keep, "recent": recent, "sinks": sinks}
+    return what | {"select": "" if factors.select is None else str(factors.select)}
 
 
 def _made(results: dict[str, Any]) -> str:
     near = "".join(f", {name} {results[name]}" for name in ("recent", "sinks") if results[name])
-    return f"{results['method']}, keep {results['keep']:.3f}{near}"
+    tokens = f", tokens {results['select']}" if results["select"] else ""
+    return f"{results['method']}, keep {results['keep']:.3f}{near}{tokens}"
 
 
 if __name__ == "__main__":

@@ -17,12 +17,13 @@ import tiny
 import torch
 from commands import refused, run
 from slowly import slow_unless
+from transformers import DynamicCache
 
 import lrattn
 from bench.support import models, texts
 from lrattn import __main__ as cli
 from lrattn.factors.layer import sides_of
-from lrattn.integrations.transformers.either import attending
+from lrattn.integrations.transformers.either import attending, new_cache
 from lrattn.integrations.transformers.generate import generate
 from lrattn.integrations.transformers.load import load_model
 from lrattn.integrations.transformers.perplexity import perplexity
@@ -115,6 +116,49 @@ def test_eval_is_the_perplexity_of_the_latent_cache(words, keep, near, tiny_one,
     own = perplexity(tiny_one.loaded, windows, progress=False)
     assert dense["perplexity"] == pytest.approx(own, rel=1e-5) and abs(found["perplexity"] / own - 1) > 1e-4
     assert (dense["method"], dense["keep"], dense["recent"]) == ("dense", 1.0, 0)
+
+
+@pytest.mark.parametrize("select, read", [("curdkv:0.4", None), ("chunkkv:0.5", 100), (None, 60)], ids=str)
+def test_eval_after_what_a_cache_has_read(select, read, tiny_one, capsys):
+    """Of the tokens after those: half of a window where tokens are selected and nothing else is said."""
+    windows = tiny_one.windows(tiny_one.evaluation, 2, 150)
+    factors = replace(lrattn.Factors.load(tiny_one.factors), select=lrattn.Selection.of(select))
+    words = ["--text", tiny_one.evaluation, "--windows", 2, "--length", 150, "--factors", tiny_one.factors, "--json"]
+    words += [] if select is None else ["--select", select]
+    found = json.loads(run(capsys, "eval", tiny_one.model, *words, *([] if read is None else ["--read", read])))
+    with attending(tiny_one.loaded, factors):
+        caches = [new_cache(factors, recent=None, sinks=None) for _ in range(2)]
+        expected = perplexity(tiny_one.loaded, windows, read=read or 75, cache=iter(caches).__next__, progress=False)
+    assert found["perplexity"] == pytest.approx(expected, rel=1e-5) and found["read"] == (read or 75)
+    assert found["select"] == ("" if select is None else str(factors.select))
+    assert all(cache.get_seq_length() == 149 for cache in caches)
+
+
+def test_what_is_read_first_changes_no_loss_of_what_keeps_all(tiny_one):
+    """Without a selection: the last tokens of a window have the loss that they have in one pass."""
+    windows = tiny_one.windows(tiny_one.evaluation, 2, 150)
+    want = perplexity(tiny_one.loaded, windows[:, -11:], progress=False)
+    got = perplexity(tiny_one.loaded, windows, read=149, cache=DynamicCache, progress=False)
+    logits = tiny_one.loaded(windows).logits[:, 148].log_softmax(-1).gather(1, windows[:, 149:])
+    assert got == pytest.approx((-logits.mean()).exp().item(), rel=1e-5) and got != pytest.approx(want)
+    for read, cache in ((150, DynamicCache), (3, None), (0, DynamicCache)):
+        with pytest.raises(ValueError, match=f"read: expected fewer tokens than 150, and a cache for them, got {read}"):
+            perplexity(tiny_one.loaded, windows, read=read, cache=cache)
+
+
+@pytest.mark.parametrize("method, keep", [("l2norm", 0.8), ("curdkv", 0.4), ("chunkkv", 0.4), ("refreekv", None),
+                                          ("kvsharer", 0.67)])  # fmt: skip
+def test_generate_by_a_method_that_holds_less(method, keep, tiny_one, capsys):
+    """One name makes the factors and the cache: fewer tokens or layers, exact heads, nothing calibrated but a map."""
+    words = ["--method", method, *([] if keep is None else ["--keep", keep])]
+    words += ["--calibration", tiny_one.calibration] if method == "kvsharer" else []
+    prompt = tiny_one.evaluation.read_text()[:200]
+    ask = ["generate", tiny_one.model, "--prompt", prompt, "--tokens", 4]
+    found, dense = (json.loads(run(capsys, *ask, *more, "--json")) for more in (words, ()))
+    assert found["method"] == method and found["tokens"] == 4 and found["cache_bytes"] < 0.9 * dense["cache_bytes"]
+    line = run(capsys, *ask, *words).splitlines()[-1]
+    assert line.startswith(f"{method}, keep {0.667 if method == 'kvsharer' else 1:.3f}")
+    assert (f"by {method}" in line) == (method != "kvsharer")
 
 
 def test_a_text_shorter_than_a_window_is_one_window(tiny_one, capsys, tmp_path):

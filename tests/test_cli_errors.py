@@ -217,10 +217,27 @@ def test_what_a_method_has_not_is_told_before_a_model_is_read(option, told, capf
     assert f"lrattn: {told}" in refused(capfd, *words, *option)
 
 
+@pytest.mark.parametrize("option, told", [
+    (("--select", "nothing"), "select: expected a policy out of"),
+    (("--factors", "f", "--method", "curdkv"), "method: expected none with --factors, got curdkv"),
+    (("--select", "curdkv"), "select: expected none without --factors, got curdkv"),
+    (("--calibration", "f"), "calibration: expected none without --factors, got f"),
+])  # fmt: skip
+def test_what_a_cache_keeps_is_told_before_a_model_is_read(option, told, capfd, tmp_path):
+    assert f"lrattn: {told}" in refused(capfd, "generate", tmp_path / "no model", "--prompt", "a", *option)
+
+
+def test_what_a_method_made_here_needs(folder, capfd, tmp_path):
+    words = "generate", folder / "model", "--prompt", "abc", "--method"
+    assert "lrattn: batches: method 'kvsharer' needs some text" in refused(capfd, *words, "kvsharer")
+    assert "calibration: expected a file" in refused(capfd, *words, "kvsharer", "--calibration", tmp_path / "none")
+    assert "keep: expected None with 'refreekv'" in refused(capfd, *words, "refreekv", "--keep", 0.5)
+
+
 def test_a_length_beyond_the_model_s_positions(folder, capfd, monkeypatch, tmp_path):
     """By the name the user gave, in every command that reads windows; the length itself is fine."""
     monkeypatch.setattr(cli, "compress", lambda *_, **__: pytest.fail("the work began"))
-    monkeypatch.setattr(cli, "calibrate", lambda *_, **__: pytest.fail("the work began"))
+    monkeypatch.setattr(cli.compressibility, "calibrate", lambda *_, **__: pytest.fail("the work began"))
     text = folder / "model", "--text", folder / "text", "--length"
     for words in (("compress", *text, 513, "--out", tmp_path / "f"), ("eval", *text, 513), ("info", *text, 513)):
         words = (*words, "--compressibility") if words[0] == "info" else words

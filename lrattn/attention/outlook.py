@@ -34,6 +34,8 @@ def outlook(factors: Factors, query_heads: int, gpu: str, context: int, batch: i
     Raises: ValueError naming the argument, what was expected and what came.
     """
     check(gpu, context, batch, factors.layers[0].dtype)
+    if factors.select is not None:
+        raise ValueError(f"plan: expected factors of which a cache keeps every token, got select={factors.select}")
     for layer in factors.layers:
         if query_heads < 1 or query_heads % layer.num_kv_heads:
             raise ValueError(f"query-heads: expected a multiple of Hkv={layer.num_kv_heads}, got {query_heads}")

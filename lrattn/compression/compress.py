@@ -40,7 +40,7 @@ from lrattn.models.interface import name_of
 from lrattn.models.layers import AttentionLayer, attention_layers, samples_of
 from lrattn.models.ropes import ropes_of
 from lrattn.models.weights import check_readable, linear
-from lrattn.selection import policy_of
+from lrattn.selection import selection_of
 
 JOINT_WITHIN = 256  # latents a row may have for keys to be rebuilt from all of it: see docs/decisions.md
 KEEP, PLAIN = 0.125, 0.5  # where the caller names no bytes, of packed latents and of plain ones
@@ -113,22 +113,20 @@ def compress(
             positions - 1, by averages over rotations, which the model's config has to tell. None: as published, from
             the positions of the calibration; they are wrong beyond its longest sequence.
         bytes_per_token: of the latent cache, scales and padding included: instead of `keep`.
-        select: which tokens a cache of them keeps, a lrattn.Selection or the name of a policy; None: all. Methods that
+        select: which tokens a cache of them keeps, a lrattn.Selection or its words; None: all. Methods that
             are a policy take `keep` as the share of the tokens, "kvsharer" of the layers, and no other choice.
         progress: show bars.
 
     Returns: Factors in the model's dtype, on its device.
     Raises: ValueError naming the argument, what was expected and what came; OSError if a state cannot be written.
     """
-    select = Selection(select) if isinstance(select, str) else select
+    select = selection_of(select)
     if isinstance(method, str) and method in METHODS and METHODS[method].exact:
         others: dict[str, Any] = {"ranks": ranks, "shared": shared, "far": far, "moments": moments, "state": state}
         others |= {"chunk": chunk, "positions": positions, "select": select, "bytes_per_token": bytes_per_token}
         others |= {"refine": refine or None, "nested": nested or None, "bits": None if bits == 16 else bits}
         return whole(model, batches, method, keep, others, progress)
     recipe, ranks, chunk = recipe_of(method, ranks, shared, chunk, positions)
-    if select is not None:
-        policy_of(select)
     for name, count, least in (("group_size", group_size, 1), ("shards", shards, 1), ("refine", refine, 0)):
         check_count(name, count, least)
     check_flag("nested", nested)

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lrattn.compression.calibrate import calibrate
 from lrattn.compression.moments import SIDES, Moments, about
+from lrattn.factors import safefile
 
 
 def effective_rank(singular: Tensor) -> float:
@@ -75,3 +77,18 @@ def draw(figure: Any, layers: list[dict[str, float]], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
+
+
+def measured(model: nn.Module, windows: Tensor, figure: Any, path: Path | None) -> tuple[str, dict[str, Any]]:
+    """Of a model on windows [n, length], as lines and as numbers. figure: of `canvas`, to be drawn to `path`; or None.
+
+    Raises: ValueError as `calibrate`; OSError if the image cannot be written.
+    """
+    layers = compressibility(calibrate(model, windows.split(1)))
+    what = f"normalised effective ranks over {windows.shape[0]} windows of {windows.shape[1]} tokens"
+    lines = [what, "", table(layers)]
+    if figure is not None and path is not None:
+        with safefile.replacing("plot", path) as partial:
+            draw(figure, layers, partial)
+        lines.append(f"wrote {path}")
+    return "\n".join(lines), {"windows": list(windows.shape), "layers": layers}

@@ -27,6 +27,32 @@ class Selection:
     recent: int = 32
     sinks: int = 4
 
+    @classmethod
+    def of(cls, select: Selection | str | None) -> Selection | None:
+        """Given as it is, or in words: "curdkv", "curdkv:0.5", "curdkv:0.5:256", a policy, `keep` and `every`.
+
+        Raises: ValueError for anything else.
+        """
+        if select is None or isinstance(select, Selection):
+            return select
+        if not isinstance(select, str):
+            raise ValueError(f"select: expected None, a Selection or its words, got {type(select).__name__}")
+        name, *numbers = select.split(":")
+        try:
+            if len(numbers) > 2:
+                raise ValueError
+            keep = float(numbers[0]) if numbers and numbers[0] else None
+            return cls(name, keep, *map(int, numbers[1:]))
+        except ValueError as error:
+            why = f" ({error})" if str(error).startswith(("keep", "every")) else ""
+            raise ValueError(
+                f"select: expected a policy, or policy:share or policy:share:every, got {select!r}{why}"
+            ) from None
+
+    def __str__(self) -> str:
+        share = "" if self.keep is None else f"{self.keep:g} "
+        return f"{share}by {self.policy}" + (f", every {self.every}" if self.every else "")
+
     def __post_init__(self) -> None:
         if self.keep is not None and not (isinstance(self.keep, int | float) and 0 < self.keep <= 1):
             raise ValueError(f"keep: expected None or a share of the tokens in (0, 1], got {self.keep!r}")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from lrattn.factors.layer import LayerFactors
 from lrattn.factors.record import Factors
+from lrattn.factors.selection import Selection
 
 
 def summarize(factors: Factors) -> dict[str, Any]:
@@ -20,9 +22,9 @@ def summarize(factors: Factors) -> dict[str, Any]:
     their place in. band: how keys before RoPE are rebuilt in part, or why they are rebuilt whole; None of others.
     Predicted losses are nats a token, to second order; None where the method foresees none.
     """
-    keys = sum(layer.keys.latent_bytes for layer in factors.layers if not layer.shared)
-    values = sum(layer.values.latent_bytes for layer in factors.layers)
-    groups = sum(len(layer.keys.ranks) for layer in factors.layers)
+    keys = sum(layer.keys.latent_bytes for layer in factors.held if not layer.shared)
+    values = sum(layer.values.latent_bytes for layer in factors.held)
+    groups = sum(len(layer.keys.ranks) for layer in factors.held)
     return {
         "method": factors.method,
         "ranks": factors.rule,
@@ -34,9 +36,11 @@ def summarize(factors: Factors) -> dict[str, Any]:
         "key_share": keys / factors.bytes_per_token,
         "value_share": values / factors.bytes_per_token,
         "shared": all(layer.shared for layer in factors.layers),
-        "key_rank": sum(layer.keys.width for layer in factors.layers) / groups,
+        "key_rank": sum(layer.keys.width for layer in factors.held) / groups,
         "predicted_loss": sum(factors.predicted) if factors.predicted else None,
         "near": factors.near,
+        "select": factors.select and asdict(factors.select),
+        "donors": factors.donors,
         "layers": [
             {
                 "kv_heads": layer.num_kv_heads,
@@ -80,6 +84,8 @@ def headline(summary: dict[str, Any]) -> str:
         + ("" if loss is None else f"; predicted loss {loss:.2g} nats a token"),
         f"{_keys(summary)}: {_positions(summary)}",
         *_rebuilt(summary),
+        *([f"tokens that a cache keeps: {Selection(**summary['select'])}"] if summary["select"] else []),
+        *([f"layers that read another's: {_donors(summary)}"] if summary["donors"] else []),
         *([f"beside them, dense: the last {recent} and the first {sinks} tokens"] if recent or sinks else []),
     ]
     return "\n".join(lines)
@@ -131,6 +137,10 @@ def aligned(rows: Sequence[Mapping[str, str]]) -> str:
     return "\n".join(
         "  ".join([*(cell.rjust(w) for cell, w in zip(line, widths, strict=False)), line[-1]]) for line in lines
     )
+
+
+def _donors(summary: dict[str, Any]) -> str:
+    return ", ".join(f"{i} of {d}" for i, d in enumerate(summary["donors"]) if i != d)
 
 
 def _absorbed(summary: dict[str, Any]) -> bool:

@@ -53,6 +53,14 @@ def policy_of(selection: Selection) -> Policy:
     return policy
 
 
+def selection_of(select: Selection | str | None) -> Selection | None:
+    """A Selection or its words; None: every token is kept. Raises: ValueError for what no policy is or can do."""
+    found = Selection.of(select)
+    if found is not None:
+        policy_of(found)
+    return found
+
+
 def shares(selection: Selection, layers: int) -> list[float]:
     """What each layer keeps of its tokens, `keep` over all; 1 where the policy itself finds it.
 
@@ -70,4 +78,4 @@ def shares(selection: Selection, layers: int) -> list[float]:
     return [1.0] * whole + [others] * (layers - whole)
 
 
-__all__ = ["POLICIES", "Held", "Policy", "Selection", "policy_of", "shares"]
+__all__ = ["POLICIES", "Held", "Policy", "Selection", "policy_of", "selection_of", "shares"]

@@ -17,7 +17,7 @@ from lrattn.compression.moments import about, mean_of
 from lrattn.compression.substitute import Window
 from lrattn.factors.summary import headline, summarize
 
-ROTATED = [name for name, method in methods.METHODS.items() if method.rotated]
+ROTATED = [name for name, method in methods.METHODS.items() if method.rotated and not method.exact]
 OTHERS = [name for name, method in methods.METHODS.items() if not method.rotated]
 NAMES = served(
     ("Llama, yarn", "Phi-3", "Gemma-2", "gpt-oss", "Gemma-3n", "Cohere", "SmolLM3", "Llama-4", "OPT", "Qwen2.5-VL")

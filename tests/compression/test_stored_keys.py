@@ -21,7 +21,7 @@ from lrattn.factors.summary import comparison, headline, summarize, table
 from lrattn.models.layers import attention_layers
 from lrattn.models.ropes import ropes_of
 
-ROTATED = [name for name, method in methods.METHODS.items() if method.rotated]
+ROTATED = [name for name, method in methods.METHODS.items() if method.rotated and not method.exact]
 
 
 def model_of(name):

@@ -317,7 +317,7 @@ def held_bytes(factors, batch, columns, near, told=False, padded=False):
     dense = 2 * batch * window * layer.num_kv_heads * layer.head_dim * layer.dtype.itemsize
     row = layer.k_width * layer.k_dtype.itemsize + layer.v_width * layer.v_dtype.itemsize
     turned = 0 if layer.rope is None or not told else batch * 4 if layer.chunk else pages * 16 * 4
-    begins = batch * 8 if padded and (near[1] or layer.chunk) else 0
+    begins = batch * 8 if padded else 0
     return layers * (pages * 16 * row + dense) + pages * 4 + turned + begins
 
 

@@ -34,10 +34,12 @@ def fed(model, ids, chunks, cache, mask=None, positions=None):
 def defined(model, factors, ids, exact, live=None, positions=None):
     """Logits of a whole text: query i sees column j as it is where exact[b, i, j], else as its latents say.
 
-    exact: [B or 1, T, T] bool. live: [B, T], what is no padding; or [B, T, T], what each query may see.
+    exact: [B or 1, T, T] bool. live: [B, T], what is no padding; or [B, T, T], what each query may see; or
+        a list of these, for each layer.
     """
     live = torch.ones_like(ids) if live is None else live
-    with attending(model, attention(factors, exact, live.bool())):
+    lives = [x.bool() for x in (live if isinstance(live, list) else [live] * len(factors.layers))]
+    with attending(model, attention(factors, exact, lives)):
         return model(ids, position_ids=positions, use_cache=False).logits
 
 
@@ -53,9 +55,9 @@ def exact_ropes(model):
     return [rope and replace(rope, fp32_angles=False) for rope in ropes_of(model, attention_layers(model))]
 
 
-def attention(factors, exact, live):
+def attention(factors, exact, lives):
     def attend(module, query, key, value, mask, scaling, sliding_window=None, position_ids=None, **kwargs):
-        layer = factors.layers[module.layer_idx]
+        layer, live = factors.layers[module.layer_idx], lives[module.layer_idx]
         batch, columns = len(query), query.shape[2]
         at = torch.arange(columns)[None] if position_ids is None else position_ids
         far_key, far_value = through_latents(layer, key, value, at.expand(batch, -1))

@@ -17,7 +17,7 @@ from lrattn.integrations.transformers.columns import Columns
 from lrattn.integrations.transformers.fit import layer_of, near_of
 from lrattn.integrations.transformers.layer import LatentLayer
 from lrattn.integrations.transformers.selecting import settle
-from lrattn.selection import shares
+from lrattn.selection import selection_of, shares
 
 KEEPS_LENGTH = "max_length" in inspect.signature(Cache.crop).parameters  # as in 5.5; not in 5.19
 
@@ -35,10 +35,10 @@ class LatentCache(Cache):  # type: ignore[misc]
             from the device and change no shape, so that torch.compile and CUDA graphs may take them (`replayed`).
             Every row has a column in the first pass, and no later mask may hide or show another one: NaN where it
             does, and ValueError for more columns. None: it grows.
-        select: which tokens are kept, of all layers or of those that the policy says, or the name of a policy; None: as
-            the factors say (Factors.select). A layer chooses after the first pass, which is to be the whole prompt, or
-            every so many columns; what it drops is given back. Attention is then to all columns, padding on the left
-            aside: a ValueError for sliding windows and other masks, for `max_tokens`, and for taking columns back
+        select: which tokens are kept, a Selection or its words, such as "curdkv:0.5"; None: as the factors say
+            (Factors.select). Each layer chooses after the first pass, which is to be the whole prompt, and again every
+            so many columns; the memory of what it drops is given back. Attention is then to all columns but padding on
+            the left: a ValueError for sliding windows and other masks, for `max_tokens`, and for taking columns back
             that were chosen from.
         backend: of lrattn.decode_attention.
 
@@ -80,11 +80,8 @@ class LatentCache(Cache):  # type: ignore[misc]
 
     @selection.setter
     def selection(self, select: Selection | str | None) -> None:
-        select = Selection(select) if isinstance(select, str) else select
+        select = selection_of(select)
         if select is not None:
-            if not isinstance(select, Selection):
-                got = type(select).__name__
-                raise ValueError(f"select: expected None, a Selection or the name of a policy, got {got}")
             shares(select, len(self.factors.held))
             if self.columns.most is not None:
                 raise ValueError(f"max_tokens: expected None where tokens are selected, got {self.columns.most}")
@@ -181,7 +178,7 @@ class LatentCache(Cache):  # type: ignore[misc]
         batch = self.columns.batch if self.columns.count else 0
         held = f"batch={batch}, columns={self.columns.count + self.columns.gone}, nbytes={self.nbytes:,}"
         near = f"recent={self.recent}, sinks={self.sinks}"
-        chosen = "" if self.selection is None else f", select={self.selection.policy!r}"
+        chosen = "" if self.selection is None else f", select={str(self.selection)!r}"
         return f"LatentCache({held}, keep={self.factors.keep:.3f}, {near}{chosen})"
 
     @property

@@ -126,19 +126,19 @@ def _is_no_report(record: logging.LogRecord) -> bool:
     return "LOAD REPORT" not in record.getMessage()
 
 
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file.
+def read_text(path: Path, name: str = "text") -> str:
+    """The text of a UTF-8 file, by the name the user gave it.
 
     Raises: FileNotFoundError; ValueError if it is empty or not text.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"text: expected a file, got {path}")
+        raise FileNotFoundError(f"{name}: expected a file, got {path}")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"text: expected UTF-8 in {path}, got other bytes ({error.reason})") from error
+        raise ValueError(f"{name}: expected UTF-8 in {path}, got other bytes ({error.reason})") from error
     if not text.strip():
-        raise ValueError(f"text: expected some text in {path}, got none")
+        raise ValueError(f"{name}: expected some text in {path}, got none")
     return text
 
 

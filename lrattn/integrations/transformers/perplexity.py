@@ -3,37 +3,71 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lrattn.models.interface import cache_argument
 from lrattn.models.states import evaluating
 
 
-def perplexity(model: nn.Module, windows: Tensor, label: str = "", *, progress: bool = True) -> float:
-    """exp of the mean negative log-likelihood of windows [n, length], scored one by one, without a cache.
+def perplexity(
+    model: nn.Module,
+    windows: Tensor,
+    label: str = "",
+    *,
+    read: int = 0,
+    cache: Callable[[], Any] | None = None,
+    progress: bool = True,
+) -> float:
+    """exp of the mean negative log-likelihood of windows [n, length], as `losses` scores them.
 
-    Raises: ValueError if a window has fewer than two tokens.
+    Raises: ValueError as `losses` does.
     """
-    mean = fmean(losses(model, windows, label, progress=progress))
+    mean = fmean(losses(model, windows, label, read=read, cache=cache, progress=progress))
     return math.exp(mean) if mean < 700 else math.inf
 
 
 @torch.no_grad()
-def losses(model: nn.Module, windows: Tensor, label: str = "", *, progress: bool = True) -> list[float]:
-    """Mean negative log-likelihood of a token, in nats, of each of n windows [n, length], as `perplexity` takes it.
+def losses(
+    model: nn.Module,
+    windows: Tensor,
+    label: str = "",
+    *,
+    read: int = 0,
+    cache: Callable[[], Any] | None = None,
+    progress: bool = True,
+) -> list[float]:
+    """Mean negative log-likelihood of a token, in nats, of each of n windows [n, length], one by one, without a cache.
 
     Windows scored by two models are pairs: their differences say how sure the difference of the means is.
-    Raises: ValueError as `perplexity` does.
+
+    Args:
+        read: first tokens of a window that are read into a cache of its own before the others are scored, in one pass
+            each: what a cache drops once it has read a prompt is then felt. `cache` makes one. 0: all but the first
+            token are scored.
+
+    Raises: ValueError if a window has fewer than two tokens, or none after those that are read.
     """
     if windows.dim() != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise ValueError(f"windows: expected [n, length] of two tokens or more, got {list(windows.shape)}")
+    if not 0 <= read < windows.shape[1] or bool(read) != (cache is not None):
+        raise ValueError(f"read: expected fewer tokens than {windows.shape[1]}, and a cache for them, got {read}")
     device, found = next(model.parameters()).device, []
     label = f"perplexity, {label}" if label else "perplexity"
     with evaluating(model):
         for ids in tqdm(windows.to(device), desc=label, unit="window", disable=not progress):
-            logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
-            found.append(nn.functional.cross_entropy(logits.float(), ids[1:], reduction="none").double().mean().item())
+            if cache is None:
+                logits, scored = model(input_ids=ids[None], use_cache=False).logits[0, :-1], ids[1:]
+            else:
+                held, scored = cache_argument(cache()), ids[read:]
+                parts = [model(input_ids=ids[None, :read], **held).logits[0, -1:]]
+                if len(scored) > 1:
+                    parts.append(model(input_ids=ids[None, read:-1], **held).logits[0])
+                logits = torch.cat(parts)
+            found.append(nn.functional.cross_entropy(logits.float(), scored, reduction="none").double().mean().item())
     return found
