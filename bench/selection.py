@@ -298,7 +298,10 @@ def table(cells: Sequence[Cell]) -> str:
 
 def pasted(page: str, cells: Sequence[Cell]) -> str:
     """The page with everything between its marks made anew: <!-- bench.selection: NAME --> .. <!-- end -->."""
-    made = {"table": f"```text\n{table(cells)}\n```"}
+    made = {
+        "table": f"```text\n{table(cells)}\n```",
+        "plot": f"![loss against bytes](../bench/results/{PATH.stem}.png)",
+    }
     return report.pasted(page, report.marks("bench.selection"), made)
 
 

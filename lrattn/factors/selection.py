@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from lrattn.factors.shapes import check_tokens
@@ -37,17 +38,10 @@ class Selection:
             return select
         if not isinstance(select, str):
             raise ValueError(f"select: expected None, a Selection or its words, got {type(select).__name__}")
-        name, *numbers = select.split(":")
-        try:
-            if len(numbers) > 2:
-                raise ValueError
-            keep = float(numbers[0]) if numbers and numbers[0] else None
-            return cls(name, keep, *map(int, numbers[1:]))
-        except ValueError as error:
-            why = f" ({error})" if str(error).startswith(("keep", "every")) else ""
-            raise ValueError(
-                f"select: expected a policy, or policy:share or policy:share:every, got {select!r}{why}"
-            ) from None
+        if not (found := re.fullmatch(r"([^:]+)(?::(\d+\.?\d*|\.\d+|))?(?::(\d+))?", select)):
+            raise ValueError(f"select: expected a policy, or policy:share or policy:share:every, got {select!r}")
+        name, keep, every = found.groups()
+        return cls(name, float(keep) if keep else None, int(every or 0))
 
     def __str__(self) -> str:
         share = "" if self.keep is None else f"{self.keep:g} "

@@ -298,7 +298,9 @@ WRONG = {
     "curdkv:x": "select: expected a policy, or policy:share or policy:share:every, got 'curdkv:x'",
     "curdkv:0.5:1:2": "got 'curdkv:0.5:1:2'",
     "curdkv:1.5": r"keep: expected None or a share of the tokens in \(0, 1\], got 1.5",
-    "curdkv:0.5:-1": "every: expected a number of tokens, 0 or more, got -1",
+    "curdkv:0.5:-1": "got 'curdkv:0.5:-1'",
+    ":0.5": "got ':0.5'",
+    "curdkv:1.2.3": "got 'curdkv:1.2.3'",
     "refreekv:0.5": "keep: expected None with 'refreekv', which finds it, got 0.5",
 }
 

@@ -15,20 +15,12 @@ from lrattn.models.interface import cache_argument
 from lrattn.models.states import evaluating
 
 
-def perplexity(
-    model: nn.Module,
-    windows: Tensor,
-    label: str = "",
-    *,
-    read: int = 0,
-    cache: Callable[[], Any] | None = None,
-    progress: bool = True,
-) -> float:
-    """exp of the mean negative log-likelihood of windows [n, length], as `losses` scores them.
+def perplexity(model: nn.Module, windows: Tensor, label: str = "", **how: Any) -> float:
+    """exp of the mean negative log-likelihood of windows [n, length], as `losses` scores them, and is told how.
 
     Raises: ValueError as `losses` does.
     """
-    mean = fmean(losses(model, windows, label, read=read, cache=cache, progress=progress))
+    mean = fmean(losses(model, windows, label, **how))
     return math.exp(mean) if mean < 700 else math.inf
 
 
