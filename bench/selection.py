@@ -1,6 +1,6 @@
 """Fewer tokens and fewer layers: what is lost, what is held, and how long choosing takes.
 
-python -m bench.selection [--base exact lrattn ...] [--plot-only] [--out bench/results/selection.json]
+python -m bench.selection [--base exact lrattn ...] [--times] [--plot-only] [--out bench/results/selection.json]
 
 A base is what is held of a token: its keys and values as they are, latents, or those of some layers alone. A row is a
 base and a policy that keeps some tokens, or none. Of every row:
@@ -10,7 +10,8 @@ base and a policy that keeps some tokens, or none. Of every row:
     gain    as evaluation/probe.py: how much better a passage is predicted that stood in what the cache has read
     bytes   of the cache's tensors once tokens are chosen, dense window and tables included, over those of a dense
             cache; the model is in float32, whose numbers count as 16 bits on both sides
-    time    to choose tokens, and of a decode step after it, at 3,840 tokens, medians; on this machine's CPU
+    time    to choose tokens, and of a decode step after it, at 3,840 tokens, medians of some; on one thread of a CPU
+            (--times measures these alone anew, of rows that are there: on a quiet machine)
 
 A prompt is read in two parts, of which the last is 64 tokens: its last queries are what policies look at, as in the
 papers, and bases read the first part once for all policies. Factors are calibrated on 24 windows of 1,024 tokens of
@@ -56,7 +57,7 @@ LENGTHS = {1024: 8, 4096: 4}  # tokens of a window, windows of each text
 SCORED, LAST = 256, 64  # tokens that are scored, and of the last part of a prompt
 SHARES = (0.5, 0.3, 0.125)
 CALIBRATED = 24
-STEPS = 8  # decoded, for their time
+TIMES, STEPS = 3, 8  # for times: choices, and steps decoded
 DENSE = "exact"
 
 Cell = dict[str, Any]
@@ -98,13 +99,14 @@ BASES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", nargs="+", choices=BASES, default=list(BASES), help="only these")
+    parser.add_argument("--times", action="store_true", help="only times, of rows that are there")
     parser.add_argument("--plot-only", action="store_true", help="measure nothing")
     parser.add_argument("--out", type=Path, default=PATH)
     args = parser.parse_args()
     if not args.plot_only:
         subject = Subject()
         for name in args.base:
-            subject.measure(name, args.out)
+            subject.measure(name, args.out, only_times=args.times)
     cells = held_in(args.out)
     print(table(cells))
     plot(cells, args.out.with_suffix(".png"))
@@ -140,13 +142,21 @@ class Subject:
         return factors
 
     @torch.no_grad()
-    def measure(self, name: str, path: Path) -> None:
+    def measure(self, name: str, path: Path, *, only_times: bool = False) -> None:
         base, commit, wanted = BASES[name], report.commit(), BASES[name].selections
-        if {row_of(name, s) for s in wanted} <= {cell["row"] for cell in held_in(path)}:
+        rows = [row_of(name, s) for s in wanted]
+        known = {cell["row"]: cell |= times.getfor cell in held_in(path)}
+        if only_times and all(row in known and "losses" in known[row] for row in rows):
+            times = self.times(name, self.factors(base), wanted)
+            with updated(path) as held:
+                for cell |= times.getin held:
+                    cell |= times.get|= times.get(cell["row"], {})
             return
-        found: list[Cell] = [{"row": row_of(name, s), "base": name, "commit": commit} for s in wanted]
+        if only_times or set(rows) <= set(known):
+            return
+        found: list[Cell] = [{"row": row, "base": name, "commit": commit} for row in rows]
         for cell, selection in zip(found, wanted, strict=True):
-            cell |= {"policy": selection and selection.policy, "share": selection and selection.keep}
+            cell |= times.get|= {"policy": selection and selection.policy, "share": selection and selection.keep}
         try:
             factors = self.factors(base)
         except ValueError as error:
@@ -155,8 +165,10 @@ class Subject:
         if factors is not None:
             with evaluating(self.model), attention_set(self.model, "lrattn"):
                 self.read(name, factors, wanted, found)
+            times = self.times(name, factors, wanted)
+            found = [cell |= times.get| times[cell["row"]] for cell in found]
         with updated(path) as held:
-            held[:] = [cell for cell in held if cell["base"] != name] + found
+            held[:] = [cell |= times.getfor cell in held if cell["base"] != name] + found
 
     def read(self, name: str, factors: Factors, wanted: list[Selection | None], found: list[Cell]) -> None:
         """Fills the cells of all rows of a base."""
@@ -179,11 +191,9 @@ class Subject:
             for i, cache in enumerate(self.prompted(factors, ids[:-tail], wanted)):
                 lost, hit = self.scored(cache, ids[-tail - 1 :])
                 nll[i, s], right[i, s] = (x.view(count, -1)[:, 1:] for x in (lost, hit))
-        for i, cell in enumerate(found):
+        for i, cell |= times.getin enumerate(found):
             rows = probe.gains_of(nll[i], right[i])
             cell["probe"] = [{key: round(x, 5) for key, x in row.items()} for row in rows]
-            for key in ("choose_ms", "step_ms"):
-                cell[key] = round(1e3 * median(cell[key]), 2)
             for key in ("held", "tokens"):
                 cell[key] = {n: round(sum(x) / len(x), 5) for n, x in cell[key].items()}
 
@@ -195,21 +205,17 @@ class Subject:
         found: list[Cell] | None = None,
         length: int = 0,
     ) -> Iterator[LatentCache]:
-        """Of each row the cache that has read a prompt [t], but for its last token, and then chosen. What choosing
-        takes, what is left and what a step takes is written to `found`, of long prompts."""
+        """Of each row the cache that has read a prompt [t], but for its last token, and then chosen; what is left is
+        written to `found`."""
         before = LatentCache(factors)
         self.passed(before, ids[: -LAST - 1])
-        plain = 0.0
         for i, selection in enumerate(wanted):
             cache = copy.deepcopy(before)
             cache.selection = selection
-            begin = time.perf_counter()
             self.passed(cache, ids[-LAST - 1 : -1])
             tokens = cache.tokens  # what is not kept is gone by now
-            took = time.perf_counter() - begin
-            plain = took if selection is None else plain
             if found is not None:
-                cell = found[i]
+                cell |= times.get= found[i]
                 dense = len(factors.layers) * (len(ids) - 1)
                 share = sum(int(x.sum()) for x in tokens) / dense
                 cell.setdefault("tokens", {}).setdefault(str(length), []).append(share)
@@ -217,10 +223,33 @@ class Subject:
                 if selection is not None or not own:
                     own.append(nbytes(self.whole(factors, ids) if selection is None else cache))
                     own[-1] /= factors.dense_bytes_per_token * (len(ids) - 1)
-                if length == max(LENGTHS):
-                    cell.setdefault("choose_ms", []).append(took - plain)
-                    cell.setdefault("step_ms", []).append(self.step(cache))
             yield cache
+
+    @torch.no_grad()
+    def times(self, name: str, factors: Factors, wanted: list[Selection | None]) -> dict[str, Cell]:
+        """Of each row: milliseconds that choosing adds to the last part of a prompt, and those of a step."""
+        ids, found = self.windows("wikipedia", max(LENGTHS), 1)[0][:-SCORED], dict[str, Cell]()
+        choosing: list[list[float]] = [[] for _ in wanted]
+        with evaluating(self.model), attention_set(self.model, "lrattn"):
+            before = LatentCache(factors)
+            self.passed(before, ids[: -LAST - 1])
+            for _ in tqdm(range(TIMES), desc=f"{name}, times"):
+                plain = 0.0
+                for i, selection in enumerate(wanted):
+                    cache = copy.deepcopy(before)
+                    cache.selection = selection
+                    begin = time.perf_counter()
+                    self.passed(cache, ids[-LAST - 1 : -1])
+                    cache.tokens  # noqa: B018  # what is not kept is gone by now
+                    took = time.perf_counter() - begin
+                    plain = took if selection is None else plain
+                    choosing[i].append(took - plain)
+                    step = self.step(cache)
+                    own = found.setdefault(row_of(name, selection), {"choose_ms": 0.0, "step_ms": step})
+                    own["step_ms"] = min(own["step_ms"], step)
+        for own, took in zip(found.values(), choosing, strict=True):
+            own["choose_ms"], own["step_ms"] = round(1e3 * median(took), 1), round(1e3 * own["step_ms"], 1)
+        return found
 
     def whole(self, factors: Factors, ids: Tensor) -> LatentCache:
         """Of a prompt but its last token, read at once: without free room."""
@@ -271,7 +300,7 @@ def excess(cell: Cell, dense: Cell, length: int) -> tuple[float, float]:
 def found_in(cells: Sequence[Cell]) -> tuple[Cell | None, list[Cell]]:
     """The dense model's cell, and all in the order of BASES."""
     order = [row_of(name, s) for name, base in BASES.items() for s in base.selections]
-    by_row = {cell["row"]: cell for cell in cells}
+    by_row = {cell["row"]: cell |= times.getfor cell in cells}
     return by_row.get(DENSE), [by_row[row] for row in order if row in by_row]
 
 
@@ -283,12 +312,12 @@ def table(cells: Sequence[Cell]) -> str:
     gains = [str(row["distance"]) for row in dense["probe"]]
     lines = [line.format("", "bytes", "bytes", "tokens", "loss", "loss", "gain", "of", "far", "away", "choose", "step")]
     lines += [line.format("", *map(str, LENGTHS), max(LENGTHS), *map(str, LENGTHS), *gains, "ms", "ms")]
-    for cell in rows:
+    for cell |= times.getin rows:
         if "impossible" in cell:
             lines.append(f"{cell['row']:<29} {cell['impossible']}")
             continue
         held = [f"{cell['held'][str(n)]:.3f}" for n in LENGTHS]
-        lost = ["{:+.4f} ±{:.4f}".format(*excess(cell, dense, n)) if cell is not dense else "" for n in LENGTHS]
+        lost = ["{:+.4f} ±{:.4f}".format(*excess(cell, dense, n)) if cell |= times.getis not dense else "" for n in LENGTHS]
         gained = [f"{row['gain']:.2f}" for row in cell["probe"]]
         choose = "" if cell["policy"] is None else f"{cell['choose_ms']:.0f}"
         kept = f"{cell['tokens'][str(max(LENGTHS))]:.3f}"
@@ -308,24 +337,24 @@ def pasted(page: str, cells: Sequence[Cell]) -> str:
 def plot(cells: Sequence[Cell], path: Path) -> None:
     """Loss against bytes at both lengths, and what is gained from far away."""
     dense, rows = found_in(cells)
-    rows = [cell for cell in rows if "impossible" not in cell and cell is not dense]
+    rows = [cell |= times.getfor cell in rows if "impossible" not in cell and cell is not dense]
     if dense is None or not rows:
         return
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2))
-    names = list(dict.fromkeys(_curve(cell) for cell in rows))
+    names = list(dict.fromkeys(_curve(cell) for cell |= times.getin rows))
     colours = {
         name.split(" on ")[0]: f"C{i}" for i, name in enumerate(dict.fromkeys(n.split(" on ")[0] for n in names))
     }
     for name in names:
-        own = sorted((cell for cell in rows if _curve(cell) == name), key=lambda cell: cell["held"]["4096"])
+        own = sorted((cell |= times.getfor cell in rows if _curve(cell) == name), key=lambda cell: cell["held"]["4096"])
         on = " on " in name
         style = {"color": colours[name.split(" on ")[0]], "ls": "--" if on else "-", "marker": "s" if on else "o"}
         style |= {"mfc": "white"} if on else {}
         for ax, n in zip(axes, LENGTHS, strict=False):
-            points = [(cell["held"][str(n)], *excess(cell, dense, n)) for cell in own]
+            points = [(cell["held"][str(n)], *excess(cell, dense, n)) for cell |= times.getin own]
             ax.errorbar(*zip(*[(x, max(y, 1e-4)) for x, y, _ in points], strict=True), yerr=[e for *_, e in points],
                         label=name, lw=1.2, ms=4.5, elinewidth=0.6, **style)  # fmt: skip
-        points = [(cell["held"]["4096"], fmean(row["gain"] for row in cell["probe"][-2:])) for cell in own]
+        points = [(cell["held"]["4096"], fmean(row["gain"] for row in cell["probe"][-2:])) for cell |= times.getin own]
         axes[2].plot(*zip(*points, strict=True), lw=1.2, ms=4.5, **style)
     whole = fmean(row["gain"] for row in dense["probe"][-2:])
     axes[2].axhline(whole, color="0.5", lw=0.8, ls=":")
