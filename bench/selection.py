@@ -145,18 +145,18 @@ class Subject:
     def measure(self, name: str, path: Path, *, only_times: bool = False) -> None:
         base, commit, wanted = BASES[name], report.commit(), BASES[name].selections
         rows = [row_of(name, s) for s in wanted]
-        known = {cell["row"]: cell |= times.getfor cell in held_in(path)}
+        known = {cell["row"]: cell for cell in held_in(path)}
         if only_times and all(row in known and "losses" in known[row] for row in rows):
             times = self.times(name, self.factors(base), wanted)
             with updated(path) as held:
-                for cell |= times.getin held:
-                    cell |= times.get|= times.get(cell["row"], {})
+                for cell in held:
+                    cell |= times.get(cell["row"], {})
             return
         if only_times or set(rows) <= set(known):
             return
         found: list[Cell] = [{"row": row, "base": name, "commit": commit} for row in rows]
         for cell, selection in zip(found, wanted, strict=True):
-            cell |= times.get|= {"policy": selection and selection.policy, "share": selection and selection.keep}
+            cell |= {"policy": selection and selection.policy, "share": selection and selection.keep}
         try:
             factors = self.factors(base)
         except ValueError as error:
@@ -166,9 +166,9 @@ class Subject:
             with evaluating(self.model), attention_set(self.model, "lrattn"):
                 self.read(name, factors, wanted, found)
             times = self.times(name, factors, wanted)
-            found = [cell |= times.get| times[cell["row"]] for cell in found]
+            found = [cell | times[cell["row"]] for cell in found]
         with updated(path) as held:
-            held[:] = [cell |= times.getfor cell in held if cell["base"] != name] + found
+            held[:] = [cell for cell in held if cell["base"] != name] + found
 
     def read(self, name: str, factors: Factors, wanted: list[Selection | None], found: list[Cell]) -> None:
         """Fills the cells of all rows of a base."""
@@ -191,7 +191,7 @@ class Subject:
             for i, cache in enumerate(self.prompted(factors, ids[:-tail], wanted)):
                 lost, hit = self.scored(cache, ids[-tail - 1 :])
                 nll[i, s], right[i, s] = (x.view(count, -1)[:, 1:] for x in (lost, hit))
-        for i, cell |= times.getin enumerate(found):
+        for i, cell in enumerate(found):
             rows = probe.gains_of(nll[i], right[i])
             cell["probe"] = [{key: round(x, 5) for key, x in row.items()} for row in rows]
             for key in ("held", "tokens"):
@@ -213,11 +213,11 @@ class Subject:
             cache = copy.deepcopy(before)
             cache.selection = selection
             self.passed(cache, ids[-LAST - 1 : -1])
-            tokens = cache.tokens  # what is not kept is gone by now
+            cache.settle()
             if found is not None:
-                cell |= times.get= found[i]
+                cell = found[i]
                 dense = len(factors.layers) * (len(ids) - 1)
-                share = sum(int(x.sum()) for x in tokens) / dense
+                share = sum(int(x.sum()) for x in cache.tokens) / dense
                 cell.setdefault("tokens", {}).setdefault(str(length), []).append(share)
                 own = cell.setdefault("held", {}).setdefault(str(length), [])
                 if selection is not None or not own:
@@ -240,7 +240,7 @@ class Subject:
                     cache.selection = selection
                     begin = time.perf_counter()
                     self.passed(cache, ids[-LAST - 1 : -1])
-                    cache.tokens  # noqa: B018  # what is not kept is gone by now
+                    cache.settle()
                     took = time.perf_counter() - begin
                     plain = took if selection is None else plain
                     choosing[i].append(took - plain)
@@ -300,7 +300,7 @@ def excess(cell: Cell, dense: Cell, length: int) -> tuple[float, float]:
 def found_in(cells: Sequence[Cell]) -> tuple[Cell | None, list[Cell]]:
     """The dense model's cell, and all in the order of BASES."""
     order = [row_of(name, s) for name, base in BASES.items() for s in base.selections]
-    by_row = {cell["row"]: cell |= times.getfor cell in cells}
+    by_row = {cell["row"]: cell for cell in cells}
     return by_row.get(DENSE), [by_row[row] for row in order if row in by_row]
 
 
@@ -312,12 +312,12 @@ def table(cells: Sequence[Cell]) -> str:
     gains = [str(row["distance"]) for row in dense["probe"]]
     lines = [line.format("", "bytes", "bytes", "tokens", "loss", "loss", "gain", "of", "far", "away", "choose", "step")]
     lines += [line.format("", *map(str, LENGTHS), max(LENGTHS), *map(str, LENGTHS), *gains, "ms", "ms")]
-    for cell |= times.getin rows:
+    for cell in rows:
         if "impossible" in cell:
             lines.append(f"{cell['row']:<29} {cell['impossible']}")
             continue
         held = [f"{cell['held'][str(n)]:.3f}" for n in LENGTHS]
-        lost = ["{:+.4f} ±{:.4f}".format(*excess(cell, dense, n)) if cell |= times.getis not dense else "" for n in LENGTHS]
+        lost = ["{:+.4f} ±{:.4f}".format(*excess(cell, dense, n)) if cell is not dense else "" for n in LENGTHS]
         gained = [f"{row['gain']:.2f}" for row in cell["probe"]]
         choose = "" if cell["policy"] is None else f"{cell['choose_ms']:.0f}"
         kept = f"{cell['tokens'][str(max(LENGTHS))]:.3f}"
@@ -337,24 +337,24 @@ def pasted(page: str, cells: Sequence[Cell]) -> str:
 def plot(cells: Sequence[Cell], path: Path) -> None:
     """Loss against bytes at both lengths, and what is gained from far away."""
     dense, rows = found_in(cells)
-    rows = [cell |= times.getfor cell in rows if "impossible" not in cell and cell is not dense]
+    rows = [cell for cell in rows if "impossible" not in cell and cell is not dense]
     if dense is None or not rows:
         return
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2))
-    names = list(dict.fromkeys(_curve(cell) for cell |= times.getin rows))
+    names = list(dict.fromkeys(_curve(cell) for cell in rows))
     colours = {
         name.split(" on ")[0]: f"C{i}" for i, name in enumerate(dict.fromkeys(n.split(" on ")[0] for n in names))
     }
     for name in names:
-        own = sorted((cell |= times.getfor cell in rows if _curve(cell) == name), key=lambda cell: cell["held"]["4096"])
+        own = sorted((cell for cell in rows if _curve(cell) == name), key=lambda cell: cell["held"]["4096"])
         on = " on " in name
         style = {"color": colours[name.split(" on ")[0]], "ls": "--" if on else "-", "marker": "s" if on else "o"}
         style |= {"mfc": "white"} if on else {}
         for ax, n in zip(axes, LENGTHS, strict=False):
-            points = [(cell["held"][str(n)], *excess(cell, dense, n)) for cell |= times.getin own]
+            points = [(cell["held"][str(n)], *excess(cell, dense, n)) for cell in own]
             ax.errorbar(*zip(*[(x, max(y, 1e-4)) for x, y, _ in points], strict=True), yerr=[e for *_, e in points],
                         label=name, lw=1.2, ms=4.5, elinewidth=0.6, **style)  # fmt: skip
-        points = [(cell["held"]["4096"], fmean(row["gain"] for row in cell["probe"][-2:])) for cell |= times.getin own]
+        points = [(cell["held"]["4096"], fmean(row["gain"] for row in cell["probe"][-2:])) for cell in own]
         axes[2].plot(*zip(*points, strict=True), lw=1.2, ms=4.5, **style)
     whole = fmean(row["gain"] for row in dense["probe"][-2:])
     axes[2].axhline(whole, color="0.5", lw=0.8, ls=":")

@@ -18,7 +18,7 @@ from lrattn.factors.shapes import accumulator
 BLOCK = 512  # queries at a time
 SMALL_BLOCK = 64  # where their scores are held
 Pair = tuple[Tensor, Tensor]  # keys and values, [B, Hkv, n, D] each
-Kept = tuple[Pair, Tensor]  # and which of them are there, [B, n] bool
+Older = tuple[Pair, Tensor]  # and which of them are there, [B, n] bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +117,7 @@ def dense_attention(
     far: Pair | None,
     recent: Pair | None = None,
     first: Pair | None = None,
-    kept: Kept | None = None,
+    older: Older | None = None,
     *,
     scale: float,
     softcap: float = 0.0,
@@ -128,35 +128,35 @@ def dense_attention(
     Args:
         far: keys and values of all columns, as those that are far see them; None where all are near.
         recent: of the last columns, exact. first: of each row's first live columns, exact.
-        kept: of tokens before all columns, that every query sees.
+        older: of tokens before all columns, that every query sees.
         sinks: [Hq], logits that join the denominator alone.
 
     A query that sees nothing gives zeros. Memory a row: O(BLOCK * T); with softcap or sinks O(SMALL_BLOCK * Hq * T).
     Gradients pass.
     """
     plain = sight.begin == 0 and sight.plain and sight.pads is None and sight.window is None
-    if far is not None and plain and not any((recent, first, kept)) and not softcap and sinks is None:
+    if far is not None and plain and not any((recent, first, older)) and not softcap and sinks is None:
         return F.scaled_dot_product_attention(
             q, *far, is_causal=True, scale=scale, enable_gqa=q.shape[1] != far[0].shape[1]
         )
     outs, step = [], SMALL_BLOCK if softcap or sinks is not None else BLOCK
     for a in range(0, q.shape[2], step):
         b = min(a + step, q.shape[2])
-        k, v, seen, _ = side_by_side(sight, a, b, far, recent, first, kept)
+        k, v, seen, _ = side_by_side(sight, a, b, far, recent, first, older)
         outs.append(_attend(q[:, :, a:b], k, v, seen[:, None], scale, softcap, sinks))
     return torch.cat(outs, 2) if len(outs) > 1 else outs[0]
 
 
 def side_by_side(
-    sight: Sight, a: int, b: int, far: Pair | None, recent: Pair | None, first: Pair | None, kept: Kept | None = None
+    sight: Sight, a: int, b: int, far: Pair | None, recent: Pair | None, first: Pair | None, older: Older | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What queries a .. b see of far, recent, first and kept columns, one of which at least is given.
+    """What queries a .. b see of far, recent, first and older columns, one of which at least is given.
 
     Returns: k, v [B, Hkv, n, D]; which query sees which, [1 or B, b - a, n] bool; and which column each is, [1 or B,
-        n], with the kept ones before all others.
+        n], with the older ones before all others.
     """
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    before = 0 if kept is None else kept[1].shape[1]
+    before = 0 if older is None else older[1].shape[1]
 
     def add(pair: Pair, seen: Tensor, columns: Tensor) -> None:
         if pair[0].shape[2] or not parts:
@@ -165,8 +165,8 @@ def side_by_side(
     def places(low: int, pair: Pair) -> Tensor:
         return torch.arange(before + low, before + low + pair[0].shape[2], device=pair[0].device)[None]
 
-    if kept is not None:
-        add(kept[0], kept[1][:, None].expand(-1, b - a, -1), places(-before, kept[0]))
+    if older is not None:
+        add(older[0], older[1][:, None].expand(-1, b - a, -1), places(-before, older[0]))
     if far is not None:
         at, seen = sight.far(a, b, far[0])
         own = far[0][:, :, at], far[1][:, :, at]
@@ -189,6 +189,7 @@ def side_by_side(
     return torch.cat(keys, 2), torch.cat(values, 2), seen, torch.cat([x.expand(rows, -1) for x in columns_of], 1)
 
 
+@torch.no_grad()
 def probability_rows(
     q: Tensor,
     count: int,
@@ -196,19 +197,19 @@ def probability_rows(
     far: Pair | None,
     recent: Pair | None,
     first: Pair | None,
-    kept: Kept | None,
+    older: Older | None,
     *,
     scale: float,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """What the last queries give to each column: [B, Hq, min(count, S), n + T] float32, n of kept ones before T.
+    """What the last queries give to each column: [B, Hq, min(count, S), n + T] float32, n of older ones before T.
 
     Arguments as of `dense_attention`. Of each query's scores there is a row, and no more.
     """
     last = q.shape[2]
     a = max(last - count, 0)
-    k, _, seen, columns = side_by_side(sight, a, last, far, recent, first, kept)
+    k, _, seen, columns = side_by_side(sight, a, last, far, recent, first, older)
     heads = q[:, :, a:].float().unflatten(1, (k.shape[1], -1)) * scale  # [B, Hkv, M, s, D]
     scores = torch.einsum("bhmsd,bhtd->bhmst", heads, k.float()).flatten(1, 2)
     scores = softcap * (scores / softcap).tanh() if softcap else scores
@@ -216,7 +217,7 @@ def probability_rows(
     if sinks is not None:
         scores = torch.cat((scores, sinks.float()[None, :, None, None].expand(*scores.shape[:3], 1)), 3)
     found = scores.softmax(3).nan_to_num(0.0)[..., : k.shape[2]]  # of a query that sees nothing: nothing
-    whole = sight.end + (0 if kept is None else kept[1].shape[1])
+    whole = sight.end + (0 if older is None else older[1].shape[1])
     return found.new_zeros(*found.shape[:3], whole).scatter_add_(3, columns[:, None, None].expand_as(found), found)
 
 

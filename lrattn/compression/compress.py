@@ -40,7 +40,7 @@ from lrattn.models.interface import name_of
 from lrattn.models.layers import AttentionLayer, attention_layers, samples_of
 from lrattn.models.ropes import ropes_of
 from lrattn.models.weights import check_readable, linear
-from lrattn.selection import selection_of
+from lrattn.selection import selection_of, shares
 
 JOINT_WITHIN = 256  # latents a row may have for keys to be rebuilt from all of it: see docs/decisions.md
 KEEP, PLAIN = 0.125, 0.5  # where the caller names no bytes, of packed latents and of plain ones
@@ -139,6 +139,8 @@ def compress(
     window = Window.of(far)
     far = astuple(window)
     layers = attention_layers(model)
+    if select is not None:
+        shares(select, len(layers))
     if bytes_per_token is not None:
         if keep is not None:
             raise ValueError(f"bytes_per_token: expected None beside keep={keep}, got {bytes_per_token!r}")

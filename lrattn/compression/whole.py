@@ -20,7 +20,7 @@ from lrattn.factors.record import Factors
 from lrattn.factors.shapes import RANK_STEP, round_up
 from lrattn.models.interface import name_of
 from lrattn.models.layers import AttentionLayer, attention_layers, samples_of
-from lrattn.selection import shares
+from lrattn.selection import KEEP, policy_of, shares
 
 SHARED = 0.75  # of the layers hold their own, where the caller names no share
 
@@ -44,8 +44,9 @@ def whole(
     if keep is not None:
         check_share(keep)
     layers = attention_layers(model)
-    select = recipe.select and replace(recipe.select, keep=keep)
+    select = recipe.select
     if select is not None:
+        select = replace(select, keep=KEEP if keep is None and policy_of(select).counted else keep)
         shares(select, len(layers))
     if recipe.shares_layers:
         if batches is None:

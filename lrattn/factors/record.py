@@ -32,7 +32,7 @@ class Factors:
         select: which tokens a cache of these factors should keep, see Selection; None: all. Caches in transformers do
             so where they are not told otherwise; others refuse such factors.
         donors: per layer, the one whose latents it reads: itself, or one before it, whose factors then are the layer's,
-            too, and nothing is held for it. () where each reads its own.
+            too, for good, and nothing is held for it. () where each reads its own.
         samples: per layer, a few numbers of its attention's parameters, in their dtype: they tell another model, or the
             same one with other weights. () where not known.
     """
@@ -73,7 +73,7 @@ class Factors:
                 raise ValueError(
                     f"donors: expected layers of the same heads, (Hkv, D) = {own} in layer {i}, got {read}"
                 )
-        vars(self).update(layers=tuple(layers[d] for d in donors))
+        vars(self).update(layers=tuple(layers[d] for d in donors), predicted=())  # it foresees nothing of sharing
 
     @property
     def held(self) -> tuple[LayerFactors, ...]:

@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from itertools import combinations
 
+import architectures
 import pytest
 import tiny
 import torch
@@ -168,6 +169,47 @@ def test_what_a_cache_goes_through_with_layers_that_are_shared():
         ids[:1], max_new_tokens=4, num_beams=2, do_sample=False, **cache_argument(LatentCache(factors))
     )
     assert out.shape == (1, 114)
+
+
+def test_a_pass_that_fails_counts_for_nothing_whoever_fails():
+    """Also where only layers that read another's are left, whose keys are not held on to."""
+    model = model_of(dtype=torch.float64)
+    factors, ids = replace(random_factors(model, 0.4, (5, 2)), donors=DONORS), tiny.tokens(1, 60)
+    model.set_attn_implementation("lrattn")
+
+    def fails(*_):
+        raise RuntimeError("out of memory")
+
+    for at in (1, 3, 4):
+        cache = LatentCache(factors)
+        fed(model, ids[:, :50], 50, cache)
+        hook = model.model.layers[at].mlp.register_forward_pre_hook(fails)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            fed(model, ids[:, 50:55], 5, cache)
+        hook.remove()
+        assert cache.get_seq_length() == 50
+        twin = tiny.copy.deepcopy(cache)
+        want = fed(model, ids, (50, 5, 1, 4), LatentCache(factors))[:, 50:]
+        same(fed(model, ids[:, 50:], (5, 1, 4), cache), want)
+        same(fed(model, ids[:, 50:], (5, 1, 4), twin), want)
+        assert all(layer.latest is None for layer in cache.layers)
+
+
+@pytest.mark.parametrize("donors", [(0, 1, 2, 2), (0, 1, 1, 0), (0, 1, 0, 0), (0, 0, 2, 2)], ids=str)
+def test_models_whose_layers_share_keys_by_themselves(donors):
+    """Gemma-3n's last layers read keys of earlier ones, which may read another's: with a cache and without one."""
+    kinds = ["full_attention", "sliding_attention", "full_attention"] * 2
+    more = {
+        name: [0.0] * 6 if name.startswith("act") else [96] * 6
+        for name in ("intermediate_size", "activation_sparsity_pattern")
+    }
+    model = architectures.model("Gemma-3n", torch.float64, num_hidden_layers=6, layer_types=kinds, **more)
+    factors, ids = replace(random_factors(model, 0.4), donors=donors), architectures.tokens(1, 30)
+    model.set_attn_implementation(bind(factors))
+    with torch.no_grad():
+        want = model(ids, use_cache=False).logits
+    model.set_attn_implementation("lrattn")
+    same(fed(model, ids, (20, 1, 9), LatentCache(factors)), want)
 
 
 @pytest.mark.parametrize("donors", [(0, 1), (0, 1, 3, 3, 4, 5), (0, 0, 1, 3, 4, 5), (0, -1, 2, 3, 4, 5)], ids=str)

@@ -102,6 +102,7 @@ def test_attention_is_to_what_is_kept_and_to_nothing_else(form, near, at, monkey
         assert all(len(policy.held[i, b]) < (90, 65)[b] for i in layers for b in range(2))
         same(got, defined(model, factors, ids, window(120, *near, begins=(0, 25)), lives, told), mask)
         later = 120 - max([0, *policy.ends.values()])
+        cache.settle()
         held = [torch.tensor([len(policy.held[i, b]) + later for b in range(2)]) for i in layers]
         assert all(torch.equal(a, b) for a, b in zip(cache.tokens, held, strict=True))
 
@@ -143,6 +144,8 @@ def test_bytes_and_tokens_are_the_share(name):
     whole, cache = LatentCache(factors), LatentCache(factors, select=Selection(name, share))
     for own in (whole, cache):
         fed(model, ids, 320, own)
+        assert torch.stack(own.tokens).eq(320).all()
+        own.settle()
     tokens = torch.stack(cache.tokens)
     assert tokens.sum() <= share * 320 * 2 * 3 and tokens.sum() >= (share * 320 - 10) * 2 * 3
     assert torch.stack(whole.tokens).eq(320).all()
@@ -157,7 +160,8 @@ def test_chunks_are_those_of_the_layer_before():
     cache = LatentCache(factors, select=Selection("chunkkv", 0.6, 4, recent=8))
     for part in ((100,), (2, 2, 1)):
         fed(model, tiny.tokens(1, sum(part)), part, cache)
-        assert cache.nbytes and len({id(layer.kept.choice) for layer in cache.layers}) == 2
+        cache.settle()
+        assert len({id(layer.kept.choice) for layer in cache.layers}) == 2
         kept = [layer.kept.positions[0] for layer in cache.layers]
         assert torch.equal(kept[0], kept[1]) and not torch.equal(kept[1], kept[2])
 
@@ -197,6 +201,8 @@ def test_a_padded_row_is_chosen_and_read_as_if_it_were_alone(name):
     at = (mask.cumsum(1) - 1).clamp_min(0)
     want = fed(model, ids[1:, 35:], (70, *[1] * 8, 7), alone)
     same(fed(model, ids, (105, *[1] * 8, 7), both, mask, at)[1:, 35:], want)
+    for cache in (both, alone):
+        cache.settle()
     assert [int(a[1]) for a in both.tokens] == [int(a[0]) for a in alone.tokens]
 
 
@@ -278,6 +284,65 @@ def test_generate_goes_on_from_what_is_kept(beams):
     assert again.shape == (1, 145) and cache.get_seq_length() == 144
 
 
+def test_what_was_kept_stays_so_once_nothing_more_is_chosen():
+    """No policy any more, right after the pass that chose and later: masks and positions are of all columns still."""
+    model, cache, ids, mask = begun()
+    other = copy.deepcopy(cache)
+    other.selection = None
+    want = fed(model, ids[:, 100:], (1, 3, 16), cache, mask)
+    same(fed(model, ids[:, 100:], (1, 3, 16), other, mask), want)
+    cache = LatentCache(cache.factors, select="curdkv:0.4")
+    fed(model, ids[:1, :90], 90, cache)
+    cache.selection = None
+    assert fed(model, ids[:1, 90:], (10, 20), cache).isfinite().all() and int(cache.tokens[0]) == 36 + 30
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_crop_leaves_a_column_beside_what_is_kept(form):
+    """Without one, nothing would say any more that the cache holds a text."""
+    model, factors = made(form, (0, 0))
+    cache, ids = LatentCache(factors, select=Selection("curdkv", 0.4, recent=8)), tiny.tokens(2, 110)
+    fed(model, ids[:, :100], 100, cache)
+    with pytest.raises(
+        ValueError, match="tokens_to_remove: expected to keep 93, of which tokens were selected, got 92"
+    ):
+        cache.crop(-8)
+    cache.crop(-7)
+    other = copy.deepcopy(cache)
+    other.reorder_cache(torch.tensor([1, 0]))
+    want = fed(model, ids[:, 93:], (1, 16), cache)
+    same(fed(model, ids[[1, 0], 93:], (1, 16), other), want[[1, 0]])
+
+
+def test_rows_of_which_nothing_is_kept():
+    """Short rows of a padded batch, on their own; memory of long ones is given back."""
+    model, factors = made("in chunks")
+    ids, mask = padded((120, 20), "left")
+    cache = LatentCache(factors, select="curdkv:0.4")
+    fed(model, ids[:, :110], 110, cache, mask)
+    twin = copy.deepcopy(cache)
+    twin.settle()
+    held = twin.nbytes
+    want = fed(model, ids[:, 110:], (1, 9), twin, mask)
+    cache.batch_select_indices(torch.tensor([1]))
+    assert all(layer.kept is None for layer in cache.layers) and cache.nbytes < 0.5 * held
+    same(fed(model, ids[1:, 110:], (1, 9), cache, mask[1:]), want[1:])
+
+
+def test_looking_at_a_cache_within_a_pass_changes_nothing():
+    """Layers that read another's come after the last one that holds its own."""
+    model, factors = made("as given")
+    factors, ids = replace(factors, donors=(0, 1, 0)), tiny.tokens(1, 110)
+    want = fed(model, ids, (90, 1, 19), LatentCache(factors, select="curdkv:0.4"))
+    cache = LatentCache(factors, select="curdkv:0.4")
+    looked = []
+    hook = model.model.layers[2].register_forward_pre_hook(
+        lambda *_: looked.append((cache.nbytes, cache.tokens, repr(cache)))
+    )
+    same(fed(model, ids, (90, 1, 19), cache), want)
+    hook.remove()
+
+
 # --------------------------------------------------------------------------------------------------- wrong uses
 
 
@@ -293,7 +358,10 @@ def test_what_selection_cannot_do_is_told():
     mask = torch.ones(2, 30, dtype=torch.int64)
     mask[0, 5] = 0
     cache = LatentCache(factors, select="curdkv")
-    with pytest.raises(ValueError, match="attention_mask: expected a causal one with padding on the left alone"):
+    with pytest.raises(
+        ValueError,
+        match="attention_mask: expected a causal one with padding on the left alone and a token in every row",
+    ):
         fed(model, ids, 30, cache, mask)
     assert not cache
     fed(model, ids, 30, cache)
@@ -335,6 +403,7 @@ def test_a_method_that_selects_is_one_name(name, tmp_path):
     for own in (factors, lrattn.Factors.load(tmp_path / "f.safetensors")):
         cache = LatentCache(own)
         first = fed(model, ids[:, :100], 100, cache)
+        cache.settle()
         torch.testing.assert_close(first, want[:, :100], rtol=0, atol=1e-4 * want.abs().max().item())
         assert sum(int(n) for n in cache.tokens) < 300
         assert fed(model, ids[:, 100:], (1, 19), cache).isfinite().all()

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from lrattn.attention.cache import stored
-from lrattn.attention.dense import Kept, Pair, Sight, dense_attention, probability_rows
+from lrattn.attention.dense import Pair, Sight, dense_attention, probability_rows
 from lrattn.attention.ops import decode_attention, merge_attention, rebuild
 from lrattn.factors.record import Factors
 from lrattn.factors.shapes import accumulator
 from lrattn.integrations.transformers.columns import Columns
 from lrattn.integrations.transformers.fit import layer_of, near_of
 from lrattn.integrations.transformers.layer import LatentKeys, LatentLayer, Written
-from lrattn.integrations.transformers.selecting import choose, left
+from lrattn.integrations.transformers.selecting import choose, remaining
 from lrattn.models.interface import Attention, attending, cache_argument, is_causal, not_causal, register
 from lrattn.models.masks import Said, said
 from lrattn.selection import policy_of
@@ -88,7 +88,7 @@ def _attend(
     fixed = few and layer.columns.most is not None and (mask is None or hasattr(mask, "word"))
     end = begin + query.shape[2]
     what = _unread(mask, sliding_window) if fixed else said(mask, sliding_window, len(query), end + layer.columns.gone)
-    what, chooses = left(layer.columns, what, layer.index), written is None and layer.held
+    what, writes = remaining(layer, what), written is None
     if written is None:  # else layers share keys
         keys = (key.plain_keys.to(kind), value.to(kind)) if narrowed else (key.plain_keys, value)
         written = key.written = layer.write(keys, position_ids, what, module, few)
@@ -96,19 +96,18 @@ def _attend(
     sight = _sight(what, end, layer, written)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key.plain_keys, value))
-    decodes, chooses = few and sight.plain and not differentiated, chooses and layer.columns.due
-    probes = policy_of(layer.columns.selection).probes if chooses and layer.columns.selection is not None else 0
-    query = query.to(kind)
-    if not decodes or probes:
-        far, near = _far(layer, written, sight), written.near or layer.near_pairs(written.begin, written.keys)
-        rule: dict[str, Any] = {"scale": scale, "softcap": softcap or 0.0, "sinks": s_aux}
-        seen = far, *near, _kept(layer)
-    if decodes:
-        out = _decode(query.transpose(1, 2).contiguous(), layer, sight, scale, softcap or 0.0, s_aux)
+    query, selection = query.to(kind), layer.columns.selection
+    rule: dict[str, Any] = {"scale": scale, "softcap": softcap or 0.0, "sinks": s_aux}
+    if few and sight.plain and not differentiated:
+        seen, out = None, _decode(query.transpose(1, 2).contiguous(), layer, sight, scale, softcap or 0.0, s_aux)
     else:
+        seen = _seen(layer, written, sight)
         out = dense_attention(query, sight, *seen, **rule).transpose(1, 2).contiguous()
-    if chooses:
-        choose(layer, end, probability_rows(query, probes, sight, *seen, **rule) if probes else None)
+    if writes and layer.held and selection is not None and layer.columns.due:
+        probes, rows = policy_of(selection).probes, None
+        if probes:
+            rows = probability_rows(query, probes, sight, *(seen or _seen(layer, written, sight)), **rule)
+        choose(layer, end, rows)
     return out
 
 
@@ -155,8 +154,10 @@ def _decode(q: Tensor, layer: LatentLayer, sight: Sight, scale: float, softcap: 
     return merge_attention(outs, lses)[0]
 
 
-def _kept(layer: LatentLayer) -> Kept | None:
-    return None if layer.kept is None else layer.kept.dense()
+def _seen(layer: LatentLayer, written: Written, sight: Sight) -> tuple[Any, Any, Any, Any]:
+    """Far, recent, first and older keys and values, as dense attention takes them."""
+    near = written.near or layer.near_pairs(written.begin, written.keys)
+    return _far(layer, written, sight), *near, None if layer.kept is None else layer.kept.dense()
 
 
 def _far(layer: LatentLayer, written: Written, sight: Sight) -> Pair | None:
@@ -232,14 +233,21 @@ def _bound(factors: Factors, near: tuple[int, int], backend: str | None) -> Atte
                 raise _no_cache()
             if factors.select is not None:
                 raise ValueError(f"select: these factors select tokens after a pass ({factors.select}): {_no_cache()}")
+            if not i:
+                latest.clear()  # a pass begins
             key.latent_layer = i  # type: ignore[attr-defined]
             columns, donor = Columns((layer_of(factors, i),), near[1]), donors[i]
             if donor == i:
                 key = LatentKeys.of(key, value, LatentLayer(factors, i, near, columns, backend, held=False))
                 latest.update({i: key} if i in last else {})
             else:
-                key = latest.pop(donor) if last[donor] == i else latest[donor]
-                value = key.plain_values
+                read = getattr(key, "latent_read", latest.get(donor))
+                if read is None:
+                    raise ValueError(f"layer {i}: expected layer {donor}, which it reads, to come first in a pass")
+                key.latent_read = read  # type: ignore[attr-defined]  # for layers that share these keys by themselves
+                if last[donor] == i:
+                    latest.pop(donor, None)
+                key, value = read, read.plain_values
         return latent_forward(module, query, key, value, attention_mask, **kwargs)
 
     return forward

@@ -65,14 +65,15 @@ class LatentCache(Cache):  # type: ignore[misc]
         self.selection = factors.select if select is None else select
         layers = [LatentLayer(factors, i, near, self.columns, backend) for i in range(len(factors.layers))]
         super().__init__(layers=layers)
-        for layer, donor in zip(layers, factors.donors, strict=bool(factors.donors)):
-            layer.read_from(layers[donor])
+        for i, donor in enumerate(factors.donors):
+            if donor != i:
+                layers[i].read_from(layers[donor])
         self.columns.layers = [layer for layer in layers if layer.donor is None]
 
     @property
     def selection(self) -> Selection | None:
-        """Which tokens are kept; None: all. It may be set between two passes, as before the last part of a long prompt:
-        the next pass chooses, of all columns that are held.
+        """Which tokens are kept; None: all that are held from now on. It may be set between two passes, as before the
+        last part of a long prompt: the next pass chooses, of all that is held.
 
         Raises: ValueError for what no policy can do, or with max_tokens.
         """
@@ -85,16 +86,20 @@ class LatentCache(Cache):  # type: ignore[misc]
             shares(select, len(self.factors.held))
             if self.columns.most is not None:
                 raise ValueError(f"max_tokens: expected None where tokens are selected, got {self.columns.most}")
-        settle(self.columns)
+        self.settle()
         self.columns.selection, self.columns.chosen_at = select, 0
+
+    def settle(self) -> None:
+        """Between two passes: what the last one did not keep is gone at once. The next pass begins with that."""
+        settle(self.columns)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """As LatentLayer.update. Raises: ValueError for a layer that the factors do not have."""
         layer_of(self.factors, layer_idx)
-        if self.layers[layer_idx].donor is None:
-            settle(self.columns)
+        if not self.columns.written and self.layers[layer_idx].donor is None:
+            self.settle()
         if self.layers[layer_idx].next is not None:  # its last pass is not over, and another one begins
             self.columns.undo()
         keys, values = self.layers[layer_idx].update(key_states, value_states)
@@ -117,14 +122,14 @@ class LatentCache(Cache):  # type: ignore[misc]
         """
         if tokens_to_remove > 0 and not KEEPS_LENGTH:
             raise ValueError(f"tokens_to_remove: expected 0 or a negative number of tokens, got {tokens_to_remove}")
-        settle(self.columns)
+        self.settle()
         count, gone = self.columns.count, self.columns.gone
         kept = tokens_to_remove if KEEPS_LENGTH and tokens_to_remove >= 0 else count + gone + tokens_to_remove
         self.columns.undo()
         if kept <= 0:
             self.reset()
             return
-        least = gone + self.sinks if gone else 0
+        least = gone + max(self.sinks, 1) if gone else 0
         if kept < least:
             raise ValueError(f"tokens_to_remove: expected to keep {least}, of which tokens were selected, got {kept}")
         if (kept := kept - gone) < count:
@@ -134,7 +139,7 @@ class LatentCache(Cache):  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows `beam_idx` of the batch become the new one."""
-        settle(self.columns)
+        self.settle()
         self.columns.undo()
         if self.columns.count:
             for layer in self.columns.layers:
@@ -169,8 +174,8 @@ class LatentCache(Cache):  # type: ignore[misc]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors held: pages, free room in them included, the dense window, and where they lie."""
-        settle(self.columns)
+        """Bytes of the tensors held: pages, free room in them included, the dense window, and where they lie. What the
+        last pass did not keep is among them until the next one begins, or `settle`."""
         tensors = [*self.columns.tensors, *(x for layer in self.columns.layers for x in layer.tensors)]
         return sum(x.untyped_storage().nbytes() for x in tensors)
 
@@ -183,13 +188,13 @@ class LatentCache(Cache):  # type: ignore[misc]
 
     @property
     def tokens(self) -> list[Tensor]:
-        """Of each layer that holds tokens, how many of each row, [B] int64: all, or those that are kept."""
-        settle(self.columns)
+        """Of each layer that holds tokens, how many of each row, [B] int64, until the next pass begins."""
         return [layer.tokens for layer in self.columns.layers]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LatentCache:
         """Factors never change, and are shared."""
         memo.update((id(x), x) for x in (self.factors, *self.factors.layers))
+        memo.update((id(layer.latest), None) for layer in self.layers if layer.latest is not None)  # of a pass
         memo[id(self)] = other = type(self).__new__(type(self))
         other.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return other

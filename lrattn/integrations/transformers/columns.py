@@ -58,7 +58,7 @@ class Columns:
 
     With `select`, columns are counted without those that were dropped or moved to Kept: the first ones of the dense
     window come first, at once followed by what came after them. gone: how many there were. due: whether tokens are
-    chosen in the pass under way, or were in the last one. begun: [B], where rows began before columns were gone.
+    chosen in the pass under way, or were in the last one. begun: [B], where rows began before any were gone; None: 0.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class Columns:
         self.bounded = any(form.rope is not None or form.max_position is not None for form in forms)
         self.sinks, self.most, self.selection = sinks, most, select
         self.layers: list[Any] = []  # LatentLayers
+        self.readers = 0  # of other layers: they hold nothing
         self.reset()
 
     def reset(self) -> None:
@@ -106,6 +107,11 @@ class Columns:
         return self.lens[0].long() if self.lens is not None and self.count else self.count + self.gone
 
     @property
+    def first(self) -> Tensor | None:
+        """Where rows begin in the count of all columns, [B]; None: at 0."""
+        return self.begun if self.gone else self.base
+
+    @property
     def settled(self) -> bool:
         """Whether a pass reads nothing from the device any more."""
         return self.most is not None and self.count > 0
@@ -128,9 +134,8 @@ class Columns:
         if not begin:
             self.positions = self.offsets = self.base = None
         told, unread, self.last = position_ids is not None, torch.compiler.is_compiling(), end + self.gone - 1
-        if self.selection is not None:
-            every, since = self.selection.every, end + self.gone - self.chosen_at
-            self.due = not self.chosen_at or 0 < every <= since
+        every, since = 0 if self.selection is None else self.selection.every, end + self.gone - self.chosen_at
+        self.due = self.selection is not None and (not self.chosen_at or 0 < every <= since)
         if position_ids is not None and self.bounded:
             self.last = 0 if unread else int(position_ids.max())
         first = begin + self.gone
@@ -249,9 +254,9 @@ class Columns:
             self.offsets = offsets.int() if unread or offsets.any() else None
 
     def wrote(self, new: int) -> None:
-        """One more layer holds the pass under way; with the last one it is over, and its columns count."""
+        """One more layer holds the pass under way, or reads one that does; with the last one its columns count."""
         self.written += 1
-        if self.written < len(self.layers):
+        if self.written < len(self.layers) + self.readers:
             return
         self.count += new
         if self.lens is not None:
@@ -263,7 +268,7 @@ class Columns:
     def undo(self) -> None:
         """The pass under way, if there is one, has failed: it counts for nothing."""
         for layer in self.layers:
-            layer.next = layer.chosen = None
+            layer.next = layer.chosen = layer.latest = None
         self.end()
 
     @torch.inference_mode(False)

@@ -78,7 +78,7 @@ class Kept:
 
     @property
     def tensors(self) -> list[Tensor]:
-        tables = (x for x in self.places.values() if isinstance(x, Tensor))
+        tables = (x for name, x in self.places.items() if isinstance(x, Tensor) and name != "positions")
         return [x for x in (*self.pages, self.counts, self.positions, *tables) if x is not None]
 
     @property
@@ -142,10 +142,12 @@ class Kept:
     @torch.inference_mode(False)
     @torch.no_grad()
     def select(self, rows: Tensor) -> None:
-        """Rows `rows` of the batch become the new one."""
-        batch = len(self.counts)
-        k, v = (None if x is None else x.unflatten(0, (batch, -1))[rows].flatten(0, 1) for x in self.pages)
+        """Rows `rows` of the batch, of which one at least has tokens here, become the new one."""
+        batch, counts = len(self.counts), self.counts[rows]
+        most = int(counts.max())
+        room = cdiv(most, PAGE)
+        k, v = (None if x is None else x.unflatten(0, (batch, -1))[rows, :room].flatten(0, 1) for x in self.pages)
         assert k is not None
-        self.pages, self.counts = (k, v), self.counts[rows]
-        self.positions = None if self.positions is None else self.positions[rows]
+        self.pages, self.counts, self.most = (k, v), counts, most
+        self.positions = None if self.positions is None else self.positions[rows, : room * PAGE]
         self.places = self._places()

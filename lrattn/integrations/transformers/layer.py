@@ -100,15 +100,14 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
         self.whole, self.index, self.factors = factors, index, layer_of(factors, index)
         (self.recent, self.sinks), self.columns, self.backend, self.held = near, columns, backend, held
         self.donor: LatentLayer | None = None  # the layer that this one reads; None: itself
-        self.readers = self.left = 0  # others that read it, and those that are still to do so in the pass under way
+        self.readers = self.unread = 0  # others that read it, and those still to do so in the pass under way
         self.latest: LatentKeys | None = None  # of that pass, until the last of them did
         self.reset()
 
     def read_from(self, donor: LatentLayer) -> None:
         """This layer holds nothing, and reads what another one holds."""
-        if donor is not self:
-            self.donor = donor
-            donor.readers += 1
+        self.donor = donor
+        donor.readers, self.columns.readers = donor.readers + 1, self.columns.readers + 1
 
     @torch.inference_mode(False)
     def reset(self) -> None:
@@ -124,22 +123,19 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
         """Nothing: the first `write` makes room."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keys as a handle for the attention function, which writes them, and values as they are; of a layer that reads
-        another, that one's.
-
-        Raises: ValueError where that one is not in the pass.
-        """
-        donor, new = self.donor, None
+        """Keys as a handle for the attention function, which writes them, and values as they are; or those of the layer
+        that this one reads. Raises: ValueError where that one has not come yet, or is on another device."""
+        donor = self.donor
         if donor is None:
             new = LatentKeys.of(key_states, value_states, self)
-            self.latest, self.left = new if self.readers else None, self.readers
+            self.latest, self.unread = new if self.readers else None, self.readers
             return new, value_states
-        if donor.latest is None:
-            raise ValueError(
-                f"layer {self.index}: expected layer {donor.index}, which it reads, to come first in a pass"
-            )
-        new, donor.left = donor.latest, donor.left - 1
-        donor.latest = new if donor.left else None
+        if donor.latest is None or key_states.device != donor.factors.device:
+            expected = f"layer {donor.index}, which it reads, to come first in a pass, on its device"
+            raise ValueError(f"layer {self.index}: expected {expected}")
+        new, donor.unread = donor.latest, donor.unread - 1
+        donor.latest = new if donor.unread else None
+        self.columns.wrote(key_states.shape[2])
         return new, new.plain_values
 
     def write(self, keys: Pair, position_ids: Tensor | None, said: Said, module: nn.Module, few: bool) -> Written:
@@ -308,8 +304,10 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
     def select(self, rows: Tensor) -> None:
         """Rows `rows` of the batch, as the columns still know it, become the new one."""
         rows, shape = rows.to(self.factors.device), (self.columns.batch, -1)
-        if self.kept is not None:
+        if self.kept is not None and self.kept.counts[rows].any():
             self.kept.select(rows)
+        else:
+            self.kept = None
         renewed, window = self.columns.renewed, self.window
         k, v = (None if x is None else renewed(x, x.unflatten(0, shape)[rows].flatten(0, 1)) for x in self.pages)
         assert k is not None

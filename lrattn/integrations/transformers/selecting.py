@@ -13,18 +13,20 @@ from lrattn.models.masks import Said
 from lrattn.selection import Held, policy_of, shares
 
 
-def left(columns: Columns, said: Said, layer: int) -> Said:
-    """What a mask says of all columns, of those that are left.
+def remaining(layer: LatentLayer, said: Said) -> Said:
+    """What a mask says of all columns, of those that remain.
 
     Raises: ValueError where tokens are selected and it says more than where rows begin, or another beginning.
     """
-    if columns.selection is None:
+    columns = layer.columns
+    if columns.selection is None and not columns.gone:
         return said
-    where = f"as select={columns.selection.policy!r} needs in layer {layer}"
+    where = f"as selected tokens need in layer {layer.index}"
     if said.window is not None:
         raise ValueError(f"sliding_window: expected attention to all columns, {where}, got {said.window} of them")
     if said.live is not None or said.full is not None:
-        raise ValueError(f"attention_mask: expected a causal one with padding on the left alone, {where}, got another")
+        expected = "a causal one with padding on the left alone and a token in every row"
+        raise ValueError(f"attention_mask: expected {expected}, {where}, got another")
     if not columns.gone:
         return said
     if not columns.written:  # read once a pass
@@ -34,7 +36,7 @@ def left(columns: Columns, said: Said, layer: int) -> Said:
             raise ValueError(
                 f"attention_mask: expected {begun.tolist()} columns of padding, {where}, got {pads.tolist()}"
             )
-    return said._replace(pads=columns.base)
+    return said._replace(pads=None if columns.base is None else columns.base.to(layer.factors.device))
 
 
 @torch.no_grad()
@@ -49,8 +51,8 @@ def choose(layer: LatentLayer, end: int, probabilities: Tensor | None) -> None:
     order = torch.where(live, key, key.max() + 1).argsort(dim=1, stable=True)
     lengths = live.sum(1)
     share = shares(selection, len(columns.layers))[index]
-    base = columns.begun if columns.gone else columns.base
-    total = end + columns.gone - (torch.zeros_like(lengths) if base is None else base.to(lengths.device))
+    begins = torch.zeros_like(lengths) if columns.first is None else columns.first.to(lengths.device)
+    total = end + columns.gone - begins
     zk, zv = latents_of(layer.factors, _rows(layer, end))
     before = columns.layers[index - 1] if index else None
     same = before is not None and _choice(before.kept) is _choice(layer.kept)
@@ -64,7 +66,7 @@ def choose(layer: LatentLayer, end: int, probabilities: Tensor | None) -> None:
         max(selection.sinks, layer.sinks),
         max(selection.recent, layer.recent, 1),
         None if probabilities is None else probabilities.gather(3, order[:, None, None].expand_as(probabilities)),
-        before.chosen.gather(1, order) if before is not None and same else None,
+        before.chosen.to(order.device).gather(1, order) if before is not None and same else None,
     )
     kept = policy_of(selection).kept(held)
     layer.choice = before.choice if before is not None and kept is held.before else object()
