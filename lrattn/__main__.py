@@ -23,6 +23,7 @@ from lrattn.compression.bits import Bits, ladder_of
 from lrattn.compression.compress import recipe_of
 from lrattn.compression.methods import DEFAULT, METHODS
 from lrattn.compression.ranks import RULES
+from lrattn.compression.whole import check_method
 from lrattn.factors import safefile
 from lrattn.factors.formats import WIDTHS
 from lrattn.factors.summary import comparison, headline, summarize, table
@@ -144,11 +145,8 @@ def _parser() -> Parser:
     about += "compressible keys and values are on a text."
     added = command("info", _info, about)
     where = f"with --plan one of {', '.join(GPUS)} (default h100); with --compressibility {WHERE}"
-    files = f"factors files; with --compressibility a model: {MODEL}"
-    model(added, files, device=None, where=where, nargs="+", metavar="file")
-    added.add_argument(
-        "--plan", action="store_true", help="how a GPU would take a decode step, and how long [estimated]"
-    )
+    model(added, f"factors files; with --compressibility a model: {MODEL}", None, where, nargs="+", metavar="file")
+    added.add_argument("--plan", action="store_true", help="how a GPU would take a decode step [estimated]")
     added.add_argument("--context", type=int, help="tokens a sequence, with --plan (default 32768)")
     added.add_argument("--batch", type=int, help="sequences, with --plan (default 1)")
     added.add_argument("--query-heads", type=int, help="with --plan (default: as the model's config has them)")
@@ -203,6 +201,8 @@ def _eval(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     from lrattn.integrations.transformers.either import attending, new_cache
     from lrattn.integrations.transformers.perplexity import perplexity
 
+    if args.read is not None and not 0 <= args.read < args.length:
+        raise ValueError(f"read: expected fewer tokens than a window's {args.length}, got {args.read}")
     factors = _load_factors(args)
     model, windows, tokenizer = _read(args.model, args)
     factors = _fitted(factors, model, tokenizer, args)
@@ -212,9 +212,9 @@ def _eval(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     with attending(model, factors, args.recent, args.sinks):
         found = perplexity(model, windows, read=read, cache=cache)
     results = {**_what(factors, args), "perplexity": found, "windows": list(windows.shape), "read": read}
-    line = f"{_made(results)}: perplexity {results['perplexity']:.3f}"
     after = f", of the tokens after the first {read}" if read else ""
-    return f"{line} over {windows.shape[0]} windows of {windows.shape[1]} tokens{after}", results
+    of = f"over {windows.shape[0]} windows of {windows.shape[1]} tokens{after}"
+    return f"{_made(results)}: perplexity {found:.3f} {of}", results
 
 
 def _generate(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
@@ -304,11 +304,13 @@ def _read(name: str, args: argparse.Namespace) -> tuple[Any, Tensor, Any]:
 
 def _load_factors(args: argparse.Namespace) -> Factors | None:
     """Those of a file; None where they are to be made, or there are none."""
-    select, beside = selection_of(args.select), "without" if args.factors is None else "with"
-    others = () if args.method is not None else ("keep", "recent", "sinks", "select", "calibration")
-    for name in others if args.factors is None else ("method", "calibration"):
+    select, beside = selection_of(args.select), "with --factors" if args.factors else "without --factors or --method"
+    alone = () if args.method else ("keep", "recent", "sinks", "select", "calibration")
+    for name in ("method", "calibration") if args.factors else alone:
         if getattr(args, name):
-            raise ValueError(f"{name}: expected none {beside} --factors, got {getattr(args, name)}")
+            raise ValueError(f"{name}: expected none {beside}, got {getattr(args, name)}")
+    if args.method is not None:
+        check_method(args.method, args.keep, args.select, args.calibration is not None)
     if args.factors is None:
         return None
     factors = Factors.load(args.factors)
@@ -318,14 +320,13 @@ def _load_factors(args: argparse.Namespace) -> Factors | None:
 
 def _fitted(factors: Factors | None, model: Any, tokenizer: Any, args: argparse.Namespace) -> Factors | None:
     """In the model's dtype, on its device; of an older file with a write side of the model's. Or made by --method."""
-    if factors is None and args.method is not None:
-        from lrattn.integrations.transformers.load import read_text, read_windows
-
-        text = None if args.calibration is None else read_text(args.calibration, "calibration")
-        batches = None if text is None else read_windows(tokenizer, text, 1024, 16).split(1)
-        return compress(model, batches, args.method, args.keep, select=args.select)
     if factors is None:
-        return None
+        from lrattn.integrations.transformers.load import read_text, read_windows
+        from lrattn.models.interface import positions_of
+
+        text, length = args.calibration, min(1024, positions_of(model) or 1024)
+        batches = text and read_windows(tokenizer, read_text(text, "calibration"), length, 16).split(1)
+        return args.method and compress(model, batches, args.method, args.keep, select=args.select)
     factors = factors.to(model.device, model.dtype)
     older = any(side.of_inputs for layer in factors.layers for side in (layer.keys, layer.values))
     return in_kv_space(factors, model) if older else factors

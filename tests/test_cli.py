@@ -326,7 +326,7 @@ def test_bad_input_is_one_clear_line(tiny_one, capsys, tmp_path):
         ("beams", [*generate, "--beams", 0]),
         ("temperature", [*generate, "--temperature", "nan"]),
         ("seed", [*generate, "--seed", 2**64]),
-        ("keep: expected none without --factors, got 0.4", [*evaluate, "--keep", 0.4]),
+        ("keep: expected none without --factors or --method, got 0.4", [*evaluate, "--keep", 0.4]),
         ("required", []),
     ):
         assert told in refused(capsys, *words)

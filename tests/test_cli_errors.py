@@ -220,8 +220,12 @@ def test_what_a_method_has_not_is_told_before_a_model_is_read(option, told, capf
 @pytest.mark.parametrize("option, told", [
     (("--select", "nothing"), "select: expected a policy out of"),
     (("--factors", "f", "--method", "curdkv"), "method: expected none with --factors, got curdkv"),
-    (("--select", "curdkv"), "select: expected none without --factors, got curdkv"),
-    (("--calibration", "f"), "calibration: expected none without --factors, got f"),
+    (("--select", "curdkv"), "select: expected none without --factors or --method, got curdkv"),
+    (("--calibration", "f"), "calibration: expected none without --factors or --method, got f"),
+    (("--method", "kvsharer"), "calibration: expected a text for method 'kvsharer', got None"),
+    (("--method", "lrattn"), "calibration: expected a text for method 'lrattn', got None"),
+    (("--method", "curdkv", "--select", "l2norm"), "select: expected none with method 'curdkv'"),
+    (("--method", "refreekv", "--keep", 0.5), "keep: expected None with 'refreekv', which finds it, got 0.5"),
 ])  # fmt: skip
 def test_what_a_cache_keeps_is_told_before_a_model_is_read(option, told, capfd, tmp_path):
     assert f"lrattn: {told}" in refused(capfd, "generate", tmp_path / "no model", "--prompt", "a", *option)
@@ -229,9 +233,12 @@ def test_what_a_cache_keeps_is_told_before_a_model_is_read(option, told, capfd, 
 
 def test_what_a_method_made_here_needs(folder, capfd, tmp_path):
     words = "generate", folder / "model", "--prompt", "abc", "--method"
-    assert "lrattn: batches: method 'kvsharer' needs some text" in refused(capfd, *words, "kvsharer")
     assert "calibration: expected a file" in refused(capfd, *words, "kvsharer", "--calibration", tmp_path / "none")
-    assert "keep: expected None with 'refreekv'" in refused(capfd, *words, "refreekv", "--keep", 0.5)
+    words = "eval", folder / "model", "--text", folder / "text", "--length", 128, "--method", "curdkv", "--read"
+    assert "read: expected fewer tokens than a window's 128, got 128" in refused(capfd, *words, 128)
+    assert "select: these factors select tokens after a pass" in refused(capfd, *words, 0)
+    long = "generate", folder / "model", "--prompt", "abc", "--tokens", 2, "--calibration", folder / "text"
+    assert "palu, keep 0.500" in run(capfd, *long, "--method", "palu")  # windows of as many tokens as it has positions
 
 
 def test_a_length_beyond_the_model_s_positions(folder, capfd, monkeypatch, tmp_path):

@@ -17,6 +17,7 @@ from lrattn.compression.sharing import donors
 from lrattn.factors.layer import LayerFactors
 from lrattn.factors.projection import Projection
 from lrattn.factors.record import Factors
+from lrattn.factors.selection import Selection
 from lrattn.factors.shapes import RANK_STEP, round_up
 from lrattn.models.interface import name_of
 from lrattn.models.layers import AttentionLayer, attention_layers, samples_of
@@ -58,6 +59,17 @@ def whole(
     made = tuple(map(exact, layers))
     named: dict[str, Any] = {"method": method, "model": name_of(model), "samples": samples_of(layers)}
     return Factors(made, near=recipe.near, select=select, donors=read, **named)
+
+
+def check_method(method: str, keep: float | None, select: Selection | str | None, text: bool) -> None:
+    """Raises ValueError for what is wrong with a method whatever the model, with a text to calibrate on or without."""
+    recipe = METHODS[method]
+    if not text and (recipe.needs_data or recipe.shares_layers):
+        raise ValueError(f"calibration: expected a text for method {method!r}, got None")
+    if recipe.exact and select is not None:
+        raise ValueError(f"select: expected none with method {method!r}, which compresses no heads, got {select}")
+    if recipe.select is not None:
+        policy_of(replace(recipe.select, keep=keep))
 
 
 def exact(layer: AttentionLayer) -> LayerFactors:

@@ -421,3 +421,6 @@ def test_choices_of_methods_that_compress_no_heads_are_refused():
     with pytest.raises(ValueError, match=r"keep: expected None with 'refreekv', which finds it, got 0.5"):
         lrattn.compress(model, None, "refreekv", 0.5)
     assert lrattn.compress(model, None, "curdkv", 0.5, bits=16).select.keep == 0.5
+    assert lrattn.compress(model, None, "curdkv").select.keep == 0.5
+    with pytest.raises(ValueError, match="keep: expected more than 2 of 3 layers"):
+        lrattn.compress(model, [tiny.tokens(1, 90)], "palu", select="l2norm:0.4")
