@@ -310,7 +310,7 @@ def table(cells: Sequence[Cell]) -> str:
         return report.NONE
     line = "{:<29} {:>6} {:>6} {:>7} {:>15} {:>15} {:>5} {:>5} {:>5} {:>5} {:>7} {:>6}"
     gains = [str(row["distance"]) for row in dense["probe"]]
-    lines = [line.format("", "bytes", "bytes", "tokens", "loss", "loss", "gain", "of", "far", "away", "choose", "step")]
+    lines = [line.format("", "bytes", "bytes", "tokens", *["loss"] * 2, *["gain"] * len(gains), "choose", "step")]
     lines += [line.format("", *map(str, LENGTHS), max(LENGTHS), *map(str, LENGTHS), *gains, "ms", "ms")]
     for cell in rows:
         if "impossible" in cell:

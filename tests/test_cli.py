@@ -332,7 +332,8 @@ def test_bad_input_is_one_clear_line(tiny_one, capsys, tmp_path):
         assert told in refused(capsys, *words)
     for option in ("recent", "sinks"):
         for words in (evaluate, generate):
-            assert f"{option}: expected none without --factors or --method, got 4" in refused(capsys, *words, f"--{option}", 4)
+            told = f"{option}: expected none without --factors or --method, got 4"
+            assert told in refused(capsys, *words, f"--{option}", 4)
             words = [*words, "--factors", factors, f"--{option}", -1]
             assert re.search(rf"{option}: expected .*\b0\b.*, got -1", refused(capsys, *words))
     assert not (tmp_path / "out").exists()

@@ -21,7 +21,8 @@ def test_every_row_was_measured_and_is_shown():
 
 
 def test_what_is_held_is_what_was_asked_for():
-    """Bytes of the tensors once tokens are chosen: the share of the base's, and a page or two a layer."""
+    """Bytes of the tensors once tokens are chosen: the share of the base's, and a page or two a layer; or what is kept
+    whatever the share, the dense window's tokens and all of some layers."""
     _, rows = selection.found_in(CELLS)
     by_row = {cell["row"]: cell for cell in rows}
     for cell in rows:
@@ -29,9 +30,11 @@ def test_what_is_held_is_what_was_asked_for():
             continue
         base = by_row[cell["base"]]
         for n in map(str, selection.LENGTHS):
-            assert cell["tokens"][n] <= cell["share"] + 0.01
-            window = base["held"][n] - (0.125 if cell["base"] != selection.DENSE else 1.0)
-            assert cell["held"][n] <= (base["held"][n] - window) * cell["share"] + window + 40 / int(n)
+            whole, fixed = POLICIES[cell["policy"]].whole / 30, 68 / (int(n) - selection.SCORED - 1)
+            least = whole + (1 - whole) * fixed if cell["base"] != selection.DENSE else 0
+            assert cell["tokens"][n] <= max(cell["share"], least) + 0.001
+            latents = 0.125 if cell["base"] != selection.DENSE else 1.0
+            assert cell["held"][n] <= base["held"][n] - latents * (1 - cell["tokens"][n]) + 24 * latents / int(n)
 
 
 def test_losses_are_over_the_dense_model_s_on_the_same_windows():
