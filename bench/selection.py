@@ -320,8 +320,9 @@ def table(cells: Sequence[Cell]) -> str:
         lost = ["{:+.4f} ±{:.4f}".format(*excess(cell, dense, n)) if cell is not dense else "" for n in LENGTHS]
         gained = [f"{row['gain']:.2f}" for row in cell["probe"]]
         choose = "" if cell["policy"] is None else f"{cell['choose_ms']:.0f}"
+        step = f"{cell['step_ms']:.0f}" if "step_ms" in cell else "-"
         kept = f"{cell['tokens'][str(max(LENGTHS))]:.3f}"
-        lines.append(line.format(cell["row"], *held, kept, *lost, *gained, choose, f"{cell['step_ms']:.0f}"))
+        lines.append(line.format(cell["row"], *held, kept, *lost, *gained, choose, step))
     return "\n".join(lines)
 
 
