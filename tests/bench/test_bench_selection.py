@@ -34,7 +34,7 @@ def test_what_is_held_is_what_was_asked_for():
             least = whole + (1 - whole) * fixed if cell["base"] != selection.DENSE else 0
             assert cell["tokens"][n] <= max(cell["share"], least) + 0.001
             latents = 0.125 if cell["base"] != selection.DENSE else 1.0
-            more = 40 * latents / int(n) + 4 / 768 * cell["tokens"][n]  # half-filled pages; a token's position in a layer
+            more = 40 * latents / int(n) + 4 / 768 * cell["tokens"][n]  # half-filled pages; positions
             assert cell["held"][n] <= base["held"][n] - latents * (1 - cell["tokens"][n]) + more
 
 
