@@ -126,6 +126,15 @@ def test_layers_read_what_their_donors_hold(form, keep):
     assert len(cache.columns.layers) == 3 and all(not cache.layers[i].tensors[0].numel() for i in (2, 4, 5))
 
 
+def test_triton_and_reference_agree():
+    """A layer that reads another's latents, by decode_attention of both backends."""
+    model, donors = model_of(3), (0, 1, 0)
+    factors, ids = replace(random_factors(model, 0.4, (5, 2)), donors=donors), tiny.tokens(1, 43)
+    model.set_attn_implementation("lrattn")
+    a, b = (fed(model, ids, (40, 1, 2), LatentCache(factors, backend=backend)) for backend in ("reference", "triton"))
+    torch.testing.assert_close(a, b, rtol=0, atol=2e-4 * a.abs().max().item())
+
+
 def test_nothing_is_held_for_a_layer_that_reads_another(tmp_path):
     model = model_of()
     plain = random_factors(model, 0.4)
