@@ -197,6 +197,8 @@ def test_a_pass_that_fails_counts_for_nothing_whoever_fails():
             fed(model, ids[:, 50:55], 5, cache)
         hook.remove()
         assert cache.get_seq_length() == 50
+        cache.reorder_cache(torch.tensor([0]))
+        assert all(layer.latest is None for layer in cache.layers)
         twin = tiny.copy.deepcopy(cache)
         want = fed(model, ids, (50, 5, 1, 4), LatentCache(factors))[:, 50:]
         same(fed(model, ids[:, 50:], (5, 1, 4), cache), want)

@@ -1,12 +1,14 @@
 """Policies on tokens: what their papers and the algebra of latents say of them, on random latents."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import lrattn
 from lrattn.attention.dense import Sight, probability_rows
+from lrattn.compression.whole import exact
 from lrattn.selection import (
     POLICIES,
     Held,
@@ -154,8 +156,13 @@ def test_l2norm_keeps_the_shortest_keys():
 
 
 def test_curdkv_scores_are_those_of_its_definition():
-    """Leverage of keys times that of values, each over its window of 16, summed over heads of equal weight."""
-    held = held_of(lengths=(90, 90))
+    """Leverage of keys times that of values, each over its window of 16, summed over heads of equal weight, of which
+    some have a few long keys and values, and others all alike."""
+    layer = exact(SimpleNamespace(num_kv_heads=HEADS, head_dim=SIZE, dtype=torch.float64, device="cpu"))
+    g = torch.Generator().manual_seed(6)
+    sizes = torch.rand(2, 2, 90, HEADS, 1, generator=g, dtype=torch.float64) ** torch.tensor([[0.1], [0.1], [4], [9]])
+    latents = (torch.randn(2, 2, 90, HEADS, SIZE, generator=g, dtype=torch.float64) * sizes).flatten(3)
+    held = held_of(layer=layer, latents=tuple(latents))
     k, v = held.layer.rebuild(held.zk, held.zv)
     score = torch.zeros(2, 90, dtype=torch.float64)
     for b in range(2):

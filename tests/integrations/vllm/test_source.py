@@ -13,6 +13,7 @@ from latents import random_factors
 from passes import exact_ropes
 from safetensors.torch import save_file
 
+from lrattn.factors.selection import Selection
 from lrattn.integrations.vllm import source
 from lrattn.models.layers import sample_of
 
@@ -54,6 +55,17 @@ def test_factors_of_the_model_are_taken(family):
 def test_others_are_refused(family, of, more, said):
     with pytest.raises(ValueError, match=said):
         source.check_model(told(family, **more), made(of))
+
+
+@pytest.mark.parametrize(
+    "said, less",
+    [("whose tokens are all kept, got some with select", {"select": Selection("curdkv")}),
+     ("whose layers each hold their own, got some with donors", {"donors": (0, 1, 0)})],
+)  # fmt: skip
+def test_factors_of_which_a_cache_holds_less_are_refused(said, less):
+    """Pages hold every token of every layer: a policy, or a donor, would be passed over."""
+    with pytest.raises(ValueError, match=f"expected factors {said}"):
+        source.check_model(told("llama"), replace(made("llama"), **less))
 
 
 @pytest.mark.parametrize("form, reach", [({"chunk": None}, 512), ({}, 1 << 20), ({"ropes": None, "chunk": None}, 200)])
