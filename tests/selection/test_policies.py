@@ -255,7 +255,7 @@ def test_probability_rows_are_those_of_dense_attention(sight, softcap, logits):
     q, exact, far = draw(batch, heads, queries, size), draw(batch, kv, columns, size), draw(batch, kv, columns, size)
     pads = torch.tensor([0, 7])
     told = Sight(columns - queries, columns, near, first, pads=pads)
-    recent = (exact, exact) if near else None
+    recent = (exact[:, :, -near - queries :],) * 2 if near else None  # as many as are held
     firsts = None
     if first:
         at = (pads[:, None] + torch.arange(first))[:, None, :, None].expand(-1, kv, -1, size)
