@@ -286,8 +286,7 @@ def row_of(base: str, selection: Selection | None) -> str:
 
 def nbytes(cache: LatentCache) -> int:
     """Of the tensors that a cache holds, wide numbers counted as 16 bits."""
-    tensors = [*cache.columns.tensors, *(x for layer in cache.columns.layers for x in layer.tensors)]
-    return sum(x.numel() * (2 if x.is_floating_point() else x.itemsize) for x in tensors)
+    return sum(x.numel() * (2 if x.is_floating_point() else x.itemsize) for x in cache.tensors)
 
 
 def excess(cell: Cell, dense: Cell, length: int) -> tuple[float, float]:

@@ -210,10 +210,8 @@ def probability_rows(
     last = q.shape[2]
     a = max(last - count, 0)
     k, _, seen, columns = side_by_side(sight, a, last, far, recent, first, older)
-    heads = q[:, :, a:].float().unflatten(1, (k.shape[1], -1)) * scale  # [B, Hkv, M, s, D]
-    scores = torch.einsum("bhmsd,bhtd->bhmst", heads, k.float()).flatten(1, 2)
-    scores = softcap * (scores / softcap).tanh() if softcap else scores
-    scores = scores.masked_fill(~seen[:, None], -torch.inf)
+    scores = _scores(q[:, :, a:].transpose(1, 2).float(), k.transpose(1, 2).float(), scale, softcap)
+    scores = scores.flatten(2, 3).transpose(1, 2).masked_fill(~seen[:, None], -torch.inf)
     if sinks is not None:
         scores = torch.cat((scores, sinks.float()[None, :, None, None].expand(*scores.shape[:3], 1)), 3)
     found = scores.softmax(3).nan_to_num(0.0)[..., : k.shape[2]]  # of a query that sees nothing: nothing
@@ -251,12 +249,17 @@ def masked_attention(
     A query that sees nothing gives zeros and -inf. Memory O(B * S * Hq * n); sums in float32 (float64 for float64).
     """
     acc = accumulator(q.dtype)
-    heads = q.to(acc).unflatten(2, (k.shape[2], -1)) * scale  # [B, S, Hkv, M, D]
-    scores = torch.einsum("bshmd,bthd->bshmt", heads, k.to(acc))
-    scores = softcap * (scores / softcap).tanh() if softcap else scores
+    scores = _scores(q.to(acc), k.to(acc), scale, softcap)
     blind = ~seen.any(-1)[:, :, None, None]  # such a query sees everything until the end: gradients stay finite
     scores = scores.masked_fill(~(seen[:, :, None, None] | blind[..., None]), -torch.inf)
     lse = scores.logsumexp(-1)
     out = torch.einsum("bshmt,bthd->bshmd", (scores - lse[..., None]).exp(), v.to(acc))
     out, lse = out.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, -torch.inf)
     return out.flatten(2, 3).to(q.dtype), lse.flatten(2, 3)
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, softcap: float) -> Tensor:
+    """q [B, S, Hq, D], k [B, n, Hkv, D] -> [B, S, Hkv, M, n], before any mask."""
+    heads = q.unflatten(2, (k.shape[2], -1)) * scale  # [B, S, Hkv, M, D]
+    scores = torch.einsum("bshmd,bthd->bshmt", heads, k)
+    return softcap * (scores / softcap).tanh() if softcap else scores

@@ -115,7 +115,7 @@ def compress(
         bytes_per_token: of the latent cache, scales and padding included: instead of `keep`.
         select: which tokens a cache of them keeps, a lrattn.Selection or its words; None: all. Methods that
             are a policy take `keep` as the share of the tokens, "kvsharer" of the layers, and no other choice.
-        progress: show bars.
+        progress: show bars on stderr.
 
     Returns: Factors in the model's dtype, on its device.
     Raises: ValueError naming the argument, what was expected and what came; OSError if a state cannot be written.

@@ -1,5 +1,7 @@
 """What fewer tokens and layers lose: the committed cells are whole, say what they hold, and are what the page shows."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -56,11 +58,5 @@ def test_a_row_is_a_base_and_a_policy():
 
 
 def test_bytes_count_wide_numbers_as_16_bits():
-    class Columns:
-        tensors, layers = [torch.zeros(3, dtype=torch.int64)], []
-
-    class Cache:
-        columns = Columns()
-
-    Columns.layers = [type("Layer", (), {"tensors": [torch.zeros(5), torch.zeros(7, dtype=torch.uint8)]})()]
-    assert selection.nbytes(Cache()) == 24 + 10 + 7
+    held = [torch.zeros(3, dtype=torch.int64), torch.zeros(5), torch.zeros(7, dtype=torch.uint8)]
+    assert selection.nbytes(SimpleNamespace(tensors=held)) == 24 + 10 + 7

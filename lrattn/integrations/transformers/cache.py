@@ -176,8 +176,12 @@ class LatentCache(Cache):  # type: ignore[misc]
     def nbytes(self) -> int:
         """Bytes of the tensors held: pages, free room in them included, the dense window, and where they lie. What the
         last pass did not keep is among them until the next one begins, or `settle`."""
-        tensors = [*self.columns.tensors, *(x for layer in self.columns.layers for x in layer.tensors)]
-        return sum(x.untyped_storage().nbytes() for x in tensors)
+        return sum(x.untyped_storage().nbytes() for x in self.tensors)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What it holds, of all layers and of what they share."""
+        return [*self.columns.tensors, *(x for layer in self.columns.layers for x in layer.tensors)]
 
     def __repr__(self) -> str:
         batch = self.columns.batch if self.columns.count else 0

@@ -25,7 +25,7 @@ Latents = tuple[Tensor, Tensor | None]  # of keys and values, or pages of them; 
 Rows = list[list[Tensor]]  # of each cache, [B, n, width] as each of its `sections` has them
 
 
-def sides_of(layer: LayerFactors) -> list[Projection]:
+def cached_sides(layer: LayerFactors) -> list[Projection]:
     """Those that have a cache."""
     return [layer.row_side] if layer.shared else [layer.row_side, layer.values]
 
@@ -34,15 +34,20 @@ def rows_of(layer: LayerFactors, pages: Latents, batch: int, begin: int, end: in
     """Rows begin .. end of each text, which owns as many pages as the others."""
     return [
         [x.unflatten(0, (batch, -1)).flatten(1, 2)[:, begin:end] for x in sections(side, held)]
-        for side, held in zip(sides_of(layer), pages, strict=False)
+        for side, held in zip(cached_sides(layer), pages, strict=False)
         if held is not None
     ]
 
 
 def latents_of(layer: LayerFactors, rows: Rows) -> Latents:
     """As the cache gives them back, [B, n, width] each, in the layer's dtype."""
-    found = [unpack(side, parts).to(layer.dtype) for side, parts in zip(sides_of(layer), rows, strict=True)]
+    found = [unpack(side, parts).to(layer.dtype) for side, parts in zip(cached_sides(layer), rows, strict=True)]
     return found[0], found[1] if len(found) > 1 else None
+
+
+def gathered(x: Tensor, at: Tensor) -> Tensor:
+    """Rows `at` [B, m] of x [B, n, width]."""
+    return x.gather(1, at[..., None].expand(-1, -1, x.shape[2]))
 
 
 def moved(layer: LayerFactors, rows: Rows, at: Tensor, pages: int) -> Latents:
@@ -50,11 +55,11 @@ def moved(layer: LayerFactors, rows: Rows, at: Tensor, pages: int) -> Latents:
     batch, count = at.shape
     made = allocate_cache(layer, batch * pages, PAGE)
     slots = torch.arange(batch, device=at.device)[:, None] * pages * PAGE + torch.arange(count, device=at.device)
-    for side, new, old in zip(sides_of(layer), made, rows, strict=False):
+    for side, new, old in zip(cached_sides(layer), made, rows, strict=False):
         assert new is not None
         new.zero_()
         for to, x in zip(sections(side, new), old, strict=True):
-            write_rows(to, x.gather(1, at[..., None].expand(-1, -1, x.shape[2])).flatten(0, 1), slots.flatten())
+            write_rows(to, gathered(x, at).flatten(0, 1), slots.flatten())
     return made
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lrattn.integrations.transformers.columns import Columns
-from lrattn.integrations.transformers.kept import Kept, Rows, latents_of, moved, rows_of
+from lrattn.integrations.transformers.kept import Kept, Rows, gathered, latents_of, moved, rows_of
 from lrattn.integrations.transformers.layer import LatentLayer
 from lrattn.models.masks import Said
 from lrattn.selection import Held, policy_of, shares
@@ -59,8 +59,8 @@ def choose(layer: LatentLayer, end: int, probabilities: Tensor | None) -> None:
     held = Held(
         layer.factors,
         index,
-        _gathered(zk, order),
-        None if zv is None else _gathered(zv, order),
+        gathered(zk, order),
+        None if zv is None else gathered(zv, order),
         lengths,
         (share * total).floor().long().clamp(max=lengths),
         max(selection.sinks, layer.sinks),
@@ -146,10 +146,6 @@ def _rows(layer: LatentLayer, end: int) -> Rows:
     return [
         [torch.cat(pair, 1) for pair in zip(*sides, strict=True)] for sides in zip(layer.kept.rows, rows, strict=True)
     ]
-
-
-def _gathered(x: Tensor, order: Tensor) -> Tensor:
-    return x.gather(1, order[..., None].expand(-1, -1, x.shape[2]))
 
 
 def _choice(kept: Kept | None) -> object:
