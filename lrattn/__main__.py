@@ -20,9 +20,9 @@ from lrattn import Factors, __version__, compress, in_kv_space, narrowed
 from lrattn.attention.gpus import GPUS
 from lrattn.compression import compressibility
 from lrattn.compression.bits import Bits, ladder_of
-from lrattn.compression.compress import recipe_of
 from lrattn.compression.methods import DEFAULT, METHODS
 from lrattn.compression.ranks import RULES
+from lrattn.compression.recipe import recipe_of
 from lrattn.compression.whole import check_method
 from lrattn.factors import safefile
 from lrattn.factors.formats import WIDTHS
@@ -115,11 +115,13 @@ def _parser() -> Parser:
     added.add_argument("--ranks", choices=RULES, help=f"what shares them out (default: the method's, most {RULES[0]})")
     added.add_argument("--shared", default="auto", choices=SHARED, help="keys and values in one row (auto: by method)")
     added.add_argument("--chunk", type=int, help="positions in a chunk, of method lrattn (default 512)")
+    added.add_argument("--span", type=int, help="neighbouring layers that share a row (default 1; commonkv 4)")
     added.add_argument("--positions", type=int, metavar="N", help="make factors of rotated keys for 0 .. N - 1")
     added.add_argument("--far", type=int, nargs=2, metavar=("RECENT", "SINKS"), help=FAR)
     added.add_argument("--refine", type=int, default=0, metavar="STEPS", help="distil the factors (default 0: no)")
     added.add_argument("--nested", action="store_true", help="distil all prefixes of plain latents, for --keep of eval")
     added.add_argument("--select", help=SELECT)
+    added.add_argument("--salient", type=float, metavar="SHARE", help="of the tokens, held with twice the bytes")
     added.add_argument("--group-size", type=int, default=4, help="kv heads that share a key latent (default 4)")
     added.add_argument("--shards", type=int, default=1, help="tensor-parallel ranks no key group may lie across")
     added.add_argument("--state", type=Path, help=STATE)
@@ -181,20 +183,19 @@ def _compress(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         safefile.check_target("state", args.state)
         if os.path.realpath(args.state) == os.path.realpath(args.out):
             raise ValueError(f"state: expected another file than --out, got {args.state}")
-    recipe_of(args.method, args.ranks, SHARED[args.shared], args.chunk, args.positions)  # before a model is read
+    recipe_of(args.method, args.ranks, SHARED[args.shared], args.chunk, args.positions, args.span)  # before a model
     selection_of(args.select)
     model, windows, _ = _read(args.model, args)
     begin = time.perf_counter()
-    names = "method keep group_size ranks refine nested state shards bits bytes_per_token chunk positions select"
-    choice: dict[str, Any] = {name: getattr(args, name) for name in names.split()}
+    names = "method keep group_size ranks refine nested state shards bits bytes_per_token chunk positions span"
+    choice: dict[str, Any] = {name: getattr(args, name) for name in (*names.split(), "select", "salient")}
     far = None if args.far is None else tuple(args.far)
     factors = compress(model, windows.split(1), shared=SHARED[args.shared], far=far, **choice)
     factors.save(args.out)
     seconds = time.perf_counter() - begin
     results = {"out": str(args.out), "windows": list(windows.shape), "seconds": seconds, **summarize(factors)}
     made = f"calibrated on {windows.shape[0]} windows of {windows.shape[1]} tokens, {seconds:.0f} s in all"
-    wrote = f"wrote {args.out}, {args.out.stat().st_size / 2**20:.1f} MiB"
-    return f"{headline(results)}\n{made}\n{wrote}", results
+    return f"{headline(results)}\n{made}\nwrote {args.out}, {args.out.stat().st_size / 2**20:.1f} MiB", results
 
 
 def _eval(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
@@ -206,14 +207,15 @@ def _eval(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     factors = _load_factors(args)
     model, windows, tokenizer = _read(args.model, args)
     factors = _fitted(factors, model, tokenizer, args)
-    half = 0 if factors is None or factors.select is None else windows.shape[1] // 2
-    read = half if args.read is None else args.read
-    cache = partial(new_cache, factors, args.recent, args.sinks) if read else None
+    halved = args.read is None and factors is not None and factors.select is not None
+    read = windows.shape[1] // 2 if halved else args.read or 0
+    step = factors.near_or(args.recent, None)[0] if factors is not None and factors.span > 1 else 0
+    cache = partial(new_cache, factors, args.recent, args.sinks) if read or step else None
     with attending(model, factors, args.recent, args.sinks):
-        found = perplexity(model, windows, read=read, cache=cache)
+        found = perplexity(model, windows, read=read, step=step, cache=cache)
     results = {**_what(factors, args), "perplexity": found, "windows": list(windows.shape), "read": read}
-    after = f", of the tokens after the first {read}" if read else ""
-    of = f"over {windows.shape[0]} windows of {windows.shape[1]} tokens{after}"
+    of = f"over {len(windows)} windows of {windows.shape[1]} tokens"
+    of += f", of the tokens after the first {read}" if read else ""
     return f"{_made(results)}: perplexity {found:.3f} {of}", results
 
 
@@ -227,9 +229,8 @@ def _generate(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     options = ("chat", "tokens", "beams", "temperature", "seed", "recent", "sinks")
     choice = {name: getattr(args, name) for name in options}
     results = {**_what(factors, args), **generate(model, tokenizer, factors, args.prompt, **choice)}
-    rate = f"{results['tokens']} tokens, {results['tokens_per_second']:.1f} a second"
-    made = f"{_made(results)}: {rate}, cache {results['cache_bytes']:,} bytes"
-    return f"{results['text'].strip()}\n\n{made}", results
+    made = f"{results['tokens']} tokens, {results['tokens_per_second']:.1f} a second"
+    return f"{results['text'].strip()}\n\n{_made(results)}: {made}, cache {results['cache_bytes']:,} bytes", results
 
 
 def _info(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
@@ -260,9 +261,8 @@ def _plan(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     if len(args.model) > 1:
         raise ValueError(f"file: expected one file of factors with --plan, got {len(args.model)}")
     dtype = torch.bfloat16 if args.dtype == "auto" else getattr(torch, args.dtype)
-    gpu: str = "h100" if args.device is None else args.device
-    context: int = 32768 if args.context is None else args.context
-    batch: int = 1 if args.batch is None else args.batch
+    gpu: str = args.device or "h100"
+    context, batch = (n if given is None else given for n, given in ((32768, args.context), (1, args.batch)))
     outlook.check(gpu, context, batch, dtype)  # before a file is read
     factors = Factors.load(args.model[0])
     heads = args.query_heads

@@ -28,13 +28,13 @@ ARROWS = {
 }
 ORDER = {
     "factors": "shapes band rope safefile formats projection operands layer selection record summary",
-    "selection": "held l2norm curdkv chunkkv refreekv",
+    "selection": "held l2norm curdkv chunkkv refreekv zipcache",
     "kernels": "arguments pieces launch plan tiles planes packed rows scores pack write rebuild absorb "
     "absorb_packed attend attend_rebuilt attend_packed values near combine project decode",
     "attention": "gpus dense cache near reference operators checks ops step outlook",
     "models": "masks states interface layers ropes weights",
-    "compression": "arguments moments substitute batches sums calibrate clusters ranks bits methods averages problem "
-    " propagate nested refine older sharing whole compress compressibility",
+    "compression": "arguments moments substitute batches runs sums calibrate clusters ranks bits methods averages "
+    "problem propagate nested refine older sharing whole recipe compress compressibility",
     "integrations": "transformers vllm",
 }
 DUMPING_GROUNDS = {"utils", "helpers", "common", "misc", "base", "tools", "core"}

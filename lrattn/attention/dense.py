@@ -8,6 +8,7 @@ exactly where j > i - near or j is among the first `sinks` live ones of its row,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,7 @@ class Sight:
         live: [B, T] bool, more that is not seen; None: nothing more.
         full: [B or 1, S, T] bool, what is seen instead of all that; None: it holds.
         base: [B], where the first `sinks` columns of each row begin; None: at `pads`, which may have moved on since.
+        own: from this column on all are seen exactly, whatever `near`; None: no more than that.
     """
 
     begin: int
@@ -42,6 +44,7 @@ class Sight:
     live: Tensor | None = None
     full: Tensor | None = None
     base: Tensor | None = None
+    own: int | None = None
 
     @property
     def plain(self) -> bool:
@@ -52,7 +55,7 @@ class Sight:
     def all_near(self) -> bool:
         """Whether no query sees a far column."""
         reach = self.end if self.full is not None or self.window is None else min(self.window, self.end)
-        return reach <= self.near
+        return reach <= self.near or self.own == 0
 
     def _allowed(self, i: Tensor, j: Tensor, first: int, last: int) -> Tensor:
         """i [s, 1], queries first .. last; j [1 or B, 1, n], columns -> [1 or B, s, n] bool."""
@@ -73,6 +76,7 @@ class Sight:
     def far(self, first: int, last: int, like: Tensor) -> tuple[slice, Tensor]:
         """The columns that some of these queries may see far, and which of them see which: [1 or B, s, n] bool."""
         low, high = 0, self.end if self.full is not None else max(self.begin + last - self.near, 0)
+        high = high if self.own is None else min(high, self.own)
         if self.window is not None and self.full is None:
             low = min(max(self.begin + first - self.window + 1, 0), high)
         i, j = self._places(first, last, low, high, like)
@@ -85,10 +89,10 @@ class Sight:
 
     def recent(self, first: int, last: int, held: int, like: Tensor) -> tuple[slice, Tensor]:
         """As `far`, of the last `held` columns, of those that are seen exactly; the slice is among the held ones."""
-        low = max(self.begin + first - self.near + 1, self.end - held)
+        low = max(self._exact(self.begin + first - self.near + 1), self.end - held)
         high = self.end if self.full is not None else self.begin + last
         i, j = self._places(first, last, low, high, like)
-        seen = self._allowed(i, j, first, last) & (j > i - self.near)
+        seen = self._allowed(i, j, first, last) & (j >= self._exact(i - self.near + 1))
         return slice(low - (self.end - held), high - (self.end - held)), seen
 
     def first(self, first: int, last: int, like: Tensor) -> Tensor:
@@ -96,7 +100,17 @@ class Sight:
         i, j = self._places(first, last, 0, self.sinks, like)
         j = j + self._sinks_at
         seen = self._allowed(i, j.clamp(max=self.end - 1), first, last)
-        return seen & (j <= i - self.near) & (j < self.end)
+        return seen & (j < self._exact(i - self.near + 1)) & (j < self.end)
+
+    def _exact(self, begin: Any) -> Any:
+        """From which column on those are seen exactly that are near from `begin` on, a number or a tensor."""
+        return (
+            begin
+            if self.own is None
+            else begin.clamp(max=self.own)
+            if isinstance(begin, Tensor)
+            else min(begin, self.own)
+        )
 
     @property
     def _sinks_at(self) -> Tensor | int:

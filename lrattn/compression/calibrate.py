@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lrattn.compression.arguments import check_count
 from lrattn.compression.batches import Batch, check_batches, least_felt, tokens_of, unfelt, unpadded
 from lrattn.compression.moments import GATHERED, GRADIENTS, SYMMETRIC, WEIGHTS, Moments
 from lrattn.compression.substitute import Window, substituted
 from lrattn.compression.sums import Sums
 from lrattn.factors import safefile
 from lrattn.models.interface import decoder_of, device_of
-from lrattn.models.layers import AttentionLayer, attention_layers
+from lrattn.models.layers import AttentionLayer, attention_layers, runs_of
 from lrattn.models.states import evaluating, frozen
 from lrattn.models.weights import linear
 
@@ -38,6 +39,7 @@ def calibrate(
     gather: Collection[str] = ("before",),
     far: tuple[int, int] = (0, 0),
     state: str | os.PathLike[str] | None = None,
+    span: int = 1,
     progress: bool = True,
 ) -> Moments:
     """Runs the model once over token batches and streams the moments of every layer.
@@ -56,6 +58,8 @@ def calibrate(
         state: a file that is written every minute, at the end, and when Ctrl-C or an error stops the run: of whole
             batches. If it exists, sequences it has seen are skipped: an interrupted run goes on where it was, and more
             text can be added. What it has gathered goes on too.
+        span: neighbouring layers whose heads are summed side by side, for rows that they share: of what they hold
+            together, span^2 times a layer's sums. Not with "fisher", "magnitudes" or what is rotated.
         progress: show a bar on stderr.
 
     Products are float32 at least, sums float64. Memory beside the model: what is gathered, twice that with a state, and
@@ -68,9 +72,12 @@ def calibrate(
     """
     check_batches(batches)
     _check_gathered(gather)
+    check_count("span", span, 1)
+    if span > 1 and (odd := sorted(set(gather) - {"before", "metric"})):
+        raise ValueError(f"gather: expected 'before' and 'metric' with span={span}, got {odd}")
     window = Window.of(far)
     layers = attention_layers(model)
-    held = _resume(model, layers, gather, window, state)
+    held = _resume(model, runs_of(layers, span), gather, window, span, state)
     window = Window(*held.far)  # what is held goes on growing in its own
     sums = Sums(model, layers, held, apart=state is not None)
     if sums.differentiates and any(p.is_inference() for p in model.parameters()):
@@ -140,6 +147,7 @@ def _resume(
     layers: list[AttentionLayer],
     gather: Collection[str],
     window: Window,
+    span: int,
     state: str | os.PathLike[str] | None,
 ) -> Moments:
     """The moments in the state file, or zeros."""
@@ -153,6 +161,8 @@ def _resume(
             raise ValueError(f"state: expected moments of this model in {state}, got another model's")
         if missing := sorted(set(gather) - set(held.gathered)):
             raise ValueError(f"state: expected moments with {missing} in {state}, got some without")
+        if held.span != span:
+            raise ValueError(f"state: expected sums over runs of {span} layers in {state}, got {held.span}")
         if wanted and held.far != far:
             raise ValueError(f"state: expected gradients beyond a window (recent, sinks) of {far}, got {held.far}")
         return held
@@ -161,7 +171,7 @@ def _resume(
         for name, shape in _shapes(layer, gather).items():
             kind = torch.float32 if name.startswith("fisher") else torch.float64
             zeros.setdefault(name, []).append(torch.zeros(shape, dtype=kind))
-    return Moments({name: tuple(xs) for name, xs in zeros.items()}, far=far, model=own)
+    return Moments({name: tuple(xs) for name, xs in zeros.items()}, far=far, model=own, span=span)
 
 
 def _shapes(layer: AttentionLayer, gather: Collection[str]) -> dict[str, tuple[int, ...]]:
@@ -200,8 +210,10 @@ def check_moments(
     layers: list[AttentionLayer],
     gather: set[str],
     far: tuple[int, ...] | None,
+    span: int = 1,
 ) -> None:
-    """Raises ValueError for others than this model's, with all of these; far: None where no gradients are."""
+    """Raises ValueError for others than this model's, with all of these; layers: its runs; far: None where no gradients
+    are."""
     if missing := sorted(gather - set(() if moments is None else moments.gathered)):
         got = "none" if moments is None else f"moments with {list(moments.gathered)}"
         raise ValueError(f"moments: expected batches, or moments of calibrate(gather={missing}), got {got}")
@@ -209,6 +221,8 @@ def check_moments(
         return
     if far is not None and moments.far != far:
         raise ValueError(f"moments: expected gradients beyond a window far={far}, got {moments.far}")
+    if moments.span != span:
+        raise ValueError(f"moments: expected those of calibrate(span={span}), got span={moments.span}")
     if moments.layers != len(layers):
         raise ValueError(f"moments: expected those of {len(layers)} layers, got {moments.layers}")
     if moments.model not in ("", fingerprint(model)):

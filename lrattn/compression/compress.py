@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lrattn.compression.arguments import check_count, check_flag, check_share
-from lrattn.compression.averages import Turns
 from lrattn.compression.batches import Batch, check_batches, check_lengths, least_felt, tokens_of, unfelt, unpadded
 from lrattn.compression.bits import Bits, check_least, ladder_of, share_held, share_out
 from lrattn.compression.calibrate import calibrate, check_moments, fingerprint
@@ -25,24 +24,23 @@ from lrattn.compression.methods.rows import Form
 from lrattn.compression.moments import GRADIENTS, Moments
 from lrattn.compression.problem import Problem
 from lrattn.compression.propagate import propagate
-from lrattn.compression.ranks import RULES, LayerShape, budget, condition, fisher, group_size_within, spectrum, uniform
+from lrattn.compression.ranks import budget, condition, fisher, spectrum, uniform
+from lrattn.compression.recipe import check_alone, form_of, recipe_of, shape_of, stored_as
 from lrattn.compression.refine import digest_of, parted
 from lrattn.compression.refine import refine as distil
+from lrattn.compression.runs import divided, run_ropes
 from lrattn.compression.substitute import Window
 from lrattn.compression.whole import whole
 from lrattn.factors import safefile
 from lrattn.factors.layer import LayerFactors
 from lrattn.factors.record import Factors
-from lrattn.factors.rope import Rope
 from lrattn.factors.selection import Selection
-from lrattn.factors.shapes import CHUNK_STEP
 from lrattn.models.interface import name_of
-from lrattn.models.layers import AttentionLayer, attention_layers, samples_of
+from lrattn.models.layers import AttentionLayer, attention_layers, runs_of, samples_of
 from lrattn.models.ropes import ropes_of
 from lrattn.models.weights import check_readable, linear
 from lrattn.selection import selection_of, shares
 
-JOINT_WITHIN = 256  # latents a row may have for keys to be rebuilt from all of it: see docs/decisions.md
 KEEP, PLAIN = 0.125, 0.5  # where the caller names no bytes, of packed latents and of plain ones
 LEVEL = 0.5  # of the budget of joint rows that is the same for every layer
 
@@ -68,7 +66,9 @@ def compress(
     chunk: int | None = None,
     positions: int | None = None,
     bytes_per_token: int | None = None,
+    span: int | None = None,
     select: Selection | str | None = None,
+    salient: float | None = None,
     progress: bool = True,
 ) -> Factors:
     """Factors of a model's keys and values; the model itself is not changed.
@@ -113,8 +113,13 @@ def compress(
             positions - 1, by averages over rotations, which the model's config has to tell. None: as published, from
             the positions of the calibration; they are wrong beyond its longest sequence.
         bytes_per_token: of the latent cache, scales and padding included: instead of `keep`.
+        span: neighbouring layers that share one row of keys and values of all, for "lrattn" and "lrattn-rebuilt": fewer
+            bytes for the same loss, and all of them are read by each of the layers. None: 1, of "commonkv" 4.
         select: which tokens a cache of them keeps, a lrattn.Selection or its words; None: all. Methods that
             are a policy take `keep` as the share of the tokens, "kvsharer" of the layers, and no other choice.
+        salient: share of the tokens, below one half, that a cache of them holds with twice the bytes, the others with
+            the fewer, once it has read a prompt: by what the last queries give them, as "zipcache" says. Not with
+            `select`, `span`, `refine` or `bytes_per_token`. None: all have as many.
         progress: show bars on stderr.
 
     Returns: Factors in the model's dtype, on its device.
@@ -123,10 +128,28 @@ def compress(
     select = selection_of(select)
     if isinstance(method, str) and method in METHODS and METHODS[method].exact:
         others: dict[str, Any] = {"ranks": ranks, "shared": shared, "far": far, "moments": moments, "state": state}
-        others |= {"chunk": chunk, "positions": positions, "select": select, "bytes_per_token": bytes_per_token}
+        others |= {
+            "chunk": chunk,
+            "positions": positions,
+            "select": select,
+            "bytes_per_token": bytes_per_token,
+            "span": span,
+        }
         others |= {"refine": refine or None, "nested": nested or None, "bits": None if bits == 16 else bits}
+        others |= {"salient": salient}
         return whole(model, batches, method, keep, others, progress)
-    recipe, ranks, chunk = recipe_of(method, ranks, shared, chunk, positions)
+    recipe, ranks, chunk, span = recipe_of(method, ranks, shared, chunk, positions, span)
+    if salient is not None:
+        check_alone(salient, {"select": select, "refine": refine, "bytes_per_token": bytes_per_token}, span)
+        tier: dict[str, Any] = {
+            "method": method,
+            "group_size": group_size,
+            "ranks": ranks,
+            "shared": shared,
+            "far": far,
+        }
+        tier |= {"moments": moments, "chunk": chunk, "shards": shards, "bits": bits, "positions": positions}
+        return _tiered(model, batches, salient, KEEP if keep is None else keep, recipe, state, progress, tier)
     for name, count, least in (("group_size", group_size, 1), ("shards", shards, 1), ("refine", refine, 0)):
         check_count(name, count, least)
     check_flag("nested", nested)
@@ -139,6 +162,9 @@ def compress(
     window = Window.of(far)
     far = astuple(window)
     layers = attention_layers(model)
+    runs = runs_of(layers, span)
+    if span > 1 and (select is not None or refine or ranks == "fisher"):
+        raise ValueError(f"span: expected 1 with select=, refine= or ranks 'fisher', got {span}")
     if select is not None:
         shares(select, len(layers))
     if bytes_per_token is not None:
@@ -158,8 +184,8 @@ def compress(
     if len(ladder) > 1 and not in_nats:
         raise ValueError(f"bits: expected one number with method {method!r} and ranks {ranks!r}, got {bits!r}")
     held, by_bits = share_held(keep, ladder), in_nats and ladder != (16,)
-    shapes = [replace(_shape(layer, recipe, group_size, shards), bits=ladder[0]) for layer in layers]
-    form = _form(shapes, held) if shared is None and "ride" in recipe.forms else shared or False
+    shapes = [replace(shape_of(run, recipe, group_size, shards), bits=ladder[0]) for run in runs]
+    form = form_of(shapes, held) if shared is None and "ride" in recipe.forms else shared or span > 1
     parts = 2 if by_bits and form == "ride" else 1  # of a row that have bits apart
     shapes = [replace(shape, shared=bool(form), parts=parts) for shape in shapes]
     nbytes = int(keep * sum(2 * shape.dense for shape in shapes) + 1e-6)
@@ -178,6 +204,7 @@ def compress(
     ropes = ropes_of(model, layers) if asked else [None] * len(layers)
     if reads:
         check_readable(model, layers, ropes)
+    ropes = run_ropes(ropes, span)
     if recipe.measure is kq_svd.measure:
         for layer in layers:
             linear(layer, "o_proj")
@@ -215,27 +242,28 @@ def compress(
             beside = f"{os.fspath(state)}.{run}.refine"
             safefile.check_target("state", beside)
     if calibrates:
-        moments = calibrate(model, lessons, gather=gather, far=far, state=state, progress=progress)
+        how: dict[str, Any] = {"gather": gather, "far": far, "span": span, "state": state, "progress": progress}
+        moments = calibrate(model, lessons, **how)
     elif moments is None and recipe.needs_data:
         raise ValueError(f"batches: method {method!r} needs calibration batches, got None")
     elif recipe.refit is not None and not any(map(len, texts)):
         raise ValueError(f"batches: method {method!r} runs the compressed model on batches, got no tokens")
     else:
-        check_moments(moments, model, layers, gather, far if differentiates else None)
+        check_moments(moments, model, runs, gather, far if differentiates else None, span)
     moments = Moments() if moments is None else moments
 
     shown = partial(tqdm, unit="layer", disable=not progress)
     problems = [
         Problem(
-            layer, shape, recipe, form, moments, i, shards=shards, **_stored(recipe, rope, chunk, positions, longest)
+            run, shape, recipe, form, moments, i, shards=shards, **stored_as(recipe, rope, chunk, positions, longest)
         )
-        for i, (layer, shape, rope) in enumerate(zip(layers, shapes, ropes, strict=True))
+        for i, (run, shape, rope) in enumerate(zip(runs, shapes, ropes, strict=True))
     ]
     chosen = None
     if ranks == "uniform":
         chosen = uniform(shapes, keep)
     elif ranks == "condition":
-        chosen = condition(shapes, keep, [log_condition(layer) for layer in layers])
+        chosen = condition(shapes, keep, [log_condition(run) for run in runs])
     elif ranks == "fisher":
         chosen = fisher(shapes, keep, moments.fisher or [])
     for i, problem in enumerate(shown(problems, desc="group heads")):
@@ -262,84 +290,21 @@ def compress(
                     return made[i]
 
                 propagate(model, layers, lessons, refitted)
+    lost = [problem.lost / max(len(run.parts), 1) for problem, run in zip(problems, runs, strict=True)]
     factors = Factors(
-        layers=tuple(made),
+        layers=tuple(divided(made, runs)),
         method=method,
         model=name_of(model),
         rule=ranks,
-        predicted=tuple(problem.lost for problem in problems) if recipe.in_nats else (),
+        predicted=tuple(lost[i // span] for i in range(len(layers))) if recipe.in_nats else (),
         near=far,
         samples=samples_of(layers),
         select=select,
+        span=span,
     )
     if not refine:
         return factors
     return distil(model, factors, given, steps=refine, nested=nested, state=beside, progress=progress)
-
-
-def recipe_of(
-    method: str, ranks: str | None, shared: Form | None, chunk: int | None, positions: int | None
-) -> tuple[Method, str, int | None]:
-    """A method, its ranks and its chunk, or those given.
-
-    Raises: ValueError for what the method has not, or is no such thing.
-    """
-    if not isinstance(method, str) or method not in METHODS:
-        raise ValueError(f"method: expected one of {sorted(METHODS)}, got {method!r}")
-    recipe = METHODS[method]
-    ranks = recipe.ranks if ranks is None else ranks
-    if ranks not in (rules := [rule for rule in RULES if recipe.ruled_by(rule)]):
-        raise ValueError(f"ranks: expected one of {rules} with method {method!r}, got {ranks!r}")
-    if shared is not None and (not isinstance(shared, bool | str) or shared not in recipe.forms):  # 1 is not True
-        expected = " or ".join(map(repr, (None, *recipe.forms)))
-        raise ValueError(f"shared: expected {expected} with method {method!r}, got {shared!r}")
-    if positions is not None:
-        if not recipe.rotated:
-            raise ValueError(f"positions: expected None with method {method!r}, which is for any, got {positions!r}")
-        check_count("positions", positions, 1)
-    if chunk is None:
-        return recipe, ranks, recipe.chunk
-    if recipe.chunk is None:
-        raise ValueError(f"chunk: expected None with method {method!r}, got {chunk!r}")
-    check_count("chunk", chunk, CHUNK_STEP)
-    if chunk % CHUNK_STEP:
-        raise ValueError(f"chunk: expected a multiple of {CHUNK_STEP}, got {chunk}")
-    return recipe, ranks, chunk
-
-
-def _stored(
-    recipe: Method, rope: Rope | None, chunk: int | None, positions: int | None, longest: int
-) -> dict[str, Any]:
-    """How the keys of a layer are stored, and what takes them there, as arguments of Problem.
-
-    longest: tokens of the calibration's longest sequence.
-    """
-    if not recipe.rotated:
-        if rope is None or chunk is None:
-            return {"rope": rope}
-        return {"rope": rope, "chunk": chunk, "turns": Turns.in_chunks(rope, chunk)}
-    if positions is None:
-        return {"rope": None, "max_position": longest or None}
-    if rope is None:
-        return {"rope": None}
-    return {"rope": None, "max_position": positions, "turns": Turns(rope, positions - longest + 1)}
-
-
-def _shape(layer: AttentionLayer, recipe: Method, group_size: int, shards: int) -> LayerShape:
-    """With keys and values apart."""
-    heads = layer.num_kv_heads
-    if heads % shards and shards % heads:
-        raise ValueError(f"shards: expected a divisor or a multiple of Hkv={heads}, got {shards}")
-    within = max(heads // shards, 1)
-    sizes = {"given": group_size_within(within, group_size), "head": 1, "layer": within}
-    keys, values = (sizes[size] for size in recipe.groups)
-    return LayerShape(heads, layer.head_dim, keys, values, whole_values=recipe.whole_values)
-
-
-def _form(shapes: list[LayerShape], held: float) -> Form:
-    """The form that loses least among those whose keys are rebuilt in time, with this share of the latents."""
-    rows = sum(shape.groups[1] for shape in shapes)
-    return True if held * sum(shape.dense for shape in shapes) / rows <= JOINT_WITHIN else "ride"
 
 
 def _check_finite(layers: list[AttentionLayer]) -> None:
@@ -348,3 +313,23 @@ def _check_finite(layers: list[AttentionLayer]) -> None:
         for name, x in layer.module.named_parameters():
             if x.is_floating_point() and not x.is_meta and not bool(x.isfinite().all()):
                 raise ValueError(f"model: expected a finite {layer.name}.{name}, got one that is not")
+
+
+def _tiered(
+    model: nn.Module,
+    batches: Iterable[Batch] | None,
+    share: float,
+    keep: float,
+    recipe: Method,
+    state: str | os.PathLike[str] | None,
+    progress: bool,
+    choice: dict[str, Any],
+) -> Factors:
+    """Factors of twice the bytes for a share of the tokens, and of fewer for the others, of one calibration."""
+    check_share(keep)
+    if choice["moments"] is None and batches is not None and (gather := recipe.gathered(choice["ranks"])):
+        far = recipe.near if choice["far"] is None else choice["far"]
+        choice["moments"] = calibrate(model, batches, gather=gather, far=far, state=state, progress=progress)
+    parts = min(2 * keep, 1.0), keep * (1 - 2 * share) / (1 - share)
+    found, rest = (compress(model, None, keep=part, progress=progress, **choice) for part in parts)
+    return replace(found, select=Selection("zipcache", share), rest=rest)

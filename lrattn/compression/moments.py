@@ -12,11 +12,11 @@ from torch import Tensor
 
 from lrattn.factors import safefile
 
-# What `calibrate` can be asked for, and the sums it is made of; each has one tensor a layer. k, v, q: keys, values and
-# queries as attention is given them, n = Hkv * D numbers of a token, and x, what k_proj reads. u: k turned back from
-# its position. g: gradient of the sequence's negative log-likelihood by u, k or v, [n]; of the text for "fisher", of
-# tokens drawn from the model for the metrics. A 1 appended to what is summed keeps its mean and the weights' sum. What
-# is [m, m] is symmetric, and held as its `triangle`.
+# What `calibrate` can be asked for, and the sums it is made of; each has one tensor a layer, or a run of them. k, v,
+# q: keys, values and queries as attention is given them, n = Hkv * D numbers of a token, and x, what k_proj reads. u:
+# k turned back from its position. g: gradient of the sequence's negative log-likelihood by u, k or v, [n]; of the text
+# for "fisher", of tokens drawn from the model for the metrics. A 1 appended to what is summed keeps its mean and the
+# weights' sum. What is [m, m] is symmetric, and held as its `triangle`.
 GATHERED: dict[str, tuple[str, ...]] = {
     "before": ("before",),  # [2n + 1, 2n + 1]: y y^T, y = [u, v, 1]
     "rotated": (
@@ -52,6 +52,7 @@ class Moments:
         longest: tokens of the longest sequence: what is rotated was at positions 0 .. longest - 1. 0: not known.
         far: (recent, sinks) of the window that gradients were taken beyond; (0, 0): of all tokens.
         text: chained sha256 of the token ids. model: sha256 of numbers from every parameter.
+        span: layers of a run whose heads are summed side by side, as of one layer: for rows that they share.
     """
 
     sums: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
@@ -61,6 +62,7 @@ class Moments:
     far: tuple[int, int] = (0, 0)
     text: str = ""
     model: str = ""
+    span: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "far", tuple(self.far))
@@ -123,7 +125,7 @@ class Moments:
         Raises: OSError if it cannot be written there.
         """
         tensors = {f"{i}.{name}": x for name, xs in self.sums.items() for i, x in enumerate(xs)}
-        names = ("tokens", "sequences", "longest", "far", "text", "model")
+        names = ("tokens", "sequences", "longest", "far", "text", "model", "span")
         safefile.write(path, "moments", {name: getattr(self, name) for name in names}, tensors)
 
     @classmethod

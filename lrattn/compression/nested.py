@@ -31,8 +31,8 @@ def narrowed(factors: Factors, keep: float) -> Factors:
     """
     if any(layer.packed for layer in factors.layers):
         raise ValueError(f"factors: expected plain latents to take {keep} of, got packed ones: make some with bits=16")
-    if factors.select is not None or factors.donors:
-        raise ValueError(f"factors: expected some that hold every token and layer, got {factors.method!r}")
+    if name := factors.thinned:
+        raise ValueError(f"factors: expected some of a row for every token and layer, got {name} in {factors!r}")
     own = [runs(layer) for layer in factors.layers]
     steps = [length // RANK_STEP for layer in own for length in layer]
     least = sum(n > 0 for n in steps)

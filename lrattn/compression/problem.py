@@ -29,7 +29,7 @@ from lrattn.models.weights import bias
 
 @dataclass(eq=False)
 class Problem:
-    """A layer, and what a method needs to factor it.
+    """A layer, or a run of layers that share rows, and what a method needs to factor it.
 
     Args:
         shape: of its budget. form: of its rows. index: of the layer in the moments. rope, chunk, max_position: of the
@@ -54,14 +54,21 @@ class Problem:
         shape, n = self.shape, self.layer.dense
         self.part = {"keys": slice(n), "values": slice(-n, None)}  # a side's, of what is of both or of the side alone
         self.groups: dict[str, Groups] = {
-            "keys": contiguous(shape.heads, shape.key_group),
-            "values": contiguous(shape.heads, shape.value_group),
+            "keys": self._grouped(shape.key_group),
+            "values": self._grouped(shape.value_group),
         }
         self.offsets = {side: self._offset(side) for side in SIDES}
         self.splits: list[list[int]] = []  # of a ride: each group's key rank by row width, in steps of 16
         # Of the sides that are packed; a number is the bits of all latents.
         self.formats: dict[str, Format | int] = dict.fromkeys(self.written, shape.bits) if shape.bits < 16 else {}
         self.lost = 0.0  # by the factors made: nats a token, where the method's energies are
+
+    def _grouped(self, size: int) -> Groups:
+        """Groups of so many heads, in the model's order: of each layer of a run equally many."""
+        parts = max(len(self.layer.parts), 1)
+        own = contiguous(self.shape.heads // parts, size // parts)
+        begins = range(0, self.shape.heads, self.shape.heads // parts)
+        return tuple(tuple(begin + h for begin in begins for h in heads) for heads in own)
 
     @property
     def written(self) -> tuple[str, ...]:
@@ -72,9 +79,10 @@ class Problem:
         """What is taken from the heads of a side before they are mapped, [n] float64: the bias, where weights are read;
         the mean, where the method centres the side or the model has biases, which it stands for; else nothing."""
         if self.method.reads_weights:
-            found = bias(self.layer, side)
-            return None if found is None else found.flatten().double().cpu()
-        biased = any(name.split(".")[-1] == "bias" for name, _ in self.layer.module.named_parameters())
+            found = [x for part in self.layer.parts or (self.layer,) if (x := bias(part, side)) is not None]
+            return torch.cat(found).flatten().double().cpu() if found else None
+        modules = [part.module for part in self.layer.parts or (self.layer,)]
+        biased = any(name.split(".")[-1] == "bias" for module in modules for name, _ in module.named_parameters())
         return mean_of(self._seen(side))[self.part[side]] if side in self.method.centred or biased else None
 
     def _seen(self, side: str) -> Tensor:
@@ -113,9 +121,7 @@ class Problem:
         """Second moment of what packed rows are written from: of a side, or of both where they share rows."""
         if side not in self.formats:
             return None
-        if self.method.reads_weights:
-            return self._measured(side)[0]
-        found = self._about(self._seen(side), side)
+        found = self._about(self._measure(side)[0] if self.method.reads_weights else self._seen(side), side)
         return found if self.form else found[self.part[side], self.part[side]]
 
     def group(self, rank: int) -> None:
@@ -123,7 +129,7 @@ class Problem:
         cluster, per_shard = self.method.cluster, max(self.shape.heads // self.shards, 1)
         for side in self.written:
             size = len(self.groups[side][0])
-            if cluster is None or size in (1, per_shard):
+            if cluster is None or size in (1, per_shard) or self.layer.parts:
                 continue
             gram, found = self._gram(side), list[tuple[int, ...]]()
             for first in range(0, self.shape.heads, per_shard):
@@ -233,9 +239,12 @@ class Problem:
         n, sizes, known = self.layer.dense, self._sizes, []
         for side in SIDES:
             moment, metric = self._measure(side)
-            if metric is None or len(moment) != 2 * n + 1:
+            if self.method.reads_weights:  # of equal weight, and without the 1
+                known.append((moment, torch.eye(n, dtype=moment.dtype), moment.new_ones(())))
+            elif metric is None or len(moment) != 2 * n + 1:
                 raise ValueError(f"shared: expected a method with a metric for keys and values, got none for {side}")
-            known.append((self._about(moment, side), metric, moment[-1, -1]))
+            else:
+                known.append((self._about(moment, side), metric, moment[-1, -1]))
         for heads in self.groups["values"] if groups is None else groups:
             at, found = self._dims(heads), []
             both, size = torch.cat((at, at + n)), sizes.repeat_interleave(len(at))
@@ -247,7 +256,9 @@ class Problem:
 
     @cached_property
     def _sizes(self) -> Tensor:
-        """Root mean squares of the keys and of the values, [2]."""
+        """Root mean squares of the keys and of the values, [2]; 1 where weights are read."""
+        if self.method.reads_weights:
+            return torch.ones(2, dtype=torch.float64)
         size = self._about(self._seen("values"), "values").diagonal().unflatten(0, (2, -1)).mean(1).sqrt()
         return torch.where(size > 0, size, 1.0)
 

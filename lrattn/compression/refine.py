@@ -85,10 +85,9 @@ def refine(
     check_flag("nested", nested)
     if any(layer.values.of_inputs for layer in factors.layers):
         raise ValueError("factors: expected maps of heads, got those of a file before version 3: use in_kv_space")
-    if factors.donors or factors.select is not None:
-        what = "donors" if factors.donors else "select"
+    if name := factors.thinned:
         raise ValueError(
-            f"factors: expected some without {what}, which a pass over whole texts does not show, got {factors}"
+            f"factors: expected some without {name}, which a pass over whole texts does not show, got {factors}"
         )
     if nested and any(layer.packed for layer in factors.layers):
         raise ValueError("nested: expected False with packed latents, of which no prefixes can be taken, got True")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 
 from lrattn.compression.batches import check_lengths, positions_in
 from lrattn.compression.moments import BEFORE, GRADIENTS, SYMMETRIC, WEIGHTS, Moments, triangle
+from lrattn.compression.runs import run_ropes
 from lrattn.factors.rope import Rope
-from lrattn.models.layers import AttentionLayer
+from lrattn.models.layers import AttentionLayer, runs_of
 from lrattn.models.ropes import ropes_of
 from lrattn.models.weights import check_readable, linear
 
@@ -28,10 +30,11 @@ class Sums:
 
     def __init__(self, model: nn.Module, layers: list[AttentionLayer], held: Moments, *, apart: bool) -> None:
         self.model, self.layers, self.gathered, self.apart = model, layers, held.gathered, apart
+        self.span, self.runs = held.span, runs_of(layers, held.span)
         self.differentiates = any(name in GRADIENTS for name in self.gathered)
         self.ropes: list[Rope | None] = [None] * len(layers)
         if set(self.gathered) & set(BEFORE):
-            self.ropes = ropes_of(model, layers)
+            self.ropes = run_ropes(ropes_of(model, layers), self.span)
         if "fisher" in self.gathered:
             check_readable(model, layers, self.ropes)  # else gradients by u are not by what k_proj makes
         self.begin(held, torch.zeros(0, 0, dtype=torch.int64), None)
@@ -56,23 +59,35 @@ class Sums:
         """Sums what a layer's attention was given. Zeros to differentiate by are added to its keys and values, so that
         no parameter needs a gradient."""
         self.taken.add(i)
-        heads = [x.detach().transpose(1, 2) for x in (q, k, v)]  # [b, t, H, D]
+        self.waiting.append([x.detach().transpose(1, 2) for x in (q, k, v)])  # [b, t, H, D]
+        own = k, v
+        if self.differentiates:
+            self.leaves += [torch.zeros_like(x, requires_grad=True) for x in own]
+            k, v = (x + leaf for x, leaf in zip(own, self.leaves[-2:], strict=True))
+        if len(self.waiting) == max(len(self.runs[i // self.span].parts), 1):
+            heads = [torch.cat(xs, 2) if len(xs) > 1 else xs[0] for xs in zip(*self.waiting, strict=True)]
+            self.waiting.clear()
+            self._sum(i // self.span, heads)
+        return k, v
+
+    def _sum(self, i: int, heads: list[Tensor]) -> None:
+        """What a run's attention was given, heads of all its layers."""
         both = self._rows(i, heads[1], heads[2]) if set(self.gathered) & {"before", "metric"} else None
         if "before" in self.gathered and both is not None:
             self.add("before", i, self._moment(both))
         if "rotated" in self.gathered:
             self.add("rotated.keys", i, self._moment(with_one(heads[1].flatten(2))))
             self.add("rotated.values", i, self._moment(with_one(heads[2].flatten(2))))
-            queries = self._live(heads[0]).double().unflatten(1, (k.shape[1], -1)).permute(1, 0, 2, 3).flatten(1, 2)
+            queries = (
+                self._live(heads[0]).double().unflatten(1, (heads[1].shape[2], -1)).permute(1, 0, 2, 3).flatten(1, 2)
+            )
             self.add("rotated.queries", i, (queries.mT @ queries).cpu())
         if not self.differentiates:
-            return k, v
+            return
         wide = {"keys": both, "values": both}
         if "rotated-metric" in self.gathered:
             wide = {"keys": with_one(heads[1].flatten(2)), "values": with_one(heads[2].flatten(2))}
         self.seen.append((i, wide))
-        self.leaves += [torch.zeros_like(k, requires_grad=True), torch.zeros_like(v, requires_grad=True)]
-        return k + self.leaves[-2], v + self.leaves[-1]
 
     def _rows(self, i: int, k: Tensor, v: Tensor) -> Tensor:
         """[u, v, 1] of heads [b, t, Hkv, D]: [b, t, 2n + 1]."""
@@ -95,6 +110,7 @@ class Sums:
         self.positions, self.live = positions, live
         self.sums = {name: list(xs) for name, xs in held.sums.items()}
         self.taken: set[int] = set()  # layers that attended
+        self.waiting: list[list[Tensor]] = []  # heads of those of a run that is not complete
         self.inputs: dict[int, Tensor] = {}  # what k_proj read, [b, t, E]
         self.seen: list[tuple[int, dict[str, Tensor | None]]] = []  # of each layer, what its gradients weigh
         self.leaves: list[Tensor] = []  # of keys, values, keys, ...
@@ -118,7 +134,7 @@ class Sums:
             raise ValueError(
                 f"model: expected every layer to attend in a pass of {type(run).__name__}, got none of {missing}"
             )
-        for layer, total in zip(self.layers, next(iter(self.sums.values())), strict=True):
+        for layer, total in zip(self.runs, next(iter(self.sums.values())), strict=True):
             self._check_finite(f"keys and values of {layer.name}", total)
         if self.differentiates:
             self._differentiate(self._logits(out, ids), ids)
@@ -164,8 +180,9 @@ class Sums:
                 )
             )
             for i, rows in self.seen:
-                for side in ("keys", "values"):
-                    self._add_gradients(name, i, side, rows[side], next(grads).transpose(1, 2))
+                own = list(islice(grads, 2 * max(len(self.runs[i].parts), 1)))
+                for s, side in enumerate(("keys", "values")):
+                    self._add_gradients(name, i, side, rows[side], torch.cat(own[s::2], 1).transpose(1, 2))
 
     def _add_gradients(self, name: str, i: int, side: str, rows: Tensor | None, grads: Tensor) -> None:
         """rows [b, t, m], what a metric weighs, and grads [b, t, Hkv, D], a sequence at a time."""
@@ -182,7 +199,7 @@ class Sums:
                 unit = grad[1:] / size[1:].clamp_min(torch.finfo(size.dtype).tiny)
                 self.add(f"{name}.{side}", i, (grad[1:].T @ unit).cpu())
                 self.add(f"{name.replace('metric', 'weighted')}.{side}", i, ((x * size).T @ x).cpu())
-        self._check_finite(f"gradients of the {side} of {self.layers[i].name}", self.sums[f"{name}.{side}"][i])
+        self._check_finite(f"gradients of the {side} of {self.runs[i].name}", self.sums[f"{name}.{side}"][i])
 
 
 def with_one(x: Tensor) -> Tensor:

@@ -189,7 +189,9 @@ class LayerFactors:
             expected = "None, the layer is shared" if self.shared else "a tensor, the layer is not shared"
             raise ValueError(f"{name}: expected {expected}, got {'None' if x is None else 'a tensor'}")
 
-    def project(self, k: Tensor, v: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def project(
+        self, k: Tensor, v: Tensor, positions: Tensor | None = None, *, wide: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """Keys and values -> latents (zk [.., sum Rk], zv [.., sum Rv]); (row, None) when shared.
 
             z = ([k, v] - offset) @ down,   k turned back as its layer stores it
@@ -198,6 +200,7 @@ class LayerFactors:
             k, v: [.., Hkv, D] each, as attention is given them: after the model's norms, keys rotated.
             positions: [..] integers, of a layer with a rope: where the keys were rotated to; in chunks those before 0
                 count as of the first. Others take none.
+            wide: latents in the dtype of the products, as where those of several layers are added up.
 
         Products are of the layer's dtype (float32 for float16 on a CPU); what comes before is in float32.
         Raises: ValueError if a write side (`down`) is missing or reads attention inputs, or a tensor does not fit.
@@ -214,15 +217,15 @@ class LayerFactors:
             raise ValueError("positions: expected None, the layer has no rope, got a tensor")
         k, v = self._centred(self.keys, k), self._centred(self.values, v)
         if self.shared:
-            return self._latents("values", torch.cat((k, v), -1)), None
-        return self._latents("keys", k), self._latents("values", v)
+            return self._latents("values", torch.cat((k, v), -1), wide), None
+        return self._latents("keys", k, wide), self._latents("values", v, wide)
 
     def _centred(self, side: Projection, x: Tensor) -> Tensor:
         """x [.., Hkv, D] without the offset, heads side by side: [.., Hkv * D]."""
         acc = accumulator(self.dtype)
         return (x if side.offset is None else x.to(acc) - side.offset.to(acc)).flatten(-2)
 
-    def _latents(self, name: str, x: Tensor) -> Tensor:
+    def _latents(self, name: str, x: Tensor, wide: bool) -> Tensor:
         side: Projection = getattr(self, name)
         if side.down is None:
             raise ValueError(f"{name}.down: expected [{x.shape[-1]}, {side.width}] to write latents, got None")
@@ -232,7 +235,9 @@ class LayerFactors:
                 "use lrattn.in_kv_space(factors, model)"
             )
         kind = product_dtype(side.down)
-        return (x.to(kind) @ side.down.to(kind)).to(self.dtype)
+        kind = accumulator(self.dtype) if wide else kind
+        z = x.to(kind) @ side.down.to(kind)
+        return z if wide else z.to(self.dtype)
 
     def _check_like(self, name: str, x: Tensor, shape: tuple[int, ...], told: tuple[int | str, ...]) -> None:
         """Raises ValueError unless x has this shape, told so, and the layer's dtype and device."""

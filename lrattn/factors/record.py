@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -31,8 +31,12 @@ class Factors:
             query sees exactly. Caches in transformers hold it where they are not told otherwise.
         select: which tokens a cache of these factors should keep, see Selection; None: all. Caches in transformers do
             so where they are not told otherwise; others refuse such factors.
+        rest: factors of the same layers that the tokens which `select` does not keep are held by, of fewer bytes: their
+            latents are made from those they had. None: they are dropped.
         donors: per layer, the one whose latents it reads: itself, or one before it, whose factors then are the layer's,
             too, for good, and nothing is held for it. () where each reads its own.
+        span: each run of so many neighbours, the last one of those left over, has one row for the keys and values of
+            all its layers: each adds its part to it, and reads it by an `up` of its own. 1: a layer has its own.
         samples: per layer, a few numbers of its attention's parameters, in their dtype: they tell another model, or the
             same one with other weights. () where not known.
     """
@@ -46,6 +50,8 @@ class Factors:
     samples: tuple[Tensor, ...] = ()
     select: Selection | None = None
     donors: tuple[int, ...] = ()
+    span: int = 1
+    rest: Factors | None = None
 
     def __post_init__(self) -> None:
         names = "layers", "predicted", "near", "samples", "donors"
@@ -61,6 +67,12 @@ class Factors:
             raise ValueError(f"select: expected None or a Selection, got {type(self.select).__name__}")
         if self.donors:
             self._share()
+        if not isinstance(self.span, int) or isinstance(self.span, bool) or self.span < 1:
+            raise ValueError(f"span: expected layers that share a row, 1 or more, got {self.span!r}")
+        if self.span > 1:
+            self._check_runs()
+        if self.rest is not None:
+            self._check_rest(self.rest)
 
     def _share(self) -> None:
         donors, layers = self.donors, self.layers
@@ -75,10 +87,45 @@ class Factors:
                 )
         vars(self).update(layers=tuple(layers[d] for d in donors), predicted=())  # it foresees nothing of sharing
 
+    def _check_rest(self, rest: Factors) -> None:
+        """Raises ValueError unless it can hold what these hold."""
+        if self.select is None or self.span > 1 or rest.thinned or rest.rest is not None:
+            raise ValueError(f"rest: expected plain factors, beside a select that leaves tokens to them, got {rest!r}")
+        forms = [
+            [(x.num_kv_heads, x.head_dim, x.rope, x.chunk, x.dtype, x.device) for x in own.layers]
+            for own in (self, rest)
+        ]
+        if forms[0] != forms[1]:
+            raise ValueError(f"rest: expected layers of the form of {self.layers[0]!r}, got {rest.layers[0]!r}")
+
+    def _check_runs(self) -> None:
+        """Raises ValueError unless the layers of each run write and read one row."""
+        if self.donors or self.select is not None:
+            raise ValueError(f"span: expected 1 with donors or select, got {self.span}")
+        for i, layer in enumerate(self.layers):
+            first = self.layers[i - i % self.span]
+            own, row = (
+                (x.shared, x.values.ranks, x.keys.ranks, x.values.formats, x.chunk, x.rope, x.device, x.dtype)
+                for x in (layer, first)
+            )
+            if not layer.shared or own != row:
+                raise ValueError(
+                    f"span: expected layers that share a row of keys and values, {first!r}, got {layer!r} in layer {i}"
+                )
+
+    @property
+    def thinned(self) -> str:
+        """What makes a cache hold less than a row for every token and layer, "select", "donors" or "span"; "" where
+        nothing does."""
+        given = {"select": self.select is not None, "donors": bool(self.donors), "span": self.span > 1}
+        return next((name for name, is_so in given.items() if is_so), "")
+
     @property
     def held(self) -> tuple[LayerFactors, ...]:
-        """The layers that latents are held for."""
-        return tuple(x for i, x in enumerate(self.layers) if not self.donors or self.donors[i] == i)
+        """The layers that latents are held for, of a run that shares rows the first."""
+        return tuple(
+            x for i, x in enumerate(self.layers) if i % self.span == 0 and (not self.donors or self.donors[i] == i)
+        )
 
     def __repr__(self) -> str:
         first = self.layers[0]
@@ -124,13 +171,17 @@ class Factors:
             x.to(d, dtype) if i == n else x
             for n, (x, d, i) in enumerate(zip(self.layers, devices, donors, strict=True))
         ]
-        return replace(self, layers=tuple(moved))
+        return replace(self, layers=tuple(moved), rest=self.rest and self.rest.to(device, dtype))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file, no pickle; the file at `path` is replaced only when the new one is whole.
 
         Raises: OSError if it cannot be written there.
         """
+        safefile.write(path, "factors", *self._recorded())
+
+    def _recorded(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What a file holds."""
         tensors: dict[str, Tensor] = {}
         layers: list[dict[str, Any]] = []
         for i, layer in enumerate(self.layers):
@@ -150,10 +201,13 @@ class Factors:
                 tensors[f"{i}.wo"] = layer.wo
             layers.append(entry)
         tensors |= {f"{i}.samples": x for i, x in enumerate(self.samples)}
-        names = ("method", "model", "rule", "predicted", "near", "donors")
+        names = ("method", "model", "rule", "predicted", "near", "donors", "span")
         record = {name: getattr(self, name) for name in names} | {"layers": layers}
         record["select"] = self.select and asdict(self.select)
-        safefile.write(path, "factors", record, tensors)
+        if self.rest is not None:
+            record["rest"], own = self.rest._recorded()
+            tensors |= {f"rest.{name}": x for name, x in own.items()}
+        return record, tensors
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Factors:
@@ -170,6 +224,10 @@ class Factors:
                 f"{path}: expected factors without a key norm, got those of version {version}, whose latents are of "
                 "keys before the norm: make them anew with lrattn.compress"
             )
+        return cls._of(record, tensors, version)
+
+    @classmethod
+    def _of(cls, record: dict[str, Any], tensors: Mapping[str, Tensor], version: int) -> Factors:
         layers: list[LayerFactors] = []
         donors = record.get("donors", ())  # since version 6, as is `select`
         for i, entry in enumerate(record["layers"]):
@@ -197,5 +255,8 @@ class Factors:
         given = {name: record[name] for name in ("rule", "predicted", "near") if name in record}
         samples = tuple(tensors[f"{i}.samples"] for i in range(len(layers)) if f"{i}.samples" in tensors)
         select = (chosen := record.get("select")) and Selection(**chosen)
-        more = {"samples": samples, "select": select, "donors": donors}
+        more = {"samples": samples, "select": select, "donors": donors, "span": record.get("span", 1)}
+        if "rest" in record:
+            own = {name.removeprefix("rest."): x for name, x in tensors.items() if name.startswith("rest.")}
+            more["rest"] = cls._of(record["rest"], own, version)
         return cls(tuple(layers), record["method"], record["model"], **given, **more)

@@ -41,6 +41,7 @@ def summarize(factors: Factors) -> dict[str, Any]:
         "near": factors.near,
         "select": factors.select and asdict(factors.select),
         "donors": factors.donors,
+        "span": factors.span,
         "layers": [
             {
                 "kv_heads": layer.num_kv_heads,
@@ -57,11 +58,16 @@ def summarize(factors: Factors) -> dict[str, Any]:
                 "chunk": layer.chunk,
                 "max_position": layer.max_position,
                 "band": band_of(layer),
-                "keep": layer.bytes_per_token / (4 * layer.num_kv_heads * layer.head_dim),
+                "keep": layer.bytes_per_token / _sharing(factors, i) / (4 * layer.num_kv_heads * layer.head_dim),
             }
             for i, layer in enumerate(factors.layers)
         ],
     }
+
+
+def _sharing(factors: Factors, i: int) -> int:
+    """Layers that share the row of layer i."""
+    return min(factors.span, len(factors.layers) - i + i % factors.span)
 
 
 def headline(summary: dict[str, Any]) -> str:
@@ -86,6 +92,7 @@ def headline(summary: dict[str, Any]) -> str:
         *_rebuilt(summary),
         *([f"tokens that a cache keeps: {Selection(**summary['select'])}"] if summary["select"] else []),
         *([f"layers that read another's: {_donors(summary)}"] if summary["donors"] else []),
+        *([f"a row is of {summary['span']} layers, and read by each of them"] if summary["span"] > 1 else []),
         *([f"beside them, dense: the last {recent} and the first {sinks} tokens"] if recent or sinks else []),
     ]
     return "\n".join(lines)

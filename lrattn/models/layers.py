@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ class AttentionLayer:
     Args:
         name: path of its attention module in the model. module: that one.
         num_kv_heads, head_dim, dtype, device: of the keys and values that attention is given.
+        parts: of a run of neighbours that is taken for one layer, with the heads of all: those layers. () of one layer.
     """
 
     name: str
@@ -32,6 +33,7 @@ class AttentionLayer:
     head_dim: int
     dtype: torch.dtype
     device: torch.device
+    parts: tuple[AttentionLayer, ...] = ()
 
     @property
     def dense(self) -> int:
@@ -82,6 +84,25 @@ def attention_layers(model: nn.Module) -> list[AttentionLayer]:
         found.append(AttentionLayer(names[module], module, keys.shape[1], keys.shape[3], keys.dtype, keys.device))
     if not found:
         raise ValueError(f"model: expected layers that fill a cache, got none in {type(model).__name__}")
+    return found
+
+
+def runs_of(layers: Sequence[AttentionLayer], span: int) -> list[AttentionLayer]:
+    """Each run of `span` neighbours as one layer that has the heads of all, the last one of those that are left over.
+
+    Raises: ValueError where those of a run differ in their heads, dtype or device.
+    """
+    if span == 1:
+        return list(layers)
+    found = []
+    for begin in range(0, len(layers), span):
+        first, *others = parts = tuple(layers[begin : begin + span])
+        kind = first.num_kv_heads, first.head_dim, first.dtype, first.device
+        for x in others:
+            if (got := (x.num_kv_heads, x.head_dim, x.dtype, x.device)) != kind:
+                expected = f"(Hkv, D), dtype and device of {first.name}, {kind}, in the layers that share its rows"
+                raise ValueError(f"span: expected {expected}, got {got} of {x.name}")
+        found.append(replace(first, num_kv_heads=len(parts) * first.num_kv_heads, parts=parts))
     return found
 
 

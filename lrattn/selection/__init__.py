@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lrattn.factors.selection import Selection
-from lrattn.selection import chunkkv, curdkv, l2norm, refreekv
+from lrattn.selection import chunkkv, curdkv, l2norm, refreekv, zipcache
 from lrattn.selection.held import Held
 
 
@@ -39,6 +39,7 @@ POLICIES: dict[str, Policy] = {
     "curdkv": Policy(curdkv.kept),
     "chunkkv": Policy(chunkkv.kept, probes=32),
     "refreekv": Policy(refreekv.kept, probes=32, counted=False),
+    "zipcache": Policy(zipcache.kept, probes=32),
 }
 KEEP = 0.5  # where the caller names no share
 

@@ -154,7 +154,7 @@ def test_compress_does_not_change_the_model_and_repeats_exactly():
 
 SHARING = [("lrattn", True), ("lrattn-rebuilt", "ride"), ("lrattn-rebuilt", True)]
 OWN = [("lrattn", False), ("lrattn-rebuilt", False), *SHARING]
-CHOICES = [(name, False) for name, method in methods.METHODS.items() if not method.exact] + SHARING
+CHOICES = [(name, method.span > 1) for name, method in methods.METHODS.items() if not method.exact] + SHARING
 
 
 @cache
@@ -598,7 +598,7 @@ def test_sharing_a_row_is_foreseen_to_lose_less():
 
 def test_the_form_is_joint_where_keys_are_rebuilt_in_time(monkeypatch):
     """A group's row of up to so many latents; beyond it values ride on the key latent."""
-    monkeypatch.setattr(package, "JOINT_WITHIN", 64)
+    monkeypatch.setattr("lrattn.compression.recipe.JOINT_WITHIN", 64)
     model, ids = unchanged("mha"), [tiny.tokens(2, 20)]  # 8 heads of 32: 512 numbers in one group of 8
     for keep, group_size, joint in ((0.125, 8, True), (0.16, 8, False), (0.16, 4, True)):
         factors = compressed(model, ids, "lrattn-rebuilt", keep, group_size, ranks="uniform")

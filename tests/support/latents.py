@@ -37,6 +37,23 @@ def random_factors(model, keep=1.0, near=(0, 0), seed=0, ropes=None, bits=None, 
     return Factors(layers, method="random", near=near)
 
 
+def joined_factors(model, span, keep=1.0, near=(8, 2), seed=0, ropes=None, bits=None, chunk=None):
+    """Factors of rows that runs of `span` layers share: one random orthogonal map of all their keys and values."""
+    g = torch.Generator().manual_seed(seed)
+    found = attention_layers(model)
+    ropes, layers = [None] * len(found) if ropes is None else ropes, []
+    for begin in range(0, len(found), span):
+        run = found[begin : begin + span]
+        n = run[0].dense
+        whole = _orthogonal(2 * n * len(run), _rank(keep, 2 * n * len(run)), g)
+        for layer, rope, own in zip(run, ropes[begin:], whole.split(2 * n), strict=False):
+            shape = layer.num_kv_heads, layer.head_dim
+            keys, values = _side(own[:n], None, shape, g, None), _side(own[n:], own, shape, g, bits)
+            made = LayerFactors(keys, values, rope, True, chunk=rope and chunk)
+            layers.append(made.to(layer.device, layer.dtype))
+    return Factors(layers, method="random", near=near, span=span)
+
+
 def _rank(keep, n):
     """A multiple of 16: the next above n for all, else the nearest to its share."""
     return -(-n // STEP) * STEP if keep == 1 else max(round(keep * n / STEP), 1) * STEP

@@ -78,6 +78,56 @@ def attention(factors, exact, lives):
     return attend
 
 
+@torch.no_grad()
+def defined_in_passes(model, factors, ids, chunks, begins=(0,), positions=None):
+    """Logits of passes, where the rows of a run of layers are the sum of all their parts: query i sees column j as it
+    is within its window, or if j is of its own pass, else as the rows say. Rows begin at `begins`, after padding."""
+    at = torch.arange(ids.shape[1]).expand(len(ids), -1) if positions is None else positions.expand(len(ids), -1)
+    live = torch.arange(ids.shape[1]) >= torch.tensor(begins)[:, None]
+    exact, span, state, out, end = window(ids.shape[1], *factors.near, begins=begins), factors.span, {}, [], 0
+
+    def attend(module, query, key, value, mask, scaling, sliding_window=None, **kwargs):
+        i = module.layer_idx
+        heads, far = state.get(i, ((key[:, :, :0], value[:, :, :0]), (key[:, :, :0], value[:, :, :0])))
+        heads = [torch.cat(pair, 2) for pair in zip(heads, (key, value), strict=True)]
+        far = [torch.cat((x, own), 2) for x, own in zip(far, (key, value), strict=True)]
+        new, columns = key.shape[2], heads[0].shape[2]
+        begin = columns - new
+        rows, j = torch.arange(begin, columns)[:, None], torch.arange(columns)
+        seen = (j <= rows) if sliding_window is None else (j <= rows) & (j > rows - sliding_window)
+        seen = (seen & live[:, None, :columns])[:, None]
+        own = (exact[:, begin:columns, :columns] | (j >= begin))[:, None]
+        near_k, near_v, far_k, far_v = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (*heads, *far))
+        scores = torch.where(own, query @ near_k.mT, query @ far_k.mT) * scaling
+        p = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
+        result = (p * own) @ near_v + (p * ~own) @ far_v
+        state[i], first = (heads, [x[:, :, :begin] for x in far]), i - i % span
+        if i + 1 == min(first + span, len(factors.layers)):
+            whole_run(range(first, i + 1), begin, columns)
+        return result.transpose(1, 2).contiguous(), None
+
+    def whole_run(run, begin, columns):
+        """Of columns begin .. columns: their row, and what it stands for in each layer."""
+        z = 0.0
+        for i in run:
+            layer, (k, v) = factors.layers[i], (x[:, :, begin:] for x in state[i][0])
+            sides = (turned(layer, k, at[:, begin:columns], -1), layer.keys), (v, layer.values)
+            parts = [(x - s.offset[:, None]).transpose(1, 2).flatten(2) for x, s in sides]
+            z = z + torch.cat(parts, -1) @ layer.values.down
+        for i in run:
+            layer, row = factors.layers[i], held(factors.layers[i].values, z)
+            k, v = (torch.einsum("btr,hrd->bhtd", row, s.up) + s.offset[:, None] for s in (layer.keys, layer.values))
+            heads, far = state[i]
+            new = turned(layer, k, at[:, begin:columns], 1), v
+            state[i] = heads, [torch.cat(pair, 2) for pair in zip(far, new, strict=True)]
+
+    with attending(model, attend):
+        for part in ids.split(chunks, 1):
+            begin, end = end, end + part.shape[1]
+            out.append(model(part, position_ids=at[:, begin:end], use_cache=False).logits)
+    return torch.cat(out, 1)
+
+
 def through_latents(layer, key, value, at):
     """Keys and values [B, Hkv, T, D] -> latents -> what they stand for, as LayerFactors says; one group a side."""
     k, v = turned(layer, key, at, -1), value

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from lrattn.compression.clusters import Cluster, balanced, greedy
-from lrattn.compression.methods import asvd, eigen, gradient, kq_svd, palu, recalkv, rotated, svd, think
+from lrattn.compression.methods import asvd, commonkv, eigen, gradient, kq_svd, palu, recalkv, rotated, svd, think
 from lrattn.compression.methods.rows import FORMS, Form
 from lrattn.compression.moments import SIDES, Moments
 from lrattn.factors.selection import Selection
@@ -65,6 +65,7 @@ class Method:
         whole_values: values are kept at full rank.
         ranks: the rule that shares them out where the caller names none.
         near: (recent, sinks) of the dense window its cache holds where the caller names none.
+        span: neighbouring layers that share a row, where the caller names no number.
         exact: latents are the heads themselves, and nothing else here is asked: what follows says what is not held.
         select: which tokens are kept, with first and recent ones of its own. shares_layers: some layers read what
             another one holds.
@@ -87,6 +88,7 @@ class Method:
     whole_values: bool = False
     ranks: str = "spectrum"
     near: tuple[int, int] = (0, 0)
+    span: int = 1
     exact: bool = False
     select: Selection | None = None
     shares_layers: bool = False
@@ -95,7 +97,7 @@ class Method:
     def forms(self) -> tuple[Form, ...]:
         """What rows can be. Values ride on key latents where keys are rebuilt; where queries meet them nothing does."""
         if not self.in_nats or self.rotated:
-            return (False,)
+            return (self.span > 1,)
         return (False, True) if self.chunk else FORMS
 
     @property
@@ -142,6 +144,9 @@ METHODS: dict[str, Method] = {
     "svd-llm": Method(groups=LAYER),
     "lorc": Method(
         measure=svd.measure, groups=LAYER, gather=(), needs_data=False, reads_weights=True, ranks="condition"
+    ),
+    "commonkv": Method(
+        measure=commonkv.measure, groups=LAYER, gather=(), needs_data=False, reads_weights=True, near=(128, 4), span=4
     ),
     "cskv": Method(groups=LAYER, near=(32, 0)),
     "kv-heads": Method(measure=rotated.measure, groups=LAYER, gather=("rotated",), rotated=True),

@@ -21,7 +21,8 @@ from lrattn.factors.record import Factors
 from lrattn.factors.shapes import accumulator
 from lrattn.integrations.transformers.columns import Columns
 from lrattn.integrations.transformers.fit import layer_of, near_of
-from lrattn.integrations.transformers.layer import LatentKeys, LatentLayer, Written
+from lrattn.integrations.transformers.keys import LatentKeys, Written
+from lrattn.integrations.transformers.layer import LatentLayer
 from lrattn.integrations.transformers.selecting import choose, remaining
 from lrattn.models.interface import Attention, attending, cache_argument, is_causal, not_causal, register
 from lrattn.models.masks import Said, said
@@ -124,7 +125,8 @@ def _sight(what: Said, end: int, layer: LatentLayer, written: Written) -> Sight:
         live = base if what.pads is None else what.pads
         base = torch.zeros_like(live) if base is None else base  # type: ignore[arg-type]
         what = what._replace(pads=torch.maximum(live, base))  # type: ignore[arg-type]
-    return Sight(written.begin, end, layer.recent, layer.sinks, *what, base)
+    own = written.begin if layer.joined else None  # rows of this pass are not whole yet
+    return Sight(written.begin, end, layer.recent, layer.sinks, *what, base, own)
 
 
 def _decode(q: Tensor, layer: LatentLayer, sight: Sight, scale: float, softcap: float, s_aux: Tensor | None) -> Tensor:
@@ -145,19 +147,25 @@ def _decode(q: Tensor, layer: LatentLayer, sight: Sight, scale: float, softcap: 
         window_size=sight.window,
         sinks=None if s_aux is None else s_aux.to(accumulator(q.dtype)),
         near=layer.window_from(firsts) if layer.recent or layer.sinks else None,
-        return_lse=layer.kept is not None,
+        return_lse=bool(layer.older),
         backend=layer.backend,
     )
-    if layer.kept is None:
+    if not layer.older:
         return cast(Tensor, heads)
-    outs, lses = zip(heads, *layer.kept.attend(q, scale, softcap, layer.backend), strict=True)
+    parts = (part for kept in layer.older for part in kept.attend(q, scale, softcap, layer.backend))
+    outs, lses = zip(heads, *parts, strict=True)
     return merge_attention(outs, lses)[0]
 
 
 def _seen(layer: LatentLayer, written: Written, sight: Sight) -> tuple[Any, Any, Any, Any]:
     """Far, recent, first and older keys and values, as dense attention takes them."""
     near = written.near or layer.near_pairs(written.begin, written.keys)
-    return _far(layer, written, sight), *near, None if layer.kept is None else layer.kept.dense()
+    older = [kept.dense() for kept in layer.older]
+    if len(older) > 1:
+        pairs, live = zip(*older, strict=True)
+        k, v = (torch.cat(sides, 2) for sides in zip(*pairs, strict=True))
+        older = [((k, v), torch.cat(live, 1))]
+    return _far(layer, written, sight), *near, older[0] if older else None
 
 
 def _far(layer: LatentLayer, written: Written, sight: Sight) -> Pair | None:
@@ -167,7 +175,7 @@ def _far(layer: LatentLayer, written: Written, sight: Sight) -> Pair | None:
     """
     if sight.all_near:
         return None
-    if not written.begin:
+    if not written.begin and written.latents is not None:
         k, v = layer.factors.rebuild(*stored(layer.factors, *written.latents), written.positions)
     else:
         places, tokens = layer.places(), layer.columns.batch * sight.end
@@ -233,6 +241,8 @@ def _bound(factors: Factors, near: tuple[int, int], backend: str | None) -> Atte
                 raise _no_cache()
             if factors.select is not None:
                 raise ValueError(f"select: these factors select tokens after a pass ({factors.select}): {_no_cache()}")
+            if factors.span > 1:
+                raise ValueError(f"span: rows of {factors.span} layers are whole after a pass: {_no_cache()}")
             if not i:
                 latest.clear()  # a pass begins
             key.latent_layer = i  # type: ignore[attr-defined]

@@ -45,6 +45,8 @@ class LatentCache(Cache):  # type: ignore[misc]
     It grows as tokens come; padding is held as in a DynamicCache. Every column has its latents: what `crop` brings back
     into the window, which holds it no longer, is taken from them. A pass that fails counts for nothing. Where keys are
     in chunks (LayerFactors.chunk) the positions of a row follow one another, padding aside, from any first one on.
+    Where layers share rows (Factors.span) a row is whole once the last of them has run, so that a pass sees its own
+    tokens exactly, however many: a prompt that comes in parts of `recent` columns sees them as others do.
     Raises: ValueError for a negative number or an unknown backend.
     """
 
@@ -68,6 +70,11 @@ class LatentCache(Cache):  # type: ignore[misc]
         for i, donor in enumerate(factors.donors):
             if donor != i:
                 layers[i].read_from(layers[donor])
+        if factors.span > 1 and not self.recent:
+            raise ValueError("recent: expected 1 or more, as the newest token's row is not whole yet, got 0")
+        for i, layer in enumerate(layers):
+            last = min(i - i % factors.span + factors.span, len(layers)) - 1
+            layer.holder = layers[last]
         self.columns.layers = [layer for layer in layers if layer.donor is None]
 
     @property
@@ -83,6 +90,8 @@ class LatentCache(Cache):  # type: ignore[misc]
     def selection(self, select: Selection | str | None) -> None:
         select = selection_of(select)
         if select is not None:
+            if self.factors.span > 1:
+                raise ValueError(f"select: expected None where rows are of {self.factors.span} layers, got {select}")
             shares(select, len(self.factors.held))
             if self.columns.most is not None:
                 raise ValueError(f"max_tokens: expected None where tokens are selected, got {self.columns.most}")

@@ -268,7 +268,7 @@ class Columns:
     def undo(self) -> None:
         """The pass under way, if there is one, has failed: it counts for nothing."""
         for layer in self.layers:
-            layer.next = layer.chosen = layer.latest = None
+            layer.next = layer.chosen = layer.latest = layer.row = None
         self.end()
 
     @torch.inference_mode(False)

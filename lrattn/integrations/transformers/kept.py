@@ -146,13 +146,16 @@ class Kept:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def select(self, rows: Tensor) -> None:
-        """Rows `rows` of the batch, of which one at least has tokens here, become the new one."""
+    def chosen(self, rows: Tensor) -> Kept | None:
+        """Rows `rows` of the batch become the new one; None where they have no tokens here."""
         batch, counts = len(self.counts), self.counts[rows]
         most = int(counts.max())
+        if not most:
+            return None
         room = cdiv(most, PAGE)
         k, v = (None if x is None else x.unflatten(0, (batch, -1))[rows, :room].flatten(0, 1) for x in self.pages)
         assert k is not None
         self.pages, self.counts, self.most = (k, v), counts, most
         self.positions = None if self.positions is None else self.positions[rows, : room * PAGE]
         self.places = self._places()
+        return self

@@ -1,9 +1,9 @@
-"""One layer of a LatentCache: pages of latents, and a dense window; and new keys on their way from it to attention."""
+"""One layer of a LatentCache: pages of latents, and a dense window."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,65 +17,10 @@ from lrattn.factors.record import Factors
 from lrattn.integrations.transformers.columns import PAGE, Columns
 from lrattn.integrations.transformers.fit import check_fit, layer_of, warn_beyond, warn_untold
 from lrattn.integrations.transformers.kept import Kept, Latents, latents_of, rows_of
+from lrattn.integrations.transformers.keys import LatentKeys, Written
 from lrattn.models.masks import Said
 
-# Asked of a tensor without computing on it. torch.compile asks by names with one underscore, too.
-METADATA = {
-    "__get__", "__set__", "__hash__", "__repr__", "__setstate__", "as_subclass", "data_ptr", "detach", "dim",
-    "element_size", "is_complex", "is_conj", "is_contiguous", "is_floating_point", "is_inference", "is_neg", "numel",
-    "requires_grad_", "size", "storage_offset", "stride", "untyped_storage",
-}  # fmt: skip
 STEP = 16  # columns of a pass that a cache of a fixed size takes in place
-MOVES = {"to", "contiguous", "cpu", "cuda"}  # fine where they change nothing: some models move what layers share
-
-
-class Written(NamedTuple):
-    """A pass's columns in one layer, as attention reads them.
-
-    begin: columns before it. latents: [B, S, width] each. positions: [B, S], as keys were turned from them, or None.
-    keys: its keys and values, [B, Hkv, S, D] each. near: what `near_pairs` gives, where it has to be known before the
-    pass is over.
-    """
-
-    begin: int
-    latents: Latents
-    positions: Tensor | None
-    keys: Pair
-    near: tuple[Pair | None, Pair | None] | None
-
-
-class LatentKeys(Tensor):
-    """New keys [B, Hkv, S, D] as LatentCache.update hands them on: they lead attention to the columns before them.
-
-    Raises: ValueError for any computation: who computes on them does not know of those.
-    """
-
-    plain_keys: Tensor  # the tensors themselves
-    plain_values: Tensor
-    layer: LatentLayer
-    written: Written | None  # once attention has them
-
-    @classmethod
-    def of(cls, keys: Tensor, values: Tensor, layer: LatentLayer) -> LatentKeys:
-        new = keys.as_subclass(cls)
-        new.plain_keys, new.plain_values, new.layer, new.written = keys, values, layer, None
-        return new
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name = getattr(func, "__name__", "")
-        if name in METADATA or name in MOVES or (name.startswith("_") and not name.startswith("__")):
-            with torch._C.DisableTorchFunctionSubclass():
-                result = func(*args, **(kwargs or {}))
-            if name not in MOVES or result is args[0]:
-                return result
-        raise ValueError(
-            f"keys: expected the attention function 'lrattn', which alone reads a LatentCache, got {name!r}: "
-            "call model.set_attn_implementation('lrattn') first (models that change keys after their cache, as MLA "
-            "does, cannot attend on latents)"
-        )
 
 
 class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -100,6 +45,8 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
         self.whole, self.index, self.factors = factors, index, layer_of(factors, index)
         (self.recent, self.sinks), self.columns, self.backend, self.held = near, columns, backend, held
         self.donor: LatentLayer | None = None  # the layer that this one reads; None: itself
+        self.holder: LatentLayer = self  # of the rows that a run of layers shares: the last of them
+        self.row: Tensor | None = None  # of a holder: what the run's layers have added up, in the pass under way
         self.readers = self.unread = 0  # others that read it, and those still to do so in the pass under way
         self.latest: LatentKeys | None = None  # of that pass, until the last of them did
         self.reset()
@@ -109,12 +56,23 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
         self.donor = donor
         donor.readers, self.columns.readers = donor.readers + 1, self.columns.readers + 1
 
+    @property
+    def pages(self) -> Latents:
+        """Of the row's, which the layers of a run share."""
+        return self.holder.held_pages
+
+    @pages.setter
+    def pages(self, pages: Latents) -> None:
+        self.holder.held_pages = pages
+
     @torch.inference_mode(False)
     def reset(self) -> None:
-        self.pages: Latents = allocate_cache(self.factors, 0, PAGE)
+        self.held_pages: Latents = allocate_cache(self.factors, 0, PAGE)
+        self.row = None
         self.window = self._empty(0, 0)
         self.next: Near | None = None  # the window, once every layer holds the pass under way
         self.kept: Kept | None = None  # of columns that are gone
+        self.rest: Kept | None = None  # those that were not kept, by factors of fewer bytes
         self.chosen: Tensor | None = None  # of kept tokens and columns, those that will be: see selecting.py
         self.choice: object = None
         self.latest = None
@@ -157,17 +115,36 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
             warn_beyond(self.whole, layer.max_position, columns.last)
         positions = columns.positions_now(layer, new)
         k, v = (x.transpose(1, 2) for x in keys)
-        latents = layer.project(k, v, positions)
         near = None if few else self.near_pairs(begin, keys)
+        if self.joined:
+            latents = self._added(layer.project(k, v, positions, wide=True)[0])
+        else:
+            latents = layer.project(k, v, positions)
         if self.held:
             self._store(latents)
             self.next = self._with(k, v, few)
             columns.wrote(new)
         return Written(begin, latents, positions, keys, near)
 
+    @property
+    def joined(self) -> bool:
+        """Whether its rows are those of several layers: whole once the last of them has written."""
+        return self.whole.span > 1
+
     @torch.no_grad()
-    def _store(self, latents: Latents) -> None:
-        """Latents into the pass's slots, in pages that are as many as the columns have by now."""
+    def _added(self, part: Tensor) -> Latents | None:
+        """This layer's part to the row of its run, [B, S, width]; the row, once it is whole."""
+        holder = self.holder
+        holder.row = part if self.index % self.whole.span == 0 or holder.row is None else holder.row + part
+        if holder is not self:
+            return None
+        row, self.row = holder.row, None
+        return row.to(self.factors.dtype), None
+
+    @torch.no_grad()
+    def _store(self, latents: Latents | None) -> None:
+        """Latents, where there are some yet, into the pass's slots, in pages that are as many as the columns have by
+        now."""
         columns, layer = self.columns, self.factors
         if len(self.pages[0]) != columns.batch * columns.pages:
             with torch.inference_mode(False):
@@ -177,6 +154,8 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
                         rows = old.unflatten(0, (columns.batch, -1))
                         new.unflatten(0, (columns.batch, -1))[:, : rows.shape[1]] = rows
                 self.pages = grown
+        if latents is None:
+            return
         assert columns.slots is not None
         write_latents(layer, *latents, *self.pages, columns.slots.to(layer.device), backend=self.backend)
 
@@ -217,7 +196,7 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def takes(self, new: int) -> bool:
         """Whether a pass of so many columns may be written in place."""
-        return self.columns.most is None or new <= STEP
+        return (self.columns.most is None or new <= STEP) and (not self.joined or new <= self.recent)
 
     def _empty(self, batch: int, slots: int) -> Near:
         layer = self.factors
@@ -304,14 +283,12 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
     def select(self, rows: Tensor) -> None:
         """Rows `rows` of the batch, as the columns still know it, become the new one."""
         rows, shape = rows.to(self.factors.device), (self.columns.batch, -1)
-        if self.kept is not None and self.kept.counts[rows].any():
-            self.kept.select(rows)
-        else:
-            self.kept = None
+        self.kept, self.rest = (None if x is None else x.chosen(rows) for x in (self.kept, self.rest))
         renewed, window = self.columns.renewed, self.window
-        k, v = (None if x is None else renewed(x, x.unflatten(0, shape)[rows].flatten(0, 1)) for x in self.pages)
-        assert k is not None
-        self.pages = k, v
+        if self.holder is self:
+            k, v = (None if x is None else renewed(x, x.unflatten(0, shape)[rows].flatten(0, 1)) for x in self.pages)
+            assert k is not None
+            self.pages = k, v
         keys, values = (renewed(x, x[rows]) for x in (window.keys, window.values))
         self.window = Near(keys, values, self.sinks, self.recent)
 
@@ -319,7 +296,8 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
     def tensors(self) -> list[Tensor]:
         windows = self.window, self.window if self.next is None else self.next
         dense = [x for near in windows for x in (near.keys, near.values)]
-        held = {id(x): x for x in (*self.pages, *dense, *([] if self.kept is None else self.kept.tensors))}
+        pages = self.pages if self.holder is self else ()
+        held = {id(x): x for x in (*pages, *dense, *(x for own in self.older for x in own.tensors))}
         return [x for x in held.values() if x is not None]
 
     @property
@@ -328,7 +306,12 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
         columns = self.columns
         base = torch.zeros(columns.batch, dtype=torch.int64) if columns.base is None else columns.base.cpu()
         held = columns.count - base.clamp(max=columns.count)
-        return held if self.kept is None else held + self.kept.counts.cpu()
+        return sum((x.counts.cpu() for x in self.older), held)
+
+    @property
+    def older(self) -> list[Kept]:
+        """What is left of columns that are gone."""
+        return [x for x in (self.rest, self.kept) if x is not None]
 
     def get_seq_length(self) -> int | Tensor:
         return self.columns.length

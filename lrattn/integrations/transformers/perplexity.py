@@ -31,6 +31,7 @@ def losses(
     label: str = "",
     *,
     read: int = 0,
+    step: int = 0,
     cache: Callable[[], Any] | None = None,
     progress: bool = True,
 ) -> list[float]:
@@ -42,12 +43,13 @@ def losses(
         read: first tokens of a window that are read into a cache of its own before the others are scored, in one pass
             each: what a cache drops once it has read a prompt is then felt. `cache` makes one. 0: all but the first
             token are scored.
+        step: tokens of a pass, where a cache sees those of a pass otherwise than those before it. 0: all at once.
 
     Raises: ValueError if a window has fewer than two tokens, or none after those that are read.
     """
     if windows.dim() != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise ValueError(f"windows: expected [n, length] of two tokens or more, got {list(windows.shape)}")
-    if not 0 <= read < windows.shape[1] or bool(read) != (cache is not None):
+    if not 0 <= read < windows.shape[1] or bool(read or step) != (cache is not None):
         raise ValueError(f"read: expected fewer tokens than {windows.shape[1]}, and a cache for them, got {read}")
     device, found = next(model.parameters()).device, []
     label = f"perplexity, {label}" if label else "perplexity"
@@ -56,10 +58,8 @@ def losses(
             if cache is None:
                 logits, scored = model(input_ids=ids[None], use_cache=False).logits[0, :-1], ids[1:]
             else:
-                held, scored = cache_argument(cache()), ids[read:]
-                parts = [model(input_ids=ids[None, :read], **held).logits[0, -1:]]
-                if len(scored) > 1:
-                    parts.append(model(input_ids=ids[None, read:-1], **held).logits[0])
-                logits = torch.cat(parts)
+                held, scored, size = cache_argument(cache()), ids[max(read, 1) :], step or len(ids)
+                passes = [x for part in (ids[:read], ids[read:-1]) for x in part.split(size) if len(x)]
+                logits = torch.cat([model(input_ids=x[None], **held).logits[0] for x in passes])[-len(scored) :]
             found.append(nn.functional.cross_entropy(logits.float(), scored, reduction="none").double().mean().item())
     return found

@@ -6,8 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lrattn.attention.cache import pack
 from lrattn.integrations.transformers.columns import Columns
-from lrattn.integrations.transformers.kept import Kept, Rows, gathered, latents_of, moved, rows_of
+from lrattn.integrations.transformers.kept import Kept, Rows, cached_sides, gathered, latents_of, moved, rows_of
 from lrattn.integrations.transformers.layer import LatentLayer
 from lrattn.models.masks import Said
 from lrattn.selection import Held, policy_of, shares
@@ -49,6 +50,9 @@ def choose(layer: LatentLayer, end: int, probabilities: Tensor | None) -> None:
     assert selection is not None
     live, key = _entries(layer, end)
     order = torch.where(live, key, key.max() + 1).argsort(dim=1, stable=True)
+    if probabilities is not None:  # those of tokens that are held otherwise stand before them
+        given = probabilities[..., -live.shape[1] :]
+        probabilities = given.gather(3, order[:, None, None].expand_as(given))
     lengths = live.sum(1)
     share = shares(selection, len(columns.layers))[index]
     begins = torch.zeros_like(lengths) if columns.first is None else columns.first.to(lengths.device)
@@ -65,7 +69,7 @@ def choose(layer: LatentLayer, end: int, probabilities: Tensor | None) -> None:
         (share * total).floor().long().clamp(max=lengths),
         max(selection.sinks, layer.sinks),
         max(selection.recent, layer.recent, 1),
-        None if probabilities is None else probabilities.gather(3, order[:, None, None].expand_as(probabilities)),
+        probabilities,
         before.chosen.to(order.device).gather(1, order) if before is not None and same else None,
     )
     kept = policy_of(selection).kept(held)
@@ -86,10 +90,10 @@ def settle(columns: Columns) -> None:
     count, sinks = columns.count, layers[0].sinks
     cut = count - max(columns.selection.recent, layers[0].recent, 1)
     if cut > sinks:
-        kept = [_kept(layer, cut) for layer in layers]
+        kept = [(_kept(layer, cut), _rest(layer, cut)) for layer in layers]
         batch, at = columns.batch, columns.leave(cut)
         for layer, own in zip(layers, kept, strict=True):
-            layer.kept = own
+            layer.kept, layer.rest = own
             rows = rows_of(layer.factors, layer.pages, batch, 0, count)
             layer.pages = moved(layer.factors, rows, at.to(layer.factors.device), columns.pages)
             layer.moved_back(count, cut, cut - sinks)
@@ -99,26 +103,65 @@ def settle(columns: Columns) -> None:
 
 def _kept(layer: LatentLayer, cut: int) -> Kept | None:
     """Of the tokens chosen, those that were kept before and those of columns before `cut` but the window's first."""
-    columns, n = layer.columns, 0 if layer.kept is None else layer.kept.most
     assert layer.chosen is not None
-    device = layer.chosen.device
-    place = torch.arange(-n, columns.count, device=device)
-    base = 0 if columns.base is None else columns.base.to(device)[:, None]
-    older = (place < 0) | ((place >= base + layer.sinks) & (place < cut))
-    wanted = layer.chosen & older
-    counts = wanted.sum(1)
-    most = int(counts.max())
-    if not most:
+    at, counts = _first(layer.chosen & _older(layer, cut))
+    if not at.shape[1]:
         return None
-    at = (~wanted).int().argsort(dim=1, stable=True)[:, :most]
-    positions = columns.positions_of(layer.factors, 0, columns.count)
-    if positions is not None:
-        if layer.kept is not None and layer.kept.positions is not None:
-            positions = torch.cat((layer.kept.positions[:, :n].to(positions.dtype), positions), 1)
-        positions = positions.gather(1, at)
-    made = Kept(layer.factors, _rows(layer, columns.count), at, counts, positions)
+    positions = _positions(layer)
+    own = None if positions is None else positions.gather(1, at)
+    made = Kept(layer.factors, _rows(layer, layer.columns.count), at, counts, own)
     made.choice = layer.choice
     return made
+
+
+def _rest(layer: LatentLayer, cut: int) -> Kept | None:
+    """The tokens that were not chosen, now and before, by the factors for them: made of the latents they had."""
+    if layer.whole.rest is None:
+        return None
+    assert layer.chosen is not None
+    live, factors, held = _entries(layer, layer.columns.count)[0], layer.whole.rest.layers[layer.index], layer.rest
+    at, counts = _first(live & ~layer.chosen & _older(layer, cut))
+    positions = _positions(layer)
+    own = None if positions is None else positions.gather(1, at)
+    zk, zv = latents_of(layer.factors, _rows(layer, layer.columns.count))
+    heads = layer.factors.rebuild(gathered(zk, at), None if zv is None else gathered(zv, at), own)
+    latents = factors.project(*heads, own)
+    made = [pack(side, z) for side, z in zip(cached_sides(factors), latents, strict=False) if z is not None]
+    if held is None and not at.shape[1]:
+        return None
+    if held is None:
+        return Kept(factors, made, torch.arange(at.shape[1], device=at.device).expand_as(at), counts, own)
+    rows = [[torch.cat(pair, 1) for pair in zip(*sides, strict=True)] for sides in zip(held.rows, made, strict=True)]
+    there = torch.arange(at.shape[1], device=at.device) < counts[:, None]
+    at, counts = _first(torch.cat((held.live, there), 1))
+    if own is not None and held.positions is not None:  # in the order of the text
+        own = torch.cat((held.positions[:, : held.most].to(own.dtype), own), 1).gather(1, at)
+        dead = torch.arange(at.shape[1], device=at.device) >= counts[:, None]
+        order = own.masked_fill(dead, torch.iinfo(own.dtype).max).argsort(dim=1, stable=True)
+        at, own = at.gather(1, order), own.gather(1, order)
+    return Kept(factors, rows, at, counts, own)
+
+
+def _first(wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a row is true, in order, [B, most], and how often, [B]."""
+    counts = wanted.sum(1)
+    return (~wanted).int().argsort(dim=1, stable=True)[:, : int(counts.max())], counts
+
+
+def _older(layer: LatentLayer, cut: int) -> Tensor:
+    """Which of kept tokens and columns are those kept and the columns before `cut`, but for the window's first."""
+    columns, n, device = layer.columns, 0 if layer.kept is None else layer.kept.most, layer.factors.device
+    place = torch.arange(-n, columns.count, device=device)
+    base = 0 if columns.base is None else columns.base.to(device)[:, None]
+    return (place < 0) | ((place >= base + layer.sinks) & (place < cut))
+
+
+def _positions(layer: LatentLayer) -> Tensor | None:
+    """Of kept tokens and columns, [B, n + count], as their keys were turned to; None: they are not."""
+    positions = layer.columns.positions_of(layer.factors, 0, layer.columns.count)
+    if positions is None or layer.kept is None or layer.kept.positions is None:
+        return positions
+    return torch.cat((layer.kept.positions[:, : layer.kept.most].to(positions.dtype), positions), 1)
 
 
 def _entries(layer: LatentLayer, end: int) -> tuple[Tensor, Tensor]:

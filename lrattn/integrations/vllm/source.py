@@ -83,11 +83,11 @@ def check_model(config: VllmConfig, factors: Factors) -> None:
     Raises: ValueError for factors of another model, or that do not hold as far as the engine reads.
     """
     model, layers = config.model_config, factors.layers
-    for name, what in (("select", "whose tokens are all kept"), ("donors", "whose layers each hold their own")):
-        if getattr(factors, name):
-            raise ValueError(
-                f"expected factors {what}, got some with {name} ({factors.method}): transformers runs these"
-            )
+    if thinned := factors.thinned:
+        raise ValueError(
+            f"expected factors of a row for every token and layer, got some with {thinned} ({factors.method}): "
+            "transformers runs these"
+        )
     if (count := model.get_total_num_hidden_layers()) != len(layers):
         raise ValueError(f"expected factors of {count} layers, as the model has, got {len(layers)}")
     shapes = {(x.num_kv_heads, x.head_dim) for x in layers}
