@@ -4,8 +4,8 @@ python -m bench.combinations [--row NAME ...] [--model smollm2] [--plot-only] [-
 
 A row is a family, a way to hold less, at a share of the dense cache's bytes. Of every row:
 
-    loss    of 256 tokens after prompts of 1,024, 2,048, 4,096 and 7,936 tokens of one window a text, over the dense
-            model's of the same tokens, in nats a token
+    loss    of 256 tokens after prompts of 1,024 to 7,680 tokens of a window of Wikipedia, and after 4,096 of news, over
+            the dense model's of the same tokens, in nats a token
     gain    as evaluation/probe.py, up to 4,096 tokens far: how much better a passage is predicted that stood so many
             tokens earlier. far: over all distances, as a share of the dense model's
     bytes   of the cache's tensors after 4,096 tokens over a dense cache's, dense window included
@@ -14,10 +14,10 @@ A row is a family, a way to hold less, at a share of the dense cache's bytes. Of
             [estimated], where `lrattn info --plan` knows of it
 
 Prompts are read once, by the model as it is, and every cache is filled with the keys and values of that, 16-bit
-numbers, but for the last 64 tokens, whose queries policies look at. Tokens are scored in passes of 64, whose own tokens
-any cache sees exactly. Published systems are those of evaluation/published.py. Factors are calibrated on 24 windows of
-1,024 tokens of Wikipedia, of other models than SmolLM2 on 6. Cells are kept in the JSON by row and model and measured
-once; several processes may do so.
+numbers, but for the last 64 tokens, whose queries policies look at. A query sees its last 64 tokens exactly, where a
+cache has a dense window: what several layers share is scored in passes of 64. Published systems are those of
+evaluation/published.py. Factors are calibrated on 24 windows of 1,024 tokens of Wikipedia, of other models than SmolLM2
+on 6. Cells are kept in the JSON by row and model and measured once; several processes may do so.
 """
 
 from __future__ import annotations
@@ -59,10 +59,12 @@ from lrattn.models.states import evaluating
 PATH = report.RESULTS / "combinations.json"
 DOCS = PAGE.with_name("methods.md")
 PROMPTS = (1024, 2048, 4096, 7680)
-SCORED, STEP, PASS, LAST = 512, 64, 512, 64  # tokens scored, of a pass that is scored, of one that is read, that choose
+SECOND = (4096,)  # of other texts than the first
+SCORED, STEP, LAST = 256, 64, 64  # tokens scored, of a pass of rows of several layers, and at the end of a prompt
 DISTANCES = (128, 512, 1024, 2048, 4096)
 CALIBRATED = {"smollm2": 24, "qwen2.5-coder": 6}
 FULL = "smollm2"  # the model of all rows
+FIRST = "wikipedia"
 DENSE = "dense"
 SALIENT = 0.2  # share of tokens with twice the bytes of their kind
 
@@ -71,14 +73,13 @@ Cell = dict[str, Any]
 
 @dataclass(frozen=True)
 class Row:
-    """keep: bytes of latents over a dense cache's. more: of lrattn.compress. select: which tokens are kept; kept, rest:
-    bytes of those that are and of others, over a dense cache's. published: of Reader, with its arguments."""
+    """keep: bytes of a token over a dense cache's. more: of lrattn.compress. select: which tokens are kept. published:
+    of evaluation/published.py, with its arguments."""
 
     family: str
     keep: float
     more: dict[str, Any] = field(default_factory=dict)
     select: str | None = None
-    rest: float | None = None
     published: tuple[Any, ...] = ()
 
     @property
@@ -93,25 +94,16 @@ ROW, APART = {"shared": True}, {"shared": False}
 REBUILT = {"method": "lrattn-rebuilt", "shared": True}
 
 
-def salient(keep: float) -> Row:
-    """A fifth of the tokens at twice the bytes, the others at three quarters."""
-    return Row("salient tokens x bits", keep, ROW | {"keep": 2 * keep}, f"zipcache:{SALIENT}", 0.75 * keep)
-
-
 ROWS = [
     Row(DENSE, 1.0, published=("dense",)),
     *(Row("bits: keys and values apart", keep, APART) for keep in (1 / 8, 1 / 16)),
     *(Row("bits: one row", keep, ROW) for keep in (1 / 8, 1 / 16, 1 / 32)),
     *(Row("rows of 4 layers x bits", keep, ROW | {"span": 4}) for keep in (1 / 8, 1 / 16, 1 / 32, 1 / 64)),
     *(Row("rows of 8 layers x bits", keep, ROW | {"span": 8, "chunk": 128}) for keep in (1 / 16, 1 / 32, 1 / 64)),
-    *(Row("rows of 8 layers x bits, rebuilt", keep, REBUILT | {"span": 8}) for keep in (1 / 32, 1 / 64)),
-    *map(salient, (1 / 8, 1 / 16, 1 / 32)),
+    Row("rows of 8 layers x bits, rebuilt", 1 / 32, REBUILT | {"span": 8}),
+    *(Row("salient tokens x bits", keep, ROW | {"salient": SALIENT}) for keep in (1 / 8, 1 / 16, 1 / 32)),
     *(
         Row("half of the tokens (curdkv) x bits", k, ROW | {"keep": 2 * k}, "curdkv:0.5")
-        for k in (1 / 8, 1 / 16, 1 / 32)
-    ),
-    *(
-        Row("half of the tokens (chunkkv) x bits", k, ROW | {"keep": 2 * k}, "chunkkv:0.5")
         for k in (1 / 8, 1 / 16, 1 / 32)
     ),
     Row("zipcache", 0.25, published=("zipcache",)),
@@ -132,7 +124,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.plot_only:
         subject = Subject(args.model)
-        for row in ROWS:
+        for row in sorted(ROWS, key=lambda row: (args.row + names).index(row.name)):
             if row.name in args.row and (args.model == FULL or row.name in OTHER):
                 subject.measure(row, args.out)
     cells = held_in(args.out)
@@ -169,12 +161,8 @@ class Subject:
         span, gather = more.get("span", 1), lrattn.methods.METHODS["lrattn"].gather
         state = self.folder / f"combinations-{self.name}-{span}.moments"
         moments = lrattn.calibrate(self.model, ids.split(1), gather=gather, far=(64, 4), state=state, span=span)
-        if row.select is not None and row.rest is not None:
-            more |= {"salient": SALIENT}
         factors = lrattn.compress(self.model, moments=moments, **more)
-        return (
-            factors if row.select is None or row.rest is not None else replace(factors, select=Selection.of(row.select))
-        )
+        return factors if row.select is None else replace(factors, select=Selection.of(row.select))
 
     def read(self, name: str, ids: Tensor) -> Prompt:
         """What attention was given of a text's tokens [t], in a pass of the model as it is; kept in a file."""
@@ -239,7 +227,7 @@ class Subject:
         return latent, attention_set(self.model, "lrattn")
 
     def losses(self, row: Row, new: Callable[[Prompt], Any], cell: Cell) -> None:
-        places = [(name, n) for name in self.texts for n in self.lengths]
+        places = [(name, n) for name in self.texts for n in self.lengths if name == FIRST or n in SECOND]
         for name, n in tqdm(places, desc=row.name):
             ids = self.texts[name]
             cache = self.filled(new, self.read(name, ids), ids[:n], cell)
@@ -271,7 +259,10 @@ class Subject:
 
     def scored(self, cache: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of each of ids[1:], and whether it is held likeliest, [t - 1]; a cache has read all before ids."""
-        logits = torch.cat([self.passed(cache, part, len(part)) for part in ids[:-1].split(STEP)])
+        joined = isinstance(cache, LatentCache) and cache.factors.span > 1
+        logits = torch.cat(
+            [self.passed(cache, part, len(part)) for part in ids[:-1].split(STEP if joined else len(ids))]
+        )
         right = (logits.argmax(-1) == ids[1:]).float()
         return torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none"), right
 
