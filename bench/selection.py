@@ -77,6 +77,8 @@ class Base:
         found: list[Selection | None] = [None]
         if self.tokens:
             for name, policy in POLICIES.items():
+                if name not in lrattn.methods.METHODS:  # of other uses
+                    continue
                 found += [Selection(name, share) for share in (SHARES if policy.counted else (None,))]
         return found
 

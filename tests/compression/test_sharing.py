@@ -245,5 +245,5 @@ def test_what_does_not_know_of_them_refuses_them():
     for own in (replace(factors, donors=DONORS), replace(factors, select=lrattn.Selection("curdkv"))):
         with pytest.raises(ValueError, match="factors: expected some without"):
             lrattn.refine(model, own, texts(), steps=1, progress=False)
-        with pytest.raises(ValueError, match="factors: expected some that hold every token and layer"):
+        with pytest.raises(ValueError, match="factors: expected some of a row for every token and layer"):
             lrattn.narrowed(own, 0.3)

@@ -110,6 +110,71 @@ def test_attention_is_to_what_is_kept_and_to_nothing_else(form, near, at, monkey
         assert all(torch.equal(a, b) for a, b in zip(cache.tokens, held, strict=True))
 
 
+@pytest.mark.parametrize("near", [(5, 2), (40, 4)], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.every(3)
+def test_what_is_not_kept_is_seen_by_fewer_bytes(form, near, monkeypatch):
+    """By what other factors make of its latents, from the pass on that it was not kept in; made once."""
+    model, factors = made(form, near)
+    kind = FORMS[form] | ({"ropes": exact_ropes(model)} if "ropes" in FORMS[form] else {})
+    rest = random_factors(model, 0.2, (0, 0), 1, **kind)
+    begins = 0, 25, 87
+    ids, mask = padded([120 - n for n in begins], "left")
+    live = mask.bool()[:, None]
+    for chunks, rows, every in PLANS:
+        monkeypatch.setattr(integration, "DECODE_ROWS", rows)
+        policy = drawn(monkeypatch, begins)
+        select = Selection("drawn", every=every, recent=6, sinks=3)
+        cache = LatentCache(replace(factors, select=select, rest=rest))
+        got = fed(model, ids, chunks, cache, mask)
+        thin = [~policy.seen(i, 3, 120) & live for i in range(len(factors.layers))]
+        exact = window(120, *near, begins=begins)
+        same(got, defined(model, factors, ids, exact, mask, rest=(rest, thin)), mask)
+        cache.settle()
+        assert all(torch.equal(own, mask.sum(1)) for own in cache.tokens)  # none is gone
+        copied = copy.deepcopy(cache)
+        copied.reorder_cache(torch.tensor([1, 0, 1]))
+        assert copied.tokens[0].tolist() == [95, 120, 95]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_at_full_rank_nothing_is_lost_to_fewer_bytes(name):
+    model, factors = made(keep=1.0)
+    ids, mask = padded((100, 64), "left")
+    want = fed(model, ids, (90, 1, 4, 1, 4), LatentCache(factors), mask)
+    own = replace(factors, select=next(x for x in policies(every=2, recent=8) if x.policy == name), rest=factors)
+    same(fed(model, ids, (90, 1, 4, 1, 4), LatentCache(own), mask), want, mask)
+
+
+def test_salient_tokens_have_twice_the_bytes(tmp_path):
+    """keep is met by both together, of one calibration; files and moves keep them."""
+    model, texts = tiny.model("llama"), [tiny.tokens(2, 90, seed) for seed in range(3)]
+    model.set_attn_implementation("sdpa")
+    factors = lrattn.compress(model, texts, keep=0.2, salient=0.25, far=(8, 1), progress=False)
+    assert factors.select == Selection("zipcache", 0.25) and factors.near == factors.rest.near == (8, 1)
+    assert 0.15 < 0.25 * factors.keep + 0.75 * factors.rest.keep <= 0.2
+    assert 0.35 < factors.keep <= 0.4
+    state = tmp_path / "state"
+    again = lrattn.compress(model, texts, keep=0.2, salient=0.25, far=(8, 1), state=state, progress=False)
+    again.save(tmp_path / "f")
+    read = lrattn.Factors.load(tmp_path / "f").to(dtype=torch.bfloat16)
+    assert read.select == factors.select and read.rest.keep == factors.rest.keep
+    assert read.rest.layers[0].dtype == torch.bfloat16
+    assert torch.equal(read.rest.layers[2].values.up, factors.rest.layers[2].values.up.bfloat16())
+    for wrong, told in (
+        ({"salient": 0.5}, r"salient: expected None or a share of the tokens in \(0, 0.5\), got 0.5"),
+        ({"salient": True}, "salient: expected None or a share"),
+        ({"salient": 0.1, "select": "curdkv"}, "select: expected none with salient=0.1"),
+        ({"salient": 0.1, "span": 2}, "span: expected none with salient=0.1, got 2"),
+        ({"salient": 0.1, "method": "curdkv", "far": None}, "salient: expected none with method 'curdkv'"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            lrattn.compress(model, texts, **{"far": (8, 1)} | wrong)
+    for wrong in ({"select": None}, {"rest": factors}, {"rest": random_factors(model, 0.2)}):
+        with pytest.raises(ValueError, match="rest: expected"):
+            replace(factors, **wrong)
+
+
 def policies(keep=0.4, every=0, **more):
     for name, policy in POLICIES.items():
         share = max(keep, 0.8 if policy.whole else 0) if policy.counted else None

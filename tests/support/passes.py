@@ -31,15 +31,16 @@ def fed(model, ids, chunks, cache, mask=None, positions=None):
 
 
 @torch.no_grad()
-def defined(model, factors, ids, exact, live=None, positions=None):
+def defined(model, factors, ids, exact, live=None, positions=None, rest=None):
     """Logits of a whole text: query i sees column j as it is where exact[b, i, j], else as its latents say.
 
     exact: [B or 1, T, T] bool. live: [B, T], what is no padding; or [B, T, T], what each query may see; or
-        a list of these, for each layer.
+        a list of these, for each layer. rest: factors, and [B, T, T] for each layer of which query sees which column by
+        what they make of its latents.
     """
     live = torch.ones_like(ids) if live is None else live
     lives = [x.bool() for x in (live if isinstance(live, list) else [live] * len(factors.layers))]
-    with attending(model, attention(factors, exact, lives)):
+    with attending(model, attention(factors, exact, lives, rest)):
         return model(ids, position_ids=positions, use_cache=False).logits
 
 
@@ -55,7 +56,7 @@ def exact_ropes(model):
     return [rope and replace(rope, fp32_angles=False) for rope in ropes_of(model, attention_layers(model))]
 
 
-def attention(factors, exact, lives):
+def attention(factors, exact, lives, rest=None):
     def attend(module, query, key, value, mask, scaling, sliding_window=None, position_ids=None, **kwargs):
         layer, live = factors.layers[module.layer_idx], lives[module.layer_idx]
         batch, columns = len(query), query.shape[2]
@@ -67,12 +68,21 @@ def attention(factors, exact, lives):
             (seen & (live if live.dim() == 3 else live[:, None]))[:, None],
             exact[:, None].expand(batch, 1, -1, -1),
         )
-        key, value, far_key, far_value = (
-            x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value, far_key, far_value)
+        rest_key, rest_value, thin = far_key, far_value, torch.zeros_like(own)
+        if rest is not None:
+            rest_key, rest_value = through_latents(
+                rest[0].layers[module.layer_idx], far_key, far_value, at.expand(batch, -1)
+            )
+            thin = rest[1][module.layer_idx][:, None]
+            own = own & ~thin
+        key, value, far_key, far_value, rest_key, rest_value = (
+            x.repeat_interleave(query.shape[1] // key.shape[1], 1)
+            for x in (key, value, far_key, far_value, rest_key, rest_value)
         )
         scores = torch.where(own, query @ key.mT, query @ far_key.mT) * scaling
+        scores = torch.where(thin, query @ rest_key.mT * scaling, scores)
         p = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
-        out = (p * own) @ value + (p * ~own) @ far_value
+        out = (p * own) @ value + (p * ~(own | thin)) @ far_value + (p * thin) @ rest_value
         return out.transpose(1, 2).contiguous(), None
 
     return attend

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import tiny
 import torch
-from latents import random_factors
+from latents import joined_factors, random_factors
 from passes import exact_ropes
 from safetensors.torch import save_file
 
@@ -57,15 +57,18 @@ def test_others_are_refused(family, of, more, said):
         source.check_model(told(family, **more), made(of))
 
 
-@pytest.mark.parametrize(
-    "said, less",
-    [("whose tokens are all kept, got some with select", {"select": Selection("curdkv")}),
-     ("whose layers each hold their own, got some with donors", {"donors": (0, 1, 0)})],
-)  # fmt: skip
-def test_factors_of_which_a_cache_holds_less_are_refused(said, less):
-    """Pages hold every token of every layer: a policy, or a donor, would be passed over."""
-    with pytest.raises(ValueError, match=f"expected factors {said}"):
-        source.check_model(told("llama"), replace(made("llama"), **less))
+def test_factors_of_which_a_cache_holds_less_are_refused():
+    """Pages hold every token of every layer: a policy, a donor or a row of several layers would be passed over."""
+    shared = joined_factors(tiny.model("llama"), 2)
+    for name, own in (
+        ("select", replace(made("llama"), select=Selection("curdkv"))),
+        ("donors", replace(made("llama"), donors=(0, 1, 0))),
+        ("span", shared),
+    ):
+        with pytest.raises(
+            ValueError, match=f"expected factors of a row for every token and layer, got some with {name}"
+        ):
+            source.check_model(told("llama"), own)
 
 
 @pytest.mark.parametrize("form, reach", [({"chunk": None}, 512), ({}, 1 << 20), ({"ropes": None, "chunk": None}, 200)])
