@@ -77,6 +77,7 @@ def test_compress_is_the_library_s_compress(tiny_one):
         ("--bytes-per-token 700 --bits 8,4", {"bytes_per_token": 700, "keep": None, "bits": (4, 8)}),
         ("--bits auto --chunk 128 --shared no", {"bits": "auto", "chunk": 128, "shared": False}),
         ("--method lrattn-rotated --positions 4096", {"method": "lrattn-rotated", "positions": 4096}),
+        ("--span 2 --salient 0.2", {"span": 2, "salient": 0.2}),
         ("--refine 3 --nested --far 16 2 --state s", {"refine": 3, "nested": True, "far": (16, 2), "state": Path("s")}),
     ],
 )
@@ -116,6 +117,40 @@ def test_eval_is_the_perplexity_of_the_latent_cache(words, keep, near, tiny_one,
     own = perplexity(tiny_one.loaded, windows, progress=False)
     assert dense["perplexity"] == pytest.approx(own, rel=1e-5) and abs(found["perplexity"] / own - 1) > 1e-4
     assert (dense["method"], dense["keep"], dense["recent"]) == ("dense", 1.0, 0)
+
+
+def test_rows_of_several_layers_from_compress_to_generate(tiny_one, capsys, tmp_path):
+    """`eval` reads texts in parts as long as the window, whose perplexity is that of factors of one layer's rows."""
+    path, words = tmp_path / "f", ["--windows", 2, "--length", 128]
+    given = ["--text", tiny_one.calibration, *words, "--keep", 0.25, "--span", 3, "--far", 16, 2, "--out", path]
+    run(capsys, "compress", tiny_one.model, *given)
+    factors = lrattn.Factors.load(path)
+    assert factors.span == 3 and 0.2 < factors.keep <= 0.25
+    assert "a row is of 3 layers, and read by each of them" in run(capsys, "info", path)
+    windows = tiny_one.windows(tiny_one.evaluation, 2, 128)
+    found = json.loads(
+        run(capsys, "eval", tiny_one.model, "--text", tiny_one.evaluation, *words, "--factors", path, "--json")
+    )
+    with attending(tiny_one.loaded, factors):
+        want = perplexity(tiny_one.loaded, windows, step=16, cache=lambda: new_cache(factors))
+    assert found["perplexity"] == pytest.approx(want)
+    shown = run(capsys, "generate", tiny_one.model, "--factors", path, "--prompt", PROMPT, "--tokens", 4)
+    assert "keep 0.2" in shown
+    plan = json.loads(run(capsys, "info", path, "--plan", "--query-heads", 8, "--json"))
+    assert plan["latent_bytes"] > 2.9 * 32768 * factors.bytes_per_token  # every layer reads the row
+
+
+def test_salient_tokens_from_compress_to_generate(tiny_one, capsys, tmp_path):
+    path, words = tmp_path / "f", ["--windows", 2, "--length", 128]
+    given = ["--text", tiny_one.calibration, *words, "--keep", 0.2, "--salient", 0.25, "--far", 16, 2, "--out", path]
+    run(capsys, "compress", tiny_one.model, *given)
+    rest = lrattn.Factors.load(path).rest.keep
+    shown = run(capsys, "info", path)
+    assert f"tokens that a cache keeps: 0.25 by zipcache; the others are held at keep {rest:.3f}" in shown
+    assert "tokens 0.25 by zipcache" in run(
+        capsys, "eval", tiny_one.model, "--text", tiny_one.evaluation, *words, "--factors", path
+    )
+    run(capsys, "generate", tiny_one.model, "--factors", path, "--prompt", PROMPT, "--tokens", 4)
 
 
 @pytest.mark.parametrize("select, read", [("curdkv:0.4", None), ("chunkkv:0.5", 100), (None, 60)], ids=str)

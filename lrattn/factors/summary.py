@@ -40,6 +40,7 @@ def summarize(factors: Factors) -> dict[str, Any]:
         "predicted_loss": sum(factors.predicted) if factors.predicted else None,
         "near": factors.near,
         "select": factors.select and asdict(factors.select),
+        "rest": factors.rest and factors.rest.keep,
         "donors": factors.donors,
         "span": factors.span,
         "layers": [
@@ -90,7 +91,7 @@ def headline(summary: dict[str, Any]) -> str:
         + ("" if loss is None else f"; predicted loss {loss:.2g} nats a token"),
         f"{_keys(summary)}: {_positions(summary)}",
         *_rebuilt(summary),
-        *([f"tokens that a cache keeps: {Selection(**summary['select'])}"] if summary["select"] else []),
+        *([f"tokens that a cache keeps: {_kept(summary)}"] if summary["select"] else []),
         *([f"layers that read another's: {_donors(summary)}"] if summary["donors"] else []),
         *([f"a row is of {summary['span']} layers, and read by each of them"] if summary["span"] > 1 else []),
         *([f"beside them, dense: the last {recent} and the first {sinks} tokens"] if recent or sinks else []),
@@ -144,6 +145,11 @@ def aligned(rows: Sequence[Mapping[str, str]]) -> str:
     return "\n".join(
         "  ".join([*(cell.rjust(w) for cell, w in zip(line, widths, strict=False)), line[-1]]) for line in lines
     )
+
+
+def _kept(summary: dict[str, Any]) -> str:
+    rest = "" if summary["rest"] is None else f"; the others are held at keep {summary['rest']:.3f}"
+    return f"{Selection(**summary['select'])}{rest}"
 
 
 def _donors(summary: dict[str, Any]) -> str:
