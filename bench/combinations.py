@@ -91,6 +91,7 @@ class Row:
 
 
 ROW, APART = {"shared": True}, {"shared": False}
+FOUR, EIGHT = ROW | {"span": 4}, ROW | {"span": 8, "chunk": 128}
 REBUILT = {"method": "lrattn-rebuilt", "shared": True}
 
 
@@ -98,10 +99,12 @@ ROWS = [
     Row(DENSE, 1.0, published=("dense",)),
     *(Row("bits: keys and values apart", keep, APART) for keep in (1 / 8, 1 / 16)),
     *(Row("bits: one row", keep, ROW) for keep in (1 / 8, 1 / 16, 1 / 32)),
-    *(Row("rows of 4 layers x bits", keep, ROW | {"span": 4}) for keep in (1 / 8, 1 / 16, 1 / 32, 1 / 64)),
-    *(Row("rows of 8 layers x bits", keep, ROW | {"span": 8, "chunk": 128}) for keep in (1 / 16, 1 / 32, 1 / 64)),
+    *(Row("rows of 4 layers x bits", keep, FOUR) for keep in (1 / 8, 1 / 16, 1 / 32, 1 / 64)),
+    *(Row("rows of 8 layers x bits", keep, EIGHT) for keep in (1 / 16, 1 / 32, 1 / 64)),
     Row("rows of 8 layers x bits, rebuilt", 1 / 32, REBUILT | {"span": 8}),
     *(Row("salient tokens x bits", keep, ROW | {"salient": SALIENT}) for keep in (1 / 8, 1 / 16, 1 / 32)),
+    *(Row("salient x rows of 4 layers x bits", keep, FOUR | {"salient": SALIENT}) for keep in (1 / 16, 1 / 32)),
+    *(Row("salient x rows of 8 layers x bits", keep, EIGHT | {"salient": SALIENT}) for keep in (1 / 32, 1 / 64)),
     *(
         Row("half of the tokens (curdkv) x bits", k, ROW | {"keep": 2 * k}, "curdkv:0.5")
         for k in (1 / 8, 1 / 16, 1 / 32)

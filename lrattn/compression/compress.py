@@ -119,7 +119,7 @@ def compress(
             are a policy take `keep` as the share of the tokens, "kvsharer" of the layers, and no other choice.
         salient: share of the tokens, below one half, that a cache of them holds with twice the bytes, the others with
             the fewer, once it has read a prompt: by what the last queries give them, as "zipcache" says. Not with
-            `select`, `span`, `refine` or `bytes_per_token`. None: all have as many.
+            `select`, `refine` or `bytes_per_token`. None: all have as many.
         progress: show bars on stderr.
 
     Returns: Factors in the model's dtype, on its device.
@@ -140,7 +140,7 @@ def compress(
         return whole(model, batches, method, keep, others, progress)
     recipe, ranks, chunk, span = recipe_of(method, ranks, shared, chunk, positions, span)
     if salient is not None:
-        check_alone(salient, {"select": select, "refine": refine, "bytes_per_token": bytes_per_token}, span)
+        check_alone(salient, {"select": select, "refine": refine, "bytes_per_token": bytes_per_token})
         tier: dict[str, Any] = {
             "method": method,
             "group_size": group_size,
@@ -148,7 +148,14 @@ def compress(
             "shared": shared,
             "far": far,
         }
-        tier |= {"moments": moments, "chunk": chunk, "shards": shards, "bits": bits, "positions": positions}
+        tier |= {
+            "moments": moments,
+            "chunk": chunk,
+            "shards": shards,
+            "bits": bits,
+            "positions": positions,
+            "span": span,
+        }
         return _tiered(model, batches, salient, KEEP if keep is None else keep, recipe, state, progress, tier)
     for name, count, least in (("group_size", group_size, 1), ("shards", shards, 1), ("refine", refine, 0)):
         check_count(name, count, least)
@@ -163,10 +170,10 @@ def compress(
     far = astuple(window)
     layers = attention_layers(model)
     runs = runs_of(layers, span)
-    if span > 1 and (select is not None or refine or ranks == "fisher"):
-        raise ValueError(f"span: expected 1 with select=, refine= or ranks 'fisher', got {span}")
+    if span > 1 and (refine or ranks == "fisher"):
+        raise ValueError(f"span: expected 1 with refine= or ranks 'fisher', got {span}")
     if select is not None:
-        shares(select, len(layers))
+        shares(select, len(runs))
     if bytes_per_token is not None:
         if keep is not None:
             raise ValueError(f"bytes_per_token: expected None beside keep={keep}, got {bytes_per_token!r}")
@@ -329,7 +336,8 @@ def _tiered(
     check_share(keep)
     if choice["moments"] is None and batches is not None and (gather := recipe.gathered(choice["ranks"])):
         far = recipe.near if choice["far"] is None else choice["far"]
-        choice["moments"] = calibrate(model, batches, gather=gather, far=far, state=state, progress=progress)
+        more: dict[str, Any] = {"span": choice["span"], "state": state, "progress": progress}
+        choice["moments"] = calibrate(model, batches, gather=gather, far=far, **more)
     parts = min(2 * keep, 1.0), keep * (1 - 2 * share) / (1 - share)
     found, rest = (compress(model, None, keep=part, progress=progress, **choice) for part in parts)
     return replace(found, select=Selection("zipcache", share), rest=rest)

@@ -92,10 +92,10 @@ def form_of(shapes: list[LayerShape], held: float) -> Form:
     return True if held * sum(shape.dense for shape in shapes) / rows <= JOINT_WITHIN else "ride"
 
 
-def check_alone(salient: object, others: dict[str, object], span: int) -> None:
+def check_alone(salient: object, others: dict[str, object]) -> None:
     """Raises ValueError for no share of salient tokens, or together with what else makes a cache hold less."""
     if not isinstance(salient, float) or not 0 < salient < 0.5:
         raise ValueError(f"salient: expected None or a share of the tokens in (0, 0.5), got {salient!r}")
-    for name, given in (others | {"span": span if span > 1 else None}).items():
+    for name, given in others.items():
         if given:
             raise ValueError(f"{name}: expected none with salient={salient}, got {given}")

@@ -89,7 +89,7 @@ class Factors:
 
     def _check_rest(self, rest: Factors) -> None:
         """Raises ValueError unless it can hold what these hold."""
-        if self.select is None or self.span > 1 or rest.thinned or rest.rest is not None:
+        if self.select is None or rest.span != self.span or rest.select or rest.donors or rest.rest is not None:
             raise ValueError(f"rest: expected plain factors, beside a select that leaves tokens to them, got {rest!r}")
         forms = [
             [(x.num_kv_heads, x.head_dim, x.rope, x.chunk, x.dtype, x.device) for x in own.layers]
@@ -100,8 +100,8 @@ class Factors:
 
     def _check_runs(self) -> None:
         """Raises ValueError unless the layers of each run write and read one row."""
-        if self.donors or self.select is not None:
-            raise ValueError(f"span: expected 1 with donors or select, got {self.span}")
+        if self.donors:
+            raise ValueError(f"span: expected 1 with donors, got {self.span}")
         for i, layer in enumerate(self.layers):
             first = self.layers[i - i % self.span]
             own, row = (

@@ -157,8 +157,8 @@ def test_runs_that_cannot_be_are_refused_before_any_work():
         ({"span": 2, "method": "palu"}, "span: expected 1, .*with method 'palu'"),
         ({"span": 2, "method": "lrattn-rotated"}, "span: expected 1, .*with method 'lrattn-rotated'"),
         ({"span": 2, "method": "l2norm"}, "span: expected none with method 'l2norm', which compresses no heads"),
-        ({"span": 2, "select": "curdkv"}, "span: expected 1 with select="),
-        ({"span": 2, "refine": 2}, "span: expected 1 with select=, refine="),
+        ({"span": 2, "refine": 2}, "span: expected 1 with refine="),
+        ({"span": 2, "ranks": "fisher"}, "span: expected 1 with refine= or ranks 'fisher'"),
         ({"method": "commonkv", "shared": False}, "shared: expected None or True with method 'commonkv'"),
     ):
         with pytest.raises(ValueError, match=told):

@@ -7,14 +7,16 @@ import pytest
 import tiny
 import torch
 from architectures import padded
+from drawn import drawn
 from latents import joined_factors, random_factors
-from passes import defined_in_passes, exact_ropes, fed, same
+from passes import defined, defined_in_passes, exact_ropes, fed, same
 
 import lrattn
 from lrattn import Selection
 from lrattn.integrations.transformers import LatentCache, bind, latent_attention
 from lrattn.integrations.transformers import layer as cache_layer
 from lrattn.integrations.transformers.perplexity import losses
+from lrattn.selection import POLICIES
 
 FORMS = {
     "as given": {},
@@ -76,6 +78,43 @@ def test_full_rank_is_the_model_itself(family):
         got = fed(model, ids, (100, *[1] * 20, 20, 10), LatentCache(factors))
         model.set_attn_implementation("sdpa")
         torch.testing.assert_close(got, want, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.every(2)
+def test_tokens_are_kept_by_all_layers_of_a_run(form, monkeypatch):
+    """One choice a run. At full rank attention is to what is kept; and to all, where the rest is held by other rows."""
+    form = form.removeprefix("packed ")
+    model, factors = made(form, 2, keep=1.0)
+    begins = 0, 25
+    ids, mask = padded([120 - n for n in begins], "left")
+    everything = torch.ones(1, 120, 120, dtype=torch.bool)
+    for chunks, every in (((90, 3, *[1] * 9, 12, 6), 0), ((90, 3, *[1] * 9, 12, 6), 7), ((88, 2, 1, 2, 11, 16), 5)):
+        policy = drawn(monkeypatch, begins, probes=4)
+        select = Selection("drawn", every=every, recent=9, sinks=3)
+        cache = LatentCache(factors, select=select)
+        got = fed(model, ids, chunks, cache, mask)
+        lives = [policy.seen(i // 2, 2, 120) & mask.bool()[:, None] for i in range(3)]
+        assert len({index for index, _ in policy.held}) == 2 and not lives[0].equal(lives[2])
+        same(got, defined(model, factors, ids, everything, lives), mask)
+        drawn(monkeypatch, begins, probes=4)
+        cache = LatentCache(replace(factors, select=select, rest=factors))
+        same(fed(model, ids, chunks, cache, mask), defined(model, factors, ids, everything, mask), mask)
+        cache.settle()
+        assert all(torch.equal(own, mask.sum(1)) for own in cache.tokens)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_policy_chooses_for_a_run(name):
+    """By the probabilities of all its heads; what is not kept is held by fewer bytes, which at full rank are enough."""
+    model, factors = made("in chunks", 3, keep=1.0)
+    ids = tiny.tokens(2, 120)
+    share = 0.4 if POLICIES[name].counted else None
+    own = replace(factors, select=Selection(name, share, 3, recent=9), rest=factors)
+    want = fed(model, ids, (90, 1, 4, 1, 4, 20), LatentCache(factors))
+    cache = LatentCache(own)
+    same(fed(model, ids, (90, 1, 4, 1, 4, 20), cache), want)
+    assert cache.layers[2].rest is not None and cache.layers[0].rest is None  # one holds, and all read
 
 
 @pytest.mark.parametrize("form", ["before RoPE", "packed in chunks"])
@@ -145,8 +184,6 @@ def test_what_rows_of_several_layers_do_not_serve_is_refused():
     ids = tiny.tokens(1, 20)
     with pytest.raises(ValueError, match="recent: expected 1 or more, as the newest"):
         LatentCache(factors, recent=0)
-    with pytest.raises(ValueError, match="select: expected None where rows are of 2 layers"):
-        LatentCache(factors, select="curdkv:0.5")
     told = r"span: rows of 2 layers are whole after a pass: .*=LatentCache"
     with pytest.raises(ValueError, match=told), latent_attention(model, factors):
         model(ids, use_cache=False)
@@ -165,8 +202,8 @@ def test_a_record_of_runs_is_of_layers_that_can_share_rows():
     for wrong, told in (
         ({"span": 0}, "span: expected layers that share a row, 1 or more, got 0"),
         ({"span": True}, "span: expected layers that share a row"),
-        ({"donors": (0, 0, 2)}, "span: expected 1 with donors or select, got 2"),
-        ({"select": Selection("curdkv")}, "span: expected 1 with donors or select"),
+        ({"donors": (0, 0, 2)}, "span: expected 1 with donors, got 2"),
+        ({"select": Selection("curdkv"), "rest": joined_factors(model, 3, 0.2)}, "rest: expected plain factors"),
         ({"layers": random_factors(model, 0.4).layers}, "span: expected layers that share a row of keys and values"),
         ({"layers": (*factors.layers[:1], *factors.layers[2:], factors.layers[0])}, "got .* in layer 1"),
     ):

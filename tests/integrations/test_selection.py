@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from architectures import padded
+from drawn import drawn
 from latents import random_factors
 from passes import defined, exact_ropes, fed, same, window
 from slowly import slow_unless
@@ -17,7 +18,7 @@ from lrattn import Selection
 from lrattn.integrations.transformers import LatentCache, bind, latent_attention
 from lrattn.integrations.transformers import attention as integration
 from lrattn.models.interface import cache_argument
-from lrattn.selection import POLICIES, Policy
+from lrattn.selection import POLICIES
 
 FORMS = {
     "as given": {},
@@ -37,48 +38,6 @@ def made(form="in chunks", near=(5, 2), dtype=torch.float64, family="llama3", ke
     factors = random_factors(model, keep, near, 0, **kind)
     model.set_attn_implementation("lrattn")
     return model, factors
-
-
-class Drawn:
-    """A policy that draws tokens, for each layer and row others, and knows which of all columns those were."""
-
-    def __init__(self, begins, share=0.5):
-        self.begins, self.share, self.held, self.gone = begins, share, {}, {}
-        self.rows = self.ends = None
-
-    def kept(self, held):
-        """Rows of a layer begin where the text does: columns that came since the last time follow what was kept."""
-        found = torch.zeros(held.live.shape, dtype=torch.bool)
-        for b, length in enumerate(held.lengths.tolist()):
-            own = self.held.setdefault((held.index, b), [])
-            new = self.ends[held.index, b] if own else self.begins[b]
-            own += range(new, new + length - len(own))
-            g = torch.Generator().manual_seed(100 * held.index + 10 * b + length)
-            chosen = torch.rand(length, generator=g) < self.share
-            self.ends[held.index, b] = end = own[-1] + 1 if own else new
-            chosen |= held.fixed[b, :length]
-            for i, column in enumerate(list(own)):
-                if not chosen[i]:
-                    self.gone[held.index, b, column] = end
-                    own.remove(column)
-            found[b, :length] = chosen
-        return found
-
-    def seen(self, layer, batch, columns):
-        """[B, T, T]: a query sees what is not gone by its pass."""
-        i = torch.arange(columns)[:, None]
-        seen = torch.ones(batch, columns, columns, dtype=torch.bool)
-        for (index, b, column), end in self.gone.items():
-            if index == layer:
-                seen[b, :, column] &= i[:, 0] < end
-        return seen
-
-
-def drawn(monkeypatch, begins, probes=0):
-    policy = Drawn(begins)
-    policy.ends = {}
-    monkeypatch.setitem(POLICIES, "drawn", Policy(policy.kept, probes=probes, counted=False))
-    return policy
 
 
 PLANS = [((90, 3, *[1] * 9, 12, 6), 64, 0), ((90, 3, *[1] * 9, 12, 6), 64, 7), ((88, 2, 1, 2, 11, 16), 4, 5)]
@@ -165,7 +124,6 @@ def test_salient_tokens_have_twice_the_bytes(tmp_path):
         ({"salient": 0.5}, r"salient: expected None or a share of the tokens in \(0, 0.5\), got 0.5"),
         ({"salient": True}, "salient: expected None or a share"),
         ({"salient": 0.1, "select": "curdkv"}, "select: expected none with salient=0.1"),
-        ({"salient": 0.1, "span": 2}, "span: expected none with salient=0.1, got 2"),
         ({"salient": 0.1, "method": "curdkv", "far": None}, "salient: expected none with method 'curdkv'"),
     ):
         with pytest.raises(ValueError, match=told):

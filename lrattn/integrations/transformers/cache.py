@@ -90,8 +90,6 @@ class LatentCache(Cache):  # type: ignore[misc]
     def selection(self, select: Selection | str | None) -> None:
         select = selection_of(select)
         if select is not None:
-            if self.factors.span > 1:
-                raise ValueError(f"select: expected None where rows are of {self.factors.span} layers, got {select}")
             shares(select, len(self.factors.held))
             if self.columns.most is not None:
                 raise ValueError(f"max_tokens: expected None where tokens are selected, got {self.columns.most}")
@@ -201,7 +199,8 @@ class LatentCache(Cache):  # type: ignore[misc]
 
     @property
     def tokens(self) -> list[Tensor]:
-        """Of each layer that holds tokens, how many of each row, [B] int64, until the next pass begins."""
+        """Of each layer that does not read another's tokens, how many of each row, [B] int64, until the next pass
+        begins."""
         return [layer.tokens for layer in self.columns.layers]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LatentCache:

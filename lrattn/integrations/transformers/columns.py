@@ -91,6 +91,11 @@ class Columns:
         self.slots: Tensor | None = None
 
     @property
+    def holders(self) -> list[Any]:
+        """The layers that hold rows, of a run that shares them the last."""
+        return [layer for layer in self.layers if layer.holder is layer]
+
+    @property
     def room(self) -> int:
         """Columns that the pages of a row have room for."""
         return self.pages * PAGE
@@ -269,6 +274,7 @@ class Columns:
         """The pass under way, if there is one, has failed: it counts for nothing."""
         for layer in self.layers:
             layer.next = layer.chosen = layer.latest = layer.row = None
+            layer.given = []
         self.end()
 
     @torch.inference_mode(False)

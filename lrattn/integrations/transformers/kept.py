@@ -8,6 +8,7 @@ empty between chunks.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -80,6 +81,14 @@ class Kept:
             self.positions = positions.new_zeros(len(at), cdiv(self.most, PAGE) * PAGE, dtype=torch.int32)
             self.positions[:, : self.most] = positions
         self.places = self._places()
+
+    def read_by(self, layer: LayerFactors) -> Kept:
+        """The same tokens, as another layer that shares their rows reads them."""
+        if layer is self.layer:
+            return self
+        other = copy.copy(self)
+        other.layer = layer
+        return other
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -75,6 +75,7 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
         self.rest: Kept | None = None  # those that were not kept, by factors of fewer bytes
         self.chosen: Tensor | None = None  # of kept tokens and columns, those that will be: see selecting.py
         self.choice: object = None
+        self.given: list[Tensor] = []  # of a holder: probabilities of the run's layers, in the pass under way
         self.latest = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -283,12 +284,12 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
     def select(self, rows: Tensor) -> None:
         """Rows `rows` of the batch, as the columns still know it, become the new one."""
         rows, shape = rows.to(self.factors.device), (self.columns.batch, -1)
-        self.kept, self.rest = (None if x is None else x.chosen(rows) for x in (self.kept, self.rest))
         renewed, window = self.columns.renewed, self.window
         if self.holder is self:
             k, v = (None if x is None else renewed(x, x.unflatten(0, shape)[rows].flatten(0, 1)) for x in self.pages)
             assert k is not None
             self.pages = k, v
+            self.kept, self.rest = (None if x is None else x.chosen(rows) for x in (self.kept, self.rest))
         keys, values = (renewed(x, x[rows]) for x in (window.keys, window.values))
         self.window = Near(keys, values, self.sinks, self.recent)
 
@@ -296,8 +297,8 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
     def tensors(self) -> list[Tensor]:
         windows = self.window, self.window if self.next is None else self.next
         dense = [x for near in windows for x in (near.keys, near.values)]
-        pages = self.pages if self.holder is self else ()
-        held = {id(x): x for x in (*pages, *dense, *(x for own in self.older for x in own.tensors))}
+        rows = (*self.pages, *(x for own in self.older for x in own.tensors)) if self.holder is self else ()
+        held = {id(x): x for x in (*rows, *dense)}
         return [x for x in held.values() if x is not None]
 
     @property
@@ -310,8 +311,10 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
 
     @property
     def older(self) -> list[Kept]:
-        """What is left of columns that are gone."""
-        return [x for x in (self.rest, self.kept) if x is not None]
+        """What is left of columns that are gone, as this layer reads it."""
+        rest = None if self.whole.rest is None else self.whole.rest.layers[self.index]
+        held = (self.holder.rest, rest), (self.holder.kept, self.factors)
+        return [kept.read_by(own) for kept, own in held if kept is not None and own is not None]
 
     def get_seq_length(self) -> int | Tensor:
         return self.columns.length

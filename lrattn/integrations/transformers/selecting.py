@@ -44,22 +44,30 @@ def remaining(layer: LatentLayer, said: Said) -> Said:
 def choose(layer: LatentLayer, end: int, probabilities: Tensor | None) -> None:
     """layer.chosen: which of its kept tokens and its columns 0 .. end the policy keeps, [B, n + end] bool.
 
-    probabilities: [B, Hq, s, n + end] of the last queries, where the policy asks for them.
+    Layers that share rows choose together, when the last of them has run: by the probabilities of all their heads, and
+    by the keys and values of the last. probabilities: [B, Hq, s, n + end] of the last queries, where the policy asks
+    for them.
     """
-    columns, selection, index = layer.columns, layer.columns.selection, layer.columns.layers.index(layer)
+    columns, selection = layer.columns, layer.columns.selection
     assert selection is not None
+    layer.holder.given += [] if probabilities is None else [probabilities]
+    if layer.holder is not layer:
+        return
+    holders: list[LatentLayer] = columns.holders
+    index, probabilities = holders.index(layer), torch.cat(layer.given, 1) if layer.given else None
+    layer.given = []
     live, key = _entries(layer, end)
     order = torch.where(live, key, key.max() + 1).argsort(dim=1, stable=True)
     if probabilities is not None:  # those of tokens that are held otherwise stand before them
         given = probabilities[..., -live.shape[1] :]
         probabilities = given.gather(3, order[:, None, None].expand_as(given))
     lengths = live.sum(1)
-    share = shares(selection, len(columns.layers))[index]
+    share = shares(selection, len(holders))[index]
     begins = torch.zeros_like(lengths) if columns.first is None else columns.first.to(lengths.device)
     total = end + columns.gone - begins
     zk, zv = latents_of(layer.factors, _rows(layer, end))
-    before = columns.layers[index - 1] if index else None
-    same = before is not None and _choice(before.kept) is _choice(layer.kept)
+    before = holders[index - 1] if index else None
+    same = before is not None and before.chosen is not None and _choice(before.kept) is _choice(layer.kept)
     held = Held(
         layer.factors,
         index,
@@ -70,7 +78,7 @@ def choose(layer: LatentLayer, end: int, probabilities: Tensor | None) -> None:
         max(selection.sinks, layer.sinks),
         max(selection.recent, layer.recent, 1),
         probabilities,
-        before.chosen.to(order.device).gather(1, order) if before is not None and same else None,
+        before.chosen.to(order.device).gather(1, order) if same else None,  # type: ignore[union-attr]
     )
     kept = policy_of(selection).kept(held)
     layer.choice = before.choice if before is not None and kept is held.before else object()
@@ -83,21 +91,23 @@ def choose(layer: LatentLayer, end: int, probabilities: Tensor | None) -> None:
 def settle(columns: Columns) -> None:
     """What the last pass chose is kept, and the rest is gone, if it is over and every layer has chosen."""
     layers: list[LatentLayer] = columns.layers
-    if columns.written or not layers or any(layer.chosen is None for layer in layers):
+    holders: list[LatentLayer] = columns.holders
+    if columns.written or not layers or any(layer.chosen is None for layer in holders):
         return
     assert columns.selection is not None
     columns.chosen_at = columns.count + columns.gone
     count, sinks = columns.count, layers[0].sinks
     cut = count - max(columns.selection.recent, layers[0].recent, 1)
     if cut > sinks:
-        kept = [(_kept(layer, cut), _rest(layer, cut)) for layer in layers]
+        kept = [(_kept(layer, cut), _rest(layer, cut)) for layer in holders]
         batch, at = columns.batch, columns.leave(cut)
-        for layer, own in zip(layers, kept, strict=True):
+        for layer, own in zip(holders, kept, strict=True):
             layer.kept, layer.rest = own
             rows = rows_of(layer.factors, layer.pages, batch, 0, count)
             layer.pages = moved(layer.factors, rows, at.to(layer.factors.device), columns.pages)
+        for layer in layers:
             layer.moved_back(count, cut, cut - sinks)
-    for layer in layers:
+    for layer in holders:
         layer.chosen = None
 
 
@@ -119,13 +129,16 @@ def _rest(layer: LatentLayer, cut: int) -> Kept | None:
     if layer.whole.rest is None:
         return None
     assert layer.chosen is not None
-    live, factors, held = _entries(layer, layer.columns.count)[0], layer.whole.rest.layers[layer.index], layer.rest
+    live, held, others = _entries(layer, layer.columns.count)[0], layer.rest, layer.whole.rest.layers
+    factors, run = others[layer.index], [x for x in layer.columns.layers if x.holder is layer]
     at, counts = _first(live & ~layer.chosen & _older(layer, cut))
     positions = _positions(layer)
     own = None if positions is None else positions.gather(1, at)
     zk, zv = latents_of(layer.factors, _rows(layer, layer.columns.count))
-    heads = layer.factors.rebuild(gathered(zk, at), None if zv is None else gathered(zv, at), own)
-    latents = factors.project(*heads, own)
+    zk, zv = gathered(zk, at), None if zv is None else gathered(zv, at)
+    wide = len(run) > 1
+    parts = [others[x.index].project(*x.factors.rebuild(zk, zv, own), own, wide=wide) for x in run]
+    latents = (torch.stack([z for z, _ in parts]).sum(0).to(factors.dtype), None) if wide else parts[0]
     made = [pack(side, z) for side, z in zip(cached_sides(factors), latents, strict=False) if z is not None]
     if held is None and not at.shape[1]:
         return None
