@@ -91,7 +91,7 @@ class Row:
 
 
 ROW, APART = {"shared": True}, {"shared": False}
-FOUR, EIGHT = ROW | {"span": 4}, ROW | {"span": 8, "chunk": 128}
+FOUR, EIGHT = ROW | {"span": 4}, ROW | {"span": 8}
 REBUILT = {"method": "lrattn-rebuilt", "shared": True}
 
 
@@ -101,6 +101,7 @@ ROWS = [
     *(Row("bits: one row", keep, ROW) for keep in (1 / 8, 1 / 16, 1 / 32)),
     *(Row("rows of 4 layers x bits", keep, FOUR) for keep in (1 / 8, 1 / 16, 1 / 32, 1 / 64)),
     *(Row("rows of 8 layers x bits", keep, EIGHT) for keep in (1 / 16, 1 / 32, 1 / 64)),
+    Row("rows of 8 layers x bits, chunks of 128", 1 / 32, EIGHT | {"chunk": 128}),
     Row("rows of 8 layers x bits, rebuilt", 1 / 32, REBUILT | {"span": 8}),
     *(Row("salient tokens x bits", keep, ROW | {"salient": SALIENT}) for keep in (1 / 8, 1 / 16, 1 / 32)),
     *(Row("salient x rows of 4 layers x bits", keep, FOUR | {"salient": SALIENT}) for keep in (1 / 16, 1 / 32)),
