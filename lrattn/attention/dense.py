@@ -8,7 +8,6 @@ exactly where j > i - near or j is among the first `sinks` live ones of its row,
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -89,10 +88,11 @@ class Sight:
 
     def recent(self, first: int, last: int, held: int, like: Tensor) -> tuple[slice, Tensor]:
         """As `far`, of the last `held` columns, of those that are seen exactly; the slice is among the held ones."""
-        low = max(self._exact(self.begin + first - self.near + 1), self.end - held)
+        low = self.begin + first - self.near + 1
+        low = max(low if self.own is None else min(low, self.own), self.end - held)
         high = self.end if self.full is not None else self.begin + last
         i, j = self._places(first, last, low, high, like)
-        seen = self._allowed(i, j, first, last) & (j >= self._exact(i - self.near + 1))
+        seen = self._allowed(i, j, first, last) & (j >= self._near_from(i))
         return slice(low - (self.end - held), high - (self.end - held)), seen
 
     def first(self, first: int, last: int, like: Tensor) -> Tensor:
@@ -100,17 +100,12 @@ class Sight:
         i, j = self._places(first, last, 0, self.sinks, like)
         j = j + self._sinks_at
         seen = self._allowed(i, j.clamp(max=self.end - 1), first, last)
-        return seen & (j < self._exact(i - self.near + 1)) & (j < self.end)
+        return seen & (j < self._near_from(i)) & (j < self.end)
 
-    def _exact(self, begin: Any) -> Any:
-        """From which column on those are seen exactly that are near from `begin` on, a number or a tensor."""
-        return (
-            begin
-            if self.own is None
-            else begin.clamp(max=self.own)
-            if isinstance(begin, Tensor)
-            else min(begin, self.own)
-        )
+    def _near_from(self, i: Tensor) -> Tensor:
+        """From which column on queries i see them exactly."""
+        begin = i - self.near + 1
+        return begin if self.own is None else begin.clamp(max=self.own)
 
     @property
     def _sinks_at(self) -> Tensor | int:

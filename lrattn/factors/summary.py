@@ -148,8 +148,12 @@ def aligned(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def _kept(summary: dict[str, Any]) -> str:
-    rest = "" if summary["rest"] is None else f"; the others are held at keep {summary['rest']:.3f}"
-    return f"{Selection(**summary['select'])}{rest}"
+    select, rest = Selection(**summary["select"]), summary["rest"]
+    if rest is None:
+        return str(select)
+    share = select.keep or 0.0
+    over_all = f", {share * summary['keep'] + (1 - share) * rest:.3f} over all" if share else ""
+    return f"{select}; the others are held at keep {rest:.3f}{over_all}"
 
 
 def _donors(summary: dict[str, Any]) -> str:
