@@ -25,7 +25,17 @@ from lrattn.compression.moments import GRADIENTS, Moments
 from lrattn.compression.problem import Problem
 from lrattn.compression.propagate import propagate
 from lrattn.compression.ranks import budget, condition, fisher, spectrum, uniform
-from lrattn.compression.recipe import check_alone, form_of, recipe_of, shape_of, stored_as
+from lrattn.compression.recipe import (
+    SMALL_SALIENT,
+    SMALL_SPAN,
+    alike,
+    check_alone,
+    form_of,
+    is_small,
+    recipe_of,
+    shape_of,
+    stored_as,
+)
 from lrattn.compression.refine import digest_of, parted
 from lrattn.compression.refine import refine as distil
 from lrattn.compression.runs import divided, run_ropes
@@ -81,7 +91,9 @@ def compress(
         method: one of lrattn.methods.METHODS. "lrattn", the default, stores keys turned to their place in a chunk of
             positions: queries meet latents. "lrattn-rebuilt" is smaller yet: keys before their rotation, rebuilt.
         keep: bytes of the latent cache / bytes of the dense 16-bit cache, in (0, 1]. 1 is full rank, and exact at 16
-            bits. None: what bytes_per_token say, or 0.125; 0.5 where `bits` are 16 or cannot be "auto".
+            bits. None: what bytes_per_token say, or 0.125; 0.5 where `bits` are 16 or cannot be "auto". Below 0.05, as
+            1/32, "lrattn" takes the form that reads furthest (docs/methods.md): salient=0.2 and span=8, where the
+            layers are alike and nothing but the text, `group_size`, `shards` and `state` is given beside it.
         group_size: kv heads per group; the largest divisor of Hkv / shards not above it is used. Some methods give
             each head, or the whole layer, a latent of its own whatever it says.
         ranks: what shares them out: "spectrum", "fisher" (as Palu does), "uniform" or "condition"; None: the method's.
@@ -128,16 +140,12 @@ def compress(
     select = selection_of(select)
     if isinstance(method, str) and method in METHODS and METHODS[method].exact:
         others: dict[str, Any] = {"ranks": ranks, "shared": shared, "far": far, "moments": moments, "state": state}
-        others |= {
-            "chunk": chunk,
-            "positions": positions,
-            "select": select,
-            "bytes_per_token": bytes_per_token,
-            "span": span,
-        }
+        others |= {"chunk": chunk, "positions": positions, "select": select, "bytes_per_token": bytes_per_token}
         others |= {"refine": refine or None, "nested": nested or None, "bits": None if bits == 16 else bits}
-        others |= {"salient": salient}
-        return whole(model, batches, method, keep, others, progress)
+        return whole(model, batches, method, keep, others | {"span": span, "salient": salient}, progress)
+    said = ranks, shared, far, moments, bits, chunk, positions, span, select, salient, refine or None, nested or None
+    if method == DEFAULT and is_small(keep) and all(x is None for x in said) and alike(model):
+        span, salient = SMALL_SPAN, SMALL_SALIENT
     recipe, ranks, chunk, span = recipe_of(method, ranks, shared, chunk, positions, span)
     if salient is not None:
         check_alone(salient, {"select": select, "refine": refine, "bytes_per_token": bytes_per_token})
@@ -148,15 +156,10 @@ def compress(
             "shared": shared,
             "far": far,
         }
-        tier |= {
-            "moments": moments,
-            "chunk": chunk,
-            "shards": shards,
-            "bits": bits,
-            "positions": positions,
-            "span": span,
-        }
-        return _tiered(model, batches, salient, KEEP if keep is None else keep, recipe, state, progress, tier)
+        tier |= {"moments": moments, "chunk": chunk, "shards": shards, "bits": bits, "positions": positions}
+        return _tiered(
+            model, batches, salient, KEEP if keep is None else keep, recipe, state, progress, tier | {"span": span}
+        )
     for name, count, least in (("group_size", group_size, 1), ("shards", shards, 1), ("refine", refine, 0)):
         check_count(name, count, least)
     check_flag("nested", nested)

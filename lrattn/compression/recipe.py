@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from lrattn.compression.arguments import check_count
 from lrattn.compression.averages import Turns
 from lrattn.compression.methods import METHODS, Method
@@ -11,8 +13,10 @@ from lrattn.compression.methods.rows import Form
 from lrattn.compression.ranks import RULES, LayerShape, group_size_within
 from lrattn.factors.rope import Rope
 from lrattn.factors.shapes import CHUNK_STEP
-from lrattn.models.layers import AttentionLayer
+from lrattn.models.layers import AttentionLayer, attention_layers
+from lrattn.models.ropes import ropes_of
 
+SMALL, SMALL_SPAN, SMALL_SALIENT = 0.05, 8, 0.2  # keep below the first is shared out by the others: docs/methods.md
 JOINT_WITHIN = 256  # latents a row may have for keys to be rebuilt from all of it: see docs/decisions.md
 
 
@@ -99,3 +103,16 @@ def check_alone(salient: object, others: dict[str, object]) -> None:
     for name, given in others.items():
         if given:
             raise ValueError(f"{name}: expected none with salient={salient}, got {given}")
+
+
+def is_small(keep: object) -> bool:
+    """Whether rows of one layer would no longer read far at this share."""
+    return isinstance(keep, float) and 0 < keep < SMALL
+
+
+def alike(model: nn.Module) -> bool:
+    """Whether all layers may share rows: those of one number of heads, dtype, device and rope."""
+    layers = attention_layers(model)
+    ropes = ropes_of(model, layers)
+    kinds = {(x.num_kv_heads, x.head_dim, x.dtype, x.device, r) for x, r in zip(layers, ropes, strict=True)}
+    return len(kinds) == 1
