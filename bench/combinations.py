@@ -74,13 +74,14 @@ Cell = dict[str, Any]
 @dataclass(frozen=True)
 class Row:
     """keep: bytes of a token over a dense cache's. more: of lrattn.compress. select: which tokens are kept. published:
-    of evaluation/published.py, with its arguments."""
+    of evaluation/published.py, with its arguments. windows: of the calibration, where not those of the model."""
 
     family: str
     keep: float
     more: dict[str, Any] = field(default_factory=dict)
     select: str | None = None
     published: tuple[Any, ...] = ()
+    windows: int | None = None
 
     @property
     def name(self) -> str:
@@ -99,9 +100,10 @@ ROWS = [
     Row(DENSE, 1.0, published=("dense",)),
     *(Row("bits: keys and values apart", keep, APART) for keep in (1 / 8, 1 / 16)),
     *(Row("bits: one row", keep, ROW) for keep in (1 / 8, 1 / 16, 1 / 32)),
-    *(Row("rows of 4 layers x bits", keep, FOUR) for keep in (1 / 8, 1 / 16, 1 / 32, 1 / 64)),
+    *(Row("rows of 4 layers x bits", keep, FOUR) for keep in (1 / 16, 1 / 32)),
     *(Row("rows of 8 layers x bits", keep, EIGHT) for keep in (1 / 16, 1 / 32, 1 / 64)),
     Row("rows of 8 layers x bits, chunks of 128", 1 / 32, EIGHT | {"chunk": 128}),
+    Row("rows of 8 layers x bits, 72 windows", 1 / 32, EIGHT, windows=72),
     Row("rows of 8 layers x bits, rebuilt", 1 / 32, REBUILT | {"span": 8}),
     *(Row("salient tokens x bits", keep, ROW | {"salient": SALIENT}) for keep in (1 / 8, 1 / 16, 1 / 32)),
     *(Row("salient x rows of 4 layers x bits", keep, FOUR | {"salient": SALIENT}) for keep in (1 / 16, 1 / 32)),
@@ -158,12 +160,13 @@ class Subject:
         self.tail = 2 * len(DISTANCES) * probe.PASSAGE
 
     def factors(self, row: Row) -> Factors:
-        ids = read_windows(self.tokenizer, texts.wikipedia("calibration"), LENGTH, CALIBRATED[self.name])
+        count = row.windows or CALIBRATED[self.name]
+        ids = read_windows(self.tokenizer, texts.wikipedia("calibration"), LENGTH, count)
         more = {"keep": row.keep} | row.more
         if more.get("method") == "commonkv":
             return lrattn.compress(self.model, **more)
         span, gather = more.get("span", 1), lrattn.methods.METHODS["lrattn"].gather
-        state = self.folder / f"combinations-{self.name}-{span}.moments"
+        state = self.folder / f"combinations-{self.name}-{span}-{count}.moments"
         moments = lrattn.calibrate(self.model, ids.split(1), gather=gather, far=(64, 4), state=state, span=span)
         factors = lrattn.compress(self.model, moments=moments, **more)
         return factors if row.select is None else replace(factors, select=Selection.of(row.select))
