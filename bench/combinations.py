@@ -101,13 +101,13 @@ ROWS = [
     *(Row("bits: keys and values apart", keep, APART) for keep in (1 / 8, 1 / 16)),
     *(Row("bits: one row", keep, ROW) for keep in (1 / 8, 1 / 16, 1 / 32)),
     *(Row("rows of 4 layers x bits", keep, FOUR) for keep in (1 / 16, 1 / 32)),
-    *(Row("rows of 8 layers x bits", keep, EIGHT) for keep in (1 / 16, 1 / 32, 1 / 64)),
+    Row("rows of 8 layers x bits", 1 / 32, EIGHT),
     Row("rows of 8 layers x bits, chunks of 128", 1 / 32, EIGHT | {"chunk": 128}),
     Row("rows of 8 layers x bits, 72 windows", 1 / 32, EIGHT, windows=72),
     Row("rows of 8 layers x bits, rebuilt", 1 / 32, REBUILT | {"span": 8}),
     *(Row("salient tokens x bits", keep, ROW | {"salient": SALIENT}) for keep in (1 / 8, 1 / 16, 1 / 32)),
-    *(Row("salient x rows of 4 layers x bits", keep, FOUR | {"salient": SALIENT}) for keep in (1 / 16, 1 / 32)),
-    *(Row("salient x rows of 8 layers x bits", keep, EIGHT | {"salient": SALIENT}) for keep in (1 / 32, 1 / 64)),
+    Row("salient x rows of 4 layers x bits", 1 / 16, FOUR | {"salient": SALIENT}),
+    Row("salient x rows of 8 layers x bits", 1 / 32, EIGHT | {"salient": SALIENT}),
     *(
         Row("half of the tokens (curdkv) x bits", k, ROW | {"keep": 2 * k}, "curdkv:0.5")
         for k in (1 / 8, 1 / 16, 1 / 32)
@@ -228,7 +228,7 @@ class Subject:
                 keys, _ = cache.update(*(x[None].float() for x in pair), i)
                 own = keys.plain_keys, keys.plain_values
                 keys.layer.write(own, None, Said(None), self.layers[i].module, few=False)
-            cache.selection = select  # of the pass that comes
+            cache.selection = select and replace(select, every=0)  # once, in the pass that comes
             return cache
 
         return latent, attention_set(self.model, "lrattn")

@@ -146,8 +146,8 @@ def test_salient_tokens_from_compress_to_generate(tiny_one, capsys, tmp_path):
     run(capsys, "compress", tiny_one.model, *given)
     rest = lrattn.Factors.load(path).rest.keep
     shown = run(capsys, "info", path)
-    assert f"tokens that a cache keeps: 0.25 by zipcache; the others are held at keep {rest:.3f}" in shown
-    assert "tokens 0.25 by zipcache" in run(
+    assert f"tokens that a cache keeps: 0.25 by zipcache, every 512; the others are held at keep {rest:.3f}" in shown
+    assert "tokens 0.25 by zipcache, every 512" in run(
         capsys, "eval", tiny_one.model, "--text", tiny_one.evaluation, *words, "--factors", path
     )
     run(capsys, "generate", tiny_one.model, "--factors", path, "--prompt", PROMPT, "--tokens", 4)

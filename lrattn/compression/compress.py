@@ -26,7 +26,6 @@ from lrattn.compression.problem import Problem
 from lrattn.compression.propagate import propagate
 from lrattn.compression.ranks import budget, condition, fisher, spectrum, uniform
 from lrattn.compression.recipe import (
-    SMALL_SALIENT,
     SMALL_SPAN,
     alike,
     check_alone,
@@ -52,6 +51,7 @@ from lrattn.models.weights import check_readable, linear
 from lrattn.selection import selection_of, shares
 
 KEEP, PLAIN = 0.125, 0.5  # where the caller names no bytes, of packed latents and of plain ones
+EVERY = 512  # tokens after which salient ones are looked for again
 LEVEL = 0.5  # of the budget of joint rows that is the same for every layer
 
 
@@ -92,8 +92,8 @@ def compress(
             positions: queries meet latents. "lrattn-rebuilt" is smaller yet: keys before their rotation, rebuilt.
         keep: bytes of the latent cache / bytes of the dense 16-bit cache, in (0, 1]. 1 is full rank, and exact at 16
             bits. None: what bytes_per_token say, or 0.125; 0.5 where `bits` are 16 or cannot be "auto". Below 0.05, as
-            1/32, "lrattn" takes the form that reads furthest (docs/methods.md): salient=0.2 and span=8, where the
-            layers are alike and nothing but the text, `group_size`, `shards` and `state` is given beside it.
+            1/32, "lrattn" takes span=8, which still reads far there (docs/methods.md), where all layers are alike and
+            nothing is given of how rows or ranks are made.
         group_size: kv heads per group; the largest divisor of Hkv / shards not above it is used. Some methods give
             each head, or the whole layer, a latent of its own whatever it says.
         ranks: what shares them out: "spectrum", "fisher" (as Palu does), "uniform" or "condition"; None: the method's.
@@ -130,8 +130,8 @@ def compress(
         select: which tokens a cache of them keeps, a lrattn.Selection or its words; None: all. Methods that
             are a policy take `keep` as the share of the tokens, "kvsharer" of the layers, and no other choice.
         salient: share of the tokens, below one half, that a cache of them holds with twice the bytes, the others with
-            the fewer, once it has read a prompt: by what the last queries give them, as "zipcache" says. Not with
-            `select`, `refine` or `bytes_per_token`. None: all have as many.
+            the fewer, once it has read a prompt, and again every 512 tokens: by what the last queries give them, as
+            "zipcache" says. Not with `select`, `refine` or `bytes_per_token`. None: all have as many.
         progress: show bars on stderr.
 
     Returns: Factors in the model's dtype, on its device.
@@ -143,9 +143,9 @@ def compress(
         others |= {"chunk": chunk, "positions": positions, "select": select, "bytes_per_token": bytes_per_token}
         others |= {"refine": refine or None, "nested": nested or None, "bits": None if bits == 16 else bits}
         return whole(model, batches, method, keep, others | {"span": span, "salient": salient}, progress)
-    said = ranks, shared, far, moments, bits, chunk, positions, span, select, salient, refine or None, nested or None
+    said = ranks, shared, far, moments, bits, chunk, positions, span, refine or None, nested or None
     if method == DEFAULT and is_small(keep) and all(x is None for x in said) and alike(model):
-        span, salient = SMALL_SPAN, SMALL_SALIENT
+        span = SMALL_SPAN
     recipe, ranks, chunk, span = recipe_of(method, ranks, shared, chunk, positions, span)
     if salient is not None:
         check_alone(salient, {"select": select, "refine": refine, "bytes_per_token": bytes_per_token})
@@ -343,4 +343,4 @@ def _tiered(
         choice["moments"] = calibrate(model, batches, gather=gather, far=far, **more)
     parts = min(2 * keep, 1.0), keep * (1 - 2 * share) / (1 - share)
     found, rest = (compress(model, None, keep=part, progress=progress, **choice) for part in parts)
-    return replace(found, select=Selection("zipcache", share), rest=rest)
+    return replace(found, select=Selection("zipcache", share, every=EVERY), rest=rest)

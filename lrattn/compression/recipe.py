@@ -16,7 +16,7 @@ from lrattn.factors.shapes import CHUNK_STEP
 from lrattn.models.layers import AttentionLayer, attention_layers
 from lrattn.models.ropes import ropes_of
 
-SMALL, SMALL_SPAN, SMALL_SALIENT = 0.05, 8, 0.2  # keep below the first is shared out by the others: docs/methods.md
+SMALL, SMALL_SPAN = 0.05, 8  # keep below the first is of rows of so many layers: docs/methods.md
 JOINT_WITHIN = 256  # latents a row may have for keys to be rebuilt from all of it: see docs/decisions.md
 
 

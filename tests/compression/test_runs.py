@@ -169,13 +169,15 @@ def test_runs_that_cannot_be_are_refused_before_any_work():
         lrattn.compress(tiny.model("gemma3"), texts(), span=2, **FAR)
 
 
-def test_a_thirty_second_takes_the_form_that_reads_furthest():
-    """Nothing else said: rows of 8 layers, a fifth of the tokens with twice the bytes; where layers are alike."""
-    model = tiny.model("llama")
-    factors = lrattn.compress(model, [tiny.tokens(2, 90)], keep=1 / 32, progress=False)
-    assert factors.span == 8 and factors.select == lrattn.Selection("zipcache", 0.2) and factors.near == (64, 4)
-    assert 1 / 40 < 0.2 * factors.keep + 0.8 * factors.rest.keep <= 1 / 32
-    assert lrattn.compress(model, [tiny.tokens(2, 90)], keep=0.045, span=1, shared=True, progress=False).rest is None
-    assert lrattn.compress(model, [tiny.tokens(2, 90)], keep=0.08, progress=False).span == 1
+def test_a_thirty_second_takes_rows_of_8_layers():
+    """Nothing else said of rows, and where layers are alike; salient tokens may be asked for beside it."""
+    model, text = tiny.model("llama"), [tiny.tokens(2, 90)]
+    factors = lrattn.compress(model, text, keep=1 / 32, progress=False)
+    assert factors.span == 8 and factors.select is None and factors.near == (64, 4) and 1 / 50 < factors.keep <= 1 / 32
+    salient = lrattn.compress(model, text, keep=1 / 32, salient=0.2, progress=False)
+    assert salient.span == 8 and salient.select == lrattn.Selection("zipcache", 0.2, 512)
+    assert 1 / 40 < 0.2 * salient.keep + 0.8 * salient.rest.keep <= 1 / 32
+    assert lrattn.compress(model, text, keep=0.045, span=1, shared=True, progress=False).span == 1
+    assert lrattn.compress(model, text, keep=0.08, progress=False).span == 1
     with pytest.raises(ValueError, match="keep: expected at least"):
-        lrattn.compress(tiny.model("gemma3"), [tiny.tokens(2, 90)], keep=1 / 32, progress=False)
+        lrattn.compress(tiny.model("gemma3"), text, keep=1 / 32, progress=False)

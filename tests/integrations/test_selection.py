@@ -110,7 +110,7 @@ def test_salient_tokens_have_twice_the_bytes(tmp_path):
     model, texts = tiny.model("llama"), [tiny.tokens(2, 90, seed) for seed in range(3)]
     model.set_attn_implementation("sdpa")
     factors = lrattn.compress(model, texts, keep=0.2, salient=0.25, far=(8, 1), progress=False)
-    assert factors.select == Selection("zipcache", 0.25) and factors.near == factors.rest.near == (8, 1)
+    assert factors.select == Selection("zipcache", 0.25, 512) and factors.near == factors.rest.near == (8, 1)
     assert 0.15 < 0.25 * factors.keep + 0.75 * factors.rest.keep <= 0.2
     assert 0.35 < factors.keep <= 0.4
     state = tmp_path / "state"
