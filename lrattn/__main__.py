@@ -121,7 +121,7 @@ def _parser() -> Parser:
     added.add_argument("--refine", type=int, default=0, metavar="STEPS", help="distil the factors (default 0: no)")
     added.add_argument("--nested", action="store_true", help="distil all prefixes of plain latents, for --keep of eval")
     added.add_argument("--select", help=SELECT)
-    added.add_argument("--salient", type=float, metavar="SHARE", help="of the tokens, held with twice the bytes")
+    added.add_argument("--salient", type=_share, metavar="SHARE", help="of the tokens, held with twice the bytes")
     added.add_argument("--group-size", type=int, default=4, help="kv heads that share a key latent (default 4)")
     added.add_argument("--shards", type=int, default=1, help="tensor-parallel ranks no key group may lie across")
     added.add_argument("--state", type=Path, help=STATE)
@@ -209,7 +209,7 @@ def _eval(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     factors = _fitted(factors, model, tokenizer, args)
     halved = args.read is None and factors is not None and factors.select is not None
     read = windows.shape[1] // 2 if halved else args.read or 0
-    step = factors.near_or(args.recent, None)[0] if factors is not None and factors.span > 1 else 0
+    step = factors.near_or(args.recent, None)[0] or 1 if factors is not None and factors.span > 1 else 0
     cache = partial(new_cache, factors, args.recent, args.sinks) if read or step else None
     with attending(model, factors, args.recent, args.sinks):
         found = perplexity(model, windows, read=read, step=step, cache=cache)

@@ -211,6 +211,8 @@ def test_out_and_state_are_two_files_by_any_name(folder, capfd, tmp_path):
     (("--chunk", 64, "--method", "svd"), "chunk: expected None with method 'svd', got 64"),
     (("--positions", 0, "--method", "kq-svd"), "positions: expected an integer of at least 1, got 0"),
     (("--shared", "ride"), "shared: expected None or False or True with method 'lrattn', got 'ride'"),
+    (("--span", 2, "--method", "l2norm"), "span: expected none with method 'l2norm', which compresses no heads"),
+    (("--salient", "nan"), "argument --salient: expected a share in (0, 1], got nan"),
 ])  # fmt: skip
 def test_what_a_method_has_not_is_told_before_a_model_is_read(option, told, capfd, tmp_path):
     words = "compress", tmp_path / "no model", "--text", tmp_path / "no text", "--out", tmp_path / "f"

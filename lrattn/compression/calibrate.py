@@ -162,7 +162,9 @@ def _resume(
         if missing := sorted(set(gather) - set(held.gathered)):
             raise ValueError(f"state: expected moments with {missing} in {state}, got some without")
         if held.span != span:
-            raise ValueError(f"state: expected sums over runs of {span} layers in {state}, got {held.span}")
+            raise ValueError(
+                f"state: expected sums over runs of {span} layers in {state}, as span={span} needs, got {held.span}"
+            )
         if wanted and held.far != far:
             raise ValueError(f"state: expected gradients beyond a window (recent, sinks) of {far}, got {held.far}")
         return held

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Callable, Iterable
 from dataclasses import astuple, replace
 from functools import partial
 from itertools import chain, islice
@@ -18,7 +19,7 @@ from lrattn.compression.arguments import check_count, check_flag, check_share
 from lrattn.compression.batches import Batch, check_batches, check_lengths, least_felt, tokens_of, unfelt, unpadded
 from lrattn.compression.bits import Bits, check_least, ladder_of, share_held, share_out
 from lrattn.compression.calibrate import calibrate, check_moments, fingerprint
-from lrattn.compression.methods import DEFAULT, METHODS, Method, kq_svd
+from lrattn.compression.methods import DEFAULT, METHODS, kq_svd
 from lrattn.compression.methods.lorc import log_condition
 from lrattn.compression.methods.rows import Form
 from lrattn.compression.moments import GRADIENTS, Moments
@@ -109,7 +110,7 @@ def compress(
         nested: distil all prefixes of the latents together, for lrattn.narrowed.
         moments: of an earlier `calibrate` of this model, which is then not repeated.
         state: a file for the calibration to go on from, see `calibrate`: other methods and shares on the same text use
-            it again, if neither or both are distilled. A distillation goes on from a file beside it,
+            it again, of one span and if neither or both are distilled. A distillation goes on from a file beside it,
             <state>.<run>.refine, where <run> is a hash of the model, the text and all choices made here: each run finds
             its own. Nothing is deleted. You may delete a .refine file when the factors of its run are saved, and the
             state when no more factors are to be made on this text.
@@ -143,23 +144,19 @@ def compress(
         others |= {"chunk": chunk, "positions": positions, "select": select, "bytes_per_token": bytes_per_token}
         others |= {"refine": refine or None, "nested": nested or None, "bits": None if bits == 16 else bits}
         return whole(model, batches, method, keep, others | {"span": span, "salient": salient}, progress)
-    said = ranks, shared, far, moments, bits, chunk, positions, span, refine or None, nested or None
+    said = ranks, shared, far, moments, bits, chunk, positions, span, bytes_per_token, refine or None, nested or None
     if method == DEFAULT and is_small(keep) and all(x is None for x in said) and alike(model):
         span = SMALL_SPAN
     recipe, ranks, chunk, span = recipe_of(method, ranks, shared, chunk, positions, span)
     if salient is not None:
-        check_alone(salient, {"select": select, "refine": refine, "bytes_per_token": bytes_per_token})
-        tier: dict[str, Any] = {
-            "method": method,
-            "group_size": group_size,
-            "ranks": ranks,
-            "shared": shared,
-            "far": far,
-        }
-        tier |= {"moments": moments, "chunk": chunk, "shards": shards, "bits": bits, "positions": positions}
-        return _tiered(
-            model, batches, salient, KEEP if keep is None else keep, recipe, state, progress, tier | {"span": span}
-        )
+        check_alone(salient, {"select": select, "refine": refine or None, "bytes_per_token": bytes_per_token})
+        choice: dict[str, Any] = {"ranks": ranks, "shared": shared, "far": far, "moments": moments, "chunk": chunk}
+        choice |= {"shards": shards, "positions": positions, "span": span, "nested": nested, "progress": progress}
+        if bits is None and recipe.in_nats and ranks == "spectrum" and (keep is None or keep < PLAIN):
+            bits = "auto"
+        calibrates = moments is None and batches is not None and bool(recipe.gathered(ranks))
+        make = partial(compress, model, method=method, group_size=group_size, bits=bits, **choice)
+        return _tiered(make, batches, salient, KEEP if keep is None else keep, state, calibrates)
     for name, count, least in (("group_size", group_size, 1), ("shards", shards, 1), ("refine", refine, 0)):
         check_count(name, count, least)
     check_flag("nested", nested)
@@ -173,8 +170,8 @@ def compress(
     far = astuple(window)
     layers = attention_layers(model)
     runs = runs_of(layers, span)
-    if span > 1 and (refine or ranks == "fisher"):
-        raise ValueError(f"span: expected 1 with refine= or ranks 'fisher', got {span}")
+    if span > 1 and (refine or ranks in ("fisher", "condition")):
+        raise ValueError(f"span: expected 1 with refine= or ranks {ranks!r}, got {span}")
     if select is not None:
         shares(select, len(runs))
     if bytes_per_token is not None:
@@ -195,7 +192,7 @@ def compress(
         raise ValueError(f"bits: expected one number with method {method!r} and ranks {ranks!r}, got {bits!r}")
     held, by_bits = share_held(keep, ladder), in_nats and ladder != (16,)
     shapes = [replace(shape_of(run, recipe, group_size, shards), bits=ladder[0]) for run in runs]
-    form = form_of(shapes, held) if shared is None and "ride" in recipe.forms else shared or span > 1
+    form = form_of(shapes, held) if shared is None and "ride" in recipe.forms and span == 1 else shared or span > 1
     parts = 2 if by_bits and form == "ride" else 1  # of a row that have bits apart
     shapes = [replace(shape, shared=bool(form), parts=parts) for shape in shapes]
     nbytes = int(keep * sum(2 * shape.dense for shape in shapes) + 1e-6)
@@ -326,21 +323,28 @@ def _check_finite(layers: list[AttentionLayer]) -> None:
 
 
 def _tiered(
-    model: nn.Module,
+    make: Callable[..., Factors],
     batches: Iterable[Batch] | None,
     share: float,
     keep: float,
-    recipe: Method,
     state: str | os.PathLike[str] | None,
-    progress: bool,
-    choice: dict[str, Any],
+    calibrates: bool,
 ) -> Factors:
-    """Factors of twice the bytes for a share of the tokens, and of fewer for the others, of one calibration."""
+    """Factors of twice the bytes for a share of the tokens, and of fewer for the others, by one calibration: its state
+    is the second one's, in a file of its own where none is named. Those of fewer bytes come first: they may be too few.
+    """
     check_share(keep)
-    if choice["moments"] is None and batches is not None and (gather := recipe.gathered(choice["ranks"])):
-        far = recipe.near if choice["far"] is None else choice["far"]
-        more: dict[str, Any] = {"span": choice["span"], "state": state, "progress": progress}
-        choice["moments"] = calibrate(model, batches, gather=gather, far=far, **more)
-    parts = min(2 * keep, 1.0), keep * (1 - 2 * share) / (1 - share)
-    found, rest = (compress(model, None, keep=part, progress=progress, **choice) for part in parts)
-    return replace(found, select=Selection("zipcache", share, every=EVERY), rest=rest)
+    more = min(2 * keep, 1.0)
+    fewer = (keep - share * more) / (1 - share)
+    if isinstance(batches, Iterable) and not isinstance(batches, str):
+        batches = list(batches)
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "moments") if calibrates and state is None else state
+        try:
+            rest = make(batches=batches, keep=fewer, state=path)
+        except ValueError as error:
+            if not str(error).startswith("keep:"):
+                raise
+            raise ValueError(f"salient: expected a share that leaves more for the others than {error}") from error
+        found = make(batches=batches, keep=more, state=path)
+    return replace(found, select=Selection("zipcache", float(share), every=EVERY), rest=rest)

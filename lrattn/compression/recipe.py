@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 from torch import nn
@@ -43,6 +44,8 @@ def recipe_of(
         raise ValueError(f"shared: expected {expected} with method {method!r}, got {shared!r}")
     span = recipe.span if span is None else span
     check_count("span", span, 1)
+    if span > 1 and recipe.exact:
+        raise ValueError(f"span: expected none with method {method!r}, which compresses no heads, got {span}")
     if span > 1 and (True not in recipe.forms or shared not in (None, True)):
         expected = "1, as rows of several layers are of keys and values together"
         raise ValueError(f"span: expected {expected}, with method {method!r} and shared={shared!r}, got {span}")
@@ -98,16 +101,16 @@ def form_of(shapes: list[LayerShape], held: float) -> Form:
 
 def check_alone(salient: object, others: dict[str, object]) -> None:
     """Raises ValueError for no share of salient tokens, or together with what else makes a cache hold less."""
-    if not isinstance(salient, float) or not 0 < salient < 0.5:
+    if not isinstance(salient, Real) or isinstance(salient, bool) or not 0 < float(salient) < 0.5:
         raise ValueError(f"salient: expected None or a share of the tokens in (0, 0.5), got {salient!r}")
     for name, given in others.items():
-        if given:
+        if given is not None:
             raise ValueError(f"{name}: expected none with salient={salient}, got {given}")
 
 
 def is_small(keep: object) -> bool:
     """Whether rows of one layer would no longer read far at this share."""
-    return isinstance(keep, float) and 0 < keep < SMALL
+    return isinstance(keep, Real) and not isinstance(keep, bool) and 0 < float(keep) < SMALL
 
 
 def alike(model: nn.Module) -> bool:

@@ -87,16 +87,21 @@ class Factors:
                 )
         vars(self).update(layers=tuple(layers[d] for d in donors), predicted=())  # it foresees nothing of sharing
 
-    def _check_rest(self, rest: Factors) -> None:
+    def _check_rest(self, rest: object) -> None:
         """Raises ValueError unless it can hold what these hold."""
-        if self.select is None or rest.span != self.span or rest.select or rest.donors or rest.rest is not None:
+        plain = isinstance(rest, Factors) and not rest.select and not rest.donors and rest.rest is None
+        if not isinstance(rest, Factors) or not plain or self.select is None or rest.span != self.span:
             raise ValueError(f"rest: expected plain factors, beside a select that leaves tokens to them, got {rest!r}")
-        forms = [
-            [(x.num_kv_heads, x.head_dim, x.rope, x.chunk, x.dtype, x.device) for x in own.layers]
-            for own in (self, rest)
-        ]
-        if forms[0] != forms[1]:
-            raise ValueError(f"rest: expected layers of the form of {self.layers[0]!r}, got {rest.layers[0]!r}")
+        if len(rest.layers) != len(self.layers):
+            raise ValueError(f"rest: expected factors of {len(self.layers)} layers, got {len(rest.layers)}")
+        for i, pair in enumerate(zip(self.layers, rest.layers, strict=True)):
+            own, other = (
+                (x.num_kv_heads, x.head_dim, x.rope, x.chunk, x.max_position, x.dtype, x.device) for x in pair
+            )
+            if own != other:
+                raise ValueError(f"rest: expected the form of {pair[0]!r}, got {pair[1]!r} in layer {i}")
+            if pair[1].values.down is None or (pair[1].keys.down is None and not pair[1].shared):
+                raise ValueError(f"rest: expected a write side (down) in layer {i}, got None")
 
     def _check_runs(self) -> None:
         """Raises ValueError unless the layers of each run write and read one row."""
@@ -134,8 +139,8 @@ class Factors:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes a token holds in the latent caches of all layers: scales and padding included, what is not packed at
-        16 bits a number."""
+        """Bytes a token holds in the latent caches of all layers, of those that are kept: scales and padding included,
+        what is not packed at 16 bits a number."""
         return sum(layer.bytes_per_token for layer in self.held)
 
     @property

@@ -128,9 +128,42 @@ def test_salient_tokens_have_twice_the_bytes(tmp_path):
     ):
         with pytest.raises(ValueError, match=told):
             lrattn.compress(model, texts, **{"far": (8, 1)} | wrong)
-    for wrong in ({"select": None}, {"rest": factors}, {"rest": random_factors(model, 0.2)}):
-        with pytest.raises(ValueError, match="rest: expected"):
+    plain = random_factors(model, 0.2)
+    blind = [replace(x, values=replace(x.values, down=None)) for x in factors.rest.layers]
+    for wrong, said in (
+        ({"select": None}, "expected plain factors"),
+        ({"rest": factors}, "expected plain factors"),
+        ({"rest": "x"}, "expected plain factors, .*got 'x'"),
+        ({"rest": plain}, "expected the form of"),
+        ({"rest": replace(factors.rest, layers=factors.rest.layers[:2], predicted=(), samples=())}, "expected factors of 3 layers, got 2"),
+        ({"rest": replace(factors.rest, layers=blind)}, "expected a write side"),
+    ):
+        with pytest.raises(ValueError, match=f"rest: {said}"):
             replace(factors, **wrong)
+
+
+def test_salient_tokens_are_refused_before_any_work(monkeypatch):
+    """As they are without; and methods that refit have the text."""
+    model, texts = tiny.model("llama"), [tiny.tokens(2, 90)]
+    model.set_attn_implementation("sdpa")
+    refitted = lrattn.compress(model, texts, "recalkv", 0.4, salient=0.2, progress=False)
+    assert refitted.rest.method == "recalkv"
+    for keep in (0.3, 0.7, 1.0):
+        made_so = lrattn.compress(model, texts, keep=keep, salient=0.2, far=(8, 1), progress=False)
+        assert keep - 0.03 < 0.2 * made_so.keep + 0.8 * made_so.rest.keep <= keep + 1e-9
+        assert made_so.layers[0].packed == made_so.rest.layers[0].packed == (keep < 0.5)
+    monkeypatch.setattr("lrattn.compression.compress.calibrate", lambda *_, **__: 1 / 0)
+    for wrong, told in (
+        ({"shards": 3}, "shards: expected a divisor"),
+        ({"group_size": 0}, "group_size: expected"),
+        ({"bits": 5}, "bits: expected"),
+        ({"nested": True}, "nested: expected False"),
+        ({"bytes_per_token": 300}, "bytes_per_token: expected none with salient=0.2, got 300"),
+        ({"keep": 0.04}, "salient: expected a share that leaves more for the others than keep: expected at least"),
+        ({"method": "lrattn-rotated", "positions": 10}, "positions: expected"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            lrattn.compress(model, texts, salient=0.2, progress=False, **{"far": (8, 1)} | wrong)
 
 
 def policies(keep=0.4, every=0, **more):

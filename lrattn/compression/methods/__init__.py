@@ -106,7 +106,10 @@ class Method:
         return self.rotated or self.chunk is not None
 
     def ruled_by(self, ranks: str) -> bool:
-        """Whether that rule can share out its ranks: gradients by rotated keys are gathered without Fisher's."""
+        """Whether that rule can share out its ranks: gradients by rotated keys are gathered without Fisher's, and rows
+        of several layers are shared out by what they lose."""
+        if self.span > 1 and ranks in ("fisher", "condition"):
+            return False
         return ranks != "fisher" or "rotated-metric" not in self.gather
 
     def gathered(self, ranks: str) -> set[str]:

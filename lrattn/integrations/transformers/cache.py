@@ -205,7 +205,8 @@ class LatentCache(Cache):  # type: ignore[misc]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LatentCache:
         """Factors never change, and are shared."""
-        memo.update((id(x), x) for x in (self.factors, *self.factors.layers))
+        for own in (self.factors, *([] if self.factors.rest is None else [self.factors.rest])):
+            memo.update((id(x), x) for x in (own, *own.layers))
         memo.update((id(layer.latest), None) for layer in self.layers if layer.latest is not None)  # of a pass
         memo[id(self)] = other = type(self).__new__(type(self))
         other.__dict__.update(copy.deepcopy(self.__dict__, memo))

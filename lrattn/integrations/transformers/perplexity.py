@@ -40,9 +40,9 @@ def losses(
     Windows scored by two models are pairs: their differences say how sure the difference of the means is.
 
     Args:
-        read: first tokens of a window that are read into a cache of its own before the others are scored, in one pass
-            each: what a cache drops once it has read a prompt is then felt. `cache` makes one. 0: all but the first
-            token are scored.
+        read: first tokens of a window that are read into a cache of its own before the others are scored: what a cache
+            drops once it has read a prompt is then felt, by the last pass of these. `cache` makes one. 0: all but the
+            first token are scored.
         step: tokens of a pass, where a cache sees those of a pass otherwise than those before it. 0: all at once.
 
     Raises: ValueError if a window has fewer than two tokens, or none after those that are read.
@@ -58,8 +58,14 @@ def losses(
             if cache is None:
                 logits, scored = model(input_ids=ids[None], use_cache=False).logits[0, :-1], ids[1:]
             else:
-                held, scored, size = cache_argument(cache()), ids[max(read, 1) :], step or len(ids)
+                held, scored, size = cache(), ids[max(read, 1) :], step or len(ids)
                 passes = [x for part in (ids[:read], ids[read:-1]) for x in part.split(size) if len(x)]
-                logits = torch.cat([model(input_ids=x[None], **held).logits[0] for x in passes])[-len(scored) :]
+                select, end, logits = getattr(held, "selection", None), 0, list[Tensor]()
+                for x in passes:
+                    end += len(x)
+                    if select is not None and len(x) < read and end <= read:  # chosen by the last part of a prompt
+                        held.selection = select if end == read else None
+                    logits.append(model(input_ids=x[None], **cache_argument(held)).logits[0])
+                logits = torch.cat(logits)[-len(scored) :]
             found.append(nn.functional.cross_entropy(logits.float(), scored, reduction="none").double().mean().item())
     return found

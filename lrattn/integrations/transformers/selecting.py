@@ -50,7 +50,8 @@ def choose(layer: LatentLayer, end: int, probabilities: Tensor | None) -> None:
     """
     columns, selection = layer.columns, layer.columns.selection
     assert selection is not None
-    layer.holder.given += [] if probabilities is None else [probabilities]
+    given = layer.holder.given if layer.index % layer.whole.span else []  # none of a pass that failed
+    layer.holder.given = given if probabilities is None else [*given, probabilities]
     if layer.holder is not layer:
         return
     holders: list[LatentLayer] = columns.holders
@@ -59,8 +60,8 @@ def choose(layer: LatentLayer, end: int, probabilities: Tensor | None) -> None:
     live, key = _entries(layer, end)
     order = torch.where(live, key, key.max() + 1).argsort(dim=1, stable=True)
     if probabilities is not None:  # those of tokens that are held otherwise stand before them
-        given = probabilities[..., -live.shape[1] :]
-        probabilities = given.gather(3, order[:, None, None].expand_as(given))
+        probabilities = probabilities[..., -live.shape[1] :]
+        probabilities = probabilities.gather(3, order[:, None, None].expand_as(probabilities))
     lengths = live.sum(1)
     share = shares(selection, len(holders))[index]
     begins = torch.zeros_like(lengths) if columns.first is None else columns.first.to(lengths.device)

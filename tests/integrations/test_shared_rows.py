@@ -14,6 +14,7 @@ from passes import defined, defined_in_passes, exact_ropes, fed, same
 import lrattn
 from lrattn import Selection
 from lrattn.integrations.transformers import LatentCache, bind, latent_attention
+from lrattn.integrations.transformers import attention as integration
 from lrattn.integrations.transformers import layer as cache_layer
 from lrattn.integrations.transformers.perplexity import losses
 from lrattn.selection import POLICIES
@@ -177,6 +178,52 @@ def test_passes_as_short_as_the_window_are_scored_as_rows_of_one_layer_are():
     parts = fed(model, ids, (8, 8, 4, 8, 8, 8, 8, 8), LatentCache(factors))[:, 19:-1]
     want = torch.nn.functional.cross_entropy(parts.transpose(1, 2).float(), ids[:, 20:], reduction="none").mean(1)
     torch.testing.assert_close(torch.tensor(read), want)
+
+
+def test_a_prompt_in_steps_is_chosen_from_by_its_last():
+    """`losses` of factors that select: what is not kept is gone once the prompt is read, not once a step is."""
+    model, factors = made("in chunks", 3, (8, 2))
+    own = replace(
+        factors,
+        select=Selection("zipcache", 0.3, recent=8),
+        rest=joined_factors(model, 3, 0.2, (8, 2), 1, exact_ropes(model), chunk=64),
+    )
+    ids, held = tiny.tokens(1, 100), []
+    found = losses(model, ids, read=60, step=8, cache=lambda: held.append(LatentCache(own)) or held[-1], progress=False)
+    assert held[0].columns.gone > 40 and held[0].layers[2].rest.counts.min() > 20
+    cache = LatentCache(own)
+    cache.selection = None
+    fed(model, ids[:, :56], 8, cache)
+    cache.selection = own.select
+    parts = fed(model, ids[:, 56:], (4, *[8] * 5), cache)[:, 3:-1]
+    want = torch.nn.functional.cross_entropy(parts.transpose(1, 2).float(), ids[:, 60:], reduction="none").mean(1)
+    torch.testing.assert_close(torch.tensor(found), want)
+
+
+def test_a_pass_that_fails_in_the_last_layer_leaves_no_probabilities_behind(monkeypatch):
+    model, factors = made("in chunks", 3, (4, 1), keep=1.0)
+    ids, whole = tiny.tokens(1, 80), integration.dense_attention
+    cache = LatentCache(replace(factors, select=Selection("zipcache", 0.3, recent=4), rest=factors))
+    calls = []
+
+    def failing(*args, **kwargs):
+        calls.append(0)
+        return 1 / 0 if len(calls) == 3 else whole(*args, **kwargs)
+
+    monkeypatch.setattr(integration, "dense_attention", failing)
+    with pytest.raises(ZeroDivisionError):
+        fed(model, ids[:, :50], 50, cache)
+    assert len(cache.layers[2].given) == 2
+    cache.reset()
+    same(fed(model, ids, (50, 5, 25), cache), fed(model, ids, (50, 5, 25), LatentCache(factors)))
+
+
+def test_copies_share_the_factors_of_the_rest():
+    model, factors = made("in chunks", 3, keep=1.0)
+    cache = LatentCache(replace(factors, select=Selection("zipcache", 0.3, recent=8), rest=factors))
+    fed(model, tiny.tokens(1, 80), 80, cache)
+    cache.settle()
+    assert copy.deepcopy(cache).layers[2].rest.layer is cache.layers[2].rest.layer
 
 
 def test_what_rows_of_several_layers_do_not_serve_is_refused():

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -94,6 +95,12 @@ def test_groups_of_a_run_have_heads_of_every_layer(group_size):
         assert layer.values.ranks == (2 * 3 * group_size * 32,) * (4 // group_size)
 
 
+def test_rows_of_keys_before_rope_are_joint_too():
+    """No value rides where several layers read a row, however wide it is."""
+    factors = lrattn.compress(tiny.model("llama"), texts(), "lrattn-rebuilt", 0.4, span=2, **FAR)
+    assert all(layer.keys.ranks == layer.values.ranks for layer in factors.layers)
+
+
 def test_biases_and_offsets_are_of_each_layer():
     """At full rank a layer's own part gives its own heads back."""
     model = tiny.model("llama3")
@@ -141,7 +148,7 @@ def test_a_state_goes_on_with_its_own_runs(tmp_path):
     again = gathered(model, 2, state=state)
     assert again.span == 2 and again.tokens == whole.tokens
     torch.testing.assert_close(again.sum("before", 0), whole.sum("before", 0))
-    with pytest.raises(ValueError, match=r"state: expected sums over runs of 3 layers in .*, got 2"):
+    with pytest.raises(ValueError, match=r"state: expected sums over runs of 3 layers in .*, as span=3 needs, got 2"):
         gathered(model, 3, state=state)
     with pytest.raises(ValueError, match=r"moments: expected those of calibrate\(span=3\), got span=2"):
         lrattn.compress(model, None, moments=whole, span=3, **FAR)
@@ -158,7 +165,9 @@ def test_runs_that_cannot_be_are_refused_before_any_work():
         ({"span": 2, "method": "lrattn-rotated"}, "span: expected 1, .*with method 'lrattn-rotated'"),
         ({"span": 2, "method": "l2norm"}, "span: expected none with method 'l2norm', which compresses no heads"),
         ({"span": 2, "refine": 2}, "span: expected 1 with refine="),
-        ({"span": 2, "ranks": "fisher"}, "span: expected 1 with refine= or ranks 'fisher'"),
+        ({"span": 2, "ranks": "condition"}, "span: expected 1 with refine= or ranks"),
+        ({"method": "commonkv", "ranks": "condition"}, "ranks: expected one of .'spectrum', 'uniform'."),
+        ({"span": 2, "ranks": "fisher"}, "span: expected 1 with refine= or ranks"),
         ({"method": "commonkv", "shared": False}, "shared: expected None or True with method 'commonkv'"),
     ):
         with pytest.raises(ValueError, match=told):
@@ -179,5 +188,8 @@ def test_a_thirty_second_takes_rows_of_8_layers():
     assert 1 / 40 < 0.2 * salient.keep + 0.8 * salient.rest.keep <= 1 / 32
     assert lrattn.compress(model, text, keep=0.045, span=1, shared=True, progress=False).span == 1
     assert lrattn.compress(model, text, keep=0.08, progress=False).span == 1
+    assert lrattn.compress(model, text, keep=np.float32(1 / 32), progress=False).span == 8
+    with pytest.raises(ValueError, match=r"bytes_per_token: expected None beside keep=0.03125"):
+        lrattn.compress(model, text, keep=1 / 32, bytes_per_token=300, progress=False)
     with pytest.raises(ValueError, match="keep: expected at least"):
         lrattn.compress(tiny.model("gemma3"), text, keep=1 / 32, progress=False)
