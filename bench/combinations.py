@@ -117,6 +117,19 @@ ROWS = [
     *(Row("commonkv", keep, published=("commonkv", keep)) for keep in (0.5, 0.3)),
     *(Row("commonkv, in lrattn", keep, {"method": "commonkv"}) for keep in (0.5, 0.3)),
 ]
+CURVES = {  # of the plot: families that a line stands for
+    "rows of 4 or 8 layers, more bits for salient tokens": (
+        "salient x rows of 4 layers x bits",
+        "salient x rows of 8 layers x bits",
+    ),
+    "rows of 8 layers": ("rows of 8 layers x bits",),
+    "rows of 4 layers": ("rows of 4 layers x bits",),
+    "one row, more bits for salient tokens": ("salient tokens x bits",),
+    "one row for keys and values": ("bits: one row",),
+    "keys and values apart, the default": ("bits: keys and values apart",),
+    "half of the tokens (curdkv), twice the bits": ("half of the tokens (curdkv) x bits",),
+}
+PUBLISHED = ("zipcache", "decoquant", "commonkv")
 OTHER = ("dense", "bits: one row, 1/16", "rows of 4 layers x bits, 1/32")  # on other models
 
 
@@ -295,7 +308,7 @@ def of_model(cells: Sequence[Cell], model: str) -> tuple[Cell | None, list[Cell]
 
 
 def table(cells: Sequence[Cell]) -> str:
-    line = "{:<40} {:>6} {:>6}  {:>8} {:>8} {:>8} {:>8}  {:>5} {:>5} {:>5} {:>5} {:>5} {:>6}  {:>6} {:>5}"
+    line = "{:<44} {:>6} {:>6}  {:>8} {:>8} {:>8} {:>8}  {:>5} {:>5} {:>5} {:>5} {:>5} {:>6}  {:>6} {:>5}"
     lines = [line.format("", "bytes", "at 4K", *["loss"] * 4, *["gain"] * 5, "far", "read", "time")]
     lines.append(line.format("", "", "", *map(str, PROMPTS), *map(str, DISTANCES), "", "", ""))
     for model in CALIBRATED:
@@ -306,7 +319,7 @@ def table(cells: Sequence[Cell]) -> str:
             lines.append(model)
         for cell in rows:
             if "impossible" in cell:
-                lines.append(f"{cell['row']:<40} {cell['impossible']}")
+                lines.append(f"{cell['row']:<44} {cell['impossible']}")
                 continue
             lost = [
                 f"{excess(cell, dense, n):+.4f}" if str(n) in cell["losses"] and cell is not dense else ""
@@ -336,25 +349,27 @@ def plot(cells: Sequence[Cell], path: Path) -> None:
     rows = [cell for cell in rows if "probe" in cell and cell is not dense]
     if dense is None or not rows:
         return
-    figure, axis = plt.subplots(figsize=(9, 5.2))
-    families = list(dict.fromkeys(cell["family"] for cell in rows))
-    for i, family in enumerate(families):
-        own = sorted((share_of(cell), far(cell, dense)) for cell in rows if cell["family"] == family)
-        known = any("latents" in cell for cell in rows if cell["family"] == family)
-        style = {"marker": "o", "lw": 1.6} if known else {"marker": "x", "lw": 0.8, "ls": ":"}
-        axis.plot(*zip(*own, strict=True), label=family, color=f"C{i}" if i < 10 else "black", ms=5, **style)
+    figure, axis = plt.subplots(figsize=(8.6, 5))
+    for i, (name, families) in enumerate(CURVES.items()):
+        own = sorted((share_of(cell), far(cell, dense)) for cell in rows if cell["family"] in families)
+        axis.plot(*zip(*own, strict=True), "o-", label=name, color=f"C{i}", ms=5.5, lw=2)
+    for name in PUBLISHED:
+        own = sorted((share_of(cell), far(cell, dense)) for cell in rows if cell["family"] == name)
+        axis.plot(*zip(*own, strict=True), "x:", color="0.35", ms=6, lw=0.8)
+        axis.annotate(name, own[-1], xytext=(7, 0), textcoords="offset points", fontsize=8, color="0.35", va="center")
     axis.axhline(1, color="0.4", lw=0.8)
     axis.axhline(0.95, color="0.6", lw=0.8, ls="--")
-    axis.annotate("dense", (0.5, 1.005), fontsize=8, color="0.3")
-    axis.annotate("within 5 %", (0.5, 0.955), fontsize=8, color="0.5")
-    places = [1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2]
-    axis.set(xscale="log", ylim=(-0.05, 1.06), xlabel="bytes of a token over a dense cache's, its window aside")
+    axis.annotate("dense", (0.72, 1.008), fontsize=8, color="0.3", ha="right")
+    axis.annotate("within 5 %", (0.72, 0.958), fontsize=8, color="0.5", ha="right")
+    places = [1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2]
+    axis.set(xscale="log", xlim=(0.026, 0.75), ylim=(-0.05, 1.06))
+    axis.set_xlabel("bytes of a token over a dense cache's, the dense window aside")
     axis.set_xticks(places, [f"1/{1 / x:.0f}" for x in places])
     axis.minorticks_off()
     axis.set_ylabel("what a passage gains when it comes again,\n128 to 4,096 tokens later, over the dense model's")
     axis.grid(lw=0.3)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0.02, 0.02))
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -129,13 +129,14 @@ def test_salient_tokens_have_twice_the_bytes(tmp_path):
         with pytest.raises(ValueError, match=told):
             lrattn.compress(model, texts, **{"far": (8, 1)} | wrong)
     plain = random_factors(model, 0.2)
+    fewer = replace(factors.rest, layers=factors.rest.layers[:2], predicted=(), samples=())
     blind = [replace(x, values=replace(x.values, down=None)) for x in factors.rest.layers]
     for wrong, said in (
         ({"select": None}, "expected plain factors"),
         ({"rest": factors}, "expected plain factors"),
         ({"rest": "x"}, "expected plain factors, .*got 'x'"),
         ({"rest": plain}, "expected the form of"),
-        ({"rest": replace(factors.rest, layers=factors.rest.layers[:2], predicted=(), samples=())}, "expected factors of 3 layers, got 2"),
+        ({"rest": fewer}, "expected factors of 3 layers, got 2"),
         ({"rest": replace(factors.rest, layers=blind)}, "expected a write side"),
     ):
         with pytest.raises(ValueError, match=f"rest: {said}"):
