@@ -100,7 +100,7 @@ def settle(columns: Columns) -> None:
     count, sinks = columns.count, layers[0].sinks
     cut = count - max(columns.selection.recent, layers[0].recent, 1)
     if cut > sinks:
-        kept = [(_kept(layer, cut), _rest(layer, cut)) for layer in holders]
+        kept = [(_kept(layer, cut), _rest(layer)) for layer in holders]
         batch, at = columns.batch, columns.leave(cut)
         for layer, own in zip(holders, kept, strict=True):
             layer.kept, layer.rest = own
@@ -125,14 +125,15 @@ def _kept(layer: LatentLayer, cut: int) -> Kept | None:
     return made
 
 
-def _rest(layer: LatentLayer, cut: int) -> Kept | None:
-    """The tokens that were not chosen, now and before, by the factors for them: made of the latents they had."""
+def _rest(layer: LatentLayer) -> Kept | None:
+    """The tokens that were not chosen, now and before, by the factors for them: made of the latents they had. Those of
+    the dense window always are chosen."""
     if layer.whole.rest is None:
         return None
     assert layer.chosen is not None
     live, held, others = _entries(layer, layer.columns.count)[0], layer.rest, layer.whole.rest.layers
     factors, run = others[layer.index], [x for x in layer.columns.layers if x.holder is layer]
-    at, counts = _first(live & ~layer.chosen & _older(layer, cut))
+    at, counts = _first(live & ~layer.chosen)
     positions = _positions(layer)
     own = None if positions is None else positions.gather(1, at)
     zk, zv = latents_of(layer.factors, _rows(layer, layer.columns.count))
