@@ -41,6 +41,11 @@ def test_sums_of_a_run_are_those_of_its_layers_side_by_side():
         sizes = [one.sum(f"metric.{side}", i).trace() for i in range(2)]
         assert max(sizes) < two.sum(f"metric.{side}", 0).trace() < sum(sizes)
         torch.testing.assert_close(two.sum(f"metric.{side}", 1), one.sum(f"metric.{side}", 2), rtol=1e-5, atol=1e-9)
+        run, own = two.sum(f"metric.{side}", 0), [one.sum(f"metric.{side}", i).flatten() for i in range(2)]
+        for i in range(2):  # a layer's block is like its own, where that of another layer is not
+            block = run[i * n : i * n + n, i * n : i * n + n].flatten()
+            like = [torch.cosine_similarity(block, x, dim=0) for x in own]
+            assert like[i] > 0.95 and like[i] > like[1 - i] + 0.1
 
 
 def test_a_run_loses_less_than_its_layers_apart_at_equal_bytes():
