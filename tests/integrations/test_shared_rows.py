@@ -221,7 +221,8 @@ def test_a_pass_that_fails_in_the_last_layer_leaves_no_probabilities_behind(monk
 
 def test_copies_share_the_factors_of_the_rest():
     model, factors = made("in chunks", 3, keep=1.0)
-    cache = LatentCache(replace(factors, select=Selection("zipcache", 0.3, recent=8), rest=factors))
+    rest = joined_factors(model, 3, 0.2, seed=1, ropes=exact_ropes(model), chunk=64)
+    cache = LatentCache(replace(factors, select=Selection("zipcache", 0.3, recent=8), rest=rest))
     fed(model, tiny.tokens(1, 80), 80, cache)
     cache.settle()
     assert copy.deepcopy(cache).layers[2].rest.layer is cache.layers[2].rest.layer
