@@ -42,6 +42,7 @@ import lrattn
 from bench.evaluation import probe, published
 from bench.evaluation.published import Prompt, watched
 from bench.evaluation.quality_plan import LENGTH, PLANS
+from bench.evaluation.reader import Reader
 from bench.quality import PAGE, held_in, updated
 from bench.selection import nbytes
 from bench.support import models, report, texts
@@ -51,7 +52,7 @@ from lrattn.compression.substitute import substituted
 from lrattn.factors import safefile
 from lrattn.integrations.transformers import LatentCache
 from lrattn.integrations.transformers.load import read_windows
-from lrattn.models.interface import attention_set, cache_argument
+from lrattn.models.interface import attention_set
 from lrattn.models.layers import attention_layers
 from lrattn.models.masks import Said
 from lrattn.models.states import evaluating
@@ -94,7 +95,6 @@ class Row:
 ROW, APART = {"shared": True}, {"shared": False}
 FOUR, EIGHT = ROW | {"span": 4}, ROW | {"span": 8}
 REBUILT = {"method": "lrattn-rebuilt", "shared": True}
-
 
 ROWS = [
     Row(DENSE, 1.0, published=("dense",)),
@@ -153,7 +153,7 @@ def main() -> None:
         DOCS.write_text(pasted(DOCS.read_text(), cells))
 
 
-class Subject:
+class Subject(Reader):
     """A model, and texts as it reads them."""
 
     def __init__(self, name: str) -> None:
@@ -251,7 +251,7 @@ class Subject:
         for name, n in tqdm(places, desc=row.name):
             ids = self.texts[name]
             cache = self.filled(new, self.read(name, ids), ids[:n], cell)
-            lost, _ = self.scored(cache, ids[n - 1 : n + SCORED])
+            lost, _ = self.scored(cache, ids[n - 1 : n + SCORED], step_of(cache))
             cell.setdefault("losses", {}).setdefault(str(n), {})[name] = round(lost.double().mean().item(), 6)
 
     def filled(self, new: Callable[[Prompt], Any], prompt: Prompt, ids: Tensor, cell: Cell) -> Any:
@@ -272,22 +272,15 @@ class Subject:
         nll, right = (torch.empty(len(self.planted), count, probe.PASSAGE - 1) for _ in "ab")
         for s, ids in enumerate(tqdm(self.planted, desc=f"{row.name}, probe", unit="sequence")):
             cache = self.filled(new, self.read(f"probe{s}", ids), ids[:n], {})
-            lost, hit = self.scored(cache, ids[n - 1 :])
+            lost, hit = self.scored(cache, ids[n - 1 :], step_of(cache))
             nll[s], right[s] = (x.view(count, -1)[:, 1:] for x in (lost, hit))
         rows = probe.gains_of(nll, right, DISTANCES)
         cell["probe"] = [{key: round(x, 5) for key, x in found.items()} for found in rows]
 
-    def scored(self, cache: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss of each of ids[1:], and whether it is held likeliest, [t - 1]; a cache has read all before ids."""
-        joined = isinstance(cache, LatentCache) and cache.factors.span > 1
-        logits = torch.cat(
-            [self.passed(cache, part, len(part)) for part in ids[:-1].split(STEP if joined else len(ids))]
-        )
-        right = (logits.argmax(-1) == ids[1:]).float()
-        return torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none"), right
 
-    def passed(self, cache: Any, ids: Tensor, kept: int = 1) -> Tensor:
-        return self.model(input_ids=ids[None], logits_to_keep=kept, **cache_argument(cache)).logits[0].float()
+def step_of(cache: Any) -> int | None:
+    """Tokens of a pass that is scored; None: all."""
+    return STEP if isinstance(cache, LatentCache) and cache.factors.span > 1 else None
 
 
 def far(cell: Cell, dense: Cell) -> float:
@@ -336,11 +329,7 @@ def table(cells: Sequence[Cell]) -> str:
 
 def pasted(page: str, cells: Sequence[Cell]) -> str:
     """The page with everything between its marks made anew: <!-- bench.combinations: NAME --> .. <!-- end -->."""
-    made = {
-        "table": f"```text\n{table(cells)}\n```",
-        "plot": f"![far reading against bytes](../bench/results/{PATH.stem}.png)",
-    }
-    return report.pasted(page, report.marks("bench.combinations"), made)
+    return report.shown(page, "bench.combinations", table(cells), PATH, "far reading against bytes")
 
 
 def plot(cells: Sequence[Cell], path: Path) -> None:

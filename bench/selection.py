@@ -41,13 +41,14 @@ from tqdm import tqdm
 import lrattn
 from bench.evaluation import probe
 from bench.evaluation.quality_plan import LENGTH, PLANS
+from bench.evaluation.reader import Reader
 from bench.quality import PAGE, held_in, updated
 from bench.support import models, report, texts
 from lrattn import Factors, Selection
 from lrattn.factors import safefile
 from lrattn.integrations.transformers import LatentCache
 from lrattn.integrations.transformers.load import read_windows
-from lrattn.models.interface import attention_set, cache_argument
+from lrattn.models.interface import attention_set
 from lrattn.models.states import evaluating
 from lrattn.selection import POLICIES
 
@@ -116,7 +117,7 @@ def main() -> None:
         DOCS.write_text(pasted(DOCS.read_text(), cells))
 
 
-class Subject:
+class Subject(Reader):
     """SmolLM2, and texts as it reads them."""
 
     def __init__(self) -> None:
@@ -269,15 +270,6 @@ class Subject:
             took.append(time.perf_counter() - begin)
         return median(took)
 
-    def passed(self, cache: LatentCache, ids: Tensor, kept: int = 1) -> Tensor:
-        return self.model(input_ids=ids[None], logits_to_keep=kept, **cache_argument(cache)).logits[0].float()
-
-    def scored(self, cache: LatentCache, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss of each of ids[1:], and whether it is held likeliest, [t - 1]; a cache has read all before ids."""
-        logits = self.passed(cache, ids[:-1], len(ids) - 1)
-        right = (logits.argmax(-1) == ids[1:]).float()
-        return torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none"), right
-
 
 def row_of(base: str, selection: Selection | None) -> str:
     if selection is None:
@@ -329,11 +321,7 @@ def table(cells: Sequence[Cell]) -> str:
 
 def pasted(page: str, cells: Sequence[Cell]) -> str:
     """The page with everything between its marks made anew: <!-- bench.selection: NAME --> .. <!-- end -->."""
-    made = {
-        "table": f"```text\n{table(cells)}\n```",
-        "plot": f"![loss against bytes](../bench/results/{PATH.stem}.png)",
-    }
-    return report.pasted(page, report.marks("bench.selection"), made)
+    return report.shown(page, "bench.selection", table(cells), PATH, "loss against bytes")
 
 
 def plot(cells: Sequence[Cell], path: Path) -> None:

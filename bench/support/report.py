@@ -94,6 +94,12 @@ def pasted(page: str, marked: re.Pattern[str], made: Mapping[str, str]) -> str:
     return marked.sub(lambda m: f"{m[1]}\n{made.get(m[2], NONE)}\n\n{m[4]}", page)
 
 
+def shown(page: str, source: str, table: str, plot: Path, about: str) -> str:
+    """The page with the table and the plot of a source made anew."""
+    figure = f"![{about}](../bench/results/{plot.stem}.png)"
+    return pasted(page, marks(source), {"table": f"```text\n{table}\n```", "plot": figure})
+
+
 def load(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 

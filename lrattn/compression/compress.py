@@ -297,7 +297,7 @@ def compress(
                     return made[i]
 
                 propagate(model, layers, lessons, refitted)
-    lost = [problem.lost / max(len(run.parts), 1) for problem, run in zip(problems, runs, strict=True)]
+    lost = [problem.lost / len(run.members) for problem, run in zip(problems, runs, strict=True)]
     factors = Factors(
         layers=tuple(divided(made, runs)),
         method=method,

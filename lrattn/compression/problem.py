@@ -65,7 +65,7 @@ class Problem:
 
     def _grouped(self, size: int) -> Groups:
         """Groups of so many heads, in the model's order: of each layer of a run equally many."""
-        parts = max(len(self.layer.parts), 1)
+        parts = len(self.layer.members)
         own = contiguous(self.shape.heads // parts, size // parts)
         begins = range(0, self.shape.heads, self.shape.heads // parts)
         return tuple(tuple(begin + h for begin in begins for h in heads) for heads in own)
@@ -79,9 +79,9 @@ class Problem:
         """What is taken from the heads of a side before they are mapped, [n] float64: the bias, where weights are read;
         the mean, where the method centres the side or the model has biases, which it stands for; else nothing."""
         if self.method.reads_weights:
-            found = [x for part in self.layer.parts or (self.layer,) if (x := bias(part, side)) is not None]
+            found = [x for part in self.layer.members if (x := bias(part, side)) is not None]
             return torch.cat(found).flatten().double().cpu() if found else None
-        modules = [part.module for part in self.layer.parts or (self.layer,)]
+        modules = [part.module for part in self.layer.members]
         biased = any(name.split(".")[-1] == "bias" for module in modules for name, _ in module.named_parameters())
         return mean_of(self._seen(side))[self.part[side]] if side in self.method.centred or biased else None
 

@@ -83,7 +83,7 @@ def stored_as(
 
 def shape_of(layer: AttentionLayer, recipe: Method, group_size: int, shards: int) -> LayerShape:
     """With keys and values apart; of a run of layers a group has as many heads of each."""
-    parts = max(len(layer.parts), 1)
+    parts = len(layer.members)
     heads = layer.num_kv_heads // parts
     if heads % shards and shards % heads:
         raise ValueError(f"shards: expected a divisor or a multiple of Hkv={heads}, got {shards}")

@@ -22,7 +22,7 @@ def divided(made: Sequence[LayerFactors], runs: Sequence[AttentionLayer]) -> Ite
     """The factors of each layer of runs that share rows: its own heads of `up`, and its part of `down`, which adds up
     with the others'."""
     for whole, run in zip(made, runs, strict=True):
-        parts = max(len(run.parts), 1)
+        parts = len(run.members)
         if parts == 1:
             yield whole
             continue

@@ -64,7 +64,7 @@ class Sums:
         if self.differentiates:
             self.leaves += [torch.zeros_like(x, requires_grad=True) for x in own]
             k, v = (x + leaf for x, leaf in zip(own, self.leaves[-2:], strict=True))
-        if len(self.waiting) == max(len(self.runs[i // self.span].parts), 1):
+        if len(self.waiting) == len(self.runs[i // self.span].members):
             heads = [torch.cat(xs, 2) if len(xs) > 1 else xs[0] for xs in zip(*self.waiting, strict=True)]
             self.waiting.clear()
             self._sum(i // self.span, heads)
@@ -180,7 +180,7 @@ class Sums:
                 )
             )
             for i, rows in self.seen:
-                own = list(islice(grads, 2 * max(len(self.runs[i].parts), 1)))
+                own = list(islice(grads, 2 * len(self.runs[i].members)))
                 for s, side in enumerate(("keys", "values")):
                     self._add_gradients(name, i, side, rows[side], torch.cat(own[s::2], 1).transpose(1, 2))
 

@@ -108,7 +108,7 @@ class Factors:
         if self.donors:
             raise ValueError(f"span: expected 1 with donors, got {self.span}")
         for i, layer in enumerate(self.layers):
-            first = self.layers[i - i % self.span]
+            first = self.layers[self.run(i)[0]]
             own, row = (
                 (x.shared, x.values.ranks, x.keys.ranks, x.values.formats, x.chunk, x.rope, x.device, x.dtype)
                 for x in (layer, first)
@@ -117,6 +117,11 @@ class Factors:
                 raise ValueError(
                     f"span: expected layers that share a row of keys and values, {first!r}, got {layer!r} in layer {i}"
                 )
+
+    def run(self, i: int) -> range:
+        """The layers that share rows with layer i, itself included."""
+        first = i - i % self.span
+        return range(first, min(first + self.span, len(self.layers)))
 
     @property
     def thinned(self) -> str:
@@ -129,7 +134,7 @@ class Factors:
     def held(self) -> tuple[LayerFactors, ...]:
         """The layers that latents are held for, of a run that shares rows the first."""
         return tuple(
-            x for i, x in enumerate(self.layers) if i % self.span == 0 and (not self.donors or self.donors[i] == i)
+            x for i, x in enumerate(self.layers) if i == self.run(i)[0] and (not self.donors or self.donors[i] == i)
         )
 
     def __repr__(self) -> str:

@@ -59,16 +59,11 @@ def summarize(factors: Factors) -> dict[str, Any]:
                 "chunk": layer.chunk,
                 "max_position": layer.max_position,
                 "band": band_of(layer),
-                "keep": layer.bytes_per_token / _sharing(factors, i) / (4 * layer.num_kv_heads * layer.head_dim),
+                "keep": layer.bytes_per_token / len(factors.run(i)) / (4 * layer.num_kv_heads * layer.head_dim),
             }
             for i, layer in enumerate(factors.layers)
         ],
     }
-
-
-def _sharing(factors: Factors, i: int) -> int:
-    """Layers that share the row of layer i."""
-    return min(factors.span, len(factors.layers) - i + i % factors.span)
 
 
 def headline(summary: dict[str, Any]) -> str:

@@ -36,6 +36,11 @@ class AttentionLayer:
     parts: tuple[AttentionLayer, ...] = ()
 
     @property
+    def members(self) -> tuple[AttentionLayer, ...]:
+        """The layers of a run; of one layer itself."""
+        return self.parts or (self,)
+
+    @property
     def dense(self) -> int:
         """Numbers of one token's keys, and of its values."""
         return self.num_kv_heads * self.head_dim

@@ -22,5 +22,5 @@ from lrattn.models.weights import weight
 def measure(run: AttentionLayer, moments: Moments, i: int, side: str) -> tuple[Tensor, Tensor | None]:
     """C = W W^T of keys and values of all layers of a run, as if their inputs were one: energies squared singular
     values."""
-    own = torch.cat([weight(part, name) for name in SIDES for part in run.parts or (run,)])
+    own = torch.cat([weight(part, name) for name in SIDES for part in run.members])
     return own @ own.T, None

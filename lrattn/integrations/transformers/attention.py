@@ -131,7 +131,7 @@ def _sight(what: Said, end: int, layer: LatentLayer, written: Written) -> Sight:
 
 def _decode(q: Tensor, layer: LatentLayer, sight: Sight, scale: float, softcap: float, s_aux: Tensor | None) -> Tensor:
     """A few queries [B, S, Hq, D] -> heads: on the latents of far columns, and on near ones as they are."""
-    starts = None if sight.pads is None else sight.pads.int()
+    starts, older = None if sight.pads is None else sight.pads.int(), layer.older
     firsts = starts if sight.base is None else sight.base.int()
     if (denied := layer.columns.denied) is not None:  # what cannot be right must not look right
         q = q.masked_fill(denied.to(q.device)[:, None, None, None], torch.nan)
@@ -147,12 +147,12 @@ def _decode(q: Tensor, layer: LatentLayer, sight: Sight, scale: float, softcap: 
         window_size=sight.window,
         sinks=None if s_aux is None else s_aux.to(accumulator(q.dtype)),
         near=layer.window_from(firsts) if layer.recent or layer.sinks else None,
-        return_lse=bool(layer.older),
+        return_lse=bool(older),
         backend=layer.backend,
     )
-    if not layer.older:
+    if not older:
         return cast(Tensor, heads)
-    parts = (part for kept in layer.older for part in kept.attend(q, scale, softcap, layer.backend))
+    parts = (part for kept in older for part in kept.attend(q, scale, softcap, layer.backend))
     outs, lses = zip(heads, *parts, strict=True)
     return merge_attention(outs, lses)[0]
 

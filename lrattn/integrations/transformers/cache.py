@@ -73,8 +73,7 @@ class LatentCache(Cache):  # type: ignore[misc]
         if factors.span > 1 and not self.recent:
             raise ValueError("recent: expected 1 or more, as the newest token's row is not whole yet, got 0")
         for i, layer in enumerate(layers):
-            last = min(i - i % factors.span + factors.span, len(layers)) - 1
-            layer.holder = layers[last]
+            layer.holder = layers[factors.run(i)[-1]]
         self.columns.layers = [layer for layer in layers if layer.donor is None]
 
     @property

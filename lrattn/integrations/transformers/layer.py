@@ -136,7 +136,8 @@ class LatentLayer(CacheLayerMixin):  # type: ignore[misc]
     def _added(self, part: Tensor) -> Latents | None:
         """This layer's part to the row of its run, [B, S, width]; the row, once it is whole."""
         holder = self.holder
-        holder.row = part if self.index % self.whole.span == 0 or holder.row is None else holder.row + part
+        first = self.index == self.whole.run(self.index)[0]
+        holder.row = part if first else holder.row + part  # type: ignore[operator]
         if holder is not self:
             return None
         row, self.row = holder.row, None

@@ -50,7 +50,7 @@ def choose(layer: LatentLayer, end: int, probabilities: Tensor | None) -> None:
     """
     columns, selection = layer.columns, layer.columns.selection
     assert selection is not None
-    given = layer.holder.given if layer.index % layer.whole.span else []  # none of a pass that failed
+    given = [] if layer.index == layer.whole.run(layer.index)[0] else layer.holder.given  # none of a pass that failed
     layer.holder.given = given if probabilities is None else [*given, probabilities]
     if layer.holder is not layer:
         return
