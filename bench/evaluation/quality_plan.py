@@ -175,6 +175,7 @@ LOW_RANK, FAR_LOW_RANK = (PALU, RECALKV, RIDE, JOINT), (PALU, RECALKV, FAR_RIDE,
 AUTO, FAR_AUTO = at_bits("auto", JOINT), at_bits("auto", FAR_JOINT)
 CHUNKED = tuple(Row("lrattn", shared=form, bits="auto") for form in (False, True))  # no key is rebuilt
 UNROTATED = tuple(Row(f"lrattn-{keys}", bits="auto") for keys in ("channels", "rotated"))  # nor here
+DEFAULT = (Row("lrattn", shared=False, far=NEAR, bits="auto"),)  # compress(model, batches)
 FAR_CHUNKED, FAR_UNROTATED = (tuple(replace(row, far=NEAR) for row in rows) for rows in (CHUNKED, UNROTATED))
 UNIFORM, FAR_UNIFORM = (PALU, RECALKV, JOINT), (PALU, RECALKV, FAR_JOINT)
 FRONTIER = (
@@ -186,6 +187,8 @@ FRONTIER = (
     Block(1, quantised("rotated", 4, 3, 2), **DENSE_DATA),
     Block(1, FAR_AUTO, per_number(2, 1.5), near=NEAR, probe=True),
     Block(1, FAR_CHUNKED, per_number(2, 1.5, 1), near=NEAR, probe=True),
+    Block(1, DEFAULT, per_number(4, 3, 2, 1.5, 1), samples=("1", "2"), near=NEAR),
+    Block(1, DEFAULT, per_number(4, 3), near=NEAR, probe=True),
     Block(2, quantised("kivi-32", 4, 3, 2), **DENSE_DATA, near=NEAR, probe=True),
     Block(2, quantised("rotated", 4, 3, 2), **DENSE_DATA, near=NEAR),
     Block(2, quantised("quanto", 4, 2), **DENSE_DATA, near=(128, 0), probe=True),

@@ -1,7 +1,8 @@
 """Real text that installs as a package, inside gensim's test data: Wikipedia articles (CC BY-SA), and news.
 
-news: the Lee background corpus, 300 short documents of the Australian Broadcasting Corporation. Every second article or
-document is for calibration, the others for evaluation.
+news: the Lee background corpus, 300 short documents of the Australian Broadcasting Corporation. code: the modules of
+networkx (BSD), which torch brings. Every second article, document or module is for calibration, the others for
+evaluation.
 """
 
 from __future__ import annotations
@@ -37,6 +38,13 @@ def news(half: str) -> str:
     lines = (package_dir("gensim") / NEWS).read_text().splitlines()
     documents = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     return "\n\n".join(documents[("calibration", "evaluation").index(half) :: 2])
+
+
+def code(half: str) -> str:
+    """Every second module of Python: half "calibration" has the even ones, "evaluation" the odd ones."""
+    folder = package_dir("networkx") / "algorithms"
+    modules = sorted(path for path in folder.rglob("*.py") if "tests" not in path.parts and path.name != "__init__.py")
+    return "\n\n".join(path.read_text() for path in modules[("calibration", "evaluation").index(half) :: 2])
 
 
 TEXTS = {"wikipedia": wikipedia, "news": news}
