@@ -30,6 +30,7 @@ from lrattn.compression.moments import Moments
 from lrattn.compression.nested import narrowed
 from lrattn.compression.older import in_kv_space
 from lrattn.compression.refine import refine
+from lrattn.compression.residual import residual
 from lrattn.compression.sharing import donors
 from lrattn.factors.formats import Format
 from lrattn.factors.layer import LayerFactors
@@ -58,6 +59,7 @@ __all__ = [
     "narrowed",
     "rebuild",
     "refine",
+    "residual",
     "workspace_bytes",
     "write_latents",
     "write_near",

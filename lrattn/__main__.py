@@ -23,10 +23,11 @@ from lrattn.compression.bits import Bits, ladder_of
 from lrattn.compression.methods import DEFAULT, METHODS
 from lrattn.compression.ranks import RULES
 from lrattn.compression.recipe import recipe_of
+from lrattn.compression.residual import residual, unlike
 from lrattn.compression.whole import check_method
 from lrattn.factors import safefile
 from lrattn.factors.formats import WIDTHS
-from lrattn.factors.summary import comparison, headline, summarize, table
+from lrattn.factors.summary import comparison, headline, made, summarize, table, used
 from lrattn.selection import selection_of
 
 EXAMPLES = """\
@@ -194,8 +195,8 @@ def _compress(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     factors.save(args.out)
     seconds = time.perf_counter() - begin
     results = {"out": str(args.out), "windows": list(windows.shape), "seconds": seconds, **summarize(factors)}
-    made = f"calibrated on {windows.shape[0]} windows of {windows.shape[1]} tokens, {seconds:.0f} s in all"
-    return f"{headline(results)}\n{made}\nwrote {args.out}, {args.out.stat().st_size / 2**20:.1f} MiB", results
+    read = f"calibrated on {windows.shape[0]} windows of {windows.shape[1]} tokens, {seconds:.0f} s in all"
+    return f"{headline(results)}\n{read}\nwrote {args.out}, {args.out.stat().st_size / 2**20:.1f} MiB", results
 
 
 def _eval(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
@@ -213,10 +214,19 @@ def _eval(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     cache = partial(new_cache, factors, args.recent, args.sinks) if read or step else None
     with attending(model, factors, args.recent, args.sinks):
         found = perplexity(model, windows, read=read, step=step, cache=cache)
-    results = {**_what(factors, args), "perplexity": found, "windows": list(windows.shape), "read": read}
+    results = {
+        **used(factors, args.recent, args.sinks),
+        "perplexity": found,
+        "windows": list(windows.shape),
+        "read": read,
+    }
     of = f"over {len(windows)} windows of {windows.shape[1]} tokens"
     of += f", of the tokens after the first {read}" if read else ""
-    return f"{_made(results)}: perplexity {found:.3f} {of}", results
+    line = f"{made(results)}: perplexity {found:.3f} {of}"
+    if factors is None or factors.residual is None:
+        return line, results
+    told, compared = unlike(factors, residual(model, factors, windows.split(1)))
+    return f"{line}\n{told}", results | compared
 
 
 def _generate(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
@@ -228,9 +238,9 @@ def _generate(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     factors = _fitted(factors, model, tokenizer, args)
     options = ("chat", "tokens", "beams", "temperature", "seed", "recent", "sinks")
     choice = {name: getattr(args, name) for name in options}
-    results = {**_what(factors, args), **generate(model, tokenizer, factors, args.prompt, **choice)}
-    made = f"{results['tokens']} tokens, {results['tokens_per_second']:.1f} a second"
-    return f"{results['text'].strip()}\n\n{_made(results)}: {made}, cache {results['cache_bytes']:,} bytes", results
+    results = {**used(factors, args.recent, args.sinks), **generate(model, tokenizer, factors, args.prompt, **choice)}
+    speed = f"{results['tokens']} tokens, {results['tokens_per_second']:.1f} a second"
+    return f"{results['text'].strip()}\n\n{made(results)}: {speed}, cache {results['cache_bytes']:,} bytes", results
 
 
 def _info(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
@@ -241,11 +251,12 @@ def _info(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             raise ValueError(f"{name.replace('_', '-')}: expected only with --plan, got {getattr(args, name)}")
     if args.compressibility:
         return _compressibility(args)
-    for name in ("text", "plot"):
-        if getattr(args, name) is not None:
-            raise ValueError(f"{name}: expected only with --compressibility, got {getattr(args, name)}")
+    if args.plot is not None:
+        raise ValueError(f"plot: expected only with --compressibility, got {args.plot}")
     if args.plan:
         return _plan(args)
+    if args.text is not None:
+        return _on_text(args)
     if args.device is not None:
         raise ValueError(f"device: expected only with --plan or --compressibility, got {args.device}")
     summaries = {path: summarize(Factors.load(path)) for path in args.model}
@@ -253,6 +264,19 @@ def _info(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         return comparison(summaries), summaries
     (summary,) = summaries.values()
     return table(summary), summary
+
+
+def _on_text(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """A file of factors, and what they lose of a text by the model that they were made of."""
+    if len(args.model) > 1:
+        raise ValueError(f"file: expected one file of factors with --text, got {len(args.model)}")
+    factors = Factors.load(args.model[0])
+    if factors.residual is None or not factors.model:
+        raise ValueError("text: expected none, as the factors do not say what they lose of the text they were made of")
+    model, windows, _ = _read(factors.model, args)
+    told, compared = unlike(factors, residual(model, factors.to(model.device, model.dtype), windows.split(1)))
+    summary = summarize(factors)
+    return f"{table(summary)}\n\n{told}", summary | compared
 
 
 def _plan(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
@@ -330,20 +354,6 @@ def _fitted(factors: Factors | None, model: Any, tokenizer: Any, args: argparse.
     factors = factors.to(model.device, model.dtype)
     older = any(side.of_inputs for layer in factors.layers for side in (layer.keys, layer.values))
     return in_kv_space(factors, model) if older else factors
-
-
-def _what(factors: Factors | None, args: argparse.Namespace) -> dict[str, Any]:
-    if factors is None:
-        return {"method": "dense", "ranks": "", "keep": 1.0, "recent": 0, "sinks": 0, "select": ""}
-    recent, sinks = factors.near_or(args.recent, args.sinks)
-    what = {"method": factors.method, "ranks": factors.rule, "keep": factors.keep, "recent": recent, "sinks": sinks}
-    return what | {"select": "" if factors.select is None else str(factors.select)}
-
-
-def _made(results: dict[str, Any]) -> str:
-    near = "".join(f", {name} {results[name]}" for name in ("recent", "sinks") if results[name])
-    tokens = f", tokens {results['select']}" if results["select"] else ""
-    return f"{results['method']}, keep {results['keep']:.3f}{near}{tokens}"
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ ORDER = {
     "attention": "gpus dense cache near reference operators checks ops step outlook",
     "models": "masks states interface layers ropes weights",
     "compression": "arguments moments substitute batches runs sums calibrate clusters ranks bits methods averages "
-    "problem propagate nested refine older sharing whole recipe compress compressibility",
+    "problem propagate nested refine older sharing whole recipe residual compress compressibility",
     "integrations": "transformers vllm",
 }
 DUMPING_GROUNDS = {"utils", "helpers", "common", "misc", "base", "tools", "core"}

@@ -41,7 +41,14 @@ TASKS: dict[str, tuple[Callable[[Subject, Row], dict[str, Any]], torch.dtype, tu
     "humaneval": (
         programs,
         torch.bfloat16,
-        (*FIRST, "rotated 3 bits", "lrattn 1/8, calibrated on Wikipedia", "kivi 4 bits", "rotated 4 bits", "lrattn 1/8, one row"),
+        (
+            *FIRST,
+            "rotated 3 bits",
+            "lrattn 1/8, calibrated on Wikipedia",
+            "kivi 4 bits",
+            "rotated 4 bits",
+            "lrattn 1/8, one row",
+        ),
     ),
     "retrieval": (retrieval.measure, torch.bfloat16, FIRST),
     "turns": (turns.measure, torch.bfloat16, FIRST),

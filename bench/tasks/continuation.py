@@ -91,7 +91,9 @@ def texts(subject: Subject) -> list[tuple[Tensor, int]]:
                 part, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
             )
             choice = {"max_new_tokens": NEW, "min_new_tokens": NEW, "repetition_penalty": 1.0, "top_p": 1.0}
-            ids = subject.model.generate(**inputs, **(choice | {"temperature": 1.0} if more["do_sample"] else choice), **more)
+            ids = subject.model.generate(
+                **inputs, **(choice | {"temperature": 1.0} if more["do_sample"] else choice), **more
+            )
             for row, mask in zip(ids, inputs["attention_mask"], strict=True):
                 found.append((row[int((mask == 0).sum()) :], int(mask.sum())))
         with models.written_once(path) as partial:

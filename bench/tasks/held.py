@@ -1,8 +1,8 @@
 """A cache of transformers' that quantises what leaves its dense window: the numbers of evaluation/quantisers.py.
 
-Numbers are held as they come back, at the model's dtype: for answers, not for bytes. A pass attends to its own tokens as
-they are, as KIVI's does; what lies `recent` tokens back when a pass begins is quantised for good, in whole groups from
-behind the first `sinks` tokens of a row on. A group that is not whole stays as it is: this favours the quantiser.
+Numbers are held as they come back, at the model's dtype: for answers, not for bytes. A pass attends to its own tokens
+as they are, as KIVI's does; what lies `recent` tokens back when a pass begins is quantised for good, in whole groups
+from behind the first `sinks` tokens of a row on. A group that is not whole stays as it is: this favours the quantiser.
 """
 
 from __future__ import annotations

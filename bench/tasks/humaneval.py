@@ -50,7 +50,9 @@ def problems() -> list[Problem]:
 def asked(tokenizer: Any, problem: Problem) -> list[int]:
     """Token ids: a user's wish in the chat template, and the answer up to the end of the prompt."""
     wish = f"Complete the following Python function.\n```python\n{problem.prompt.rstrip()}\n```"
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": wish}], add_generation_prompt=True, tokenize=False)
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": wish}], add_generation_prompt=True, tokenize=False
+    )
     return tokenizer.encode(f"{chat}```python\n{problem.prompt.rstrip()}\n", add_special_tokens=False)
 
 
@@ -107,13 +109,15 @@ def _ends(tokenizer: Any) -> set[int]:
 def measure(
     model: Any, tokenizer: Any, new_cache: Callable[[Tensor], Any], label: str, count: int | None = None
 ) -> dict[str, Any]:
-    """Which problems are solved, by name, and what was written. In the order of the prompts' lengths, BATCH at a time."""
+    """Which problems are solved, by name, and what was written: BATCH at a time, in the order of the prompts' lengths."""
     given = sorted(((asked(tokenizer, p), p) for p in problems()[:count]), key=lambda pair: len(pair[0]))
     solved, bodies, said = [], {}, {}
     with tqdm(total=len(given), desc=f"HumanEval, {label}", unit="problem") as bar:
         for at in range(0, len(given), BATCH):
             part = given[at : at + BATCH]
-            for (_, problem), body in zip(part, written(model, tokenizer, [i for i, _ in part], new_cache), strict=True):
+            for (_, problem), body in zip(
+                part, written(model, tokenizer, [i for i, _ in part], new_cache), strict=True
+            ):
                 right, why = passes(problem.program(body))
                 bodies[problem.name] = body
                 solved += [problem.name] if right else []

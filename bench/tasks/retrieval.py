@@ -7,11 +7,11 @@ The text is modules of mpmath (BSD), which torch brings, with lines planted betw
     calls   a function of the text itself, defined once; at the end it is called with every argument by its name
 
 A question is answered if every token of the answer is the likeliest after those before it: what greedy decoding would
-write. Every question is asked of a copy of the cache that has read the text. `distance` is tokens from what is asked for
-to the end of the text. `unread`: of calls, how many are right with no text at all.
+write. Every question is asked of a copy of the cache that has read the text. `distance` is tokens from what is asked
+for to the end of the text. `unread`: of calls, how many are right with no text at all.
 
-A cache of latents has read the text itself. Dense ones, and those that are quantised, have what one pass of the model as
-it is gave them: quantised when it was over, as KIVI does.
+A cache of latents has read the text itself. Dense ones, and those that are quantised, have what one pass of the model
+as it is gave them: quantised when it was over, as KIVI does.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from bench.tasks.rows import DENSE, Row, Subject
 
 LENGTHS = (4096, 8192, 16384)
 EACH, TABLE = 50, 5  # questions of a kind at most; pairs in a dictionary
-COLOURS = "amber azure beige black bronze copper crimson golden green indigo ivory lilac ochre olive pink".split()
-THINGS = "anchor bridge cabin castle cellar chapel door engine ferry garage harbour island kiosk lantern mill".split()
+COLOURS = "amber azure beige black bronze copper crimson golden green indigo ivory lilac ochre olive pink"
+THINGS = "anchor bridge cabin castle cellar chapel door engine ferry garage harbour island kiosk lantern mill"
 DEFINED = re.compile(r"^def (\w+)\(([^()]*)\):", re.M)
 BETWEEN = re.compile(r"\n\n(?=\w|@)")  # where a line may be planted
 
@@ -52,7 +52,7 @@ class Question:
 def planted(seed: int) -> tuple[list[tuple[str, list[Question]]], random.Random]:
     """Lines to plant, in order, with the questions about each, whose places count from the line's beginning."""
     rng = random.Random(seed)
-    names = [f"{colour} {thing}" for colour in COLOURS for thing in THINGS]
+    names = [f"{colour} {thing}" for colour in COLOURS.split() for thing in THINGS.split()]
     rng.shuffle(names)
     found = []
     for name in names[:EACH]:

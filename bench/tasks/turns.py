@@ -19,7 +19,10 @@ from bench.tasks.retrieval import answered, encoded
 from bench.tasks.rows import Row, Subject
 
 CHATS, TURNS, MOST = 10, 10, 24  # MOST: tokens of an answer
-NAMES = "Ada Bruno Clara Dmitri Elena Farid Greta Hugo Ines Jonas Karin Luca Mira Nils Olga Pavel Rosa Sven Tara Umberto"
+NAMES = (
+    "Ada Bruno Clara Dmitri Elena Farid Greta Hugo Ines Jonas Karin Luca Mira Nils Olga Pavel Rosa Sven Tara Umberto"
+)
+WISH = "In one short sentence, what is the text about?"
 WORDS = (50, 90)  # of a paragraph
 
 
@@ -44,7 +47,7 @@ def measure(subject: Subject, row: Row) -> dict[str, Any]:
             cache = using.cache()
             messages, read, answers = [], "", []
             for paragraph, name, number in turns:
-                says = f"{paragraph}\n\nThe badge number of {name} is {number}. In one short sentence, what is the text about?"
+                says = f"{paragraph}\n\nThe badge number of {name} is {number}. {WISH}"
                 messages.append({"role": "user", "content": says})
                 text, answer = rendered(subject, messages), ""
                 answer = spoken(subject, cache, text[len(read) :])

@@ -38,6 +38,7 @@ from lrattn.compression.recipe import (
 )
 from lrattn.compression.refine import digest_of, parted
 from lrattn.compression.refine import refine as distil
+from lrattn.compression.residual import residual
 from lrattn.compression.runs import divided, run_ropes
 from lrattn.compression.substitute import Window
 from lrattn.compression.whole import whole
@@ -46,9 +47,9 @@ from lrattn.factors.layer import LayerFactors
 from lrattn.factors.record import Factors
 from lrattn.factors.selection import Selection
 from lrattn.models.interface import name_of
-from lrattn.models.layers import AttentionLayer, attention_layers, runs_of, samples_of
+from lrattn.models.layers import attention_layers, runs_of, samples_of
 from lrattn.models.ropes import ropes_of
-from lrattn.models.weights import check_readable, linear
+from lrattn.models.weights import check_finite, check_readable, linear
 from lrattn.selection import selection_of, shares
 
 KEEP, PLAIN = 0.125, 0.5  # where the caller names no bytes, of packed latents and of plain ones
@@ -135,7 +136,7 @@ def compress(
             "zipcache" says. Not with `select`, `refine` or `bytes_per_token`. None: all have as many.
         progress: show bars on stderr.
 
-    Returns: Factors in the model's dtype, on its device.
+    Returns: Factors in the model's dtype, on its device; of batches, with what they lose of these (lrattn.residual).
     Raises: ValueError naming the argument, what was expected and what came; OSError if a state cannot be written.
     """
     select = selection_of(select)
@@ -205,7 +206,7 @@ def compress(
         if bytes_per_token is None:
             raise
         raise ValueError(f"bytes_per_token: expected more, got {bytes_per_token} ({error})") from error
-    _check_finite(layers)
+    check_finite(layers)
     reads = recipe.reads_weights or ranks in ("fisher", "condition")
     asked = reads or not recipe.rotated or positions is not None
     ropes = ropes_of(model, layers) if asked else [None] * len(layers)
@@ -309,17 +310,9 @@ def compress(
         select=select,
         span=span,
     )
-    if not refine:
-        return factors
-    return distil(model, factors, given, steps=refine, nested=nested, state=beside, progress=progress)
-
-
-def _check_finite(layers: list[AttentionLayer]) -> None:
-    """Raises ValueError if a weight of the model's attention is not."""
-    for layer in layers:
-        for name, x in layer.module.named_parameters():
-            if x.is_floating_point() and not x.is_meta and not bool(x.isfinite().all()):
-                raise ValueError(f"model: expected a finite {layer.name}.{name}, got one that is not")
+    if refine:
+        factors = distil(model, factors, given, steps=refine, nested=nested, state=beside, progress=progress)
+    return replace(factors, residual=residual(model, factors, given)) if any(map(len, texts)) else factors
 
 
 def _tiered(

@@ -43,7 +43,7 @@ def narrowed(factors: Factors, keep: float) -> Factors:
         cut = tuple(RANK_STEP * next(chosen) for _ in lengths)
         keys, values = first(layer.keys, layer.values, cut, shared=layer.shared)
         layers.append(replace(layer, keys=keys, values=values))
-    return replace(factors, layers=tuple(layers), rule="", predicted=())
+    return replace(factors, layers=tuple(layers), rule="", predicted=(), residual=None)
 
 
 def runs(layer: LayerFactors) -> tuple[int, ...]:

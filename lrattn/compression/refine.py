@@ -271,7 +271,7 @@ class _Run:
             keys, values = _sides(layer, i, kept)
             layers.append(replace(layer, keys=keys, values=values))
         method, near = f"{self.factors.method}, refined", astuple(self.window)
-        return replace(self.factors, layers=tuple(layers), method=method, predicted=(), near=near)
+        return replace(self.factors, layers=tuple(layers), method=method, predicted=(), near=near, residual=None)
 
 
 def _tensors(factors: Factors) -> Tensors:

@@ -37,6 +37,8 @@ class Factors:
             too, for good, and nothing is held for it. () where each reads its own.
         span: each run of so many neighbours, the last one of those left over, has one row for the keys and values of
             all its layers: each adds its part to it, and reads it by an `up` of its own. 1: a layer has its own.
+        residual: the share of keys and values that the latents lose of the text they were calibrated on, see
+            lrattn.residual; None where not known.
         samples: per layer, a few numbers of its attention's parameters, in their dtype: they tell another model, or the
             same one with other weights. () where not known.
     """
@@ -52,6 +54,7 @@ class Factors:
     donors: tuple[int, ...] = ()
     span: int = 1
     rest: Factors | None = None
+    residual: float | None = None
 
     def __post_init__(self) -> None:
         names = "layers", "predicted", "near", "samples", "donors"
@@ -73,6 +76,10 @@ class Factors:
             self._check_runs()
         if self.rest is not None:
             self._check_rest(self.rest)
+        if self.residual is not None and not (isinstance(self.residual, float) and 0 <= self.residual < float("inf")):
+            raise ValueError(
+                f"residual: expected None or a share of keys and values, 0.0 or more, got {self.residual!r}"
+            )
 
     def _share(self) -> None:
         donors, layers = self.donors, self.layers
@@ -211,7 +218,7 @@ class Factors:
                 tensors[f"{i}.wo"] = layer.wo
             layers.append(entry)
         tensors |= {f"{i}.samples": x for i, x in enumerate(self.samples)}
-        names = ("method", "model", "rule", "predicted", "near", "donors", "span")
+        names = ("method", "model", "rule", "predicted", "near", "donors", "span", "residual")
         record = {name: getattr(self, name) for name in names} | {"layers": layers}
         record["select"] = self.select and asdict(self.select)
         if self.rest is not None:
@@ -262,7 +269,7 @@ class Factors:
             form: dict[str, Any] = {name: entry.get(name) for name in ("chunk", "max_position")}  # since version 4
             wo = tensors.get(f"{i}.wo")
             layers.append(LayerFactors(**sides, rope=rope, shared=entry["shared"], wo=wo, **form))
-        given = {name: record[name] for name in ("rule", "predicted", "near") if name in record}
+        given = {name: record[name] for name in ("rule", "predicted", "near", "residual") if name in record}
         samples = tuple(tensors[f"{i}.samples"] for i in range(len(layers)) if f"{i}.samples" in tensors)
         select = (chosen := record.get("select")) and Selection(**chosen)
         more = {"samples": samples, "select": select, "donors": donors, "span": record.get("span", 1)}

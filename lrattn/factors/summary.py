@@ -38,6 +38,7 @@ def summarize(factors: Factors) -> dict[str, Any]:
         "shared": all(layer.shared for layer in factors.layers),
         "key_rank": sum(layer.keys.width for layer in factors.held) / groups,
         "predicted_loss": sum(factors.predicted) if factors.predicted else None,
+        "residual": factors.residual,
         "near": factors.near,
         "select": factors.select and asdict(factors.select),
         "rest": factors.rest and factors.rest.keep,
@@ -213,3 +214,19 @@ def _ranks(ranks: tuple[int, ...]) -> str:
     if len(set(ranks)) == 1:
         return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} x {len(ranks)}"
     return " ".join(map(str, ranks))
+
+
+def used(factors: Factors | None, recent: int | None, sinks: int | None) -> dict[str, Any]:
+    """What a model attended on: factors with this dense window; None: a dense cache."""
+    if factors is None:
+        return {"method": "dense", "ranks": "", "keep": 1.0, "recent": 0, "sinks": 0, "select": ""}
+    near = dict(zip(("recent", "sinks"), factors.near_or(recent, sinks), strict=True))
+    what = {"method": factors.method, "ranks": factors.rule, "keep": factors.keep, **near}
+    return what | {"select": "" if factors.select is None else str(factors.select)}
+
+
+def made(what: Mapping[str, Any]) -> str:
+    """`used` in some words."""
+    near = "".join(f", {name} {what[name]}" for name in ("recent", "sinks") if what[name])
+    tokens = f", tokens {what['select']}" if what["select"] else ""
+    return f"{what['method']}, keep {what['keep']:.3f}{near}{tokens}"

@@ -76,3 +76,11 @@ def check_readable(model: nn.Module, layers: Sequence[AttentionLayer], ropes: Se
                     f"model: expected {side} that are what {layer.name}.{NAMES[side]} makes, got others, as where they "
                     "are normed after it; methods that read no weights, such as 'lrattn', serve them"
                 )
+
+
+def check_finite(layers: Sequence[AttentionLayer]) -> None:
+    """Raises ValueError if a weight of the model's attention is not."""
+    for layer in layers:
+        for name, x in layer.module.named_parameters():
+            if x.is_floating_point() and not x.is_meta and not bool(x.isfinite().all()):
+                raise ValueError(f"model: expected a finite {layer.name}.{name}, got one that is not")
