@@ -3,7 +3,7 @@
 python -m bench.tasks [--task humaneval ...] [--row NAME ...] [--plot-only] [--out bench/results/tasks.json]
 
     humaneval      programs written on the cache, and whether their tests pass (humaneval.py)
-    retrieval      pass keys, pairs and calls of functions in 4K, 8K and 16K tokens of code (retrieval.py)
+    retrieval      pass keys, pairs and parameters of functions in 4K, 8K and 16K tokens of code (retrieval.py)
     turns          ten turns of a chat on one cache, and questions about each (turns.py)
     continuation   1,000 tokens that the dense model wrote, scored token by token (continuation.py)
 

@@ -109,7 +109,7 @@ def _ends(tokenizer: Any) -> set[int]:
 def measure(
     model: Any, tokenizer: Any, new_cache: Callable[[Tensor], Any], label: str, count: int | None = None
 ) -> dict[str, Any]:
-    """Which problems are solved, by name, and what was written: BATCH at a time, in the order of the prompts' lengths."""
+    """Which problems are solved, by name, and what was written: BATCH at a time, in the order of their lengths."""
     given = sorted(((asked(tokenizer, p), p) for p in problems()[:count]), key=lambda pair: len(pair[0]))
     solved, bodies, said = [], {}, {}
     with tqdm(total=len(given), desc=f"HumanEval, {label}", unit="problem") as bar:

@@ -2,13 +2,13 @@
 
 The text is modules of mpmath (BSD), which torch brings, with lines planted between their functions, evenly:
 
-    keys    a comment says the pass key of something; asked for at the end
-    pairs   five names and numbers in a dictionary; one number is asked for
-    calls   a function of the text itself, defined once; at the end it is called with every argument by its name
+    keys        a comment says the pass key of something; asked for at the end
+    pairs       five names and numbers in a dictionary; one number is asked for
+    functions   of the text itself, defined once, with three parameters or more; these are asked for by its name
 
 A question is answered if every token of the answer is the likeliest after those before it: what greedy decoding would
 write. Every question is asked of a copy of the cache that has read the text. `distance` is tokens from what is asked
-for to the end of the text. `unread`: of calls, how many are right with no text at all.
+for to the end of the text. `unread`: of functions, how many are right with no text at all.
 
 A cache of latents has read the text itself. Dense ones, and those that are quantised, have what one pass of the model
 as it is gave them: quantised when it was over, as KIVI does.
@@ -33,8 +33,13 @@ from bench.tasks.rows import DENSE, Row, Subject
 
 LENGTHS = (4096, 8192, 16384)
 EACH, TABLE = 50, 5  # questions of a kind at most; pairs in a dictionary
-COLOURS = "amber azure beige black bronze copper crimson golden green indigo ivory lilac ochre olive pink"
-THINGS = "anchor bridge cabin castle cellar chapel door engine ferry garage harbour island kiosk lantern mill"
+THINGS = """anchor apple arrow badge basket beacon bell bicycle blanket bottle bridge bucket button cabin camera candle canoe
+carpet castle cellar chapel chimney circus clock compass cradle crown curtain desert diamond dragon drum eagle elbow
+engine falcon feather ferry fiddle forest fountain garage garden glacier glove guitar hammer harbour helmet hotel
+island jacket jungle kettle kiosk kitchen ladder lantern lemon library lighthouse lizard magnet market meadow mirror
+monkey mountain museum needle notebook orchard oyster palace parrot pencil pepper piano pigeon pillow pirate planet
+pumpkin rabbit rocket saddle sailor school shadow shovel spider station statue sugar temple theatre ticket tiger
+tractor trumpet tunnel turtle umbrella valley violin volcano wagon walnut whistle window wizard zebra"""
 DEFINED = re.compile(r"^def (\w+)\(([^()]*)\):", re.M)
 BETWEEN = re.compile(r"\n\n(?=\w|@)")  # where a line may be planted
 
@@ -52,7 +57,7 @@ class Question:
 def planted(seed: int) -> tuple[list[tuple[str, list[Question]]], random.Random]:
     """Lines to plant, in order, with the questions about each, whose places count from the line's beginning."""
     rng = random.Random(seed)
-    names = [f"{colour} {thing}" for colour in COLOURS.split() for thing in THINGS.split()]
+    names = THINGS.split()
     rng.shuffle(names)
     found = []
     for name in names[:EACH]:
@@ -60,7 +65,7 @@ def planted(seed: int) -> tuple[list[tuple[str, list[Question]]], random.Random]
         line = f"# The pass key of the {name} is {number}.\n"
         asks = f"\n\n\n# The pass key of the {name} is"
         found.append((line, [Question("keys", asks, f" {number}", len(line))]))
-    pairs = [(name.replace(" ", "-"), rng.randrange(10000, 100000)) for name in names[EACH : 2 * EACH]]
+    pairs = [(name, rng.randrange(10000, 100000)) for name in names[EACH : 2 * EACH]]
     for i in range(0, len(pairs), TABLE):
         title, text, own = f"TABLE_{i // TABLE}", "", []
         text = f"{title} = {{\n"
@@ -96,15 +101,13 @@ def _with(code: str, seed: int) -> tuple[str, list[Question]]:
         questions += [Question(q.kind, q.asks, q.answer, len(text) + q.place) for q in own]
         text += line
     text += code[at:]
-    calls = []
+    functions = []
     for found in DEFINED.finditer(text):
-        names = [part.split("=")[0].split(":")[0].strip() for part in found[2].split(",") if part.strip()]
-        plain = all(name.isidentifier() and name not in ("self", "cls") for name in names)
-        if plain and len(names) >= 3 and text.count(f"def {found[1]}(") == 1:
-            first, *others = (f"{name}={name}" for name in names)
-            asks = f"\n\n\n# every argument by its name, as it is defined above\nresult = {found[1]}({first},"
-            calls.append(Question("calls", asks, f" {', '.join(others)})", found.end()))
-    return text, questions + rng.sample(calls, min(EACH, len(calls)))
+        name, given = found.groups()
+        if given.count(",") >= 2 and "\n" not in given and text.count(f"def {name}(") == 1:
+            asks = f"\n\n\n# The parameters of {name}: def {name}"
+            functions.append(Question("functions", asks, f"({given})", found.end()))
+    return text, questions + rng.sample(functions, min(EACH, len(functions)))
 
 
 def measure(subject: Subject, row: Row) -> dict[str, Any]:
@@ -123,8 +126,8 @@ def measure(subject: Subject, row: Row) -> dict[str, Any]:
                 for q in tqdm(questions, desc=f"retrieval, {row.name}, {length} tokens", unit="question")
             ]
     if row == DENSE:
-        calls = [q for q in questions if q.kind == "calls"]
-        found["unread"] = sum(right(subject, DynamicCache(), q) for q in calls) / len(calls)
+        functions = [q for q in questions if q.kind == "functions"]
+        found["unread"] = sum(right(subject, DynamicCache(), q) for q in functions) / len(functions)
     return {"answers": found}
 
 
