@@ -33,13 +33,15 @@ from bench.tasks.rows import DENSE, Row, Subject
 
 LENGTHS = (4096, 8192, 16384)
 EACH, TABLE = 50, 5  # questions of a kind at most; pairs in a dictionary
-THINGS = """anchor apple arrow badge basket beacon bell bicycle blanket bottle bridge bucket button cabin camera candle canoe
+THINGS = """
+anchor apple arrow badge basket beacon bell bicycle blanket bottle bridge bucket button cabin camera candle canoe
 carpet castle cellar chapel chimney circus clock compass cradle crown curtain desert diamond dragon drum eagle elbow
 engine falcon feather ferry fiddle forest fountain garage garden glacier glove guitar hammer harbour helmet hotel
 island jacket jungle kettle kiosk kitchen ladder lantern lemon library lighthouse lizard magnet market meadow mirror
 monkey mountain museum needle notebook orchard oyster palace parrot pencil pepper piano pigeon pillow pirate planet
 pumpkin rabbit rocket saddle sailor school shadow shovel spider station statue sugar temple theatre ticket tiger
-tractor trumpet tunnel turtle umbrella valley violin volcano wagon walnut whistle window wizard zebra"""
+tractor trumpet tunnel turtle umbrella valley violin volcano wagon walnut whistle window wizard zebra
+"""
 DEFINED = re.compile(r"^def (\w+)\(([^()]*)\):", re.M)
 BETWEEN = re.compile(r"\n\n(?=\w|@)")  # where a line may be planted
 

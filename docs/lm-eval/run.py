@@ -30,7 +30,8 @@ def main(name: str, path: str, text: str) -> None:
     tokenizer, factors = AutoTokenizer.from_pretrained(name), lrattn.Factors.load(path)
     print(f"dense\n{evaluated(model, tokenizer)}\n")
     generate = model.generate
-    # lm-eval makes no cache for `generate`: each batch gets a new one of latents (before transformers 5.24 past_key_values=).
+    # lm-eval makes no cache for `generate`: each batch gets a new one of latents.
+    # Before transformers 5.24 the argument is past_key_values.
     model.generate = lambda *args, **given: generate(*args, cache=LatentCache(factors), **given)
     with latent_attention(model, factors):
         print(f"latents, keep {factors.keep:.3f}\n{evaluated(model, tokenizer)}")
