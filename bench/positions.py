@@ -13,7 +13,7 @@ text), and have a dense window of 64 + 4 tokens beside them. Every window is rea
 difference of their losses, KL the divergence of the predictions from the dense model's, both in nats a token.
 
 Cells are kept in the JSON by what they are and measured once. Tables go to stdout and, with the JSON of the repository,
-into docs/quality.md.
+into docs/quality.md and bench/results/quality.md.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ import lrattn
 from bench.evaluation import probe
 from bench.evaluation.quality_plan import LENGTH, NEAR, PLANS, find
 from bench.evaluation.quantised import attending_quantised
-from bench.quality import PAGE, held_in, updated
+from bench.quality import PAGE, TABLES, held_in, updated
 from bench.support import models, report, texts
 from lrattn.compression.moments import GRADIENTS
 from lrattn.factors import safefile
@@ -139,7 +139,8 @@ def main() -> None:
     print("\n\n".join(tables(cells).values()))
     plot(cells, args.out.with_suffix(".png"))
     if args.out == PATH:
-        PAGE.write_text(pasted(PAGE.read_text(), cells))
+        for page in (PAGE, TABLES):
+            page.write_text(pasted(page.read_text(), cells))
 
 
 def measure(chosen: Sequence[Cell], path: Path, seconds: float, *, again: bool = False) -> None:

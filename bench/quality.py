@@ -8,7 +8,7 @@ A cell is one model, calibration sample, way to make factors or to quantise, kep
 saved one by one: the table can be built piece by piece. --frontier chooses those of loss against bytes; --part 0/2 is
 the first of two processes that share the cells and the JSON. --minutes begins no cell after so many; --again measures
 the chosen ones anew, the dense model's only by --method dense; --plot-only measures nothing. Tables go to stdout and,
-with the JSON of the repository, into docs/quality.md.
+with the JSON of the repository, into docs/quality.md and, the long ones, bench/results/quality.md.
 
 Losses of a cell and of the dense model are compared window by window: an error is the standard error of the mean
 difference, of the windows at hand. It is what other windows of these texts would change, not other texts or samples.
@@ -55,7 +55,7 @@ from lrattn.integrations.transformers.perplexity import losses
 from lrattn.models.layers import attention_layers
 
 PATH = report.RESULTS / "quality.json"
-PAGE = Path(__file__).parents[1] / "docs" / "quality.md"
+PAGE, TABLES = (Path(__file__).parents[1] / name for name in ("docs/quality.md", "bench/results/quality.md"))
 
 
 def main() -> None:
@@ -79,7 +79,8 @@ def main() -> None:
     print("\n\n".join(quality_table.sections(results).values()))
     quality_plot.plot(results, args.out)
     if args.out == PATH:
-        PAGE.write_text(quality_table.pasted(PAGE.read_text(), results))
+        for page in (PAGE, TABLES):
+            page.write_text(quality_table.pasted(page.read_text(), results))
 
 
 def part(text: str) -> tuple[int, int]:

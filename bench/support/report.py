@@ -68,11 +68,25 @@ def save(path: Path, results: dict[str, Any]) -> None:
 
 
 def write(path: Path, results: dict[str, Any]) -> None:
-    """The same for results that grow: they come with their machine. Nobody reads half of it."""
+    """The same for results that grow: they come with their machine. Nobody reads half of it.
+
+    Cells are a line each: a change to one is a line of a difference.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(results, indent=1) + "\n")
+    partial.write_text(written(results))
     partial.replace(path)
+
+
+def written(results: Mapping[str, Any]) -> str:
+    """JSON, whose "cells", if there are any, are a line each."""
+    cells = results.get("cells")
+    if not cells:
+        return json.dumps(results, indent=1) + "\n"
+    mark = "cells to come"
+    head, tail = json.dumps({**results, "cells": mark}, indent=1).split(json.dumps(mark))
+    lines = ",\n".join(f"  {json.dumps(cell)}" for cell in cells)
+    return f"{head}[\n{lines}\n ]{tail}\n"
 
 
 @contextmanager

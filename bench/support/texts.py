@@ -7,8 +7,10 @@ evaluation.
 
 from __future__ import annotations
 
+import ast
 import bz2
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import mwparserfromhell
 from tqdm import tqdm
@@ -42,9 +44,28 @@ def news(half: str) -> str:
 
 def code(half: str) -> str:
     """Every second module of Python: half "calibration" has the even ones, "evaluation" the odd ones."""
+    return "\n\n".join(path.read_text() for path in modules(half))
+
+
+def modules(half: str) -> list[Path]:
     folder = package_dir("networkx") / "algorithms"
-    modules = sorted(path for path in folder.rglob("*.py") if "tests" not in path.parts and path.name != "__init__.py")
-    return "\n\n".join(path.read_text() for path in modules[("calibration", "evaluation").index(half) :: 2])
+    found = sorted(path for path in folder.rglob("*.py") if "tests" not in path.parts and path.name != "__init__.py")
+    return found[("calibration", "evaluation").index(half) :: 2]
+
+
+def functions(half: str) -> list[tuple[str, str]]:
+    """Of the functions of `code` that have a docstring and are neither short nor long: signature and docstring, and the
+    whole."""
+    found = []
+    for module in modules(half):
+        source = module.read_text()
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) and len(node.body) > 1:
+                lines = source.splitlines()[node.lineno - 1 : node.end_lineno]
+                head = "\n".join(lines[: node.body[0].end_lineno - node.lineno + 1])
+                if 300 < len(head) and len("\n".join(lines)) < 3000:
+                    found.append((head, "\n".join(lines)))
+    return found
 
 
 TEXTS = {"wikipedia": wikipedia, "news": news}

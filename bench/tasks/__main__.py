@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from bench.quality import held_in, updated
+from bench.quality import PAGE, held_in, updated
 from bench.support import report
-from bench.tasks import continuation, humaneval, retrieval, turns
+from bench.tasks import continuation, humaneval, retrieval, tables, turns
 from bench.tasks.rows import ROWS, Row, Subject
 from lrattn.models.states import evaluating
 
@@ -70,6 +70,12 @@ def main() -> None:
     if not args.plot_only:
         for task in args.task:
             measure(task, args.row, args.out)
+    cells = held_in(args.out)
+    shown = {name: f"```text\n{table(cells)}\n```" for name, table in tables.TABLES.items()}
+    print("\n\n".join(shown.values()))
+    tables.plot(cells, args.out.with_suffix(".png"))
+    if args.out == PATH:
+        PAGE.write_text(report.pasted(PAGE.read_text(), report.marks("bench.tasks"), shown))
 
 
 def measure(task: str, only: list[str] | None, path: Path) -> None:
