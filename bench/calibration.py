@@ -24,7 +24,7 @@ from torch import Tensor
 
 import lrattn
 from bench.evaluation.quality_plan import LENGTH, PLANS
-from bench.quality import held_in, updated
+from bench.quality import PAGE, held_in, updated
 from bench.support import models, report, texts
 from lrattn.factors import safefile
 from lrattn.integrations.transformers.either import attending
@@ -56,7 +56,10 @@ def main() -> None:
     args = parser.parse_args()
     for name in args.model:
         measure(name, args.out)
-    print(table(held_in(args.out)))
+    cells = held_in(args.out)
+    print(table(cells))
+    if args.out == PATH:
+        PAGE.write_text(pasted(PAGE.read_text(), cells))
 
 
 def calibration(tokenizer: Any, text: str, count: int) -> Tensor:
@@ -113,6 +116,11 @@ def table(cells: Sequence[Cell]) -> str:
                 )
                 lines.append(line.format(name, cell["text"], f"{cell['tokens']:,}", *chain(*found)))
     return "\n".join(lines) if len(lines) > 1 else report.NONE
+
+
+def pasted(page: str, cells: Sequence[Cell]) -> str:
+    """The page with what is between its marks made anew: <!-- bench.calibration: table --> .. <!-- end -->."""
+    return report.pasted(page, report.marks("bench.calibration"), {"table": f"```text\n{table(cells)}\n```"})
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def functions(half: str) -> list[tuple[str, str]]:
             if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) and len(node.body) > 1:
                 lines = source.splitlines()[node.lineno - 1 : node.end_lineno]
                 head = "\n".join(lines[: node.body[0].end_lineno - node.lineno + 1])
-                if 300 < len(head) and len("\n".join(lines)) < 3000:
+                if len(head) > 300 and len("\n".join(lines)) < 3000:
                     found.append((head, "\n".join(lines)))
     return found
 

@@ -71,11 +71,10 @@ def main() -> None:
         for task in args.task:
             measure(task, args.row, args.out)
     cells = held_in(args.out)
-    shown = {name: f"```text\n{table(cells)}\n```" for name, table in tables.TABLES.items()}
-    print("\n\n".join(shown.values()))
+    print("\n\n".join(table(cells) for table in tables.TABLES.values()))
     tables.plot(cells, args.out.with_suffix(".png"))
     if args.out == PATH:
-        PAGE.write_text(report.pasted(PAGE.read_text(), report.marks("bench.tasks"), shown))
+        PAGE.write_text(tables.pasted(PAGE.read_text(), cells))
 
 
 def measure(task: str, only: list[str] | None, path: Path) -> None:

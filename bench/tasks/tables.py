@@ -54,7 +54,9 @@ def lined(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     lines = []
     for row in (head, *rows):
-        first, *others = (cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+        first, *others = (
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
         lines.append("  ".join((first, *others)).rstrip())
     return "\n".join(lines)
 
@@ -145,6 +147,12 @@ TABLES: dict[str, Callable[[Sequence[Cell]], str]] = {
     "turns": turns,
     "continuation": continuation,
 }
+
+
+def pasted(page: str, cells: Sequence[Cell]) -> str:
+    """The page with everything between its marks made anew: <!-- bench.tasks: NAME --> .. <!-- end -->."""
+    made = {name: f"```text\n{table(cells)}\n```" for name, table in TABLES.items()}
+    return report.pasted(page, report.marks("bench.tasks"), made)
 
 
 def colour(name: str) -> str:

@@ -134,7 +134,7 @@ def test_every_question_has_its_answer_in_the_text_where_it_says(asked):
         before = text[: q.place]
         if q.kind == "functions":
             name = q.asks.split("def ")[1]
-            assert before.endswith(f"def {name}{q.answer}:") and text.count(f"def {name}(") == 1
+            assert before.endswith(f"def {name}{q.answer}):") and text.count(f"def {name}(") == 1
         else:
             thing = q.asks.split('["')[1].split('"')[0] if q.kind == "pairs" else q.asks.split()[-2]
             line = before.rstrip(",.\n").splitlines()[-1]
