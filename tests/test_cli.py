@@ -119,6 +119,32 @@ def test_eval_is_the_perplexity_of_the_latent_cache(words, keep, near, tiny_one,
     assert (dense["method"], dense["keep"], dense["recent"]) == ("dense", 1.0, 0)
 
 
+def test_eval_and_info_warn_of_a_text_unlike_the_calibration_s(tiny_one, capsys, tmp_path):
+    """By what the latents lose of it, as the library says; nothing where that is not known."""
+    factors, other = lrattn.Factors.load(tiny_one.factors), tmp_path / "other.txt"
+    other.write_text("".join(chr(33 + i * i % 90) for i in range(3000)))
+    for text in (tiny_one.calibration, other):
+        words = ["--text", text, "--windows", 2, "--length", 128]
+        here = lrattn.residual(tiny_one.loaded, factors, tiny_one.windows(text, 2, 128).split(1))
+        warned = here > 1.4 * factors.residual
+        assert warned is (text == other)
+        for command in (["eval", tiny_one.model, "--factors", tiny_one.factors], ["info", tiny_one.factors]):
+            found = json.loads(run(capsys, *command, *words, "--json"))
+            assert found["residual_here"] == pytest.approx(here, rel=1e-5)
+            assert (found["residual"], found["unlike"]) == (factors.residual, warned)
+            last = run(capsys, *command, *words).splitlines()[-1]
+            assert last.startswith("warning: this text is unlike that of the calibration: latents lose" if warned else
+                                   f"latents lose {here:.1%} of this text's keys and values, ")  # fmt: skip
+    lrattn.compress(tiny_one.loaded, method="svd", keep=0.7, progress=False).save(tmp_path / "svd")
+    words = ["--text", other, "--windows", 2, "--length", 128]
+    shown = run(capsys, "eval", tiny_one.model, "--factors", tmp_path / "svd", *words)
+    assert len(shown.splitlines()) == 1
+    with pytest.raises(SystemExit, match="text: expected none, as the factors do not say"):
+        run(capsys, "info", tmp_path / "svd", *words)
+    with pytest.raises(SystemExit, match="file: expected one file of factors with --text, got 2"):
+        run(capsys, "info", tiny_one.factors, tiny_one.plain, *words)
+
+
 def test_rows_of_several_layers_from_compress_to_generate(tiny_one, capsys, tmp_path):
     """`eval` reads texts in parts as long as the window, whose perplexity is that of factors of one layer's rows."""
     path, words = tmp_path / "f", ["--windows", 2, "--length", 128]
@@ -351,7 +377,6 @@ def test_bad_input_is_one_clear_line(tiny_one, capsys, tmp_path):
         ("damaged", [*evaluate, "--factors", damaged]),
         ("no such file", ["info", tmp_path / "missing.safetensors"]),
         ("expected a file of format 'lrattn.factors'", ["info", Path(model) / "model.safetensors"]),
-        ("text: expected only with --compressibility", ["info", factors, "--text", text]),
         ("plot: expected only with --compressibility", ["info", factors, "--plot", tmp_path / "a.png"]),
         ("text: expected a file with --compressibility, got None", ranks),
         ("file: expected one model with --compressibility, got 2", ["info", model, *ranks[1:], "--text", text]),

@@ -108,9 +108,8 @@ def _with(code: str, seed: int) -> tuple[str, list[Question]]:
         name, given = found.groups()
         if given.count(",") >= 2 and "\n" not in given and text.count(f"def {name}(") == 1:
             asks = f"\n\n\n# The parameters of {name}: def {name}"
-            functions.append(
-                Question("functions", asks, f"({given}", found.end())
-            )  # ")" and what follows are one token
+            answer = f"({given}"  # without the parenthesis, which is one token with what follows
+            functions.append(Question("functions", asks, answer, found.end()))
     return text, questions + rng.sample(functions, min(EACH, len(functions)))
 
 

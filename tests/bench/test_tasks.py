@@ -1,5 +1,6 @@
 """Tasks on compressed caches: what is asked, what is written, what counts as right; and the committed cells."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -141,11 +142,11 @@ def test_every_question_has_its_answer_in_the_text_where_it_says(asked):
             assert line.endswith(q.answer) and thing in line and text.count(line) == 1
     assert len({q.asks for q in questions}) == len(questions)
     places = sorted(q.place / len(text) for q in questions)
-    assert places[0] < 0.1 and places[-1] > 0.9 and max(b - a for a, b in zip(places, places[1:])) < 0.15
+    assert places[0] < 0.1 and places[-1] > 0.9 and max(b - a for a, b in pairwise(places)) < 0.15
 
 
 def test_the_text_but_for_what_is_planted_is_code_in_order(asked):
-    text, questions = asked
+    text, _ = asked
     for line in ("# The pass key of", "TABLE_"):
         assert text.count(line) >= retrieval.EACH // retrieval.TABLE
     plain, _ = retrieval.written(Characters(), 20000)
