@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import ast
 import bz2
+import random
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import Any
 
 import mwparserfromhell
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from bench.support.models import CACHE, package_dir, written_once
@@ -20,6 +24,12 @@ from bench.support.models import CACHE, package_dir, written_once
 ABOUT = "Wikipedia articles of 2016: even ones to calibrate, odd ones to evaluate"
 DUMP = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 NEWS = "test/test_data/lee_background.cor"
+WISHES = (
+    "Finish this function.",
+    "Please complete the Python function below.",
+    "Write the body of this function.",
+    "Here is the beginning of a function. Go on with it.",
+)
 NOT_PROSE = ("ref", "table", "gallery", "math")
 
 
@@ -66,6 +76,19 @@ def functions(half: str) -> list[tuple[str, str]]:
                 if len(head) > 300 and len("\n".join(lines)) < 3000:
                     found.append((head, "\n".join(lines)))
     return found
+
+
+def chats(tokenizer: Any, half: str, count: int, most: int = 1024) -> list[Tensor]:
+    """Token ids [1, t], t <= most: a user asks for a function of `functions` to be finished, and the whole follows."""
+    found = functions(half)
+    random.Random(0).shuffle(found)
+    made = []
+    for i, (head, whole) in enumerate(found[:count]):
+        asks = {"role": "user", "content": f"{WISHES[i % len(WISHES)]}\n\n```python\n{head}\n```"}
+        answers = {"role": "assistant", "content": f"```python\n{whole}\n```"}
+        text = tokenizer.apply_chat_template([asks, answers], tokenize=False)
+        made.append(torch.tensor(tokenizer.encode(text, add_special_tokens=False)[:most])[None])
+    return made
 
 
 TEXTS = {"wikipedia": wikipedia, "news": news}

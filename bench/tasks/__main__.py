@@ -28,6 +28,7 @@ from bench.tasks.rows import ROWS, Row, Subject
 from lrattn.models.states import evaluating
 
 PATH = report.RESULTS / "tasks.json"
+KINDS = ("lrattn 1/8, calibrated on code", "lrattn 1/8, calibrated on Wikipedia")
 FIRST = ("dense", "lrattn 1/8", "lrattn 1/16, one row", "kivi 2 bits")
 
 
@@ -41,14 +42,7 @@ TASKS: dict[str, tuple[Callable[[Subject, Row], dict[str, Any]], torch.dtype, tu
     "humaneval": (
         programs,
         torch.bfloat16,
-        (
-            *FIRST,
-            "rotated 3 bits",
-            "lrattn 1/8, calibrated on Wikipedia",
-            "kivi 4 bits",
-            "rotated 4 bits",
-            "lrattn 1/8, one row",
-        ),
+        (*FIRST, "lrattn 1/8, one row", *KINDS, "rotated 3 bits", "kivi 4 bits", "rotated 4 bits"),
     ),
     "retrieval": (retrieval.measure, torch.bfloat16, FIRST),
     "turns": (turns.measure, torch.bfloat16, FIRST),

@@ -25,8 +25,8 @@ from lrattn.models.interface import attention_set
 from lrattn.models.layers import attention_layers
 
 MODEL = "qwen2.5-coder"
-CALIBRATED = {"code": 12, "wikipedia": 6}  # windows of LENGTH tokens
-TEXTS = texts.TEXTS | {"code": texts.code}
+USE = "code and chats"  # what the tasks are about: code, and chats in which functions are finished
+WINDOWS, CHATS = {USE: 6, "code": 12, "wikipedia": 6}, {USE: 24}  # of LENGTH tokens; and chats of as many at most
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Row:
 
     name: str
     keep: float | None = None
-    text: str = "code"
+    text: str = USE
     shared: bool = False
     quantiser: str = ""
     bits: int = 16
@@ -59,10 +59,11 @@ ROWS = (
     Row("lrattn 1/16, one row", 1 / 16, shared=True),
     Row("kivi 2 bits", quantiser="kivi-32", bits=2),
     Row("rotated 3 bits", quantiser="rotated", bits=3),
+    Row("lrattn 1/8, one row", 1 / 8, shared=True),
+    Row("lrattn 1/8, calibrated on code", 1 / 8, "code"),
     Row("lrattn 1/8, calibrated on Wikipedia", 1 / 8, "wikipedia"),
     Row("kivi 4 bits", quantiser="kivi-32", bits=4),
     Row("rotated 4 bits", quantiser="rotated", bits=4),
-    Row("lrattn 1/8, one row", 1 / 8, shared=True),
     Row("lrattn 1/4", 1 / 4),
     Row("kivi 3 bits", quantiser="kivi-32", bits=3),
     Row("lrattn 1/8, no window", 1 / 8, window=False),
@@ -93,20 +94,23 @@ class Subject(Reader):
 
     def factors(self, row: Row) -> Factors:
         """Kept in a file; the calibration too."""
-        near = "+".join(map(str, row.near))
-        path = self.folder / f"tasks-{MODEL}-{row.text}-{row.keep:.5f}-{near}{'-shared' * row.shared}.factors"
+        name = f"tasks-{MODEL}-{row.text.replace(' ', '-')}-{'+'.join(map(str, row.near))}"
+        path = self.folder / f"{name}-{row.keep:.5f}{'-shared' * row.shared}.factors"
         if not path.is_file():
-            count = CALIBRATED[row.text]
-            state = self.folder / f"tasks-{MODEL}-{row.text}-{count}-{near}.moments"
             if self.dtype != torch.float32:
                 raise ValueError(f"row {row.name!r}: expected its factors to be there, made by a float32 model")
-            windows = read_windows(self.tokenizer, TEXTS[row.text]("calibration"), LENGTH, count)
-            gather = lrattn.methods.METHODS["lrattn"].gather
-            moments = lrattn.calibrate(self.model, windows.split(1), gather=gather, far=row.near, state=state)
-            made = lrattn.compress(self.model, keep=row.keep, shared=row.shared, far=row.near, moments=moments)
+            state = self.folder / f"{name}.moments"
+            more: dict[str, Any] = {"keep": row.keep, "shared": row.shared, "far": row.near, "state": state}
+            made = lrattn.compress(self.model, self.calibration(row.text), **more)
             with models.written_once(path) as partial:
                 made.save(partial)
         return Factors.load(path).to(dtype=self.dtype)
+
+    def calibration(self, name: str) -> list[Tensor]:
+        """Token ids [1, t], none of which a task reads."""
+        read = {"wikipedia": texts.wikipedia}.get(name, texts.code)
+        windows = read_windows(self.tokenizer, read("calibration"), LENGTH, WINDOWS[name])
+        return [*windows.split(1), *texts.chats(self.tokenizer, "calibration", CHATS.get(name, 0), LENGTH)]
 
     def bytes_per_token(self, row: Row) -> float:
         """Of all layers, the window aside."""
