@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
 import time
 from dataclasses import replace
@@ -19,11 +18,12 @@ from torch import Tensor
 from lrattn import Factors, __version__, compress, in_kv_space, narrowed
 from lrattn.attention.gpus import GPUS
 from lrattn.compression import compressibility
+from lrattn.compression.arguments import read_share
 from lrattn.compression.bits import Bits, ladder_of
 from lrattn.compression.methods import DEFAULT, METHODS
 from lrattn.compression.ranks import RULES
 from lrattn.compression.recipe import recipe_of
-from lrattn.compression.residual import residual, unlike
+from lrattn.compression.residual import unlike
 from lrattn.compression.whole import check_method
 from lrattn.factors import safefile
 from lrattn.factors.formats import WIDTHS
@@ -92,8 +92,8 @@ def _parser() -> Parser:
         added.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
         added.add_argument("--device", default=device, help=where)
 
-    def text(added: Parser, windows: int, required: bool = True) -> None:
-        added.add_argument("--text", type=Path, required=required, help="UTF-8 text file")
+    def text(added: Parser, windows: int, about: str = "") -> None:
+        added.add_argument("--text", type=Path, required=not about, help=about or "UTF-8 text file")
         added.add_argument("--windows", type=int, default=windows, help=f"at most this many (default {windows})")
         added.add_argument("--length", type=int, default=1024, help="tokens a window (default 1024)")
 
@@ -101,7 +101,9 @@ def _parser() -> Parser:
         added.add_argument("--factors", type=Path, help="factors file; without it the model is used as it is")
         added.add_argument("--method", choices=METHODS, help="make factors first, by this method, instead of --factors")
         added.add_argument("--calibration", type=Path, help="UTF-8 text file for --method, 16 windows of 1024 tokens")
-        added.add_argument("--keep", type=_share, help="fewer of the factors' latents, of plain ones; or of --method")
+        added.add_argument(
+            "--keep", type=read_share, help="fewer of the factors' latents, of plain ones; or of --method"
+        )
         added.add_argument("--select", help=SELECT)
         added.add_argument("--recent", type=int, help="last tokens also held dense (default: as the factors say)")
         added.add_argument("--sinks", type=int, help="first tokens also held dense (default: as the factors say)")
@@ -110,7 +112,9 @@ def _parser() -> Parser:
     model(added)
     text(added, 16)
     added.add_argument("--method", default=DEFAULT, choices=METHODS, help=f"default {DEFAULT}")
-    added.add_argument("--keep", type=_share, help="bytes of the latent cache / dense (default 0.125; 0.5 at 16 bits)")
+    added.add_argument(
+        "--keep", type=read_share, help="bytes of the latent cache / dense (default 0.125; 0.5 at 16 bits)"
+    )
     added.add_argument("--bytes-per-token", type=int, metavar="N", help="of the latent cache, instead of --keep")
     added.add_argument("--bits", type=_bits, help="of a latent: 16, 8, 4, 2, several (8,4) or auto (default of lrattn)")
     added.add_argument("--ranks", choices=RULES, help=f"what shares them out (default: the method's, most {RULES[0]})")
@@ -122,7 +126,7 @@ def _parser() -> Parser:
     added.add_argument("--refine", type=int, default=0, metavar="STEPS", help="distil the factors (default 0: no)")
     added.add_argument("--nested", action="store_true", help="distil all prefixes of plain latents, for --keep of eval")
     added.add_argument("--select", help=SELECT)
-    added.add_argument("--salient", type=_share, metavar="SHARE", help="of the tokens, held with twice the bytes")
+    added.add_argument("--salient", type=read_share, metavar="SHARE", help="of the tokens, held with twice the bytes")
     added.add_argument("--group-size", type=int, default=4, help="kv heads that share a key latent (default 4)")
     added.add_argument("--shards", type=int, default=1, help="tensor-parallel ranks no key group may lie across")
     added.add_argument("--state", type=Path, help=STATE)
@@ -147,14 +151,14 @@ def _parser() -> Parser:
     about = "What a factors file holds, several side by side; what a decode step on it would take of a GPU; or how "
     about += "compressible keys and values are on a text."
     added = command("info", _info, about)
-    where = f"with --plan one of {', '.join(GPUS)} (default h100); with --compressibility {WHERE}"
+    where = f"with --plan one of {', '.join(GPUS)} (default h100); with a text {WHERE}"
     model(added, f"factors files; with --compressibility a model: {MODEL}", None, where, nargs="+", metavar="file")
     added.add_argument("--plan", action="store_true", help="how a GPU would take a decode step [estimated]")
     added.add_argument("--context", type=int, help="tokens a sequence, with --plan (default 32768)")
     added.add_argument("--batch", type=int, help="sequences, with --plan (default 1)")
     added.add_argument("--query-heads", type=int, help="with --plan (default: as the model's config has them)")
     added.add_argument("--compressibility", action="store_true", help="effective ranks of a model's keys and values")
-    text(added, 8, required=False)
+    text(added, 8, "UTF-8 text file: of --compressibility; else what the factors lose of it, by the model they are of")
     added.add_argument("--plot", type=Path, help="image of the effective ranks to write")
     return parser
 
@@ -163,12 +167,6 @@ def _is_of_memory(error: Exception) -> bool:
     """Whether an allocator had no memory left; that of the CPU has no error of its own."""
     own = ("DefaultCPUAllocator", "not enough memory", "out of memory")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in own)
-
-
-def _share(text: str) -> float:
-    if not re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)(e-?[0-9]+)?", text) or not 0 < float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"expected a share in (0, 1], got {text}")
-    return float(text)
 
 
 def _bits(text: str) -> Bits:
@@ -222,11 +220,8 @@ def _eval(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     }
     of = f"over {len(windows)} windows of {windows.shape[1]} tokens"
     of += f", of the tokens after the first {read}" if read else ""
-    line = f"{made(results)}: perplexity {found:.3f} {of}"
-    if factors is None or factors.residual is None:
-        return line, results
-    told, compared = unlike(factors, residual(model, factors, windows.split(1)))
-    return f"{line}\n{told}", results | compared
+    told, compared = unlike(model, factors, windows.split(1))
+    return f"{made(results)}: perplexity {found:.3f} {of}{told}", results | compared
 
 
 def _generate(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
@@ -246,19 +241,15 @@ def _generate(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 def _info(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     if args.compressibility and args.plan:
         raise ValueError("plan: expected none with --compressibility, got --plan")
-    for name in ("context", "batch", "query_heads"):
-        if not args.plan and getattr(args, name) is not None:
-            raise ValueError(f"{name.replace('_', '-')}: expected only with --plan, got {getattr(args, name)}")
-    if args.compressibility:
-        return _compressibility(args)
-    if args.plot is not None:
-        raise ValueError(f"plot: expected only with --compressibility, got {args.plot}")
-    if args.plan:
-        return _plan(args)
-    if args.text is not None:
-        return _on_text(args)
-    if args.device is not None:
-        raise ValueError(f"device: expected only with --plan or --compressibility, got {args.device}")
+    plan, ranks, read = args.plan, args.compressibility, args.text is not None
+    only = dict.fromkeys(("context", "batch", "query_heads"), (plan, "with --plan"))
+    only |= {"plot": (ranks, "with --compressibility"), "text": (not plan, "without --plan")}
+    only["device"] = plan or ranks or read, "with --plan, --compressibility or --text"
+    for name, (allowed, told) in only.items():
+        if not allowed and (given := getattr(args, name)) is not None:
+            raise ValueError(f"{name.replace('_', '-')}: expected only {told}, got {given}")
+    if plan or ranks or read:
+        return (_plan if plan else _compressibility if ranks else _on_text)(args)
     summaries = {path: summarize(Factors.load(path)) for path in args.model}
     if len(summaries) > 1:
         return comparison(summaries), summaries
@@ -270,13 +261,12 @@ def _on_text(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """A file of factors, and what they lose of a text by the model that they were made of."""
     if len(args.model) > 1:
         raise ValueError(f"file: expected one file of factors with --text, got {len(args.model)}")
-    factors = Factors.load(args.model[0])
+    factors, args.device = Factors.load(args.model[0]), args.device or "cpu"
     if factors.residual is None or not factors.model:
         raise ValueError("text: expected none, as the factors do not say what they lose of the text they were made of")
     model, windows, _ = _read(factors.model, args)
-    told, compared = unlike(factors, residual(model, factors.to(model.device, model.dtype), windows.split(1)))
-    summary = summarize(factors)
-    return f"{table(summary)}\n\n{told}", summary | compared
+    told, compared = unlike(model, factors.to(model.device, model.dtype), windows.split(1))
+    return f"{table(summary := summarize(factors))}\n{told}", summary | compared
 
 
 def _plan(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:

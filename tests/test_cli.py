@@ -133,8 +133,8 @@ def test_eval_and_info_warn_of_a_text_unlike_the_calibration_s(tiny_one, capsys,
             assert found["residual_here"] == pytest.approx(here, rel=1e-5)
             assert (found["residual"], found["unlike"]) == (factors.residual, warned)
             last = run(capsys, *command, *words).splitlines()[-1]
-            assert last.startswith("warning: this text is unlike that of the calibration: latents lose" if warned else
-                                   f"latents lose {here:.1%} of this text's keys and values, ")  # fmt: skip
+            told = f"latents lose {here:.1%} of this text's keys and values, "
+            assert last.startswith(f"warning: {told}" if warned else told)
     lrattn.compress(tiny_one.loaded, method="svd", keep=0.7, progress=False).save(tmp_path / "svd")
     words = ["--text", other, "--windows", 2, "--length", 128]
     shown = run(capsys, "eval", tiny_one.model, "--factors", tmp_path / "svd", *words)
@@ -377,6 +377,7 @@ def test_bad_input_is_one_clear_line(tiny_one, capsys, tmp_path):
         ("damaged", [*evaluate, "--factors", damaged]),
         ("no such file", ["info", tmp_path / "missing.safetensors"]),
         ("expected a file of format 'lrattn.factors'", ["info", Path(model) / "model.safetensors"]),
+        ("text: expected only without --plan", ["info", factors, "--plan", "--text", text]),
         ("plot: expected only with --compressibility", ["info", factors, "--plot", tmp_path / "a.png"]),
         ("text: expected a file with --compressibility, got None", ranks),
         ("file: expected one model with --compressibility, got 2", ["info", model, *ranks[1:], "--text", text]),

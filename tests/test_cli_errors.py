@@ -291,7 +291,7 @@ def test_numbers_that_are_none(folder, capfd, tmp_path):
     for bits in ("3", "auto,4", "x", ""):
         told = "expected auto, or numbers out of (16, 8, 4, 2) like 8,4,2, got"
         assert told in refused(capfd, *words, "--bits", bits)
-    assert [cli._share(x) for x in (".5", "1", "1.", "0.25", "5e-1")] == [0.5, 1.0, 1.0, 0.25, 0.5]
+    assert [cli.read_share(x) for x in (".5", "1", "1.", "0.25", "5e-1")] == [0.5, 1.0, 1.0, 0.25, 0.5]
     assert [cli._bits(x) for x in ("auto", "8,2", "4")] == ["auto", (2, 8), (4,)]
 
 

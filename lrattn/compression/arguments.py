@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import re
 from numbers import Real
 from typing import Any
 
@@ -23,3 +25,10 @@ def check_share(keep: Any) -> None:
     """Raises ValueError for what is no number in (0, 1]."""
     if not isinstance(keep, Real) or isinstance(keep, bool) or not 0 < float(keep) <= 1:
         raise ValueError(f"keep: expected a share in (0, 1], got {keep!r}")
+
+
+def read_share(text: str) -> float:
+    """Of a command line. Raises: argparse.ArgumentTypeError for anything but a share in (0, 1]."""
+    if not re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)(e-?[0-9]+)?", text) or not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"expected a share in (0, 1], got {text}")
+    return float(text)

@@ -79,12 +79,14 @@ def residual(model: nn.Module, factors: Factors, batches: Iterable[Batch]) -> fl
     return float((sums[..., 0] / sums[..., 1]).mean())
 
 
-def unlike(factors: Factors, here: float) -> tuple[str, dict[str, Any]]:
-    """A line on what factors lose of a text, a warning where it is unlike that of the calibration; and the numbers."""
-    own = factors.residual
-    assert own is not None
-    told = f"latents lose {here:.1%} of this text's keys and values, {own:.1%} of the calibration's"
-    warned = here > UNLIKE * own
-    if warned:
-        told = f"warning: this text is unlike that of the calibration: {told}; calibrate on text like it, or on more"
-    return told, {"residual": own, "residual_here": here, "unlike": warned}
+def unlike(model: nn.Module, factors: Factors | None, batches: Iterable[Batch]) -> tuple[str, dict[str, Any]]:
+    """A line for a report on a text, a warning where it is unlike the calibration's, and the numbers; "" and none where
+    nothing is known of that."""
+    if factors is None or (own := factors.residual) is None:
+        return "", {}
+    here = residual(model, factors, batches)
+    told, warned = f"latents lose {here:.1%} of this text's keys and values, {own:.1%} of the calibration's", False
+    if here > UNLIKE * own:
+        warned = True
+        told = f"warning: {told}: it is of another kind, or those were too few tokens; calibrate on text like it"
+    return f"\n{told}", {"residual": own, "residual_here": here, "unlike": warned}

@@ -250,7 +250,10 @@ def test_what_info_refuses(files, capsys):
         ("file: expected one file of factors with --plan, got 2", ("info", files / "f", files / "near", "--plan")),
         ("model: expected", ("info", files / "model", "--plan")),
         ("expected a file of format 'lrattn.factors'", ("info", files / "model" / "model.safetensors", "--plan")),
-        ("device: expected only with --plan or --compressibility, got h100", ("info", files / "f", "--device", "h100")),
+        (
+            "device: expected only with --plan, --compressibility or --text, got h100",
+            ("info", files / "f", "--device", "h100"),
+        ),
         ("context: expected only with --plan, got 9", ("info", files / "f", "--context", 9)),
         ("batch: expected only with --plan, got 0", ("info", files / "f", "--batch", 0)),
         ("query-heads: expected only with --plan, got 8", ("info", files / "f", "--query-heads", 8)),

@@ -72,14 +72,12 @@ def test_of_a_text_of_other_tokens_more_is_lost_and_that_is_said():
     factors = lrattn.compress(model, [own], keep=0.3, far=FAR, progress=False)
     near, far = residual(model, factors, [like]), residual(model, factors, [other])
     assert factors.residual <= near < UNLIKE * factors.residual < far
-    line, numbers = unlike(factors, near)
-    assert not line.startswith("warning") and numbers == {
-        "residual": factors.residual,
-        "residual_here": near,
-        "unlike": False,
-    }
-    line, numbers = unlike(factors, far)
-    assert line.startswith("warning: this text is unlike") and f"{far:.1%}" in line and numbers["unlike"]
+    line, numbers = unlike(model, factors, [like])
+    assert line.startswith("\nlatents lose")
+    assert numbers == {"residual": factors.residual, "residual_here": near, "unlike": False}
+    line, numbers = unlike(model, factors, [other])
+    assert line.startswith(f"\nwarning: latents lose {far:.1%} of this text's keys and values") and numbers["unlike"]
+    assert unlike(model, None, [like]) == unlike(model, replace(factors, residual=None), [like]) == ("", {})
 
 
 def test_rows_of_several_layers_are_whole_before_they_are_read():
