@@ -68,6 +68,9 @@ bench-cpu: $(VENV)/.installed
 bench-quality: $(VENV)/.quality
 	$(RUN) -m bench.quality
 	$(RUN) -m bench.evaluation.head_groups
+	$(RUN) -m bench.tasks
+	$(RUN) -m bench.calibration
+	$(RUN) -m bench.peers
 
 bench-memory: $(VENV)/.installed
 	$(RUN) -m bench.memory

@@ -26,16 +26,20 @@ import matplotlib.pyplot as plt
 from bench import architectures, positions
 from bench.compiled import simulated
 from bench.evaluation.quality_plan import NEAR, find
+from bench.evaluation.quantisers import QUANTISERS
 from bench.quality import PAGE
 from bench.quality import PATH as QUALITY
 from bench.support import report
 from bench.tasks.__main__ import PATH as TASKS
 from bench.tasks.retrieval import LENGTHS
+from bench.tasks.rows import ROWS
 from bench.tasks.tables import PROBLEMS, of_task, pairs, right_of, solved
 
 PLOT = report.RESULTS / "peers.png"
 PAGES = (PAGE.parents[1] / "README.md", PAGE.with_name("index.md"))
 MODEL = "smollm2"  # of the losses
+HEAD_DIM = 64  # of both models
+LEAST = 0.0005  # nats that the plot tells from nothing
 Cell = dict[str, Any]
 
 
@@ -110,10 +114,10 @@ def task_of(peer: Peer, task: str) -> tuple[Cell | None, Cell | None]:
 
 
 def share_of(peer: Peer) -> float:
-    cell, _ = task_of(peer, "humaneval")
-    if peer.keep is not None or cell is None:
-        return peer.keep or float("nan")
-    return cell["bytes"]
+    if peer.keep is not None:
+        return peer.keep
+    (row,) = (row for row in ROWS if row.name == peer.task)
+    return row.keep or QUANTISERS[row.quantiser].bits_per_number(row.bits, HEAD_DIM) / 16
 
 
 def programs(peer: Peer) -> str:
@@ -143,7 +147,7 @@ def lines() -> list[tuple[str, ...]]:
     found = []
     for peer in PEERS:
         share, loss = share_of(peer), loss_of(peer)
-        shown = "-" if share != share else f"{share:.3f}".rstrip("0").rstrip(".")
+        shown = f"{share:.3f}".rstrip("0").rstrip(".")
         what = f"{len(tried)} tried" if peer.architectures == "OWN" else peer.architectures
         lost = "" if peer.keep == 1.0 else "-" if loss is None else f"{loss:.3f}"
         found.append((peer.name, shown, lost, programs(peer), retrieval(peer), decode(peer), peer.engines, what))
@@ -156,28 +160,28 @@ def table() -> str:
 
 
 def plot() -> None:
-    """Problems of HumanEval that are left, and the loss, against bytes."""
-    figure, axes = plt.subplots(1, 2, figsize=(10.5, 4))
-    for peer in PEERS[1:]:
-        share, loss = share_of(peer), loss_of(peer)
-        name = peer.name.replace("*", "")
-        colour = {"l": "C0", "K": "C1", "T": "C2"}.get(name[0], "0.5")
-        if share != share:
-            continue
-        cell, dense = task_of(peer, "humaneval")
-        for axis, y in ((axes[0], None if cell is None else len(cell["solved"])), (axes[1], loss)):
-            if y is not None:
-                axis.plot(share, y, "o", color=colour, ms=7)
-                axis.annotate(name, (share, y), xytext=(7, 3), textcoords="offset points", fontsize=8)
+    """The loss, and problems of HumanEval that are left where more than one row has them, against bytes."""
+    given = [(peer, peer.name.replace("*", ""), share_of(peer)) for peer in PEERS[1:]]
     dense = task_of(PEERS[0], "humaneval")[0]
-    if dense is not None:
-        axes[0].axhline(len(dense["solved"]), color="0.4", lw=0.8)
-        axes[0].annotate("dense", (0.66, len(dense["solved"])), fontsize=8, va="bottom", ha="right")
-    axes[0].set(ylabel=f"HumanEval, solved of {PROBLEMS}\nQwen2.5-Coder-0.5B", ylim=(0, None), xlim=(0, 0.67))
-    axes[1].set(ylabel="loss, nats a token, SmolLM2-135M", yscale="symlog", xlim=(0, 0.67))
-    axes[1].set_yscale("symlog", linthresh=0.002)
-    for axis in axes:
-        axis.set_xlabel("bytes of a token over a dense cache's")
+    counts = {peer.name: len(cell["solved"]) for peer, *_ in given if (cell := task_of(peer, "humaneval")[0])}
+    panels = 2 if dense is not None and len(counts) > 1 else 1
+    figure, axes = plt.subplots(1, panels, figsize=(5.6 * panels + 1, 4.2), squeeze=False)
+    for peer, name, share in given:
+        colour = {"l": "C0", "K": "C1", "T": "C2"}.get(name[0], "0.5")
+        below = name.startswith("Palu")
+        for axis, y in zip(axes[0], (loss_of(peer), counts.get(peer.name)), strict=False):
+            if y is not None:
+                y = y if axis is not axes[0][0] else max(y, LEAST)
+                axis.plot(share, y, "o", color=colour, ms=7)
+                axis.annotate(name, (share, y), xytext=(7, -9 if below else 4), textcoords="offset points", fontsize=8)
+    if panels > 1:
+        axes[0][1].axhline(len(dense["solved"]), color="0.4", lw=0.8)
+        axes[0][1].annotate("dense", (0.66, len(dense["solved"])), fontsize=8, va="bottom", ha="right")
+        axes[0][1].set(ylabel=f"HumanEval, solved of {PROBLEMS}, Qwen2.5-Coder-0.5B", ylim=(0, None))
+    axes[0][0].set(ylabel=f"loss, nats a token, SmolLM2-135M\n({LEAST:g} and less at the bottom)", yscale="log")
+    axes[0][0].set_ylim(LEAST * 0.8, 0.15)
+    for axis in axes[0]:
+        axis.set(xlabel="bytes of a token over a dense cache's", xlim=(0, 0.7))
         axis.grid(lw=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()

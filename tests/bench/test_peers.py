@@ -30,7 +30,7 @@ def test_a_cell_that_is_not_there_is_a_dash(tmp_path, monkeypatch):
     report.write(path, {"cells": []})
     monkeypatch.setattr(peers, "TASKS", path)
     row = peers.lines()[1]
-    assert row[1] == row[3] == row[4] == "-"
+    assert row[1] == "0.125" and row[3] == row[4] == "-"
 
 
 def test_problems_are_those_of_the_cell_and_beside_the_dense_cache(tmp_path, monkeypatch):

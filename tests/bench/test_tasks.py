@@ -10,9 +10,13 @@ from transformers import DynamicCache
 
 import lrattn
 from bench.evaluation.quantisers import QUANTISERS
-from bench.tasks import continuation, humaneval, retrieval, turns
+from bench.quality import PAGE, held_in
+from bench.support import report
+from bench.tasks import __main__ as main
+from bench.tasks import continuation, humaneval, retrieval, tables, turns
 from bench.tasks.held import held_cache
 from bench.tasks.humaneval import body_of, written
+from bench.tasks.rows import ROWS
 from lrattn.integrations.transformers import LatentCache
 from lrattn.models.interface import attention_set, cache_argument
 
@@ -204,3 +208,64 @@ def test_divergence_is_that_of_distributions_and_the_first_place_where_words_dif
     assert found["agreement"][0][0] == 1
     assert found["first"] == [next(i for i in range(30) if dense[i].argmax() != other[i].argmax())]
     assert continuation.at_end(found) == found["divergence"][0][-1]
+
+
+CELLS = held_in(main.PATH)
+
+
+def test_the_page_shows_the_committed_cells():
+    page = PAGE.read_text()
+    assert tables.pasted(page, CELLS) == page and all(f"<!-- bench.tasks: {name} -->" in page for name in tables.TABLES)
+    named = [(cell["task"], cell["row"]) for cell in CELLS]
+    assert len(set(named)) == len(named)
+    assert set(named) <= {(task, name) for task, (_, _, names) in main.TASKS.items() for name in names}
+    assert {("humaneval", "dense"), ("retrieval", "dense")} <= set(named)
+
+
+def test_cells_hold_the_bytes_of_their_rows_and_an_answer_to_every_question():
+    rows = {row.name: row for row in ROWS}
+    for cell in CELLS:
+        row = rows[cell["row"]]
+        if row.quantiser:
+            assert cell["bytes"] == QUANTISERS[row.quantiser].bits_per_number(row.bits, 64) / 16
+        else:
+            assert 0.95 * (row.keep or 1.0) < cell["bytes"] <= (row.keep or 1.0)
+        if cell["task"] == "humaneval":
+            names = {f"HumanEval/{i}" for i in range(tables.PROBLEMS)}
+            assert set(cell["solved"]) | set(cell["said"]) == set(cell["bodies"]) == names
+            assert not set(cell["solved"]) & set(cell["said"])
+        if cell["task"] == "retrieval":
+            dense = next(c for c in CELLS if (c["task"], c["row"]) == ("retrieval", "dense"))
+            for length in map(str, retrieval.LENGTHS):
+                own, other = ([(q["kind"], q["distance"]) for q in c["answers"][length]] for c in (cell, dense))
+                assert own == other and len(own) >= 100
+
+
+def test_lost_and_won_are_beside_the_dense_cache_with_an_interval():
+    dense, own = [True] * 60 + [False] * 40, [True] * 50 + [False] * 10 + [True] * 5 + [False] * 35
+    assert tables.pairs(own, dense) == (10, 5)
+    assert tables.net_error(10, 5, 100) == pytest.approx((15 - 25 / 100) ** 0.5)
+    assert tables.net(own, dense) == ["10", "5", "+5 (-3 .. +13)"]
+    assert tables.net(dense, dense) == ["0", "0", "+0 (+0 .. +0)"]
+
+
+def test_every_table_and_panel_is_made_of_cells(tmp_path):
+    """Of two rows of every task."""
+    answers = [{"kind": kind, "distance": 10 * i, "right": i % 3 > 0} for i, kind in enumerate(tables.KINDS * 40)]
+    cells = []
+    for row, share in (("dense", 1.0), ("kivi 2 bits", 0.1875)):
+        more = {
+            "humaneval": {"solved": ["HumanEval/3"]},
+            "retrieval": {"answers": dict.fromkeys(map(str, retrieval.LENGTHS), answers)},
+            "turns": {"right": [[True, False] * 5] * 10},
+            "continuation": {"divergence": [[0.1] * 10] * 4, "agreement": [[0.9] * 10] * 4, "first": [7, 9, 1, 2]},
+        }
+        cells += [{"task": task, "row": row, "bytes": share, **found} for task, found in more.items()]
+    shown = {name: table(cells) for name, table in tables.TABLES.items()}
+    assert "kivi 2 bits" in shown["humaneval"] and shown["retrieval"].count("kivi 2 bits") == 3
+    assert "50%" in shown["turns"] and "0.1000" in shown["continuation"] and "90.0%" in shown["continuation"]
+    assert shown["continuation"].splitlines()[-1].split()[-1] == "8"
+    tables.plot(cells, tmp_path / "a.png")
+    tables.plot(cells[:1], tmp_path / "b.png")  # nothing to set beside it
+    assert (tmp_path / "a.png").stat().st_size > 10000 and not (tmp_path / "b.png").exists()
+    assert tables.programs([]) == tables.retrieval([]) == report.NONE
