@@ -136,7 +136,8 @@ def compress(
             "zipcache" says. Not with `select`, `refine` or `bytes_per_token`. None: all have as many.
         progress: show bars on stderr.
 
-    Returns: Factors in the model's dtype, on its device; of batches, with what they lose of these (lrattn.residual).
+    Returns: Factors in the model's dtype, on its device; where they are not refined, with what they lose of batches
+        that are given (lrattn.residual).
     Raises: ValueError naming the argument, what was expected and what came; OSError if a state cannot be written.
     """
     select = selection_of(select)
@@ -311,7 +312,7 @@ def compress(
         span=span,
     )
     if refine:
-        factors = distil(model, factors, given, steps=refine, nested=nested, state=beside, progress=progress)
+        return distil(model, factors, given, steps=refine, nested=nested, state=beside, progress=progress)
     return replace(factors, residual=residual(model, factors, given)) if any(map(len, texts)) else factors
 
 

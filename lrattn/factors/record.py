@@ -38,7 +38,7 @@ class Factors:
         span: each run of so many neighbours, the last one of those left over, has one row for the keys and values of
             all its layers: each adds its part to it, and reads it by an `up` of its own. 1: a layer has its own.
         residual: the share of keys and values that the latents lose of the text they were calibrated on, see
-            lrattn.residual; None where not known.
+            lrattn.residual; None where not known, as of refined ones.
         samples: per layer, a few numbers of its attention's parameters, in their dtype: they tell another model, or the
             same one with other weights. () where not known.
     """

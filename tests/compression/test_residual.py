@@ -118,7 +118,7 @@ def test_it_is_kept_in_the_file_and_forgotten_by_what_changes_factors(tmp_path):
     assert refined.residual is None
     assert factors.to(dtype=torch.bfloat16).residual == factors.residual
     made = lrattn.compress(model, [texts(1, 2, 160, 9)], keep=0.5, bits=16, refine=1, progress=False)
-    assert made.residual > 0
+    assert made.residual is None
     moments = lrattn.calibrate(model, [texts()], gather=("before", "metric"), progress=False)
     assert lrattn.compress(model, moments=moments, keep=0.5, far=(0, 0), progress=False).residual is None
 
