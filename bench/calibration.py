@@ -26,7 +26,6 @@ import lrattn
 from bench.evaluation.quality_plan import LENGTH, PLANS
 from bench.quality import PAGE, held_in, updated
 from bench.support import models, report, texts
-from lrattn.factors import safefile
 from lrattn.integrations.transformers.either import attending
 from lrattn.integrations.transformers.load import read_windows
 from lrattn.integrations.transformers.perplexity import losses
@@ -78,8 +77,7 @@ def measure(name: str, path: Path) -> None:
         return
     torch.manual_seed(0)
     model, tokenizer = PLANS[name].load()
-    folder, commit = models.CACHE / f"quality-{safefile.VERSION}", report.commit()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, commit = models.kept(), report.commit()
     read = {text: read_windows(tokenizer, TEXTS[text]("evaluation"), LENGTH, WINDOWS) for text in TEXTS}
     dense = {text: losses(model, windows, f"dense, {text}") for text, windows in read.items()}
     for text, count in missing:

@@ -49,7 +49,6 @@ from bench.support import models, report, texts
 from lrattn import Factors, Selection
 from lrattn.attention.outlook import outlook
 from lrattn.compression.substitute import substituted
-from lrattn.factors import safefile
 from lrattn.integrations.transformers import LatentCache
 from lrattn.integrations.transformers.load import read_windows
 from lrattn.models.interface import attention_set
@@ -160,8 +159,7 @@ class Subject(Reader):
         torch.manual_seed(0)
         self.name, (self.model, self.tokenizer) = name, PLANS[name].load()
         self.layers = attention_layers(self.model)
-        self.folder = models.CACHE / f"quality-{safefile.VERSION}"
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder = models.kept()
         self.lengths, pairs = (PROMPTS, probe.PAIRS) if name == FULL else (PROMPTS[:2], 1)
         whole = self.lengths[-1] + SCORED
         self.texts = {

@@ -43,7 +43,6 @@ from bench.evaluation.quantised import attending_quantised
 from bench.quality import PAGE, TABLES, held_in, updated
 from bench.support import models, report, texts
 from lrattn.compression.moments import GRADIENTS
-from lrattn.factors import safefile
 from lrattn.integrations.transformers.either import attending
 from lrattn.integrations.transformers.load import read_windows
 from lrattn.models.interface import decoder_of
@@ -167,8 +166,7 @@ class Subject:
 
     def __init__(self, name: str) -> None:
         torch.manual_seed(0)
-        self.name, self.folder = name, models.CACHE / f"quality-{safefile.VERSION}"
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.name, self.folder = name, models.kept()
         self.model, self.tokenizer = PLANS[name].load()
         self.model.config.max_position_embeddings = 2 * max(PLACES)  # of tables: no frequency depends on it here
         self.held: tuple[str, lrattn.Factors] | None = None

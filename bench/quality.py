@@ -47,7 +47,6 @@ from bench.evaluation.quality_plan import (
 )
 from bench.evaluation.quantised import PEER, attending_quantised, bytes_held
 from bench.support import models, report, texts
-from lrattn.factors import safefile
 from lrattn.factors.formats import Format
 from lrattn.integrations.transformers.either import attending
 from lrattn.integrations.transformers.load import read_windows
@@ -164,8 +163,7 @@ class Subject:
 
     def __init__(self, name: str) -> None:
         torch.manual_seed(0)
-        self.name, self.folder = name, models.CACHE / f"quality-{safefile.VERSION}"
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.name, self.folder = name, models.kept()
         self.model, self.tokenizer = PLANS[name].load()
         self.held: tuple[str, lrattn.Moments] | None = None
 

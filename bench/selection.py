@@ -45,7 +45,6 @@ from bench.evaluation.reader import Reader
 from bench.quality import PAGE, held_in, updated
 from bench.support import models, report, texts
 from lrattn import Factors, Selection
-from lrattn.factors import safefile
 from lrattn.integrations.transformers import LatentCache
 from lrattn.integrations.transformers.load import read_windows
 from lrattn.models.interface import attention_set
@@ -123,8 +122,7 @@ class Subject(Reader):
     def __init__(self) -> None:
         torch.manual_seed(0)
         self.model, self.tokenizer = PLANS["smollm2"].load()
-        self.folder = models.CACHE / f"quality-{safefile.VERSION}"
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder = models.kept()
 
     def windows(self, text: str, length: int, count: int, half: str = "evaluation") -> Tensor:
         return read_windows(self.tokenizer, texts.TEXTS[text](half), length, count)

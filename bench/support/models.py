@@ -15,9 +15,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: the en
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from lrattn.factors import safefile
 from lrattn.integrations.transformers.load import load_model
 
 CACHE = Path(__file__).parents[2] / ".cache"
+
+
+def kept() -> Path:
+    """The folder of what takes long, by the version of lrattn's files: others cannot be read."""
+    folder = CACHE / f"quality-{safefile.VERSION}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @contextmanager

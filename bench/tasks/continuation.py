@@ -40,8 +40,8 @@ GREEDY = 6
 
 def measure(subject: Subject, row: Row) -> dict[str, Any]:
     divergences, agree = [], []
-    for i, (ids, given) in enumerate(tqdm(texts(subject), desc=f"continuation, {row.name}", unit="text")):
-        dense = expected(subject, i, ids, given)
+    for i, ids in enumerate(tqdm(texts(subject), desc=f"continuation, {row.name}", unit="text")):
+        dense = expected(subject, i, ids)
         if row.dense:
             own = dense
         else:
@@ -69,7 +69,7 @@ def scores(subject: Subject, ids: Tensor) -> Tensor:
     return logits.float().log_softmax(-1)
 
 
-def expected(subject: Subject, number: int, ids: Tensor, given: int) -> Tensor:
+def expected(subject: Subject, number: int, ids: Tensor) -> Tensor:
     """The dense model's; kept in a file."""
     path = subject.folder / f"tasks-continuation-{number}.scores"
     if not path.is_file():
@@ -78,24 +78,23 @@ def expected(subject: Subject, number: int, ids: Tensor, given: int) -> Tensor:
     return torch.load(path, mmap=True)
 
 
-def texts(subject: Subject) -> list[tuple[Tensor, int]]:
-    """Of each text its tokens [t], the prompt's and NEW more, and how many are the prompt's; kept in a file."""
+def texts(subject: Subject) -> list[Tensor]:
+    """Of each text its tokens [t], the prompt's and NEW more; kept in a file."""
     path = subject.folder / "tasks-continuation.texts"
     if not path.is_file():
         chats = [[{"role": "user", "content": wish}] for wish in WISHES]
         found = []
-        for part, more in ((chats[:GREEDY], {"do_sample": False}), (chats[GREEDY:], {"do_sample": True, "top_k": 0})):
+        drawn = {"do_sample": True, "temperature": 1.0, "top_k": 0}
+        for part, more in ((chats[:GREEDY], {"do_sample": False}), (chats[GREEDY:], drawn)):
             torch.manual_seed(0)
             subject.tokenizer.padding_side = "left"
             inputs = subject.tokenizer.apply_chat_template(
                 part, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
             )
             choice = {"max_new_tokens": NEW, "min_new_tokens": NEW, "repetition_penalty": 1.0, "top_p": 1.0}
-            ids = subject.model.generate(
-                **inputs, **(choice | {"temperature": 1.0} if more["do_sample"] else choice), **more
-            )
+            ids = subject.model.generate(**inputs, **choice, **more)
             for row, mask in zip(ids, inputs["attention_mask"], strict=True):
-                found.append((row[int((mask == 0).sum()) :], int(mask.sum())))
+                found.append(row[int((mask == 0).sum()) :])
         with models.written_once(path) as partial:
             torch.save(found, partial)
     return torch.load(path)

@@ -28,7 +28,6 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from bench.support import models
-from bench.support.models import package_dir
 from bench.tasks.rows import DENSE, Row, Subject
 
 LENGTHS = (4096, 8192, 16384)
@@ -69,7 +68,7 @@ def planted(seed: int) -> tuple[list[tuple[str, list[Question]]], random.Random]
         found.append((line, [Question("keys", asks, f" {number}", len(line))]))
     pairs = [(name, rng.randrange(10000, 100000)) for name in names[EACH : 2 * EACH]]
     for i in range(0, len(pairs), TABLE):
-        title, text, own = f"TABLE_{i // TABLE}", "", []
+        title, own = f"TABLE_{i // TABLE}", list[Question]()
         text = f"{title} = {{\n"
         for name, number in pairs[i : i + TABLE]:
             text += f'    "{name}": {number},\n'
@@ -81,7 +80,9 @@ def planted(seed: int) -> tuple[list[tuple[str, list[Question]]], random.Random]
 
 def written(tokenizer: Any, length: int) -> tuple[str, list[Question]]:
     """A text of at most so many tokens, as long as it can be, and the questions about it."""
-    code = "\n\n\n".join(path.read_text().strip() for path in sorted((package_dir("mpmath") / "libmp").glob("lib*.py")))
+    code = "\n\n\n".join(
+        path.read_text().strip() for path in sorted((models.package_dir("mpmath") / "libmp").glob("lib*.py"))
+    )
     low, high = 0, 8 * length
     while high - low > 64:  # characters of code
         middle = (low + high) // 2

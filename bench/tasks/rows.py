@@ -18,7 +18,6 @@ from bench.evaluation.reader import Reader
 from bench.support import models, texts
 from bench.tasks.held import held_cache
 from lrattn import Factors
-from lrattn.factors import safefile
 from lrattn.integrations.transformers import LatentCache
 from lrattn.integrations.transformers.load import read_windows
 from lrattn.models.interface import attention_set
@@ -84,8 +83,7 @@ class Subject(Reader):
         self.dtype = dtype
         self.model.lm_head.float().register_forward_pre_hook(lambda _, args: (args[0].float(),))
         self.layers = attention_layers(self.model)
-        self.folder = models.CACHE / f"quality-{safefile.VERSION}"
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder = models.kept()
 
     @cached_property
     def dense_bytes(self) -> int:

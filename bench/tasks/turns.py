@@ -49,7 +49,7 @@ def measure(subject: Subject, row: Row) -> dict[str, Any]:
             for paragraph, name, number in turns:
                 says = f"{paragraph}\n\nThe badge number of {name} is {number}. {WISH}"
                 messages.append({"role": "user", "content": says})
-                text, answer = rendered(subject, messages), ""
+                text = rendered(subject, messages)
                 answer = spoken(subject, cache, text[len(read) :])
                 messages.append({"role": "assistant", "content": answer})
                 read, answers = text + answer, [*answers, answer]

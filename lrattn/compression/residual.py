@@ -46,6 +46,7 @@ def residual(model: nn.Module, factors: Factors, batches: Iterable[Batch]) -> fl
     if len(layers) != len(factors.layers):
         raise ValueError(f"factors: expected those of {len(layers)} layers, got {len(factors.layers)}")
     sums = torch.zeros(len(layers), 2, 2, dtype=torch.float64)  # of keys and values: what is lost, and all
+    heads: dict[int, list[Tensor]] = {}  # of layers whose rows are not whole yet
     rows: dict[int, list[Tensor]] = {}  # of a run of layers that share rows, by its first layer: their parts
 
     def take(i: int, _: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,7 +70,6 @@ def residual(model: nn.Module, factors: Factors, batches: Iterable[Batch]) -> fl
                     sums[member, side] += torch.stack((lost, whole))
         return k, v
 
-    heads: dict[int, list[Tensor]] = {}
     with evaluating(model), substituted(model, layers, take):
         for n in chosen:
             ids = texts[n][None, :TOKENS].to(device_of(model))

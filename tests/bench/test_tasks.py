@@ -191,14 +191,14 @@ def test_turns_are_of_different_people_and_paragraphs():
 
 def test_divergence_is_that_of_distributions_and_the_first_place_where_words_differ():
     torch.manual_seed(0)
-    ids, given = tiny.tokens(1, 40)[0], 10
+    ids = tiny.tokens(1, 40)[0]
     dense, other = (torch.randn(30, 160).mul(3).log_softmax(-1) for _ in "ab")
     other[:12] = dense[:12] - 0.0
     subject = SimpleNamespace()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(continuation, "NEW", 30)
         patch.setattr(continuation, "BIN", 10)
-        patch.setattr(continuation, "texts", lambda subject: [(ids, given)])
+        patch.setattr(continuation, "texts", lambda subject: [ids])
         patch.setattr(continuation, "expected", lambda *_: dense)
         patch.setattr(continuation, "inside", lambda *_: torch.no_grad())
         patch.setattr(continuation, "scores", lambda *_: other)
